@@ -1,0 +1,1 @@
+"""Networks: the diffusion transformer, the history it is given, and the student they make."""

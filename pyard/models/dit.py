@@ -1,0 +1,262 @@
+"""A class-conditional diffusion transformer with adaLN-Zero (Peebles & Xie 2023, section 3.2 and figure 3).
+
+Written so that a student can reuse every part: all tensors carry the step dimension S, which is 1 in a teacher.
+
+    B batch · S steps · T tokens per step · D hidden · H heads · P patch · C channels
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pyard import ops
+from pyard.errors import InputError
+
+# (q, k, v), each [B, H, S*T, Dh], to [B, H, S*T, Dh]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of a diffusion transformer.
+
+    Args:
+        input_size: height and width of the (latent) image; square.
+        in_channels: C.
+        out_channels: channels of the network's output; more than C if the teacher also predicts a variance, which is dropped.
+        patch_size: P; T = (input_size / P)^2 tokens.
+        hidden_size: D.
+        depth: L.
+        num_heads: H.
+        num_classes: classes; the label table has one more row for "no class" if `has_null_label`.
+        has_null_label: whether the network knows the unconditional label `num_classes`.
+        mlp_ratio: hidden units of the MLP, over D.
+        frequency_size: width of the sinusoidal time embedding.
+        freq_shift: frequency shift of that embedding: 0 in DiT, 1 in diffusers.
+        time_scale: what the time is multiplied with before it is embedded.
+        norm_eps: epsilon of every LayerNorm.
+    """
+
+    input_size: int
+    in_channels: int
+    patch_size: int
+    hidden_size: int
+    depth: int
+    num_heads: int
+    num_classes: int
+    out_channels: int | None = None
+    has_null_label: bool = True
+    mlp_ratio: float = 4.0
+    frequency_size: int = 256
+    freq_shift: float = 0.0
+    time_scale: float = 1.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.out_channels is None:
+            object.__setattr__(self, "out_channels", self.in_channels)
+        if self.input_size % self.patch_size:
+            raise InputError(f"DiT: input_size {self.input_size} is no multiple of patch_size {self.patch_size}")
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise InputError(
+                f"DiT: hidden_size {self.hidden_size} must be a multiple of 4 and of num_heads ({self.num_heads})"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """T."""
+        return (self.input_size // self.patch_size) ** 2
+
+    @property
+    def head_dim(self) -> int:
+        """Dh."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one sample."""
+        return self.in_channels, self.input_size, self.input_size
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dictionary; `DiTConfig(**it)` is equal to this."""
+        return dataclasses.asdict(self)
+
+
+def patchify(x: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """[..., C, H, W] to tokens [..., T, C*P*P], row by row, channels first in a token."""
+    *lead, channels, height, width = x.shape
+    x = x.reshape(*lead, channels, height // patch_size, patch_size, width // patch_size, patch_size)
+    x = x.movedim((-4, -2), (-5, -4))  # [..., H/P, W/P, C, P, P]
+    return x.reshape(*lead, -1, channels * patch_size**2)
+
+
+def unpatchify(tokens: torch.Tensor, patch_size: int, channels: int) -> torch.Tensor:
+    """Tokens [..., T, P*P*C], channels last in a token (DiT's order), to [..., C, H, W]."""
+    *lead, count, _ = tokens.shape
+    side = int(count**0.5)
+    x = tokens.reshape(*lead, side, side, patch_size, patch_size, channels)  # [..., h, w, p, q, C]
+    x = x.movedim(-1, -5).movedim(-2, -3)  # [..., C, h, p, w, q]
+    return x.reshape(*lead, channels, side * patch_size, side * patch_size)
+
+
+def sincos_position_embedding(side: int, dim: int) -> torch.Tensor:
+    """Fixed 2-D embedding [side*side, dim]: the first half of the channels encodes the column, the second the row."""
+    place = torch.arange(side, dtype=torch.float64)
+    frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angle = place[:, None] * frequency
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # [side, dim/2]
+    columns = axis[None].expand(side, side, -1)
+    rows = axis[:, None].expand(side, side, -1)
+    return torch.cat([columns, rows], dim=-1).reshape(side * side, dim).float()
+
+
+class TimeEmbedding(nn.Module):
+    """Times to conditioning vectors: sinusoids, then a two-layer MLP."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        self.fc1 = nn.Linear(config.frequency_size, config.hidden_size)
+        self.fc2 = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, times: torch.Tensor) -> torch.Tensor:  # [...] -> [..., D]
+        config = self.config
+        sinusoids = ops.timestep_embedding(times * config.time_scale, config.frequency_size, freq_shift=config.freq_shift)
+        return self.fc2(F.silu(self.fc1(sinusoids.to(self.fc1.weight.dtype))))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention whose pattern is given by the caller."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor, attend: Attend | None) -> torch.Tensor:  # [B, S, T, D] -> [B, S, T, D]
+        batch, steps, tokens, hidden = x.shape
+        # Without a history every step is a sample of its own, so S folds into the batch.
+        rows = (batch * steps, tokens) if attend is None else (batch, steps * tokens)
+        qkv = self.qkv(x).view(*rows, 3, self.num_heads, hidden // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [rows, H, tokens, Dh]
+        out = F.scaled_dot_product_attention(q, k, v) if attend is None else attend(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(batch, steps, tokens, hidden))
+
+
+class Block(nn.Module):
+    """adaLN-Zero block: modulated LayerNorm, attention, gate; modulated LayerNorm, MLP, gate."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.modulation = nn.Linear(config.hidden_size, 6 * config.hidden_size)
+        self.attention = Attention(config)
+        mlp_size = int(config.hidden_size * config.mlp_ratio)
+        self.fc1 = nn.Linear(config.hidden_size, mlp_size)
+        self.fc2 = nn.Linear(mlp_size, config.hidden_size)
+
+    def forward(
+        self,
+        x: torch.Tensor,  # [B, S, T, D]
+        condition: torch.Tensor,  # [B, S, D], after SiLU
+        attend: Attend | None = None,
+    ) -> torch.Tensor:  # [B, S, T, D]
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
+        branch = self.attention(ops.modulated_layer_norm(x, shift1, scale1, self.eps), attend)
+        x = ops.gated_residual(x, gate1, branch)
+        hidden = F.gelu(self.fc1(ops.modulated_layer_norm(x, shift2, scale2, self.eps)), approximate="tanh")
+        return ops.gated_residual(x, gate2, self.fc2(hidden))
+
+
+class Head(nn.Module):
+    """Final layer: modulated LayerNorm and a linear map to patches."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        assert config.out_channels is not None
+        self.eps = config.norm_eps
+        self.modulation = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.out_channels)
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:  # [B,S,T,D], [B,S,D] -> [B,S,T,P*P*C_out]
+        shift, scale = self.modulation(condition).chunk(2, dim=-1)
+        return self.linear(ops.modulated_layer_norm(x, shift, scale, self.eps))
+
+
+class Trunk(nn.Module):
+    """Everything of a DiT below its head: embeddings and blocks, for any number of steps."""
+
+    pos_embed: torch.Tensor
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        side = config.input_size // config.patch_size
+        self.patch_embed = nn.Linear(config.in_channels * config.patch_size**2, config.hidden_size)
+        self.register_buffer("pos_embed", sincos_position_embedding(side, config.hidden_size))
+        self.time_embed = TimeEmbedding(config)
+        self.label_embed = nn.Embedding(config.num_classes + config.has_null_label, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:  # [B, S, C, H, W] -> [B, S, T, D]
+        return self.patch_embed(patchify(x, self.config.patch_size)) + self.pos_embed
+
+    def condition(self, times: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # [B or 1, S], [B] -> [B, S, D]
+        """The conditioning vectors, SiLU applied: every adaLN of the network begins with it."""
+        return F.silu(self.time_embed(times) + self.label_embed(labels)[:, None])
+
+    def forward(
+        self,
+        x: torch.Tensor,  # [B, S, T, D]
+        condition: torch.Tensor,  # [B, S, D]
+        attends: tuple[Attend | None, ...] = (),
+    ) -> torch.Tensor:  # [B, S, T, D]
+        """Run the blocks; block i attends with `attends[i]`, within each step where there is none."""
+        for i, block in enumerate(self.blocks):
+            x = block(x, condition, attends[i] if i < len(attends) else None)
+        return x
+
+
+class DiT(nn.Module):
+    """The teacher's network: x_t, t and class to a prediction.
+
+    A fresh one is initialised as adaLN-Zero prescribes: gates and head are zero, so every block is the identity.
+    """
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        self.trunk = Trunk(config)
+        self.head = Head(config)
+        self._initialise()
+
+    def forward(
+        self,
+        x: torch.Tensor,  # [B, C, H, W]
+        times: torch.Tensor,  # [B], may be fractional
+        labels: torch.Tensor,  # [B] int64; num_classes is "no class"
+    ) -> torch.Tensor:  # [B, C_out, H, W]
+        condition = self.trunk.condition(times[:, None], labels)
+        tokens = self.head(self.trunk(self.trunk.embed(x[:, None]), condition), condition)
+        assert self.config.out_channels is not None
+        return unpatchify(tokens, self.config.patch_size, self.config.out_channels)[:, 0]
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for weight in (self.trunk.label_embed.weight, self.trunk.time_embed.fc1.weight, self.trunk.time_embed.fc2.weight):
+            nn.init.normal_(weight, std=0.02)
+        zeroed = [block.modulation for block in self.trunk.blocks]
+        for layer in (*zeroed, self.head.modulation, self.head.linear):
+            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]

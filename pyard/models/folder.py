@@ -1,0 +1,77 @@
+"""A model on disk: `config.json` and `model.safetensors` in a folder that appears complete or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pyard.errors import InputError
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path`, replacing what was there, if the block ends without an exception."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = path.parent / f".{path.name}.{os.getpid()}.new"
+    retired = path.parent / f".{path.name}.{os.getpid()}.old"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    try:
+        yield building
+        for file in building.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+        if path.exists():
+            path.rename(retired)
+        building.rename(path)
+        shutil.rmtree(retired, ignore_errors=True)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def save_folder(path: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], *, kind: str) -> None:
+    """Write a model folder; `kind` is the class that reads it, kept as diffusers' `_class_name`."""
+    with new_folder(path) as folder:
+        (folder / CONFIG_NAME).write_text(json.dumps({"_class_name": kind, **config}, indent=2) + "\n")
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_NAME)
+
+
+def load_config(path: Path, *, kind: str) -> dict[str, Any]:
+    """The configuration of a model folder of this kind."""
+    file = path / CONFIG_NAME
+    if not file.is_file():
+        raise InputError(f"{path}: expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}; there is no {CONFIG_NAME}")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON: {error}") from None
+    found = config.pop("_class_name", None)
+    if found != kind:
+        raise InputError(f"{path} holds a {found}; expected a {kind}")
+    return config
+
+
+def load_folder(path: Path, *, kind: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Read a model folder: its configuration and its tensors, on the CPU.
+
+    Raises:
+        InputError: no such folder, another kind of model, or a damaged file.
+    """
+    config = load_config(path, kind=kind)
+    try:
+        return config, load_file(path / WEIGHTS_NAME)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path / WEIGHTS_NAME} cannot be read ({error}); it is missing, cut off or not safetensors") from None

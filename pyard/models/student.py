@@ -1,0 +1,295 @@
+"""The student: the teacher's transformer, run on S noise levels at once, with a history in its lowest N attentions.
+
+Everything but those N attentions sees B*S independent samples, so any pass, parallel (training) or cached (sampling), is the
+same few lines with another number of steps.
+
+    B batch · S steps · T tokens per step · D hidden · C channels · N history layers
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from pyard import ops
+from pyard.errors import InputError
+from pyard.models.dit import Attend, DiT, DiTConfig, Head, Trunk, unpatchify
+from pyard.models.folder import load_folder, save_folder
+from pyard.models.history import HistoryCache, PreallocatedCache
+from pyard.noise_schedule import NoiseSchedule
+from pyard.ops.masks import Mask
+from pyard.time_grid import Target, TimeGrid
+
+if TYPE_CHECKING:
+    from pyard.teachers.dit import DiTTeacher
+
+Output = Literal["direct", "jump"]
+Heads = Literal["per_step", "shared"]
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """What a student is; stored beside its weights.
+
+    Args:
+        network: sizes of the transformer; its `out_channels` are the C that the student predicts.
+        grid: the jumps, and the times that the embedding sees.
+        schedule: the teacher's forward process.
+        history_layers: N, how many of the lowest attentions see earlier steps; 0 is step distillation.
+        mask: which earlier steps they see: `diagonal` none, `window` the last `window` (own one included), `anchor` the first
+            (pure noise), `causal` all (figure 1b of the paper).
+        window: steps of the `window` mask, own one included; None for the other masks.
+        target: what a step predicts: the ODE `state` at the next grid time, or the teacher's `denoised` prediction.
+        output: `direct`, the head's output is the prediction; `jump`, it enters the teacher's own update
+            a_s u_s + b_s F, so that the untrained student with N = 0 is the teacher's DDIM/Euler sampler.
+        heads: one head `per_step`, or one `shared` by all.
+        history_bias: start value of a learned bias per head on the logits of earlier steps' keys; None: no bias.
+        teacher_fingerprint: of the teacher that it was made from.
+    """
+
+    network: DiTConfig
+    grid: TimeGrid
+    schedule: NoiseSchedule
+    history_layers: int
+    mask: Mask = "causal"
+    window: int | None = None
+    target: Target = "denoised"
+    output: Output = "direct"
+    heads: Heads = "per_step"
+    history_bias: float | None = None
+    teacher_fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("mask", Mask), ("target", Target), ("output", Output), ("heads", Heads)):
+            if getattr(self, name) not in get_args(kinds):
+                raise InputError(f"student: {name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(kinds))}")
+        if not 0 <= self.history_layers <= self.network.depth:
+            raise InputError(f"student: history_layers is {self.history_layers}; the network has {self.network.depth} layers")
+        if (self.mask == "window") != (self.window is not None) or (self.window is not None and self.window < 1):
+            raise InputError(
+                f"student: mask {self.mask!r} with window {self.window}; mask 'window' needs a window of at least 1 "
+                "(the own step counts), other masks take none"
+            )
+        if self.output == "jump" and self.target == "denoised":
+            raise InputError("student: output 'jump' starts from a state, so it needs target 'state', not 'denoised'")
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dictionary that `from_json` turns back into an equal configuration."""
+        flat = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {key: value.to_json() if hasattr(value, "to_json") else value for key, value in flat.items()}
+
+    @classmethod
+    def from_json(cls, config: dict[str, Any]) -> StudentConfig:
+        """The configuration of a `to_json` dictionary."""
+        try:
+            nested = {
+                "network": DiTConfig(**config["network"]),
+                "grid": TimeGrid.from_json(config["grid"]),
+                "schedule": NoiseSchedule.from_json(config["schedule"]),
+            }
+            return cls(**{**config, **nested})
+        except (KeyError, TypeError) as error:
+            raise InputError(f"student: its config.json does not fit this version of pyard: {error}") from None
+
+
+class Student(nn.Module):
+    """A few-step student of a diffusion transformer.
+
+    Args:
+        config: what it is. The weights are fresh; `from_teacher` copies a teacher's, `from_pretrained` reads a folder.
+    """
+
+    embed_times: torch.Tensor
+
+    def __init__(self, config: StudentConfig):
+        super().__init__()
+        self.config = config
+        self.trunk = Trunk(config.network)
+        num_heads = config.grid.num_steps if config.heads == "per_step" else 1
+        self.heads = nn.ModuleList(Head(config.network) for _ in range(num_heads))
+        self.register_buffer("embed_times", torch.tensor(config.grid.embed_times), persistent=False)
+        if config.history_bias is None:
+            self.history_bias = None
+        else:
+            start = torch.full((config.history_layers, config.network.num_heads), float(config.history_bias))
+            self.history_bias = nn.Parameter(start)
+        pairs = zip(config.grid.times, config.grid.times[1:], strict=False)
+        # (a_s, b_s), Python floats: a is large (157 at S = 1), so the jump is always computed in float32.
+        self.jumps = [config.schedule.jump_coefficients(*pair) for pair in pairs] if config.output == "jump" else []
+
+    @property
+    def num_steps(self) -> int:
+        """S."""
+        return self.config.grid.num_steps
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are 0 ... num_classes - 1."""
+        return self.config.network.num_classes
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one sample."""
+        return self.config.network.sample_shape
+
+    def forward(
+        self,
+        history: torch.Tensor,  # [B, S, C, H, W], the S inputs
+        labels: torch.Tensor,  # [B] int64
+    ) -> torch.Tensor:  # [B, S, C, H, W], the S predictions
+        """The parallel pass: all steps at once on a given history (teacher forcing)."""
+        if history.shape[1:] != (self.num_steps, *self.sample_shape):
+            raise InputError(
+                f"history of shape {tuple(history.shape)}; expected [B, {self.num_steps}, "
+                f"{', '.join(map(str, self.sample_shape))}]"
+            )
+        return self._run(history, labels, first=0, cache=None)
+
+    def step(
+        self,
+        latest: torch.Tensor,  # [B, C, H, W]: the noise, or the previous step's prediction
+        step: int,
+        labels: torch.Tensor,  # [B] int64
+        cache: HistoryCache,
+    ) -> tuple[torch.Tensor, HistoryCache]:  # [B, C, H, W]
+        """The cached pass: one step on the history that `cache` holds. Returns the prediction and the cache for the next step."""
+        prediction = self._run(latest[:, None], labels, first=step, cache=cache)[:, 0]
+        return prediction, cache.advance(self.config.network.tokens_per_step)
+
+    def rollout(
+        self,
+        noise: torch.Tensor,  # [B, C, H, W]
+        labels: torch.Tensor,  # [B] int64
+        cache: HistoryCache | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Yield the S successive predictions, each made from the history of its predecessors; the last one is the sample."""
+        cache = self.new_cache(len(noise)) if cache is None else cache
+        latest = noise
+        for step in range(self.num_steps):
+            latest, cache = self.step(latest, step, labels, cache)
+            yield latest
+
+    def new_cache(self, batch_size: int) -> PreallocatedCache:
+        """An empty cache for `batch_size` samples: keys and values [N, B, H, S*T, Dh] of the parameters' dtype and device."""
+        network = self.config.network
+        weight = self.trunk.patch_embed.weight
+        size = (
+            self.config.history_layers,
+            batch_size,
+            network.num_heads,
+            self.num_steps * network.tokens_per_step,
+            network.head_dim,
+        )
+        return PreallocatedCache(*(torch.empty(size, dtype=weight.dtype, device=weight.device) for _ in range(2)))
+
+    def _run(self, inputs: torch.Tensor, labels: torch.Tensor, first: int, cache: HistoryCache | None) -> torch.Tensor:
+        # inputs [B, steps, C, H, W] are the steps first ... first + steps - 1.
+        steps = inputs.shape[1]
+        condition = self.trunk.condition(self.embed_times[None, first : first + steps], labels)
+        attends = tuple(self._attend(layer, cache) for layer in range(self.config.history_layers))
+        x = self.trunk(self.trunk.embed(inputs.to(self.trunk.patch_embed.weight.dtype)), condition, attends)
+        if len(self.heads) == 1:
+            tokens = self.heads[0](x, condition)
+        else:
+            per_step = [
+                self.heads[first + s](x[:, s : s + 1], condition[:, s : s + 1]) for s in range(steps)
+            ]  # each [B, 1, T, P*P*C]
+            tokens = torch.cat(per_step, dim=1)
+        output = unpatchify(tokens, self.config.network.patch_size, self.config.network.in_channels)
+        if not self.jumps:
+            return output
+        jumps = self.jumps[first : first + steps]
+        updates = [a * inputs[:, s].float() + b * output[:, s].float() for s, (a, b) in enumerate(jumps)]
+        return torch.stack(updates, dim=1)
+
+    def _attend(self, layer: int, cache: HistoryCache | None) -> Attend:
+        config = self.config
+        bias = None if self.history_bias is None else self.history_bias[layer]
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            if cache is not None:
+                k, v = cache.extend(layer, k, v)
+            tokens = config.network.tokens_per_step
+            return ops.block_attention(q, k, v, tokens, mask=config.mask, window=config.window, bias=bias)
+
+        return attend
+
+    @classmethod
+    def from_teacher(
+        cls,
+        teacher: DiTTeacher,
+        grid: TimeGrid,
+        *,
+        history_layers: int,
+        mask: Mask = "causal",
+        window: int | None = None,
+        target: Target = "denoised",
+        output: Output = "direct",
+        heads: Heads = "per_step",
+        history_bias: float | None = None,
+    ) -> Student:
+        """A student with the teacher's weights; heads are copies of the teacher's, less its predicted-variance channels.
+
+        Args:
+            teacher: a teacher whose network is a DiT.
+            grid: where it jumps; `embed_times` are set for the target (`TimeGrid.for_target`).
+            history_layers, mask, window, target, output, heads, history_bias: see `StudentConfig`.
+        """
+        network = teacher.network
+        config = StudentConfig(
+            network=dataclasses.replace(network.config, out_channels=network.config.in_channels),
+            grid=grid.for_target(target),
+            schedule=teacher.schedule,
+            history_layers=history_layers,
+            mask=mask,
+            window=window,
+            target=target,
+            output=output,
+            heads=heads,
+            history_bias=history_bias,
+            teacher_fingerprint=teacher.fingerprint,
+        )
+        student = cls(config)
+        student.trunk.load_state_dict(network.trunk.state_dict())
+        head = head_without_variance(network)
+        for own in student.heads:
+            own.load_state_dict(head)
+        return student.to(teacher.device)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into a folder; an interrupted write leaves the old folder as it was."""
+        save_folder(Path(path), self.config.to_json(), self.state_dict(), kind="Student")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Student:
+        """Read a student's folder, or a run folder with one in `student/`.
+
+        Raises:
+            InputError: no student there, or files that do not fit.
+        """
+        path = Path(path)
+        folder = path / "student" if (path / "student").is_dir() else path
+        config, tensors = load_folder(folder, kind="Student")
+        student = cls(StudentConfig.from_json(config))
+        try:
+            student.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise InputError(f"{folder}: the weights do not fit config.json: {error}") from None
+        return student.eval()
+
+
+def head_without_variance(network: DiT) -> dict[str, torch.Tensor]:
+    """The state of a teacher's head with the rows of its first C output channels only."""
+    head = copy.deepcopy(network.head.state_dict())
+    config = network.config
+    for name in ("linear.weight", "linear.bias"):
+        rows = head[name].unflatten(0, (config.patch_size**2, -1))  # channels are last in a token
+        head[name] = rows[:, : config.in_channels].flatten(0, 1).clone()
+    return head

@@ -1,0 +1,77 @@
+"""A DiT as a teacher: network, noise schedule, fingerprint, and their folder on disk."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from pyard.errors import InputError
+from pyard.models.dit import DiT, DiTConfig
+from pyard.models.folder import load_folder, save_folder
+from pyard.noise_schedule import NoiseSchedule
+
+
+class DiTTeacher:
+    """A diffusion transformer that teaches (implements `pyard.teachers.Teacher`).
+
+    Args:
+        network: the transformer; put into evaluation mode.
+        schedule: its forward process and what it predicts.
+    """
+
+    def __init__(self, network: DiT, schedule: NoiseSchedule):
+        self.network = network.eval().requires_grad_(False)
+        self.schedule = schedule
+        self.sample_shape = network.config.sample_shape
+        self.num_classes = network.config.num_classes
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.network.trunk.pos_embed.device
+
+    def predict(self, x: torch.Tensor, time: float, labels: torch.Tensor) -> torch.Tensor:
+        """The network's output for one time; predicted variances are dropped. Shapes as in `Teacher.predict`."""
+        if not self.network.config.has_null_label and bool((labels == self.num_classes).any()):
+            raise InputError("this teacher was trained without label dropout, so it cannot be guided; use cfg_scale=1")
+        times = torch.full((len(x),), time, device=x.device)
+        return self.network(x, times, labels)[:, : self.sample_shape[0]]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of configuration, schedule and weights."""
+        digest = hashlib.sha256()
+        digest.update(json.dumps([self.network.config.to_json(), self.schedule.to_json()], sort_keys=True).encode())
+        for name, tensor in sorted(self.network.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def to(self, device: torch.device | str) -> DiTTeacher:
+        """Move the network; returns itself."""
+        self.network.to(device)
+        return self
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the teacher's folder (`config.json`, `model.safetensors`)."""
+        config = {"network": self.network.config.to_json(), "schedule": self.schedule.to_json()}
+        save_folder(Path(path), config, self.network.state_dict(), kind="DiTTeacher")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> DiTTeacher:
+        """Read a folder that `save_pretrained` wrote.
+
+        Raises:
+            InputError: no teacher there, or files that do not fit each other.
+        """
+        config, tensors = load_folder(Path(path), kind="DiTTeacher")
+        try:
+            network = DiT(DiTConfig(**config["network"]))
+            network.load_state_dict(tensors)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise InputError(f"{path}: config.json and weights do not fit each other: {error}") from None
+        return cls(network, NoiseSchedule.from_json(config["schedule"]))
