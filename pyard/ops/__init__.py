@@ -1,0 +1,174 @@
+"""The operators that pyard's models are made of. Each takes its compiled kernel or its plain twin; see `use_backend`.
+
+B batch, S num_steps, T tokens_per_step, D hidden size, H heads, Dh head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyard.errors import InputError
+from pyard.ops import reference
+from pyard.ops.backend import BACKENDS, Backend, current_backend, takes_native, use_backend
+from pyard.ops.masks import MASKS, Mask, check_mask, visible, visible_steps
+
+__all__ = [
+    "BACKENDS",
+    "MASKS",
+    "Backend",
+    "Mask",
+    "block_attention",
+    "check_mask",
+    "current_backend",
+    "gated_residual",
+    "modulated_layer_norm",
+    "timestep_embedding",
+    "use_backend",
+    "visible",
+    "visible_steps",
+]
+
+
+def modulated_layer_norm(
+    x: Tensor,  # [B, S, T, D]
+    shift: Tensor,  # [B, S, D]
+    scale: Tensor,  # [B, S, D]
+    eps: float = 1e-6,
+) -> Tensor:  # [B, S, T, D]
+    """LayerNorm over D without affine parameters, then `* (1 + scale) + shift` with one shift and scale per step.
+
+    Args:
+        x: [B, S, T, D], floating point.
+        shift: [B, S, D]; converted to the dtype of x.
+        scale: [B, S, D]; converted to the dtype of x.
+        eps: Added to the variance.
+
+    Returns:
+        [B, S, T, D] in the dtype of x, contiguous.
+
+    Raises:
+        InputError: If the shapes do not fit.
+
+    The adaLN of Peebles & Xie, "Scalable Diffusion Models with Transformers" (arXiv 2212.09748), section 3.2.
+    """
+    _check_tokens("modulated_layer_norm", "x", x)
+    _check_per_step("modulated_layer_norm", "shift", shift, x)
+    _check_per_step("modulated_layer_norm", "scale", scale, x)
+    shift, scale = shift.to(x.dtype), scale.to(x.dtype)
+    if takes_native("modulated_layer_norm", x):
+        out: Tensor = torch.ops.pyard.modulated_layer_norm(x, shift, scale, eps)
+        return out
+    return reference.modulated_layer_norm(x, shift, scale, eps)
+
+
+def gated_residual(
+    x: Tensor,  # [B, S, T, D]
+    gate: Tensor,  # [B, S, D]
+    branch: Tensor,  # [B, S, T, D]
+) -> Tensor:  # [B, S, T, D]
+    """`x + gate * branch` with one gate per step.
+
+    Args:
+        x: [B, S, T, D], floating point: the residual stream.
+        gate: [B, S, D].
+        branch: [B, S, T, D]: the output of an attention or an MLP.
+
+    Returns:
+        [B, S, T, D].
+
+    Raises:
+        InputError: If the shapes do not fit.
+    """
+    _check_tokens("gated_residual", "x", x)
+    _check_per_step("gated_residual", "gate", gate, x)
+    if branch.shape != x.shape:
+        raise InputError(f"gated_residual: branch has shape {list(branch.shape)}, expected that of x, {list(x.shape)}")
+    return reference.gated_residual(x, gate, branch)
+
+
+def timestep_embedding(
+    times: Tensor,  # [...]
+    dim: int,
+    max_period: float = 10000.0,
+    freq_shift: float = 0.0,
+) -> Tensor:  # [..., dim]
+    """Sinusoidal features of times, cosines first.
+
+    Args:
+        times: [...], any real dtype, fractions allowed, in the teacher's time.
+        dim: Number of features; an odd one ends in a column of zeros.
+        max_period: The longest period, in units of time.
+        freq_shift: Taken from the number of frequencies in the exponent's denominator (0 in DiT, 1 in some others).
+
+    Returns:
+        [..., dim] float32: cos(t f_i) then sin(t f_i), f_i = max_period^(-i / (dim // 2 - freq_shift)).
+
+    Raises:
+        InputError: If there are too few features for `freq_shift`.
+    """
+    if dim < 2 or dim // 2 <= freq_shift:
+        raise InputError(
+            f"timestep_embedding: dim is {dim}, expected at least 2 and dim // 2 > freq_shift = {freq_shift}"
+        )
+    return reference.timestep_embedding(times, dim, max_period, freq_shift)
+
+
+def block_attention(
+    q: Tensor,  # [B, H, Sq * T, Dh]
+    k: Tensor,  # [B, H, Sk * T, Dh]
+    v: Tensor,  # [B, H, Sk * T, Dh]
+    tokens_per_step: int,
+    mask: str = "causal",
+    window: int | None = None,
+    bias: Tensor | None = None,  # [H]
+) -> Tensor:  # [B, H, Sq * T, Dh]
+    """Attention between blocks of T tokens: every token of a block sees all tokens of the blocks that `mask` shows it.
+
+    The Sq query blocks are the last of the Sk key blocks, so a cached rollout passes one block of queries and all keys.
+
+    Args:
+        q: [B, H, Sq * T, Dh], floating point.
+        k: [B, H, Sk * T, Dh].
+        v: [B, H, Sk * T, Dh].
+        tokens_per_step: T.
+        mask: `diagonal | window | anchor | causal`, see `visible`.
+        window: Blocks that a block sees under `window`, the own one included.
+        bias: [H], added to the logits of the keys of earlier blocks; None adds nothing.
+
+    Returns:
+        [B, H, Sq * T, Dh]; logits are scaled by 1 / sqrt(Dh).
+
+    Raises:
+        InputError: If shapes, mask or window do not fit.
+
+    The block-wise masks M1-M4 of ARD (arXiv 2504.11295), figure 1b.
+    """
+    check_mask(mask, window)
+    T = tokens_per_step
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise InputError(
+            "block_attention: q, k, v have shapes "
+            f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}, expected [B, H, Sq * T, Dh] and twice [B, H, Sk * T, Dh]"
+        )
+    if T < 1 or q.shape[2] % T or k.shape[2] % T or not 0 < q.shape[2] <= k.shape[2]:
+        raise InputError(
+            f"block_attention: {q.shape[2]} queries and {k.shape[2]} keys, expected multiples of tokens_per_step = {T} "
+            "and 1 <= query blocks <= key blocks"
+        )
+    if bias is not None and bias.shape != q.shape[1:2]:
+        raise InputError(f"block_attention: bias has shape {list(bias.shape)}, expected [{q.shape[1]}], one per head")
+    return reference.block_attention(q, k, v, T, mask, window, bias)
+
+
+def _check_tokens(operator: str, argument: str, x: Tensor) -> None:
+    if x.dim() != 4 or not x.is_floating_point():
+        raise InputError(
+            f"{operator}: {argument} has shape {list(x.shape)} and dtype {x.dtype}, expected [B, S, T, D], floating point"
+        )
+
+
+def _check_per_step(operator: str, argument: str, value: Tensor, x: Tensor) -> None:
+    expected = (x.shape[0], x.shape[1], x.shape[3])
+    if tuple(value.shape) != expected:
+        raise InputError(f"{operator}: {argument} has shape {list(value.shape)}, expected [B, S, D] = {list(expected)}")

@@ -1,0 +1,105 @@
+"""Loads the compiled operators and gives PyTorch what it cannot learn from a schema: shapes and derivatives."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PACKAGE = Path(__file__).resolve().parent.parent
+LIBRARY = PACKAGE / ("libpyard_ops.dylib" if sys.platform == "darwin" else "libpyard_ops.so")
+BUILD_RECORD = PACKAGE / "_build.json"
+
+
+@dataclass(frozen=True)
+class NativeLibrary:
+    """The loaded library, as it describes itself."""
+
+    path: Path
+    built_with_torch: str
+    compiler: str
+    instruction_sets: tuple[str, ...]  # that it was compiled for
+    active_instruction_set: str  # that this processor gets
+
+
+def load() -> tuple[NativeLibrary | None, str]:
+    """Loads the library; returns it and "", or None and why it is not there.
+
+    Warns when it cannot be loaded, unless it was left out on purpose: everything works without, only slower.
+    """
+    if not LIBRARY.exists():
+        record = json.loads(BUILD_RECORD.read_text(encoding="utf-8")) if BUILD_RECORD.exists() else {}
+        reason = str(record.get("reason", f"{LIBRARY.name} was not built; install pyard with `pip install -e .`"))
+        if "PYARD_NATIVE=0" not in reason:
+            _warn(reason)
+        return None, reason
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        reason = f"{LIBRARY.name} does not load with torch {torch.__version__}: {error}"
+        _warn(reason)
+        return None, reason
+    _register()
+    return _describe(), ""
+
+
+def _warn(reason: str) -> None:
+    first_line = reason.splitlines()[0]
+    warnings.warn(
+        f"pyard runs without its native operators ({first_line}); `python -m pyard doctor` says what to do.",
+        stacklevel=4,
+    )
+
+
+def _describe() -> NativeLibrary:
+    handle = ctypes.CDLL(str(LIBRARY))
+
+    def text(function: str) -> str:
+        ask: Any = getattr(handle, function)
+        ask.restype = ctypes.c_char_p
+        return str(ask().decode())
+
+    return NativeLibrary(
+        path=LIBRARY,
+        built_with_torch=text("pyard_built_with_torch"),
+        compiler=text("pyard_compiler"),
+        instruction_sets=tuple(text("pyard_built_instruction_sets").split()),
+        active_instruction_set=text("pyard_active_instruction_set"),
+    )
+
+
+def _register() -> None:
+    torch.library.register_fake("pyard::modulated_layer_norm", _modulated_layer_norm_shapes)
+    torch.library.register_fake("pyard::modulated_layer_norm_backward", _modulated_layer_norm_backward_shapes)
+    torch.library.register_autograd(
+        "pyard::modulated_layer_norm",
+        _modulated_layer_norm_backward,
+        setup_context=_modulated_layer_norm_save,
+    )
+
+
+def _modulated_layer_norm_shapes(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _modulated_layer_norm_backward_shapes(
+    grad: Tensor, x: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(scale.shape), x.new_empty(scale.shape)
+
+
+def _modulated_layer_norm_save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
+    x, _, scale, ctx.eps = inputs
+    ctx.save_for_backward(x, scale)
+
+
+def _modulated_layer_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    x, scale = ctx.saved_tensors
+    return *torch.ops.pyard.modulated_layer_norm_backward(grad, x, scale, ctx.eps), None

@@ -1,0 +1,100 @@
+"""The operators' definition in plain PyTorch: what the kernels must equal, and what runs where there is no kernel.
+
+B batch, S num_steps, T tokens_per_step, D hidden size, H heads, Dh head size. Arguments are checked by the faces in
+`pyard.ops`, not here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyard.ops.masks import visible_steps
+
+
+def modulated_layer_norm(
+    x: Tensor,  # [B, S, T, D]
+    shift: Tensor,  # [B, S, D]
+    scale: Tensor,  # [B, S, D]
+    eps: float,
+) -> Tensor:  # [B, S, T, D]
+    normal = F.layer_norm(x, x.shape[-1:], eps=eps)
+    # Autocast makes layer_norm return float32 on some devices.
+    return (normal * (1 + scale[:, :, None]) + shift[:, :, None]).to(x.dtype)
+
+
+def gated_residual(
+    x: Tensor,  # [B, S, T, D]
+    gate: Tensor,  # [B, S, D]
+    branch: Tensor,  # [B, S, T, D]
+) -> Tensor:  # [B, S, T, D]
+    return x + gate[:, :, None] * branch
+
+
+def timestep_embedding(
+    times: Tensor,  # [...]
+    dim: int,
+    max_period: float,
+    freq_shift: float,
+) -> Tensor:  # [..., dim] float32
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=times.device) / (half - freq_shift)
+    angles = times[..., None].float() * torch.exp(-math.log(max_period) * exponents)  # [..., half]
+    embedding = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+    return F.pad(embedding, (0, dim % 2))
+
+
+def block_attention(
+    q: Tensor,  # [B, H, Sq * T, Dh]
+    k: Tensor,  # [B, H, Sk * T, Dh]
+    v: Tensor,  # [B, H, Sk * T, Dh]
+    tokens_per_step: int,
+    mask: str,
+    window: int | None,
+    bias: Tensor | None,  # [H]
+) -> Tensor:  # [B, H, Sq * T, Dh]
+    T, head_dim = tokens_per_step, q.shape[-1]
+    query_steps, key_steps = q.shape[2] // T, k.shape[2] // T
+    out = []
+    for index in range(query_steps):
+        step = key_steps - query_steps + index
+        steps = visible_steps(mask, step, window)
+        q_block = q[:, :, index * T : (index + 1) * T]
+        k_seen, v_seen = _blocks(k, steps, T), _blocks(v, steps, T)
+        if bias is not None:
+            q_block, k_seen, v_seen = _with_bias_channel(q_block, k_seen, v_seen, bias, T)
+        seen = F.scaled_dot_product_attention(q_block, k_seen, v_seen, scale=1 / math.sqrt(head_dim))
+        out.append(seen[..., :head_dim])
+    return torch.cat(out, dim=2)
+
+
+def _blocks(
+    keys: Tensor,  # [B, H, Sk * T, Dh]
+    steps: list[int],
+    T: int,
+) -> Tensor:  # [B, H, len(steps) * T, Dh]
+    first, last = steps[0], steps[-1]
+    if steps == list(range(first, last + 1)):
+        return keys[:, :, first * T : (last + 1) * T]
+    return torch.cat([keys[:, :, step * T : (step + 1) * T] for step in steps], dim=2)
+
+
+def _with_bias_channel(
+    q: Tensor,  # [B, H, T, Dh]
+    k: Tensor,  # [B, H, K, Dh], the own block last
+    v: Tensor,  # [B, H, K, Dh]
+    bias: Tensor,  # [H]
+    T: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds `bias` to the logits of earlier blocks without a mask: one more channel, 1 in q and bias * sqrt(Dh) in k.
+
+    v gets a channel of zeros, since the fused kernels want equal head sizes.
+    """
+    B, H, K, head_dim = k.shape
+    earlier = torch.arange(K, device=k.device) < K - T  # [K]
+    channel = (bias * math.sqrt(head_dim)).to(k.dtype)[:, None] * earlier.to(k.dtype)  # [H, K]
+    k = torch.cat([k, channel[None, :, :, None].expand(B, H, K, 1)], dim=-1)
+    return F.pad(q, (0, 1), value=1.0), k, F.pad(v, (0, 1))
