@@ -149,7 +149,7 @@ def block_attention(
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise InputError(
             "block_attention: q, k, v have shapes "
-            f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}, expected [B, H, Sq * T, Dh] and twice [B, H, Sk * T, Dh]"
+            f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}, expected [B, H, Sq * T, Dh] and [B, H, Sk * T, Dh]"
         )
     if T < 1 or q.shape[2] % T or k.shape[2] % T or not 0 < q.shape[2] <= k.shape[2]:
         raise InputError(
@@ -164,7 +164,7 @@ def block_attention(
 def _check_tokens(operator: str, argument: str, x: Tensor) -> None:
     if x.dim() != 4 or not x.is_floating_point():
         raise InputError(
-            f"{operator}: {argument} has shape {list(x.shape)} and dtype {x.dtype}, expected [B, S, T, D], floating point"
+            f"{operator}: {argument} has shape {list(x.shape)} and dtype {x.dtype}, expected floating [B, S, T, D]"
         )
 
 

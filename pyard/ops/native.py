@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyard.ops import reference
+
 PACKAGE = Path(__file__).resolve().parent.parent
 LIBRARY = PACKAGE / ("libpyard_ops.dylib" if sys.platform == "darwin" else "libpyard_ops.so")
 BUILD_RECORD = PACKAGE / "_build.json"
@@ -76,30 +78,45 @@ def _describe() -> NativeLibrary:
 
 
 def _register() -> None:
-    torch.library.register_fake("pyard::modulated_layer_norm", _modulated_layer_norm_shapes)
-    torch.library.register_fake("pyard::modulated_layer_norm_backward", _modulated_layer_norm_backward_shapes)
-    torch.library.register_autograd(
-        "pyard::modulated_layer_norm",
-        _modulated_layer_norm_backward,
-        setup_context=_modulated_layer_norm_save,
+    register_fake, register_autograd = torch.library.register_fake, torch.library.register_autograd
+    register_fake("pyard::modulated_layer_norm", _layer_norm_shapes)
+    register_autograd("pyard::modulated_layer_norm", _layer_norm_backward, setup_context=_save_for_layer_norm_backward)
+    register_fake("pyard::modulated_layer_norm_backward", _layer_norm_backward_shapes)
+    register_autograd(
+        "pyard::modulated_layer_norm_backward",
+        _layer_norm_second_order,
+        setup_context=_save_for_layer_norm_second_order,
     )
 
 
-def _modulated_layer_norm_shapes(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+def _layer_norm_shapes(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _modulated_layer_norm_backward_shapes(
-    grad: Tensor, x: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(scale.shape), x.new_empty(scale.shape)
-
-
-def _modulated_layer_norm_save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
+def _save_for_layer_norm_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
     x, _, scale, ctx.eps = inputs
     ctx.save_for_backward(x, scale)
 
 
-def _modulated_layer_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+def _layer_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
     x, scale = ctx.saved_tensors
     return *torch.ops.pyard.modulated_layer_norm_backward(grad, x, scale, ctx.eps), None
+
+
+def _layer_norm_backward_shapes(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(scale.shape), x.new_empty(scale.shape)
+
+
+def _save_for_layer_norm_second_order(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Any) -> None:
+    grad, x, scale, ctx.eps = inputs
+    ctx.save_for_backward(grad, x, scale)
+
+
+def _layer_norm_second_order(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    """Gradients of gradients are rare (penalties on them): the twin's derivative serves, at any order."""
+
+    def twin(grad: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return reference.modulated_layer_norm_backward(grad, x, scale, ctx.eps)
+
+    _, pull_back = torch.func.vjp(twin, *ctx.saved_tensors)
+    return *pull_back(cotangents), None

@@ -26,6 +26,21 @@ def modulated_layer_norm(
     return (normal * (1 + scale[:, :, None]) + shift[:, :, None]).to(x.dtype)
 
 
+def modulated_layer_norm_backward(
+    grad: Tensor,  # [B, S, T, D]
+    x: Tensor,  # [B, S, T, D]
+    scale: Tensor,  # [B, S, D]
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # [B, S, T, D], [B, S, D], [B, S, D]
+    """The gradients of x, shift and scale."""
+    centred = x - x.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    normal = centred * rstd
+    inner = grad * (1 + scale[:, :, None])
+    dx = rstd * (inner - inner.mean(-1, keepdim=True) - normal * (inner * normal).mean(-1, keepdim=True))
+    return dx, grad.sum(2), (grad * normal).sum(2)
+
+
 def gated_residual(
     x: Tensor,  # [B, S, T, D]
     gate: Tensor,  # [B, S, D]

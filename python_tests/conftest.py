@@ -1,0 +1,30 @@
+"""Fixtures of all tests: fixed seeds, two threads, and skips that cannot hide a machine meant to have a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda: needs a CUDA device; PYARD_REQUIRE_CUDA=1 makes its absence a failure")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") is None or torch.cuda.is_available():
+        return
+    if os.environ.get("PYARD_REQUIRE_CUDA") == "1":
+        pytest.fail("PYARD_REQUIRE_CUDA=1, but torch finds no CUDA device")
+    pytest.skip("torch finds no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed_and_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
