@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyard.errors import InputError
+from pyard.ops import current_backend, gated_residual, modulated_layer_norm, native, use_backend
+from pyard.ops.backend import library, takes_native
+
+needs_native = pytest.mark.skipif(library is None, reason="the native operators are not built")
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    # -P: the current folder must not come before PYTHONPATH.
+    command = [sys.executable, "-P", "-c", code]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+
+
+def test_use_backend_nests_and_restores_after_an_error() -> None:
+    before = current_backend()
+    with use_backend("reference"):
+        with pytest.raises(ZeroDivisionError), use_backend("native"):
+            raise ZeroDivisionError
+        assert current_backend() == "reference"
+    assert current_backend() == before
+
+
+def test_unknown_backends_are_named() -> None:
+    with (
+        pytest.raises(InputError, match="backend is 'fast', expected one of auto, native, reference"),
+        use_backend("fast"),
+    ):  # type: ignore[arg-type]
+        pass
+    finished = run_python("import pyard.ops", PYARD_BACKEND="fast")
+    assert "PYARD_BACKEND is 'fast', expected one of auto, native, reference" in finished.stderr
+
+
+def test_the_environment_chooses() -> None:
+    finished = run_python("import pyard.ops; print(pyard.ops.current_backend())", PYARD_BACKEND="reference")
+    assert finished.stdout.strip() == "reference"
+
+
+@needs_native
+def test_auto_takes_the_kernel_where_there_is_one() -> None:
+    with use_backend("auto"):
+        assert takes_native("modulated_layer_norm", torch.empty(1, dtype=torch.bfloat16))
+        assert not takes_native("modulated_layer_norm", torch.empty(1, device="meta"))
+        assert not takes_native("modulated_layer_norm", torch.empty(1, dtype=torch.float8_e4m3fn))
+
+
+def test_native_refuses_what_it_has_no_kernel_for() -> None:
+    x, per_step = torch.randn(1, 2, 3, 4, device="meta"), torch.randn(1, 2, 4, device="meta")
+    with use_backend("native"):
+        with pytest.raises(InputError, match=r"cannot run modulated_layer_norm on meta in torch\.float32"):
+            modulated_layer_norm(x, per_step, per_step)
+        assert gated_residual(x, per_step, x).shape == x.shape
+
+
+def test_without_the_library_everything_works_and_is_said_once(tmp_path: Path) -> None:
+    package = tmp_path / "pyard"
+    shutil.copytree(native.PACKAGE, package, ignore=shutil.ignore_patterns("libpyard_ops.*", "__pycache__"))
+    (package / "_build.json").write_text(json.dumps({"built": False, "reason": "no compiler was found\nlog"}))
+    code = """
+import torch, pyard.ops as ops
+x = torch.randn(1, 2, 3, 4)
+for _ in range(2):
+    print(tuple(ops.modulated_layer_norm(x, x[:, :, 0], x[:, :, 0]).shape))
+"""
+    finished = run_python(code, PYTHONPATH=str(tmp_path))
+    assert finished.stdout == "(1, 2, 3, 4)\n" * 2, finished.stderr
+    assert finished.stderr.count("pyard runs without its native operators (no compiler was found)") == 1
+    refused = run_python(code, PYTHONPATH=str(tmp_path), PYARD_BACKEND="native")
+    assert "cannot run modulated_layer_norm on cpu in torch.float32: the operators are not built" in refused.stderr
