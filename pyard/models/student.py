@@ -24,7 +24,7 @@ from pyard.models.dit import Attend, DiT, DiTConfig, Head, Trunk, unpatchify
 from pyard.models.folder import load_folder, save_folder
 from pyard.models.history import HistoryCache, PreallocatedCache
 from pyard.noise_schedule import NoiseSchedule
-from pyard.ops.masks import Mask
+from pyard.ops.masks import Mask, check_mask
 from pyard.time_grid import Target, TimeGrid
 
 if TYPE_CHECKING:
@@ -67,16 +67,12 @@ class StudentConfig:
     teacher_fingerprint: str = ""
 
     def __post_init__(self) -> None:
-        for name, kinds in (("mask", Mask), ("target", Target), ("output", Output), ("heads", Heads)):
+        for name, kinds in (("target", Target), ("output", Output), ("heads", Heads)):
             if getattr(self, name) not in get_args(kinds):
                 raise InputError(f"student: {name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(kinds))}")
         if not 0 <= self.history_layers <= self.network.depth:
             raise InputError(f"student: history_layers is {self.history_layers}; the network has {self.network.depth} layers")
-        if (self.mask == "window") != (self.window is not None) or (self.window is not None and self.window < 1):
-            raise InputError(
-                f"student: mask {self.mask!r} with window {self.window}; mask 'window' needs a window of at least 1 "
-                "(the own step counts), other masks take none"
-            )
+        check_mask(self.mask, self.window)
         if self.output == "jump" and self.target == "denoised":
             raise InputError("student: output 'jump' starts from a state, so it needs target 'state', not 'denoised'")
 
@@ -198,10 +194,12 @@ class Student(nn.Module):
         if len(self.heads) == 1:
             tokens = self.heads[0](x, condition)
         else:
-            per_step = [
-                self.heads[first + s](x[:, s : s + 1], condition[:, s : s + 1]) for s in range(steps)
-            ]  # each [B, 1, T, P*P*C]
-            tokens = torch.cat(per_step, dim=1)
+            # Steps first, so that every head multiplies contiguous slices: BLAS rounds strided ones by their address, and a
+            # resumed run must repeat every bit.
+            x, condition = x.transpose(0, 1).contiguous(), condition.transpose(0, 1).contiguous()
+            heads = self.heads[first : first + steps]
+            per_step = [head(x[s].unsqueeze(1), condition[s].unsqueeze(1)).squeeze(1) for s, head in enumerate(heads)]
+            tokens = torch.stack(per_step).transpose(0, 1)  # [B, steps, T, P*P*C]
         output = unpatchify(tokens, self.config.network.patch_size, self.config.network.in_channels)
         if not self.jumps:
             return output

@@ -1,0 +1,52 @@
+"""pyard: few-step students of diffusion transformers by autoregressive distillation, shipped to ONNX Runtime.
+
+The public names below are imported on first use: `import pyard` itself costs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "InputError": "pyard.errors",
+    "NoiseSchedule": "pyard.noise_schedule",
+    "Student": "pyard.models.student",
+    "StudentConfig": "pyard.models.student",
+    "Teacher": "pyard.teachers",
+    "TimeGrid": "pyard.time_grid",
+    "TrajectoryReader": "pyard.trajectories",
+    "TrajectoryStore": "pyard.trajectories",
+    "evaluate": "pyard.evaluation",
+    "generate_trajectories": "pyard.trajectories",
+    "load_teacher": "pyard.teachers",
+    "sample": "pyard.sampling",
+    "train": "pyard.training",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+if TYPE_CHECKING:
+    from pyard.errors import InputError
+    from pyard.evaluation import evaluate
+    from pyard.models.student import Student, StudentConfig
+    from pyard.noise_schedule import NoiseSchedule
+    from pyard.sampling import sample
+    from pyard.teachers import Teacher, load_teacher
+    from pyard.time_grid import TimeGrid
+    from pyard.training import train
+    from pyard.trajectories import TrajectoryReader, TrajectoryStore, generate_trajectories
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pyard' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

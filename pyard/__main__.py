@@ -1,0 +1,124 @@
+"""The command line: every stage of pyard is a sub-command whose flags and help are those of its Python function."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyard
+from pyard.errors import InputError
+
+
+class Command(NamedTuple):
+    """Where a sub-command lives and what the overview says of it."""
+
+    module: str
+    function: str
+    summary: str
+
+
+COMMANDS = {
+    "demo": Command("pyard.demo", "demo", "distil real digits into an ONNX student, with pictures and a table"),
+    "teach": Command("pyard.teachers.digits", "teach", "train the built-in teacher of handwritten digits"),
+    "trajectories": Command("pyard.trajectories", "generate_trajectories", "write a teacher's ODE trajectories to a store"),
+    "train": Command("pyard.training", "train", "train a student on trajectories (generates missing ones)"),
+    "sample": Command("pyard.sampling", "sample_to_file", "draw samples with a student"),
+    "evaluate": Command("pyard.evaluation", "evaluate", "measure a student against its teacher and real data"),
+    "export": Command("pyard.export", "export", "write a student as one ONNX file and check it"),
+    "doctor": Command("pyard.doctor", "doctor", "say what is built, for what, and what to do about what is not"),
+}
+
+OVERVIEW = """usage: pyard COMMAND [flags]   (also: python -m pyard COMMAND)
+
+Few-step students of diffusion transformers, by autoregressive distillation.
+
+{commands}
+
+Each command explains itself: pyard COMMAND --help. Flags can also come from a YAML file (--config FILE); --print_config
+writes one. Set PYARD_TRACEBACK=1 to see the traceback of an input error."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command; returns the exit status: 0 done, 2 wrong input, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] in (["--version"], ["-V"]):
+        print(f"pyard {pyard.__version__}")
+        return 0
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        print(OVERVIEW.format(commands="\n".join(f"  {name:<{width}}  {c.summary}" for name, c in COMMANDS.items())))
+        return 0 if argv else 2
+    name = argv[0]
+    if name not in COMMANDS:
+        print(f"pyard: error: unknown command {name!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return run(name, COMMANDS[name], argv[1:])
+
+
+def run(name: str, command: Command, argv: Sequence[str]) -> int:
+    """Parse a command's flags, call its function and turn an InputError into one line and status 2."""
+    from jsonargparse import ArgumentParser
+
+    function = command_line_face(getattr(importlib.import_module(command.module), command.function))
+    description = inspect.getdoc(function) or ""
+    parser = ArgumentParser(prog=f"pyard {name}", description=description.split("\nArgs:")[0].strip(), exit_on_error=True)
+    parser.add_argument("--config", action="config", help="read flags from this YAML file")
+    parser.add_function_arguments(function, fail_untyped=False, sub_configs=False)
+    config = parser.parse_args([with_underscores(word) for word in argv])
+    flags = parser.instantiate_classes(config).as_dict()
+    flags.pop("config", None)
+    try:
+        result = function(**flags)
+    except (InputError, OSError) as error:
+        if os.environ.get("PYARD_TRACEBACK"):
+            raise
+        print(f"pyard {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\npyard {name}: interrupted; the same command resumes", file=sys.stderr)
+        return 130
+    return result if isinstance(result, int) else 0
+
+
+def with_underscores(word: str) -> str:
+    """--num-steps=4 and --num_steps=4 are the same flag."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+def command_line_face(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with the types that can be typed in a shell only: `str | Path | Teacher` becomes `str | Path`."""
+    hints = {name: typable(hint) for name, hint in typing.get_type_hints(function).items()}
+    signature = inspect.signature(function)
+    parameters = [p.replace(annotation=hints.get(p.name, p.annotation)) for p in signature.parameters.values()]
+
+    @functools.wraps(function)
+    def face(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    del face.__wrapped__  # type: ignore[attr-defined]
+    face.__annotations__ = {p.name: p.annotation for p in parameters}
+    face.__signature__ = signature.replace(parameters=parameters, return_annotation=signature.empty)  # type: ignore[attr-defined]
+    return face
+
+
+def typable(hint: Any) -> Any:
+    """A type hint without the members of a union that only Python code can pass."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return hint
+    kept = [m for m in typing.get_args(hint) if not isinstance(m, type) or m in (str, int, float, bool, Path, type(None))]
+    return functools.reduce(lambda a, b: a | b, kept)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Tiny models with every parameter random: a fresh adaLN-Zero network outputs zeros, which would make any equality pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pyard.models.dit import DiT, DiTConfig
+from pyard.models.student import Student
+from pyard.noise_schedule import NoiseSchedule
+from pyard.teachers.dit import DiTTeacher
+from pyard.time_grid import TimeGrid
+
+
+def randomise(module: torch.nn.Module, seed: int = 0, std: float = 0.1) -> None:
+    """Draw every parameter, biases, gates and heads included."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * std
+            parameter.copy_(noise.to(parameter))
+
+
+def tiny_config(**changes: Any) -> DiTConfig:
+    """A DiT of T = 16 tokens, D = 32, L = 3, H = 2, 5 classes."""
+    sizes: dict[str, Any] = dict(
+        input_size=8, in_channels=2, patch_size=2, hidden_size=32, depth=3, num_heads=2, num_classes=5, frequency_size=32
+    )
+    return DiTConfig(**{**sizes, **changes})
+
+
+def tiny_teacher(schedule: NoiseSchedule | None = None, seed: int = 0, **changes: Any) -> DiTTeacher:
+    """A teacher with random weights."""
+    network = DiT(tiny_config(**changes))
+    randomise(network, seed)
+    return DiTTeacher(network, schedule or NoiseSchedule())
+
+
+def tiny_student(num_steps: int = 4, teacher_steps: int = 12, seed: int = 1, **settings: Any) -> Student:
+    """A student of `tiny_teacher` whose parameters were drawn again, heads of different steps differently."""
+    teacher = tiny_teacher()
+    student = Student.from_teacher(teacher, TimeGrid.build(teacher.schedule, num_steps, teacher_steps), **settings)
+    randomise(student, seed)
+    return student.eval()

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from factories import randomise, tiny_student, tiny_teacher
+from pyard.errors import InputError
+from pyard.models.history import ConcatenatingCache
+from pyard.models.student import Student, StudentConfig
+from pyard.noise_schedule import NoiseSchedule
+from pyard.ops.masks import visible
+from pyard.solvers import solve
+from pyard.time_grid import TimeGrid
+
+MASKS = [("diagonal", None), ("window", 1), ("window", 2), ("anchor", None), ("causal", None)]
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def inputs(student: Student, batch: int = 3, seed: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    history = torch.randn(batch, student.num_steps, *student.sample_shape, generator=generator)
+    return history, torch.randint(student.num_classes, (batch,), generator=generator)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("history_layers", [0, 1, 2, 3])
+@pytest.mark.parametrize(("mask", "window"), MASKS)
+@torch.inference_mode()
+def test_cached_rollout_equals_parallel_pass(num_steps, history_layers, mask, window):
+    student = tiny_student(num_steps, history_layers=history_layers, mask=mask, window=window)
+    history, labels = inputs(student)
+    for cache in (student.new_cache(len(history)), ConcatenatingCache()):
+        rollout = list(student.rollout(history[:, 0], labels, cache))
+        seen = torch.stack([history[:, 0], *rollout[:-1]], dim=1)
+        assert relative_error(torch.stack(rollout, dim=1), student(seen, labels)) < 1e-5
+
+
+@pytest.mark.parametrize("settings", [
+    dict(heads="shared"), dict(target="state"), dict(target="state", output="jump"), dict(history_bias=-1.5),
+    dict(target="state", output="jump", heads="shared", history_bias=0.5),
+])  # fmt: skip
+@torch.inference_mode()
+def test_cached_rollout_equals_parallel_pass_with_options(settings):
+    student = tiny_student(4, history_layers=2, **settings)
+    history, labels = inputs(student)
+    rollout = list(student.rollout(history[:, 0], labels))
+    seen = torch.stack([history[:, 0], *rollout[:-1]], dim=1)
+    assert relative_error(torch.stack(rollout, dim=1), student(seen, labels)) < 1e-5
+
+
+@pytest.mark.parametrize(("mask", "window"), MASKS)
+@torch.inference_mode()
+def test_a_step_sees_exactly_the_steps_of_its_mask(mask, window):
+    # One history layer: with more, what a step sees reaches further through the steps between.
+    student = tiny_student(4, history_layers=1, mask=mask, window=window)
+    history, labels = inputs(student)
+    before = student(history, labels)
+    for changed in range(4):
+        other = history.clone()
+        other[:, changed] += 1.0
+        moved = (student(other, labels) - before).abs().amax(dim=(0, 2, 3, 4)) > 1e-4
+        assert moved.tolist() == [visible(mask, step, changed, window) for step in range(4)]
+
+
+@torch.inference_mode()
+def test_without_history_layers_steps_are_independent_and_labels_matter():
+    student = tiny_student(4, history_layers=0)
+    history, labels = inputs(student)
+    before = student(history, labels)
+    other = history.clone()
+    other[:, 0] += 1.0
+    assert torch.equal(student(other, labels)[:, 1:], before[:, 1:])
+    assert (student(history, (labels + 1) % student.num_classes) - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("schedule", [
+    NoiseSchedule(), NoiseSchedule(prediction="v_prediction", rescale_betas_zero_snr=True),
+    NoiseSchedule(kind="flow", prediction="velocity"), NoiseSchedule(kind="flow", prediction="velocity", shift=3.0),
+], ids=["eps", "v, zero SNR", "flow", "shifted flow"])  # fmt: skip
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+@torch.inference_mode()
+def test_untrained_jump_student_without_history_is_the_teachers_sampler(schedule, num_steps):
+    # With n = S teacher steps, grid and solver visit the same times.
+    teacher = tiny_teacher(schedule)
+    grid = TimeGrid.build(schedule, num_steps, teacher_steps=num_steps)
+    student = Student.from_teacher(teacher, grid, history_layers=0, target="state", output="jump")
+    noise, labels = torch.randn(3, *teacher.sample_shape), torch.tensor([0, 3, 4])
+    teacher_states = [state for state, _ in solve(teacher, noise, labels, num_steps)]
+    for ours, theirs in zip(student.rollout(noise, labels), teacher_states, strict=True):
+        assert relative_error(ours, theirs) < 2e-5
+
+
+@torch.inference_mode()
+def test_bias_of_minus_infinity_is_the_diagonal_mask():
+    with_bias = tiny_student(3, history_layers=2, history_bias=0.0)
+    assert with_bias.history_bias is not None
+    with_bias.history_bias.fill_(-1e4)
+    diagonal = tiny_student(3, history_layers=2, mask="diagonal")
+    diagonal.load_state_dict({k: v for k, v in with_bias.state_dict().items() if k != "history_bias"})
+    history, labels = inputs(with_bias)
+    assert relative_error(with_bias(history, labels), diagonal(history, labels)) < 1e-5
+
+
+def test_every_parameter_gets_a_gradient():
+    student = tiny_student(3, history_layers=2, history_bias=-1.0).train()
+    history, labels = inputs(student, batch=8)
+    student(history, labels).square().sum().backward()
+    for name, parameter in student.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_variance_channels_of_the_teacher_are_dropped():
+    teacher = tiny_teacher(out_channels=4)
+    x, labels = torch.randn(2, *teacher.sample_shape), torch.tensor([1, 2])
+    student = Student.from_teacher(teacher, TimeGrid.build(teacher.schedule, 1, 12), history_layers=0)
+    with torch.inference_mode():
+        ours = student(x[:, None], labels)[:, 0]
+        theirs = teacher.predict(x, 999.0, labels)
+    assert ours.shape == x.shape and relative_error(ours, theirs) < 1e-6
+
+
+def test_saved_student_is_the_same_student(tmp_path: Path):
+    student = tiny_student(3, history_layers=2, mask="window", window=2, history_bias=-2.0)
+    student.save_pretrained(tmp_path / "run" / "student")
+    history, labels = inputs(student)
+    for path in (tmp_path / "run", tmp_path / "run" / "student"):
+        again = Student.from_pretrained(path)
+        assert again.config == student.config
+        with torch.inference_mode():
+            assert torch.equal(again(history, labels), student(history, labels))
+    randomise(student, seed=5)
+    student.save_pretrained(tmp_path / "run" / "student")  # replaces the folder
+    with torch.inference_mode():
+        assert torch.equal(Student.from_pretrained(tmp_path / "run")(history, labels), student(history, labels))
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["student"]
+
+
+def test_damaged_folders_are_refused(tmp_path: Path):
+    with pytest.raises(InputError, match=r"no config\.json"):
+        Student.from_pretrained(tmp_path)
+    tiny_student(2, history_layers=1).save_pretrained(tmp_path / "student")
+    weights = tmp_path / "student" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match="cut off"):
+        Student.from_pretrained(tmp_path)
+    tiny_teacher().save_pretrained(tmp_path / "teacher")
+    with pytest.raises(InputError, match="holds a DiTTeacher; expected a Student"):
+        Student.from_pretrained(tmp_path / "teacher")
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    (dict(history_layers=4), "has 3 layers"),
+    (dict(mask="window"), "window"),
+    (dict(mask="causal", window=2), "window"),
+    (dict(mask="dense"), "dense"),
+    (dict(target="velocity"), "target is 'velocity'"),
+    (dict(target="denoised", output="jump"), "needs target 'state'"),
+    (dict(heads="two"), "heads is 'two'"),
+])  # fmt: skip
+def test_settings_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        tiny_student(4, **{"history_layers": 1, **changes})
+
+
+def test_config_survives_json():
+    config = tiny_student(4, history_layers=1, target="state").config
+    assert StudentConfig.from_json(config.to_json()) == config
+    assert config.grid.embed_times == config.grid.times[:-1]
+
+
+def test_history_of_another_shape_is_refused():
+    student = tiny_student(4, history_layers=1)
+    with pytest.raises(InputError, match=r"expected \[B, 4, 2, 8, 8\]"):
+        student(torch.zeros(1, 3, 2, 8, 8), torch.tensor([0]))
