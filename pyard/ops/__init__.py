@@ -108,9 +108,7 @@ def timestep_embedding(
         InputError: If there are too few features for `freq_shift`.
     """
     if dim < 2 or dim // 2 <= freq_shift:
-        raise InputError(
-            f"timestep_embedding: dim is {dim}, expected at least 2 and dim // 2 > freq_shift = {freq_shift}"
-        )
+        raise InputError(f"timestep_embedding: dim is {dim}, expected at least 2 and dim // 2 > freq_shift = {freq_shift}")
     return reference.timestep_embedding(times, dim, max_period, freq_shift)
 
 

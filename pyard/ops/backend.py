@@ -69,9 +69,7 @@ def takes_native(operator: str, x: Tensor) -> bool:
         return False
     possible = library is not None and x.device.type in KERNELS[operator] and x.dtype in DTYPES
     if not possible and _choice == "native":
-        raise InputError(
-            f"backend 'native' cannot run {operator} on {x.device.type} in {x.dtype}: {_obstacle(operator)}"
-        )
+        raise InputError(f"backend 'native' cannot run {operator} on {x.device.type} in {x.dtype}: {_obstacle(operator)}")
     return possible
 
 

@@ -118,5 +118,5 @@ def _layer_norm_second_order(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Ten
     def twin(grad: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return reference.modulated_layer_norm_backward(grad, x, scale, ctx.eps)
 
-    _, pull_back = torch.func.vjp(twin, *ctx.saved_tensors)
+    pull_back: Any = torch.func.vjp(twin, *ctx.saved_tensors)[1]
     return *pull_back(cotangents), None

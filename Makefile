@@ -1,0 +1,55 @@
+# `make demo` and `make test` set up everything they need in .venv. Overridable: PYTHON, VENV, TORCH (a requirement, used
+# only where the environment has no torch yet), PYTEST_FLAGS.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PYTEST_FLAGS ?=
+
+RUN := $(VENV)/bin/python -m
+INSTALLED := $(VENV)/.pyard-installed
+LINTERS := $(VENV)/.pyard-linters
+# All pins but torch's own: a TORCH of another version, or one that was there before, must not conflict with it.
+PINS := $(VENV)/.pyard-pins.txt
+NATIVE_SOURCES := $(shell find csrc -type f)
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard build_backend/*.py) $(NATIVE_SOURCES)
+CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE_SOURCES))
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format clean
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/:[^#]*## /: /' | sort
+
+install: $(INSTALLED) ## Create .venv and install pyard in it, built against the torch that is there
+
+demo: $(INSTALLED) ## Distil real digits into an ONNX student and draw them (minutes on two cores)
+	@$(RUN) pyard demo
+
+test: $(INSTALLED) ## Run the tests (PYTEST_FLAGS="-m slow" for the long ones)
+	@$(RUN) pytest $(PYTEST_FLAGS)
+
+lint: $(LINTERS) ## Check style and types: ruff, mypy, clang-format
+	@$(RUN) ruff check
+	@$(RUN) ruff format --check
+	@$(RUN) mypy
+	@$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(LINTERS) ## Format Python and C++ in place
+	@$(RUN) ruff check --fix
+	@$(RUN) ruff format
+	@$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+clean: ## Remove what was built (not .venv)
+	rm -rf build dist *.egg-info pyard/libpyard_ops.* pyard/_build.json
+	rm -f $(INSTALLED) $(LINTERS)
+
+$(INSTALLED): $(BUILD_INPUTS)
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@grep -v '^torch==' constraints.txt > $(PINS)
+	@$(VENV)/bin/python -c 'import torch' 2>/dev/null || $(RUN) pip install -c $(PINS) $(TORCH)
+	@$(RUN) pip install -q -c $(PINS) -e '.[test,train,lora]'
+	@touch $@
+
+$(LINTERS): $(INSTALLED)
+	@$(RUN) pip install -q -c $(PINS) -e '.[dev]'
+	@touch $@

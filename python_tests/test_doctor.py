@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyard
+from pyard.doctor import Problem, as_text, doctor, examine
+from pyard.ops import native, self_test
+from pyard.ops.backend import OPERATORS, library
+
+needs_native = pytest.mark.skipif(library is None, reason="the native operators are not built")
+
+
+@needs_native
+def test_a_good_installation_has_no_problems(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor(json=True) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["problems"] == []
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["pyard"] == pyard.__version__
+    assert set(report["operators"]) == set(OPERATORS)
+    assert report["operators"]["modulated_layer_norm"]["cpu"] == "native"
+    assert report["operators"]["timestep_embedding"]["cpu"] == "reference"
+    assert 0 <= report["self_test"]["modulated_layer_norm"] < self_test.TOLERANCE
+    assert "CPUExecutionProvider" in report["onnxruntime_providers"]
+
+
+def test_the_text_names_versions_operators_and_remedies() -> None:
+    report = examine()
+    report.problems = [Problem("the flux is low", "add flux")]
+    text = as_text(report)
+    assert f"torch            {torch.__version__}" in text
+    assert "modulated_layer_norm" in text
+    assert "problem: the flux is low\n  do: add flux" in text
+
+
+@needs_native
+def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    true_twin = self_test.reference.modulated_layer_norm
+    monkeypatch.setattr(self_test.reference, "modulated_layer_norm", lambda *inputs: true_twin(*inputs) * (1 + 1e-6))
+    assert [problem.what.split()[0] for problem in examine().problems] == ["modulated_layer_norm"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [
+        ("compiling the operators failed", "install a C++17 compiler"),
+        ("PYARD_NATIVE=0 was set when pyard was installed", "unset PYARD_NATIVE"),
+    ],
+)
+def test_missing_operators_come_with_a_remedy(tmp_path: Path, reason: str, remedy: str) -> None:
+    package = tmp_path / "pyard"
+    shutil.copytree(native.PACKAGE, package, ignore=shutil.ignore_patterns("libpyard_ops.*", "__pycache__"))
+    (package / "_build.json").write_text(json.dumps({"built": False, "reason": reason}))
+    command = [sys.executable, "-P", "-c", "import sys; from pyard.doctor import doctor; sys.exit(doctor())"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 1, finished.stderr
+    assert f"plain PyTorch runs in their place: {reason}\n  do: {remedy}" in finished.stdout
+    assert finished.stderr == ""
