@@ -92,6 +92,28 @@ def uniform_labels(seed: int, indices: Sequence[int] | NDArray[np.integer[Any]],
     return np.array(labels, dtype=np.int64)
 
 
+def check_labels(labels: object, num_classes: int) -> NDArray[np.int64]:
+    """Class labels that a caller gave, as int64 [n].
+
+    Args:
+        labels: one integer or a list, tuple, numpy array or tensor of n of them.
+        num_classes: labels are 0 to num_classes - 1.
+
+    Raises:
+        InputError: not integers, more than one dimension, or a label out of range.
+    """
+    try:
+        found = np.atleast_1d(np.asarray(labels))
+    except ValueError:
+        raise InputError(f"labels: found {labels!r:.100}; expected a list of integers") from None
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise InputError(f"labels: found shape {found.shape} of {found.dtype}; expected a list of integers")
+    wrong = found[(found < 0) | (found >= num_classes)]
+    if wrong.size:
+        raise InputError(f"label {wrong[0]}: expected 0 to {num_classes - 1} ({num_classes} classes)")
+    return found.astype(np.int64)
+
+
 def normal_quantile(probability: NDArray[np.float64]) -> NDArray[np.float64]:
     """The x with P(X <= x) = probability for a standard normal X; AS 241 with a logarithm of our own.
 

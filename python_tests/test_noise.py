@@ -8,14 +8,12 @@ import pytest
 from scipy import special, stats
 
 from pyard.errors import InputError
-from pyard.noise import normal_quantile, standard_normal, uniform_labels
+from pyard.noise import check_labels, normal_quantile, standard_normal, uniform_labels
 
 
 def test_golden_bits() -> None:
     # A change of these numbers changes every stored trajectory and every image of a seed: never adapt them.
-    assert standard_normal(7, [123], (4,)).view(np.uint32).tolist() == [
-        [3213594795, 1051071627, 3181507722, 3216817687]
-    ]
+    assert standard_normal(7, [123], (4,)).view(np.uint32).tolist() == [[3213594795, 1051071627, 3181507722, 3216817687]]
     np.testing.assert_array_equal(
         standard_normal(0, [0], (4,)), np.array([[-2.2718842, -0.7013279, -1.2189802, 0.16217156]], dtype=np.float32)
     )
@@ -30,9 +28,7 @@ def test_raw_bits_are_philox_keyed_by_seed_and_index() -> None:
 
 
 def test_quantile_is_accurate_to_float64_rounding() -> None:
-    tail = np.concatenate(
-        [2.0**-53 * np.array([1.0, 3.0, 5.0, 1001.0]), 10.0 ** -np.arange(1.0, 16.0), [0.075, 0.0750000001]]
-    )
+    tail = np.concatenate([2.0**-53 * np.array([1.0, 3.0, 5.0, 1001.0]), 10.0 ** -np.arange(1.0, 16.0), [0.075, 0.0750000001]])
     probability = np.concatenate([tail, 1.0 - tail, np.linspace(1e-6, 1.0 - 1e-6, 20_000)])
     expected = special.ndtri(probability)
     assert np.max(np.abs(normal_quantile(probability) - expected) / np.abs(expected)) < 4e-15
@@ -82,9 +78,7 @@ def test_a_sample_depends_on_its_seed_and_index_alone(indices: list[int]) -> Non
 
 
 def test_seed_and_index_both_matter() -> None:
-    draws = [
-        standard_normal(seed, [index], (8,)).tobytes() for seed in (0, 1, 2**64 - 1) for index in (0, 1, 2**64 - 1)
-    ]
+    draws = [standard_normal(seed, [index], (8,)).tobytes() for seed in (0, 1, 2**64 - 1) for index in (0, 1, 2**64 - 1)]
     assert len(set(draws)) == 9
 
 
@@ -114,3 +108,14 @@ def test_bad_sizes() -> None:
 def test_noise_imports_no_torch() -> None:
     code = "import sys, pyard.noise; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_labels_of_a_caller() -> None:
+    for labels in ([3, 0], (3, 0), np.array([3, 0], dtype=np.uint8)):
+        checked = check_labels(labels, 4)
+        assert checked.dtype == np.int64
+        assert checked.tolist() == [3, 0]
+    assert check_labels(2, 4).tolist() == [2]
+    for wrong in ([4], [-1], [1.0], [[1]], [[1], [1, 2]], ["1"], [True], None):
+        with pytest.raises(InputError, match="label"):
+            check_labels(wrong, 4)
