@@ -87,7 +87,7 @@ def _run_cmake(torch: TorchLocation) -> Path:
     build = ROOT / "build" / "native"
     configure = [
         cmake,
-        *("-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-Wno-dev"),
+        *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
         f"-DCMAKE_MAKE_PROGRAM={ninja}",
         f"-DPYARD_TORCH_DIR={torch.folder}",
     ]
