@@ -1,0 +1,74 @@
+"""The Fréchet distance between two sets of features, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pyard.errors import InputError
+
+
+@dataclass(frozen=True)
+class GaussianStatistics:
+    """Mean and covariance of a set of feature vectors.
+
+    Args:
+        mean: float64 [D].
+        covariance: float64 [D, D], symmetric.
+        count: vectors they were estimated from; two distances compare only if their counts are equal, for the estimate of the
+            distance falls with the count (Chong & Forsyth 2020).
+    """
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    count: int
+
+    def __post_init__(self) -> None:
+        dim = self.mean.shape[-1] if self.mean.ndim else 0
+        if self.mean.shape != (dim,) or self.covariance.shape != (dim, dim):
+            raise InputError(
+                f"feature statistics: mean {self.mean.shape} and covariance {self.covariance.shape}; expected [D] and [D, D]"
+            )
+        if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
+            raise InputError("feature statistics: mean or covariance is not finite; look for NaN in the images")
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> GaussianStatistics:
+        """Mean and unbiased covariance of features [n, D], n >= 2, accumulated in float64."""
+        if features.ndim != 2 or len(features) < 2:
+            raise InputError(f"feature statistics: features of shape {features.shape}; expected [n, D] with n >= 2")
+        features = features.astype(np.float64)
+        mean = features.mean(axis=0)
+        centred = features - mean
+        return cls(mean, centred.T @ centred / (len(features) - 1), len(features))
+
+
+def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
+    """The squared 2-Wasserstein distance of two Gaussians, which is what FID reports.
+
+    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2)    (Dowson & Landau 1982; Heusel et al. 2017, section 2)
+
+    The last trace is the sum of the singular values of C_a^1/2 C_b^1/2. Both roots come from symmetric eigenproblems, so
+    singular covariances (dead features, fewer vectors than dimensions) need neither a small diagonal term nor complex numbers.
+
+    Args:
+        a, b: statistics of the same features.
+
+    Returns:
+        The distance, at least 0, in squared units of the features.
+
+    Raises:
+        InputError: the statistics have different dimensions.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise InputError(f"Fréchet distance: features of {a.mean.shape[0]} and {b.mean.shape[0]} dimensions; expected the same")
+    overlap = np.linalg.norm(_symmetric_root(a.covariance) @ _symmetric_root(b.covariance), ord="nuc")
+    difference = a.mean - b.mean
+    return max(0.0, float(difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap))
+
+
+def _symmetric_root(covariance: np.ndarray) -> np.ndarray:
+    """C^1/2 of a positive semi-definite [D, D]; eigenvalues that rounding made negative count as 0."""
+    values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+    return (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
