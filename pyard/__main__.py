@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import importlib
 import inspect
@@ -18,11 +19,12 @@ from pyard.errors import InputError
 
 
 class Command(NamedTuple):
-    """Where a sub-command lives and what the overview says of it."""
+    """Where a sub-command lives, what the overview says of it, and flags that may stand without a value, for their default."""
 
     module: str
     function: str
     summary: str
+    bare: tuple[str, ...] = ()
 
 
 COMMANDS = {
@@ -32,7 +34,7 @@ COMMANDS = {
     "train": Command("pyard.training", "train", "train a student on trajectories (generates missing ones)"),
     "sample": Command("pyard.sampling", "sample_to_file", "draw samples with a student"),
     "evaluate": Command("pyard.evaluation", "evaluate", "measure a student against its teacher and real data"),
-    "export": Command("pyard.export", "export", "write a student as one ONNX file and check it"),
+    "export": Command("pyard.export", "export", "write a student as one ONNX file and check it", bare=("--onnx",)),
     "doctor": Command("pyard.doctor", "doctor", "say what is built, for what, and what to do about what is not"),
 }
 
@@ -65,15 +67,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(name: str, command: Command, argv: Sequence[str]) -> int:
     """Parse a command's flags, call its function and turn an InputError into one line and status 2."""
-    from jsonargparse import ArgumentParser
+    from argparse import RawDescriptionHelpFormatter
+
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        """Keeps the paragraphs and examples of docstrings."""
 
     function = command_line_face(getattr(importlib.import_module(command.module), command.function))
-    description = inspect.getdoc(function) or ""
-    parser = ArgumentParser(prog=f"pyard {name}", description=description.split("\nArgs:")[0].strip(), exit_on_error=True)
+    description = (inspect.getdoc(function) or "").split("\nArgs:")[0].strip()
+    parser = ArgumentParser(prog=f"pyard {name}", description=description, formatter_class=Formatter)
     parser.add_argument("--config", action="config", help="read flags from this YAML file")
     parser.add_function_arguments(function, fail_untyped=False, sub_configs=False)
-    config = parser.parse_args([with_underscores(word) for word in argv])
-    flags = parser.instantiate_classes(config).as_dict()
+    bare = [i for i, word in enumerate(argv) if word in command.bare and (i + 1 == len(argv) or argv[i + 1].startswith("--"))]
+    config = parser.parse_args([with_underscores(word) for i, word in enumerate(argv) if i not in bare])
+    flags = parser.instantiate(config).as_dict()
     flags.pop("config", None)
     try:
         result = function(**flags)
@@ -98,7 +106,8 @@ def with_underscores(word: str) -> str:
 
 def command_line_face(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with the types that can be typed in a shell only: `str | Path | Teacher` becomes `str | Path`."""
-    hints = {name: typable(hint) for name, hint in typing.get_type_hints(function).items()}
+    hints = typing.get_type_hints(function, localns=_Names(function.__globals__))
+    hints = {name: typable(hint) for name, hint in hints.items()}
     signature = inspect.signature(function)
     parameters = [p.replace(annotation=hints.get(p.name, p.annotation)) for p in signature.parameters.values()]
 
@@ -110,6 +119,13 @@ def command_line_face(function: Callable[..., Any]) -> Callable[..., Any]:
     face.__annotations__ = {p.name: p.annotation for p in parameters}
     face.__signature__ = signature.replace(parameters=parameters, return_annotation=signature.empty)  # type: ignore[attr-defined]
     return face
+
+
+class _Names(dict[str, Any]):
+    """Names of a module, with a class of no meaning for those that it imports for the type checker alone."""
+
+    def __missing__(self, name: str) -> Any:
+        return getattr(builtins, name, None) or type(name, (), {})
 
 
 def typable(hint: Any) -> Any:

@@ -227,12 +227,10 @@ def _new_file(path: Path) -> Iterator[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of `python -m pyard.export`: that of `pyard export`, where a bare --onnx is allowed."""
+    """`python -m pyard.export` is `pyard export`."""
     from pyard.__main__ import COMMANDS, run
 
-    words = list(sys.argv[1:] if argv is None else argv)
-    bare = [i for i, word in enumerate(words) if word == "--onnx" and (i + 1 == len(words) or words[i + 1].startswith("-"))]
-    return run("export", COMMANDS["export"], [word for i, word in enumerate(words) if i not in bare])
+    return run("export", COMMANDS["export"], sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

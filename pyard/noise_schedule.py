@@ -121,7 +121,7 @@ class NoiseSchedule:
         if self.spacing == "linspace":
             levels = np.round(np.linspace(n - 1, 0, num_steps))
         elif self.spacing == "leading":
-            levels = np.arange(num_steps)[::-1] * (n // num_steps)
+            levels = np.arange(num_steps, dtype=np.float64)[::-1] * (n // num_steps)
         else:
             levels = np.round(n - np.arange(num_steps) * (n / num_steps)) - 1
         return (*(float(t) for t in levels), self.clean_time)

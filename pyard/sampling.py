@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from pyard.errors import InputError
-from pyard.noise import standard_normal
+from pyard.noise import check_labels, standard_normal
 
 if TYPE_CHECKING:
     from pyard.models.student import Student
@@ -63,21 +63,6 @@ def sample(
         kept = predictions if return_trajectory else predictions[-1:]
         out[start : start + len(index)] = torch.stack(kept, dim=1)
     return out if return_trajectory else out[:, 0]
-
-
-def check_labels(labels: Sequence[int] | np.ndarray | torch.Tensor, num_classes: int) -> np.ndarray:
-    """Labels as int64 [n].
-
-    Raises:
-        InputError: not a list of integers, or one outside 0 ... num_classes - 1.
-    """
-    classes = np.atleast_1d(np.asarray(labels))
-    if classes.ndim != 1 or (len(classes) and classes.dtype.kind not in "iu"):
-        raise InputError(f"labels: found shape {classes.shape} of {classes.dtype}; expected a list of integers")
-    wrong = classes[(classes < 0) | (classes >= num_classes)]
-    if len(wrong):
-        raise InputError(f"label {wrong[0]}: expected 0 to {num_classes - 1} ({num_classes} classes)")
-    return classes.astype(np.int64)
 
 
 def sample_to_file(

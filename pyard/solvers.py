@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -23,8 +24,8 @@ def guided_prediction(
 ) -> torch.Tensor:  # [B, C, H, W]
     """The network output under classifier-free guidance (Ho & Salimans 2022): F_u + cfg_scale (F_c - F_u).
 
-    Both halves run as one batch. `cfg_channels` guides the first so many channels only and leaves the rest conditional, as DiT's
-    public code does with 3 of 4; None guides all. cfg_scale = 1 skips the unconditional half.
+    Both halves run as one batch. `cfg_channels` guides the first so many channels only and leaves the rest conditional, as
+    DiT's public code does with 3 of 4; None guides all. cfg_scale = 1 skips the unconditional half.
     """
     if cfg_scale == 1.0:
         return teacher.predict(x, time, labels)
@@ -61,11 +62,13 @@ def solve(
         After each of the n evaluations: (the state after the step, the denoised prediction of that evaluation), float32.
     """
     if labels.shape != noise.shape[:1]:
-        raise InputError(f"labels of shape {tuple(labels.shape)} for noise of shape {tuple(noise.shape)}; expected ({len(noise)},)")
+        raise InputError(
+            f"labels of shape {tuple(labels.shape)} for noise of shape {tuple(noise.shape)}; expected ({len(noise)},)"
+        )
     schedule = teacher.schedule
     times = schedule.timesteps(num_steps)
     x = noise.float()
-    for time, next_time in zip(times, times[1:], strict=False):
+    for time, next_time in itertools.pairwise(times):
         output = guided_prediction(teacher, x, time, labels, cfg_scale, cfg_channels).float()
         p, q, _, _ = schedule.output_map(time)
         a, b = schedule.jump_coefficients(time, next_time)

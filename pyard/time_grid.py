@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -44,12 +45,12 @@ class TimeGrid:
                 f"time grid: {steps} jumps need {steps} embed_times, {steps + 1} state_index and {steps - 1} "
                 f"denoised_index; found {sizes[0]}, {sizes[1]} and {sizes[2]}"
             )
-        if any(a <= b for a, b in zip(self.times, self.times[1:], strict=False)):
+        if any(a <= b for a, b in itertools.pairwise(self.times)):
             raise InputError(f"time grid: times {self.times} must decrease")
-        if any(a >= b for a, b in zip(self.state_index, self.state_index[1:], strict=False)) or self.state_index[0] != 0:
+        if any(a >= b for a, b in itertools.pairwise(self.state_index)) or self.state_index[0] != 0:
             raise InputError(f"time grid: state_index {self.state_index} must increase from 0")
         inner = (0, *self.denoised_index, self.teacher_steps + 1)
-        if any(a >= b for a, b in zip(inner, inner[1:], strict=False)):
+        if any(a >= b for a, b in itertools.pairwise(inner)):
             raise InputError(
                 f"time grid: denoised_index {self.denoised_index} must increase between 1 and {self.teacher_steps}"
             )
@@ -90,7 +91,9 @@ class TimeGrid:
             InputError: more jumps than teacher steps, or an index that does not fit.
         """
         if not 1 <= num_steps <= teacher_steps:
-            raise InputError(f"time grid: {num_steps} jumps out of {teacher_steps} teacher steps; expected 1 to {teacher_steps}")
+            raise InputError(
+                f"time grid: {num_steps} jumps out of {teacher_steps} teacher steps; expected 1 to {teacher_steps}"
+            )
         if state_index is None:
             state_index = [s * teacher_steps // num_steps for s in range(num_steps + 1)]
         if denoised_index is None:

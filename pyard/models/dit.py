@@ -65,9 +65,7 @@ class DiTConfig:
         if self.input_size % self.patch_size:
             raise InputError(f"DiT: input_size {self.input_size} is no multiple of patch_size {self.patch_size}")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
-            raise InputError(
-                f"DiT: hidden_size {self.hidden_size} must be a multiple of 4 and of num_heads ({self.num_heads})"
-            )
+            raise InputError(f"DiT: hidden_size {self.hidden_size} must be a multiple of 4 and of num_heads ({self.num_heads})")
 
     @property
     def tokens_per_step(self) -> int:
@@ -254,9 +252,10 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for weight in (self.trunk.label_embed.weight, self.trunk.time_embed.fc1.weight, self.trunk.time_embed.fc2.weight):
+        time = self.trunk.time_embed
+        for weight in (self.trunk.label_embed.weight, time.fc1.weight, time.fc2.weight):
             nn.init.normal_(weight, std=0.02)
-        zeroed = [block.modulation for block in self.trunk.blocks]
-        for layer in (*zeroed, self.head.modulation, self.head.linear):
-            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        modulations = [module.modulation for module in self.modules() if isinstance(module, Block | Head)]
+        for layer in (*modulations, self.head.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)

@@ -1,6 +1,6 @@
 """The keys and values that a student's lowest layers remember: an explicit cache, passed in and returned.
 
-    N history layers · B batch · H heads · S steps · T tokens per step · Dh head dim
+N history layers · B batch · H heads · S steps · T tokens per step · Dh head dim
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class PreallocatedCache:
 
 
 class ConcatenatingCache:
-    """One tensor per layer, grown by concatenation: for autograd through a rollout and for export, which dislike writes in place."""
+    """Tensors grown by concatenation: for autograd through a rollout and for export, which dislike writes in place."""
 
     def __init__(self, past: list[tuple[torch.Tensor, torch.Tensor]] | None = None):
         self.past = past or []  # per layer: keys and values of the earlier steps, [B, H, steps*T, Dh]

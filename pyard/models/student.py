@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ class Student(nn.Module):
         else:
             start = torch.full((config.history_layers, config.network.num_heads), float(config.history_bias))
             self.history_bias = nn.Parameter(start)
-        pairs = zip(config.grid.times, config.grid.times[1:], strict=False)
+        pairs = itertools.pairwise(config.grid.times)
         # (a_s, b_s), Python floats: a is large (157 at S = 1), so the jump is always computed in float32.
         self.jumps = [config.schedule.jump_coefficients(*pair) for pair in pairs] if config.output == "jump" else []
 
@@ -155,7 +156,7 @@ class Student(nn.Module):
         labels: torch.Tensor,  # [B] int64
         cache: HistoryCache,
     ) -> tuple[torch.Tensor, HistoryCache]:  # [B, C, H, W]
-        """The cached pass: one step on the history that `cache` holds. Returns the prediction and the cache for the next step."""
+        """The cached pass: one step on the history in `cache`. Returns the prediction and the cache for the next step."""
         prediction = self._run(latest[:, None], labels, first=step, cache=cache)[:, 0]
         return prediction, cache.advance(self.config.network.tokens_per_step)
 
@@ -183,7 +184,8 @@ class Student(nn.Module):
             self.num_steps * network.tokens_per_step,
             network.head_dim,
         )
-        return PreallocatedCache(*(torch.empty(size, dtype=weight.dtype, device=weight.device) for _ in range(2)))
+        keys, values = weight.new_empty(size), weight.new_empty(size)
+        return PreallocatedCache(keys, values)
 
     def _run(self, inputs: torch.Tensor, labels: torch.Tensor, first: int, cache: HistoryCache | None) -> torch.Tensor:
         # inputs [B, steps, C, H, W] are the steps first ... first + steps - 1.

@@ -29,8 +29,12 @@ class Teacher(Protocol):
     schedule: NoiseSchedule
     sample_shape: tuple[int, int, int]
     num_classes: int
-    fingerprint: str
-    device: torch.device
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     def predict(
         self,

@@ -69,7 +69,7 @@ class TrainConfig:
             ]
             if differing:
                 raise InputError(
-                    f"{out} holds a run with other settings ({'; '.join(differing)}); use another --out, or remove it to start over"
+                    f"{out} holds a run with other settings ({'; '.join(differing)}); use another --out, or remove it"
                 )
             return
         out.mkdir(parents=True, exist_ok=True)

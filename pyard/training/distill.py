@@ -192,7 +192,8 @@ def train(
     bar.close()
     if log is not None:
         log.close()
-    result: Student = ema.module.eval()
+    result = ema.module.eval()
+    assert isinstance(result, Student)
     if accelerator.is_main_process:
         result.save_pretrained(out / "student")
     accelerator.wait_for_everyone()

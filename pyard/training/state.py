@@ -19,7 +19,7 @@ KEPT = 2
 
 
 def ema_of(model: torch.nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average whose decay warms up, min(decay, (1 + n) / (10 + n)), so that short runs forget their start."""
+    """An exponential moving average whose decay warms up, min(decay, (1 + n) / (10 + n)): short runs forget their start."""
 
     def update(averaged: Any, current: Any, count: Any) -> None:
         n = int(count)

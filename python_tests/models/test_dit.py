@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from factories import randomise, tiny_config, tiny_teacher
+
 from pyard.errors import InputError
 from pyard.models.dit import DiT, patchify, sincos_position_embedding, unpatchify
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from factories import randomise, tiny_student, tiny_teacher
+
 from pyard.errors import InputError
 from pyard.models.history import ConcatenatingCache
 from pyard.models.student import Student, StudentConfig
@@ -111,7 +111,8 @@ def test_every_parameter_gets_a_gradient():
     history, labels = inputs(student, batch=8)
     student(history, labels).square().sum().backward()
     for name, parameter in student.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
 
 
 def test_variance_channels_of_the_teacher_are_dropped():
@@ -121,7 +122,8 @@ def test_variance_channels_of_the_teacher_are_dropped():
     with torch.inference_mode():
         ours = student(x[:, None], labels)[:, 0]
         theirs = teacher.predict(x, 999.0, labels)
-    assert ours.shape == x.shape and relative_error(ours, theirs) < 1e-6
+    assert ours.shape == x.shape
+    assert relative_error(ours, theirs) < 1e-6
 
 
 def test_saved_student_is_the_same_student(tmp_path: Path):

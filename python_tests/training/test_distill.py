@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import factories
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import pyard
+from pyard.errors import InputError
+from pyard.noise_schedule import NoiseSchedule
+from pyard.teachers.dit import DiTTeacher
+from pyard.training import train
+from pyard.training.state import Checkpoints, read_log
+from pyard.trajectories import TrajectoryStore, generate_trajectories
+
+FLOW = dict(kind="flow", prediction="velocity")  # the trajectories of a random eps-prediction explode
+SETTINGS = dict(history_layers=2, batch_size=8, learning_rate=3e-3, save_every=4, log_every=1, progress=False)
+
+
+def tiny_teacher(seed: int = 0) -> DiTTeacher:
+    return factories.tiny_teacher(NoiseSchedule(**FLOW), seed)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> TrajectoryStore:
+    tiny_teacher().save_pretrained(tmp_path / "teacher")
+    return generate_trajectories(
+        tiny_teacher(), tmp_path / "store", 40, num_steps=3, teacher_steps=6, batch_size=20, shard_size=20, progress=False
+    )
+
+
+def run(tmp_path: Path, name: str, **changes) -> Path:
+    settings = {**SETTINGS, "num_steps": 3, "max_steps": 12, **changes}
+    train(tiny_teacher(), tmp_path / "store", out=tmp_path / name, **settings)
+    return tmp_path / name
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(heads="shared", mask="anchor"), dict(target="state", output="jump", history_bias=-2.0),
+    dict(history_layers=0, target="state"),
+], ids=["published", "shared heads, anchor", "jump, bias", "step distillation on states"])  # fmt: skip
+def test_training_lowers_the_loss(store, tmp_path, settings):
+    out = run(tmp_path, "run", max_steps=60, **settings)
+    losses = [line["loss"] for line in read_log(out / "log.jsonl")]
+    assert len(losses) == 60
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+
+
+def test_teacher_and_its_checkpoint_do_not_change(store, tmp_path):
+    teacher = tiny_teacher()
+    before = {k: v.clone() for k, v in teacher.network.state_dict().items()}
+    train(teacher, store, out=tmp_path / "run", num_steps=3, max_steps=3, **SETTINGS)
+    assert all(torch.equal(v, before[k]) for k, v in teacher.network.state_dict().items())
+
+
+def test_stopped_at_any_step_and_resumed_is_bitwise_the_same(store, tmp_path):
+    whole = run(tmp_path, "whole", max_steps=12)
+    # max_steps belongs to the run (the cosine ends there), so a stop is made by a real kill; see the subprocess below.
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import torch; torch.set_num_threads(1);"
+        "from pathlib import Path; from pyard.teachers.dit import DiTTeacher; from pyard.training import train; import json;"
+        "out = Path(sys.argv[2]);"
+        "train(out / 'teacher', out / 'store', out=out / 'killed', num_steps=3, max_steps=12,"
+        " **json.loads(sys.argv[3]))"
+    )
+    argv = [sys.executable, "-c", code, str(Path(__file__).parents[1]), str(tmp_path), json.dumps(SETTINGS)]
+    log = tmp_path / "killed" / "log.jsonl"
+    for kill_after in (2, 6, 9, None):
+        process = subprocess.Popen(argv)
+        if kill_after is not None:
+            deadline = time.monotonic() + 120
+            while process.poll() is None and not any(line["step"] >= kill_after for line in read_log(log)):
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)
+        process.wait(timeout=240)
+    ours, theirs = tmp_path / "killed", whole
+    assert read_log(ours / "log.jsonl") == read_log(theirs / "log.jsonl")
+    a, b = (load_file(f / "student" / "model.safetensors") for f in (ours, theirs))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    a, b = (load_file(f / "checkpoints" / "step-0000012" / "model.safetensors") for f in (ours, theirs))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_finished_run_is_not_trained_again(store, tmp_path):
+    out = run(tmp_path, "run")
+    before = (out / "checkpoints" / "step-0000012" / "model.safetensors").stat().st_mtime_ns
+    run(tmp_path, "run")
+    assert (out / "checkpoints" / "step-0000012" / "model.safetensors").stat().st_mtime_ns == before
+    assert Checkpoints(out / "checkpoints").steps() == [8, 12]
+
+
+def test_result_is_the_average_of_the_weights(store, tmp_path):
+    out = run(tmp_path, "run")
+    newest = out / "checkpoints" / "step-0000012"
+    average, weights = load_file(newest / "ema.safetensors"), load_file(newest / "model.safetensors")
+    result = load_file(out / "student" / "model.safetensors")
+    assert all(torch.equal(result[k], average[k]) for k in result)
+    assert any(not torch.equal(result[k], weights[k]) for k in result)
+
+
+def test_run_folder_of_other_settings_is_refused(store, tmp_path):
+    run(tmp_path, "run", max_steps=2)
+    with pytest.raises(InputError, match=r"learning_rate: 0\.003 there, 0\.001 now"):
+        run(tmp_path, "run", max_steps=2, learning_rate=1e-3)
+
+
+def test_store_of_another_teacher_or_grid_is_refused(store, tmp_path):
+    with pytest.raises(InputError, match="made by teacher"):
+        train(tiny_teacher(seed=3), store, out=tmp_path / "run", num_steps=3, max_steps=1, **SETTINGS)
+    with pytest.raises(InputError, match="have 3 steps, but num_steps is 4"):
+        train(tiny_teacher(), store, out=tmp_path / "run", num_steps=4, max_steps=1, **SETTINGS)
+
+
+def test_damaged_checkpoint_is_named(store, tmp_path):
+    out = run(tmp_path, "run")
+    weights = out / "checkpoints" / "step-0000012" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(InputError, match="step-0000012 cannot be read"):
+        run(tmp_path, "run")
+
+
+def test_a_loss_that_explodes_stops_the_run(store, tmp_path):
+    with pytest.raises(InputError, match="lower --learning_rate"):
+        run(tmp_path, "run", learning_rate=1e30, grad_clip=1e30)
+
+
+@pytest.mark.parametrize("settings", [dict(max_steps=0), dict(batch_size=0), dict(learning_rate=-1.0), dict(ema_decay=1.0)])
+def test_settings_out_of_range_are_refused(store, tmp_path, settings):
+    with pytest.raises(InputError, match=next(iter(settings))):
+        run(tmp_path, "run", **settings)
+
+
+def test_public_train_generates_what_is_missing(tmp_path):
+    tiny_teacher().save_pretrained(tmp_path / "teacher")
+    student = pyard.train(
+        str(tmp_path / "teacher"),
+        out=tmp_path / "run",
+        num_steps=2,
+        num_trajectories=16,
+        max_steps=2,
+        batch_size=4,
+        progress=False,
+    )
+    assert student.config.history_layers == 1
+    assert TrajectoryStore.open(tmp_path / "run" / "trajectories").count == 16
+    images = pyard.sample(tmp_path / "run", [0, 1, 2], seed=3)
+    assert torch.equal(images[1:2], pyard.sample(student, [0, 1, 2], seed=3)[1:2])
