@@ -79,8 +79,7 @@ def run(name: str, command: Command, argv: Sequence[str]) -> int:
     parser = ArgumentParser(prog=f"pyard {name}", description=description, formatter_class=Formatter)
     parser.add_argument("--config", action="config", help="read flags from this YAML file")
     parser.add_function_arguments(function, fail_untyped=False, sub_configs=False)
-    bare = [i for i, word in enumerate(argv) if word in command.bare and (i + 1 == len(argv) or argv[i + 1].startswith("--"))]
-    config = parser.parse_args([with_underscores(word) for i, word in enumerate(argv) if i not in bare])
+    config = parser.parse_args(complete(argv, function, command.bare))
     flags = parser.instantiate(config).as_dict()
     flags.pop("config", None)
     try:
@@ -96,12 +95,19 @@ def run(name: str, command: Command, argv: Sequence[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def with_underscores(word: str) -> str:
-    """--num-steps=4 and --num_steps=4 are the same flag."""
-    if not word.startswith("--"):
-        return word
-    flag, equals, value = word.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + value
+def complete(argv: Sequence[str], function: Callable[..., Any], bare: tuple[str, ...]) -> list[str]:
+    """The words as jsonargparse takes them: --num-steps is --num_steps, a switch alone is true, a `bare` flag alone is left out."""
+    switches = [name for name, p in inspect.signature(function).parameters.items() if p.annotation is bool]
+    words = []
+    for i, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        alone = not equals and (i + 1 == len(argv) or argv[i + 1].startswith("--"))
+        if not word.startswith("--"):
+            words.append(word)
+        elif not (alone and flag in bare):
+            words.append("--" + name + (equals + value if not (alone and name in switches) else "=true"))
+    return words
 
 
 def command_line_face(function: Callable[..., Any]) -> Callable[..., Any]:

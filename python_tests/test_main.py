@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from factories import tiny_student, tiny_teacher
 
-from pyard.__main__ import COMMANDS, main
+from pyard.__main__ import COMMANDS, command_line_face, complete, main
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -51,6 +51,15 @@ def test_a_flag_of_the_wrong_type_is_refused(capsys):
         main(["train", "--teacher", "digits", "--out", "x", "--num-steps", "many"])
     assert end.value.code == 2
     assert "num_steps" in capsys.readouterr().err
+
+
+def test_switches_need_no_value():
+    def stage(out: str, num_steps: int = 4, quick: bool = False, progress: bool = True) -> None: ...
+
+    face = command_line_face(stage)
+    words = complete(["--out", "x", "--quick", "--progress", "false", "--num-steps=3"], face, ())
+    assert words == ["--out", "x", "--quick=true", "--progress", "false", "--num_steps=3"]
+    assert complete(["--out", "--num-steps", "3"], face, ("--out",)) == ["--num_steps", "3"]
 
 
 def test_samples_are_written_as_arrays_and_pictures(tmp_path: Path):
