@@ -1,0 +1,228 @@
+"""What a trajectory store says about itself: all that must agree before its numbers may be used."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyard.errors import InputError
+from pyard.noise import uniform_labels
+from pyard.noise_schedule import NoiseSchedule
+from pyard.time_grid import Target, TimeGrid
+
+FORMAT_VERSION = 1
+
+Keep = Literal["state", "denoised", "both"]
+DType = Literal["float32", "float16", "bfloat16"]
+
+# Names of safetensors' header, with bytes per number.
+SAFETENSORS_DTYPES: dict[str, tuple[str, int]] = {
+    "float32": ("F32", 4),
+    "float16": ("F16", 2),
+    "bfloat16": ("BF16", 2),
+    "int64": ("I64", 8),
+}
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """One tensor of a shard: `dtype` is a key of SAFETENSORS_DTYPES."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor's payload."""
+        return math.prod(self.shape) * SAFETENSORS_DTYPES[self.dtype][1]
+
+
+@dataclass(frozen=True)
+class TrajectoryManifest:
+    """Everything that decides the numbers of a store; a store that differs in any of it is another store.
+
+    Args:
+        teacher_fingerprint: sha256 that changes whenever the teacher's predictions do.
+        solver: `ddim` for diffusion schedules, `euler` for flows.
+        schedule: the teacher's noise schedule.
+        grid: which places of the teacher's trajectory are stored.
+        cfg_scale: guidance weight; 1 is none.
+        cfg_channels: channels that are guided; None: all.
+        sample_shape: (C, H, W) of one sample.
+        num_classes: labels are 0 ... num_classes - 1.
+        keep: which tensors are stored beside noise and labels: `state`, `denoised` or `both`.
+        dtype: how `state` and `denoised` are stored; noise is always float32.
+        seed: noise and label of sample i are a function of (seed, i).
+        labels: `uniform` (drawn), `balanced` (i mod num_classes) or a tuple: sample i has item i mod its length.
+        batch_size: samples that the teacher computes together, fixed ranges of indices: states' last bits depend on it.
+        shard_size: samples in a full shard, a multiple of batch_size.
+        format_version: version of this format.
+    """
+
+    teacher_fingerprint: str
+    solver: str
+    schedule: NoiseSchedule
+    grid: TimeGrid
+    cfg_scale: float
+    cfg_channels: int | None
+    sample_shape: tuple[int, int, int]
+    num_classes: int
+    keep: Keep
+    dtype: DType
+    seed: int
+    labels: Literal["uniform", "balanced"] | tuple[int, ...]
+    batch_size: int
+    shard_size: int
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.format_version != FORMAT_VERSION:
+            raise InputError(f"trajectories: format version {self.format_version}; this pyard knows version {FORMAT_VERSION}")
+        # 1 and 1.0 are one setting and must have one digest.
+        object.__setattr__(self, "cfg_scale", float(self.cfg_scale))
+        shape = self.sample_shape
+        if len(shape) != 3 or any(not _is_int(size) or size < 1 for size in shape):
+            raise InputError(f"trajectories: sample_shape is {shape}; expected (C, H, W)")
+        for name, choices in (("keep", get_args(Keep)), ("dtype", get_args(DType)), ("solver", ("ddim", "euler"))):
+            if getattr(self, name) not in choices:
+                raise InputError(f"trajectories: {name} is {getattr(self, name)!r}; expected one of {choices}")
+        if not _is_int(self.seed) or not 0 <= self.seed < 2**64:
+            raise InputError(f"trajectories: seed is {self.seed!r}; expected 0 to 2**64 - 1")
+        if not _is_int(self.num_classes) or self.num_classes < 1:
+            raise InputError(f"trajectories: num_classes is {self.num_classes!r}; expected at least 1")
+        if not math.isfinite(self.cfg_scale):
+            raise InputError(f"trajectories: cfg_scale is {self.cfg_scale}; expected a finite number, 1 for no guidance")
+        if self.cfg_channels is not None and not (_is_int(self.cfg_channels) and 1 <= self.cfg_channels <= shape[0]):
+            raise InputError(f"trajectories: cfg_channels is {self.cfg_channels!r}; expected 1 to {shape[0]}, or None for all")
+        if not _is_int(self.batch_size) or self.batch_size < 1:
+            raise InputError(f"trajectories: batch_size is {self.batch_size!r}; expected at least 1")
+        if not _is_int(self.shard_size) or self.shard_size < 1 or self.shard_size % self.batch_size:
+            raise InputError(
+                f"trajectories: shard_size is {self.shard_size!r}; expected a multiple of batch_size, {self.batch_size}"
+            )
+        self._check_labels()
+
+    def _check_labels(self) -> None:
+        if isinstance(self.labels, str):
+            if self.labels not in ("uniform", "balanced"):
+                raise InputError(
+                    f"trajectories: labels is {self.labels!r}; expected 'uniform', 'balanced' or a list of classes"
+                )
+            return
+        if not self.labels:
+            raise InputError("trajectories: labels is an empty list; expected at least one class")
+        wrong = [label for label in self.labels if not _is_int(label) or not 0 <= label < self.num_classes]
+        if wrong:
+            raise InputError(
+                f"trajectories: label {wrong[0]!r} ({len(wrong)} of {len(self.labels)} are wrong); "
+                f"the teacher's classes are 0 to {self.num_classes - 1}"
+            )
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the manifest, which every shard carries, so that none can be read under another manifest."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of one stored sample."""
+        return sum(tensor.num_bytes for tensor in self.layout(1).values())
+
+    def layout(self, count: int) -> dict[str, TensorLayout]:
+        """The tensors of a shard of `count` samples: n = count, S = grid.num_steps."""
+        shape = self.sample_shape
+        layout = {"label": TensorLayout("int64", (count,)), "noise": TensorLayout("float32", (count, *shape))}
+        kept = ("state", "denoised") if self.keep == "both" else (self.keep,)
+        return layout | {name: TensorLayout(self.dtype, (count, self.grid.num_steps, *shape)) for name in kept}
+
+    def label_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Class labels of samples, int64 [n]."""
+        if isinstance(self.labels, str):
+            if self.labels == "uniform":
+                return uniform_labels(self.seed, indices, self.num_classes)
+            return indices % self.num_classes
+        return np.array(self.labels, dtype=np.int64)[indices % len(self.labels)]
+
+    def require_target(self, target: Target, where: str) -> None:
+        """Raises InputError if a student of `target` cannot learn from this store."""
+        if target not in get_args(Target):
+            raise InputError(f"target is {target!r}; expected one of {get_args(Target)}")
+        if self.keep not in (target, "both"):
+            raise InputError(
+                f"trajectories {where}: target={target!r} needs a store that keeps it, this one keeps only "
+                f"{self.keep!r}; use target={self.keep!r}, or generate another store with keep={target!r} or 'both'"
+            )
+
+    def require_equal(self, wanted: TrajectoryManifest, where: str) -> None:
+        """Raises InputError naming both sides of what differs; a grid's embed_times are the student's own business."""
+        mine, theirs = self._settings(), wanted._settings()
+        differences = [
+            f"{name} is {_short(mine[name])}, asked for {_short(theirs[name])}" for name in mine if mine[name] != theirs[name]
+        ]
+        if differences:
+            raise InputError(
+                f"trajectories {where}: the store holds other trajectories than the ones asked for: "
+                f"{'; '.join(differences)}. Give the store's settings, or another folder"
+            )
+
+    def _settings(self) -> dict[str, Any]:
+        """What stores are compared by: those of schedule and grid each by its own name."""
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in ("schedule", "grid"):
+            settings |= {f"{name}.{key}": value for key, value in settings.pop(name).to_json().items()}
+        del settings["grid.embed_times"]
+        return settings
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dictionary that `from_json` turns back into an equal manifest."""
+        config: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, NoiseSchedule | TimeGrid):
+                value = value.to_json()
+            config[field.name] = list(value) if isinstance(value, tuple) else value
+        return config
+
+    @classmethod
+    def from_json(cls, config: Any) -> TrajectoryManifest:
+        """The manifest of a `to_json` dictionary; anything else is an InputError."""
+        if not isinstance(config, dict):
+            raise InputError(f"expected a JSON object, found {type(config).__name__}")
+        version = config.get("format_version")
+        if version != FORMAT_VERSION:
+            raise InputError(f"format version {version!r}; this pyard knows version {FORMAT_VERSION}")
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(config) != names:
+            missing, unknown = sorted(names - set(config)), sorted(set(config) - names)
+            raise InputError(f"settings missing: {missing or 'none'}, unknown: {unknown or 'none'}")
+        labels = config["labels"]
+        try:
+            return cls(
+                **{
+                    **config,
+                    "schedule": NoiseSchedule.from_json(config["schedule"]),
+                    "grid": TimeGrid.from_json(config["grid"]),
+                    "sample_shape": tuple(config["sample_shape"]),
+                    "labels": labels if isinstance(labels, str) else tuple(labels),
+                }
+            )
+        except InputError:
+            raise
+        except (TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise InputError(f"a setting of the wrong type: {error}") from None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,320 @@
+"""The writer: what is written is the teacher's ODE, and nothing that happens to the process changes a byte of it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+from factories import tiny_teacher
+from trajectories import gaussian
+from trajectories.gaussian import SPREAD, GaussianTeacher, contents, write
+
+from pyard import TimeGrid
+from pyard.errors import InputError
+from pyard.noise import standard_normal, uniform_labels
+from pyard.noise_schedule import NoiseSchedule
+from pyard.trajectories import TrajectoryStore
+from pyard.trajectories.generate import MAX_SHARD_BYTES, default_shard_size
+
+
+def load(store: TrajectoryStore) -> dict[str, np.ndarray]:
+    """The whole store, read by safetensors' own library."""
+    shards = [safetensors.numpy.load_file(store.path / "shards" / f"{shard.name}.safetensors") for shard in store.shards]
+    return {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
+
+
+def ddim_by_hand(noise: np.ndarray, mean: np.ndarray, num_steps: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """States and denoised predictions of DDIM on Gaussian data, in float64 from the posterior mean."""
+    schedule = NoiseSchedule()
+    levels = [round(level) for level in np.linspace(999, 0, num_steps)]
+    alphas = [*np.sqrt(schedule.alphas_cumprod[levels]), 1.0]
+    x, states, predictions = noise.astype(np.float64), [], []
+    for alpha, next_alpha in itertools.pairwise(alphas):
+        sigma, next_sigma = np.sqrt(1 - alpha**2), np.sqrt(1 - next_alpha**2)
+        denoised = mean + alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + sigma**2) * (x - alpha * mean)
+        x = next_alpha * denoised + next_sigma * (x - alpha * denoised) / sigma
+        states.append(x)
+        predictions.append(denoised)
+    return states, predictions
+
+
+def test_shards_hold_the_teachers_ode_at_the_places_of_the_grid(tmp_path: Path) -> None:
+    grid = TimeGrid.build(NoiseSchedule(), 3, 7, state_index=(0, 2, 3, 7), denoised_index=(4, 6))
+    store = write(tmp_path, 21, grid=grid, cfg_scale=1.0)
+    tensors = load(store)
+    indices = np.arange(21)
+    assert np.array_equal(tensors["noise"], standard_normal(7, indices, (1, 4, 4)))
+    assert np.array_equal(tensors["label"], uniform_labels(7, indices, 3))
+    mean = (tensors["label"] + 1.0).reshape(-1, 1, 1, 1) / 3
+    states, predictions = ddim_by_hand(tensors["noise"], mean, 7)
+    expected_states = np.stack([states[1], states[2], states[6]], axis=1)
+    expected_denoised = np.stack([predictions[3], predictions[5], states[6]], axis=1)
+    np.testing.assert_allclose(tensors["state"], expected_states, atol=2e-5, rtol=1e-4)
+    np.testing.assert_allclose(tensors["denoised"], expected_denoised, atol=2e-5, rtol=1e-4)
+    assert store.manifest.grid == grid
+    assert store.count == 21
+    assert store.missing() == []
+    store.verify()
+
+
+def test_guidance_moves_the_mean_away_from_no_class(tmp_path: Path) -> None:
+    plain = load(write(tmp_path / "plain", cfg_scale=1.0))["state"][:, -1]
+    guided = load(write(tmp_path / "guided", cfg_scale=3.0))["state"][:, -1]
+    assert (guided - plain).min() > 0.1  # every class mean is positive, the one of no class is 0
+
+
+def test_cfg_channels_guides_only_the_first(tmp_path: Path) -> None:
+    two = {"teacher": GaussianTeacher(shape=(2, 3, 3))}
+    plain = load(write(tmp_path / "plain", cfg_scale=1.0, **two))["state"]
+    first = load(write(tmp_path / "first", cfg_scale=3.0, cfg_channels=1, **two))["state"]
+    assert np.allclose(first[:, :, 1], plain[:, :, 1])
+    assert not np.allclose(first[:, :, 0], plain[:, :, 0], atol=0.05)
+
+
+@pytest.mark.parametrize("keep", ["state", "denoised", "both"])
+def test_keep_chooses_the_tensors(tmp_path: Path, keep: str) -> None:
+    tensors = load(write(tmp_path, keep=keep))
+    kept = {"state", "denoised"} if keep == "both" else {keep}
+    assert set(tensors) == {"noise", "label"} | kept
+
+
+def test_labels_uniform_balanced_or_given(tmp_path: Path) -> None:
+    assert load(write(tmp_path / "b", labels="balanced"))["label"].tolist() == [i % 3 for i in range(20)]
+    store = write(tmp_path / "g", labels=[2, 0, 0, 1, 2])
+    assert load(store)["label"].tolist() == [2, 0, 0, 1, 2] * 4
+    assert TrajectoryStore.open(tmp_path / "g").manifest.labels == (2, 0, 0, 1, 2)
+    with pytest.raises(InputError, match=r"label 3 \(2 of 3 are wrong\); the teacher's classes are 0 to 2"):
+        write(tmp_path / "wrong", labels=[0, 3, -1])
+    with pytest.raises(InputError, match="'uniform', 'balanced' or a list"):
+        write(tmp_path / "wrong", labels="evenly")
+    assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("float16", 11), ("bfloat16", 8)])
+def test_narrow_dtypes_round_all_but_the_noise_and_say_by_how_much(tmp_path: Path, dtype: str, bits: int) -> None:
+    exact = load(write(tmp_path / "float32"))
+    store = write(tmp_path / dtype, dtype=dtype)
+    for shard in store.shards:
+        stored = safetensors.torch.load_file(store.path / "shards" / f"{shard.name}.safetensors")
+        assert np.array_equal(stored["noise"].numpy(), exact["noise"][shard.first : shard.end])
+        for name in ("state", "denoised"):
+            assert stored[name].dtype == getattr(torch, dtype)
+            wanted = exact[name][shard.first : shard.end].astype(np.float64)
+            error = np.abs(stored[name].double().numpy() - wanted)
+            assert np.all(error <= np.abs(wanted) * 2.0**-bits + 1e-7)
+            assert error.max() > 0
+            assert shard.rounding[name]["max"] == pytest.approx(error.max())
+            assert shard.rounding[name]["rms"] == pytest.approx(np.sqrt(np.mean(error**2)))
+    store.verify()
+
+
+def test_float16_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"reaches \S+e\+0\d, more than float16 holds; use dtype=bfloat16"):
+        write(tmp_path, dtype="float16", cfg_scale=1e6)
+
+
+def test_a_teacher_that_explodes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"state of sample 0 \(label \d\) is not finite"):
+        write(tmp_path, teacher=GaussianTeacher(explode_from=500.0))
+
+
+def test_resume_computes_nothing_twice_and_extension_appends(tmp_path: Path) -> None:
+    teacher = GaussianTeacher()
+    write(tmp_path / "store", 20, teacher, cfg_scale=1.0)
+    before = contents(tmp_path / "store")
+    done = teacher.samples_computed
+    write(tmp_path / "store", 20, teacher, cfg_scale=1.0)
+    write(tmp_path / "store", 5, teacher, cfg_scale=1.0)
+    assert teacher.samples_computed == done
+    assert contents(tmp_path / "store") == before
+
+    store = write(tmp_path / "store", 41, teacher, cfg_scale=1.0)
+    # Only the partial shard 16 ... 19 is computed again; a last batch of one sample is computed whole.
+    assert teacher.samples_computed - done == 6 * (44 - 16)
+    assert (store.count, store.requested_count) == (41, 41)
+    write(tmp_path / "at once", 41, cfg_scale=1.0)
+    assert contents(tmp_path / "store") == contents(tmp_path / "at once")
+
+
+def test_a_networks_last_bits_do_not_depend_on_when_a_sample_was_asked_for(tmp_path: Path) -> None:
+    # Matrix products round differently for other batch sizes, unlike the Gaussian teacher's elementwise formulas.
+    settings: dict = dict(teacher=tiny_teacher(), batch_size=8, shard_size=8)
+    for count in (1, 9, 21):
+        write(tmp_path / "store", count, **settings)
+    write(tmp_path / "at once", 21, **settings)
+    assert contents(tmp_path / "store") == contents(tmp_path / "at once")
+
+
+def test_defaults_of_batch_and_shard_size_are_taken_from_the_store(tmp_path: Path) -> None:
+    write(tmp_path, 20)
+    store = write(tmp_path, 30, batch_size=None, shard_size=None)
+    assert (store.manifest.batch_size, store.manifest.shard_size, store.count) == (4, 8, 30)
+
+
+def test_default_shard_is_whole_batches_within_bounds(tmp_path: Path) -> None:
+    store = write(tmp_path / "small", 3, batch_size=100, shard_size=None)
+    assert store.manifest.shard_size == 1000
+    large = GaussianTeacher(shape=(16, 128, 128))  # 1 MiB of noise, 7 MiB in all with S = 3
+    manifest = write(tmp_path / "large", 1, large, batch_size=1, shard_size=1, cfg_scale=1.0).manifest
+    assert manifest.sample_bytes == 7 * 2**20 + 8
+    assert default_shard_size(manifest) == MAX_SHARD_BYTES // manifest.sample_bytes == 36
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cfg_scale": 2.0}, r"cfg_scale is 1\.5, asked for 2\.0"),
+        ({"cfg_channels": 1}, "cfg_channels is None, asked for 1"),
+        ({"num_steps": 2}, r"grid\.state_index is \[0, 2, 4, 6\], asked for \[0, 3, 6\]"),
+        ({"teacher_steps": 9}, r"grid\.state_index is \[0, 2, 4, 6\], asked for \[0, 3, 6, 9\]"),
+        ({"seed": 8}, "seed is 7, asked for 8"),
+        ({"keep": "state"}, "keep is 'both', asked for 'state'"),
+        ({"dtype": "bfloat16"}, "dtype is 'float32', asked for 'bfloat16'"),
+        ({"labels": "balanced"}, "labels is 'uniform', asked for 'balanced'"),
+        ({"batch_size": 2}, "batch_size is 4, asked for 2"),
+        ({"shard_size": 16}, "shard_size is 8, asked for 16"),
+        ({"teacher": GaussianTeacher(fingerprint="other")}, "teacher_fingerprint is 'gaussian', asked for 'other'"),
+        ({"teacher": GaussianTeacher(shape=(2, 4, 4))}, r"sample_shape is \(1, 4, 4\), asked for \(2, 4, 4\)"),
+    ],
+)
+def test_another_stores_folder_is_refused_naming_both_sides(tmp_path: Path, change: dict, message: str) -> None:
+    write(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=message):
+        write(tmp_path, **{"count": 40, **change})
+    assert contents(tmp_path) == before
+
+
+def test_another_embed_times_is_no_other_store(tmp_path: Path) -> None:
+    grid = TimeGrid.build(NoiseSchedule(), 3, 6)
+    write(tmp_path, grid=grid)
+    assert write(tmp_path, 24, grid=grid.for_target("state")).manifest.grid == grid
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"count": 0}, "count is 0; expected at least 1"),
+        ({"keep": "all"}, "keep is 'all'"),
+        ({"dtype": "float64"}, "dtype is 'float64'"),
+        ({"seed": -1}, "seed is -1"),
+        ({"batch_size": -4}, "batch_size is -4"),
+        ({"shard_size": 9}, "shard_size is 9; expected a multiple of batch_size, 4"),
+        ({"cfg_scale": float("nan")}, "cfg_scale is nan"),
+        ({"cfg_channels": 2}, "cfg_channels is 2; expected 1 to 1"),
+        ({"num_steps": 7}, "7 jumps out of 6 teacher steps"),
+    ],
+)
+def test_settings_that_make_no_sense_leave_nothing_behind(tmp_path: Path, change: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        write(tmp_path / "store", **change)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_full_disk_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    teacher = GaussianTeacher()
+    free = shutil.disk_usage(tmp_path).free
+    sample = 8 + 4 * 16 * (1 + 3 + 3)
+    with pytest.raises(InputError, match="free some, choose another folder"):
+        write(tmp_path, 2 * free // sample, teacher, batch_size=2**20, shard_size=2**30)
+    assert teacher.samples_computed == 0
+
+
+def test_two_writers_of_one_store_are_refused(tmp_path: Path) -> None:
+    with filelock.FileLock(tmp_path / ".lock"), pytest.raises(InputError, match="another process is writing this store"):
+        write(tmp_path)
+    assert write(tmp_path).count == 20
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("")
+    with pytest.raises(InputError, match="is a file; expected a folder"):
+        write(tmp_path / "store")
+
+
+def test_ctrl_c_keeps_finished_shards(tmp_path: Path) -> None:
+    class Interrupted(GaussianTeacher):
+        def predict(self, x: torch.Tensor, time: float, labels: torch.Tensor) -> torch.Tensor:
+            if self.samples_computed >= 6 * 12:
+                raise KeyboardInterrupt
+            return super().predict(x, time, labels)
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "store", 20, Interrupted(), cfg_scale=1.0)
+    store = TrajectoryStore.open(tmp_path / "store")
+    assert (store.count, store.requested_count, store.missing()) == (8, 20, [(8, 16), (16, 20)])
+    write(tmp_path / "store", 20, cfg_scale=1.0)
+    write(tmp_path / "at once", 20, cfg_scale=1.0)
+    assert contents(tmp_path / "store") == contents(tmp_path / "at once")
+
+
+def kill_while_writing(out: Path, count: int, delay: float, seed: int) -> None:
+    """Start a writer in a process of its own and kill -9 it at a random moment after its next shard."""
+    here = Path(gaussian.__file__)
+    environment = {**os.environ, "PYTHONPATH": str(here.parents[2])}
+    process = subprocess.Popen([sys.executable, here, out, str(count), str(delay)], env=environment)
+    done = len(list(out.glob("shards/*.json")))
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("shards/*.json"))) <= done:
+        assert process.poll() is None, "the writer ended before it wrote a shard"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    time.sleep(random.Random(seed).uniform(0, 8 * delay))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_kill_minus_nine_leaves_no_trace(tmp_path: Path) -> None:
+    write(tmp_path / "undisturbed", 100)
+    for attempt in range(3):
+        kill_while_writing(tmp_path / "killed", 100, delay=0.01, seed=attempt)
+        store = TrajectoryStore.open(tmp_path / "killed")
+        assert store.count < 100
+        assert store.problems == ()
+        if attempt == 0:
+            with pytest.raises(InputError, match=f"100 were asked for, {store.count} are there"):
+                store.verify()
+    write(tmp_path / "killed", 100)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("moment", ["shard.tmp", "shard", "sidecar.tmp", "longer"])
+def test_what_a_kill_can_leave_behind_is_cleaned_up(tmp_path: Path, moment: str) -> None:
+    write(tmp_path / "whole", 16)
+    write(tmp_path / "store", 12)  # 8 and a partial shard of 4
+    shards = tmp_path / "store" / "shards"
+    full, sidecar = (tmp_path / "whole" / "shards" / f"0000000008-0000000016.{e}" for e in ("safetensors", "json"))
+    if moment == "shard.tmp":
+        (shards / f"{full.name}.tmp").write_bytes(full.read_bytes()[:100])
+    else:
+        shutil.copy(full, shards)
+    if moment == "sidecar.tmp":
+        (shards / f"{sidecar.name}.tmp").write_bytes(sidecar.read_bytes()[:10])
+    if moment == "longer":  # killed before the shorter one was removed
+        shutil.copy(sidecar, shards)
+    assert TrajectoryStore.open(tmp_path / "store").count == (16 if moment == "longer" else 12)
+    write(tmp_path / "store", 16)
+    assert contents(tmp_path / "store") == contents(tmp_path / "whole")
+
+
+def test_sidecars_say_who_wrote_them(tmp_path: Path) -> None:
+    store = write(tmp_path)
+    sidecar = json.loads((tmp_path / "shards" / "0000000016-0000000020.json").read_text())
+    assert (sidecar["first"], sidecar["count"], sidecar["manifest"]) == (16, 4, store.manifest.digest)
+    assert set(sidecar["written_by"]) == {"pyard", "torch", "device"}
+    with safetensors.safe_open(tmp_path / "shards" / "0000000016-0000000020.safetensors", "np") as shard:
+        assert json.loads(shard.metadata()["pyard"]) == {"first": 16, "manifest": store.manifest.digest}
