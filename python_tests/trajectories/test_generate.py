@@ -153,9 +153,10 @@ def test_resume_computes_nothing_twice_and_extension_appends(tmp_path: Path) -> 
 def test_a_networks_last_bits_do_not_depend_on_when_a_sample_was_asked_for(tmp_path: Path) -> None:
     # Matrix products round differently for other batch sizes, unlike the Gaussian teacher's elementwise formulas.
     settings: dict = dict(teacher=tiny_teacher(), batch_size=8, shard_size=8)
+    at_once = load(write(tmp_path / "at once", 21, **settings))
     for count in (1, 9, 21):
-        write(tmp_path / "store", count, **settings)
-    write(tmp_path / "at once", 21, **settings)
+        appended = load(write(tmp_path / "store", count, **settings))
+        assert all(np.array_equal(appended[name], at_once[name][:count]) for name in at_once)
     assert contents(tmp_path / "store") == contents(tmp_path / "at once")
 
 
