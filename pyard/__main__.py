@@ -96,7 +96,7 @@ def run(name: str, command: Command, argv: Sequence[str]) -> int:
 
 
 def complete(argv: Sequence[str], function: Callable[..., Any], bare: tuple[str, ...]) -> list[str]:
-    """The words as jsonargparse takes them: --num-steps is --num_steps, a lone switch is true, a lone `bare` flag is left out."""
+    """Words as jsonargparse takes them: --num-steps is --num_steps, a lone switch is true, a lone `bare` flag is left out."""
     switches = [name for name, p in inspect.signature(function).parameters.items() if p.annotation is bool]
     words = []
     for i, word in enumerate(argv):

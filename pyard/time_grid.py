@@ -124,7 +124,8 @@ class TimeGrid:
 
     def same_trajectory(self, other: TimeGrid) -> bool:
         """True if both grids cut the same places out of the same trajectory; embed_times are the student's own business."""
-        return dataclasses.replace(self, embed_times=other.embed_times) == other
+        mine, theirs = (dataclasses.asdict(grid) for grid in (self, other))
+        return {**mine, "embed_times": None} == {**theirs, "embed_times": None}
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dictionary that `from_json` turns back into an equal grid."""

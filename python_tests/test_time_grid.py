@@ -33,6 +33,7 @@ def test_uneven_grids_and_json():
     assert TimeGrid.from_json(grid.to_json()) == grid
     assert grid.same_trajectory(dataclasses.replace(grid, embed_times=(3, 2, 1)))
     assert not grid.same_trajectory(TimeGrid.build(NoiseSchedule(), 3, 10))
+    assert not grid.same_trajectory(TimeGrid.build(NoiseSchedule(), 4, 10))
 
 
 @pytest.mark.parametrize(("settings", "message"), [
