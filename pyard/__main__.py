@@ -19,19 +19,25 @@ from pyard.errors import InputError
 
 
 class Command(NamedTuple):
-    """Where a sub-command lives, what the overview says of it, and flags that may stand without a value, for their default."""
+    """Where a sub-command lives, what the overview says of it, and flags that may stand without a value, for their default.
+
+    The flags are the function's parameters; with `config`, the fields of that dataclass, which the function takes.
+    """
 
     module: str
     function: str
     summary: str
     bare: tuple[str, ...] = ()
+    config: str = ""
 
 
 COMMANDS = {
     "demo": Command("pyard.demo", "demo", "distil real digits into an ONNX student, with pictures and a table"),
     "teach": Command("pyard.teachers.digits", "teach", "train the built-in teacher of handwritten digits"),
     "trajectories": Command("pyard.trajectories", "generate_trajectories", "write a teacher's ODE trajectories to a store"),
-    "train": Command("pyard.training", "train", "train a student on trajectories (generates missing ones)"),
+    "train": Command(
+        "pyard.training", "train_command", "train a student on trajectories (generates missing ones)", config="TrainConfig"
+    ),
     "sample": Command("pyard.sampling", "sample_to_file", "draw samples with a student"),
     "evaluate": Command("pyard.evaluation", "evaluate", "measure a student against its teacher and real data"),
     "export": Command("pyard.export", "export", "write a student as one ONNX file and check it", bare=("--onnx",)),
@@ -74,16 +80,21 @@ def run(name: str, command: Command, argv: Sequence[str]) -> int:
     class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         """Keeps the paragraphs and examples of docstrings."""
 
-    function = command_line_face(getattr(importlib.import_module(command.module), command.function))
+    module = importlib.import_module(command.module)
+    function = command_line_face(getattr(module, command.function))
+    settings = getattr(module, command.config) if command.config else None
     description = (inspect.getdoc(function) or "").split("\nArgs:")[0].strip()
     parser = ArgumentParser(prog=f"pyard {name}", description=description, formatter_class=Formatter)
     parser.add_argument("--config", action="config", help="read flags from this YAML file")
-    parser.add_function_arguments(function, fail_untyped=False, sub_configs=False)
-    config = parser.parse_args(complete(argv, function, command.bare))
-    flags = parser.instantiate(config).as_dict()
+    if settings is None:
+        parser.add_function_arguments(function, fail_untyped=False, sub_configs=False)
+    else:
+        parser.add_class_arguments(settings, fail_untyped=False, sub_configs=False)
+    parsed = parser.parse_args(complete(argv, settings or function, command.bare))
+    flags = vars(parser.instantiate(parsed))
     flags.pop("config", None)
     try:
-        result = function(**flags)
+        result = function(**flags) if settings is None else function(settings(**flags))
     except (InputError, OSError) as error:
         if os.environ.get("PYARD_TRACEBACK"):
             raise
@@ -97,7 +108,7 @@ def run(name: str, command: Command, argv: Sequence[str]) -> int:
 
 def complete(argv: Sequence[str], function: Callable[..., Any], bare: tuple[str, ...]) -> list[str]:
     """Words as jsonargparse takes them: --num-steps is --num_steps, a lone switch is true, a lone `bare` flag is left out."""
-    switches = [name for name, p in inspect.signature(function).parameters.items() if p.annotation is bool]
+    switches = [name for name, p in inspect.signature(function, eval_str=True).parameters.items() if p.annotation is bool]
     words = []
     for i, word in enumerate(argv):
         flag, equals, value = word.partition("=")

@@ -132,7 +132,7 @@ def test_damaged_checkpoint_is_named(store, tmp_path):
 
 def test_a_loss_that_explodes_stops_the_run(store, tmp_path):
     with pytest.raises(InputError, match="lower --learning_rate"):
-        run(tmp_path, "run", learning_rate=1e30, grad_clip=1e30)
+        run(tmp_path, "run", learning_rate=1e30, grad_clip=1e30, max_skipped_in_a_row=3)
 
 
 @pytest.mark.parametrize("settings", [dict(max_steps=0), dict(batch_size=0), dict(learning_rate=-1.0), dict(ema_decay=1.0)])
