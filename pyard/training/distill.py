@@ -67,7 +67,12 @@ def train(
             "trajectories": str(trajectories.path) if isinstance(trajectories, TrajectoryStore) else trajectories,
         }
         config = TrainConfig.of({**named, "out": Path(out), **settings})
-    return _run(config, given_teacher, given_store)
+    # Importing accelerate and diffusers takes seconds, which `pyard train --help` need not wait for.
+    from pyard.training.processes import Processes, own_random_state
+
+    processes = Processes(config.mixed_precision)
+    with own_random_state(processes.device):
+        return _run(config, given_teacher, given_store, processes)
 
 
 def train_command(config: TrainConfig) -> None:
@@ -84,15 +89,12 @@ def train_command(config: TrainConfig) -> None:
     train(config)
 
 
-def _run(config: TrainConfig, teacher: Any, trajectories: Any) -> Student:
-    # Importing accelerate and diffusers takes seconds, which `pyard train --help` need not wait for.
+def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Processes) -> Student:
     from pyard.training.loop import train_stage
-    from pyard.training.processes import Processes
     from pyard.training.regression import Regression
     from pyard.training.state import Checkpoints
     from pyard.training.watch import Watcher
 
-    processes = Processes(config.mixed_precision)
     if config.batch_size % (processes.world * config.gradient_accumulation):
         raise InputError(
             f"training: batch_size {config.batch_size} is no multiple of {processes.world} processes times "

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from tqdm import tqdm
@@ -75,7 +74,6 @@ def train_stage(
             disable=not (config.progress and processes.is_main),
         ) as bar,
         preemption() as asked,
-        _own_random_state(processes.device),
         advice,
     ):  # fmt: skip
         for step in range(begin + 1, config.max_steps + 1):
@@ -155,12 +153,3 @@ class Meter:
         tflops = rate * self._flops / 1e12
         use = {"MFU": f"{100 * tflops / self._peak:.1f}%"} if self._peak else {"TFLOP/s": f"{tflops:.3g}"}
         return {"samples/s": f"{rate * self._batch_size:.{0 if rate * self._batch_size >= 100 else 2}f}", **use}
-
-
-@contextmanager
-def _own_random_state(device: torch.device) -> Iterator[None]:
-    """Leave the caller's random state as it was."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
-
-

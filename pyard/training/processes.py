@@ -7,6 +7,7 @@ an `Accelerator` fixes the precision once for a whole Python process, in which `
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -45,7 +46,14 @@ class Processes:
     def __init__(self, mixed_precision: str = "no"):
         from accelerate import PartialState
 
-        state = PartialState()
+        # Without `cpu`, Accelerate runs processes without a GPU side by side, each as if it were alone.
+        state = PartialState(cpu=not torch.accelerator.is_available())
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        if state.num_processes != launched:
+            raise InputError(
+                f"training: WORLD_SIZE says {launched} processes, but Accelerate joined {state.num_processes}; start them with "
+                "torchrun or accelerate launch, before anything else in the process uses Accelerate"
+            )
         self.rank: int = state.process_index
         self.world: int = state.num_processes
         self.is_main = self.rank == 0
@@ -119,6 +127,13 @@ class Processes:
 def seed_of(*numbers: int) -> int:
     """A seed for torch that is a function of all the numbers: what is drawn then depends on no earlier draw."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "little")
+
+
+@contextmanager
+def own_random_state(device: torch.device) -> Iterator[None]:
+    """Leave the caller's random state as it was."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
 
 
 @contextmanager
