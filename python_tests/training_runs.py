@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import time
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 
 from pyard.noise_schedule import NoiseSchedule
 from pyard.training import train
-from pyard.training.state import read_log
+from pyard.training.state import Checkpoints, read_log
 from pyard.trajectories import generate_trajectories
 
 SETTINGS: dict[str, Any] = dict(
@@ -101,6 +102,28 @@ def signal_at(processes: list[ForkServerProcess], log: Path, step: int, number: 
         assert time.monotonic() < deadline
         time.sleep(0.002)
     return -1
+
+
+def kill_and_resume(folder: Path, world: int, kills: int, seed: int, settings: dict[str, Any]) -> list[dict[str, int]]:
+    """Kill the run `killed` at random moments until it has been killed so often; then let it end."""
+    choose, done = random.Random(seed), []
+    steps = settings["max_steps"]
+    log = folder / "killed" / "log.jsonl"
+    while len(done) < kills:
+        before = max(Checkpoints(folder / "killed" / "checkpoints").steps(), default=0)
+        # A run that has got far starts over, so that there is always something left to kill.
+        if before > steps - settings["save_every"] - 1:
+            break
+        processes = start(folder, "killed", world, **settings)
+        at = choose.randint(before, min(before + 2 * settings["save_every"], steps - 1))
+        time.sleep(choose.random() * 0.01)
+        killed = signal_at(processes, log, at)
+        codes = wait(processes)
+        if killed >= 0:
+            assert set(codes) == {-signal.SIGKILL}
+            done.append({"resumed_from": before, "killed_after_step": killed, "asked_step": at})
+    assert set(wait(start(folder, "killed", world, **settings))) == {0}
+    return done
 
 
 def assert_same_run(a: Path, b: Path) -> None:

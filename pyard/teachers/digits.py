@@ -155,7 +155,7 @@ def teach(
 
 
 def _train(config: TeachConfig, working: Path, save_every: int, progress: bool) -> DiTTeacher:
-    from pyard.training.state import Checkpoints, ema_of
+    from pyard.training.state import Checkpoints, Stateful, ema_of
 
     schedule = NoiseSchedule()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -165,7 +165,7 @@ def _train(config: TeachConfig, working: Path, save_every: int, progress: bool) 
     ema = ema_of(network, config.ema_decay)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
     checkpoints = Checkpoints(working / "checkpoints")
-    parts = {"model": network, "ema": ema, "optimizer": optimizer}
+    parts: dict[str, Stateful] = {"model": network, "ema": ema, "optimizer": optimizer}
     begin = max(checkpoints.steps(), default=0)
     if begin:
         checkpoints.load(begin, parts)

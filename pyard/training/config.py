@@ -1,11 +1,11 @@
-"""Everything about a training run in one frozen dataclass: from Python, YAML or flags, stored resolved beside the checkpoints."""
+"""Everything about a training run in one frozen dataclass: from Python, YAML or flags; stored beside the checkpoints."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,6 +15,7 @@ from pyard.errors import InputError
 from pyard.models.student import Heads, Output
 from pyard.ops.masks import Mask
 from pyard.time_grid import Target
+from pyard.training.adversarial_config import AdversarialConfig
 from pyard.training.state import write_text
 from pyard.trajectories.manifest import DType, Keep
 
@@ -23,10 +24,11 @@ IDENTITY_NAME = "train.json"
 
 LRSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Loss = Literal["mse", "pseudo_huber"]
+Stage = Literal["regression", "adversarial"]
 
 # Two runs that differ in these alone compute the same, to rounding: a run may resume with others.
 _NOT_OF_THE_RESULT = (
-    "teacher", "trajectories", "out", "save_every", "keep_last", "keep_every", "log_every", "evaluate_every",
+    "teacher", "trajectories", "out", "student", "save_every", "keep_last", "keep_every", "log_every", "evaluate_every",
     "evaluation_trajectories", "max_skipped_in_a_row", "trackers", "peak_tflops", "progress",
     "gradient_accumulation", "activation_checkpointing", "compile",
     "num_trajectories", "teacher_steps", "cfg_scale", "cfg_channels", "trajectory_dtype", "trajectory_keep",
@@ -41,6 +43,9 @@ class TrainConfig:
         teacher: `digits`, or a teacher's folder.
         out: the run folder.
         trajectories: a store that `generate_trajectories` wrote with this teacher; none: generated in `out`/trajectories.
+
+        stage: `regression`, or `adversarial`: go on from `student` with discriminators beside the regression.
+        student: run folder or student's folder that the adversarial stage starts from; it decides all about the student.
 
         num_steps: S, network passes of the student; the grid of a given store must have as many.
         history_layers: N, how many of the lowest attentions see earlier steps; 0 is step distillation; none: a quarter of
@@ -95,11 +100,15 @@ class TrainConfig:
         trackers: `auto`: TensorBoard if it is installed and `evaluate_every` is not 0; `none`; or tensorboard | wandb.
         peak_tflops: of the device in the precision used, for the model FLOPs utilisation; none: known for common GPUs.
         progress: show a progress bar.
+
+        adversarial: settings of the adversarial stage.
     """
 
     teacher: str
     out: Path
     trajectories: str | None = None
+    stage: Stage = "regression"
+    student: str | None = None
 
     num_steps: int = 4
     history_layers: int | None = None
@@ -150,6 +159,8 @@ class TrainConfig:
     peak_tflops: float | None = None
     progress: bool = True
 
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", Path(self.out))
         for name in ("ema_decay", "step_weights", "adam_betas"):
@@ -186,10 +197,20 @@ class TrainConfig:
             raise InputError(
                 f"training: trajectory_keep is {self.trajectory_keep!r}, but target is {self.target!r}; keep that, or both"
             )
-        choices = {"lr_schedule": LRSchedule, "loss": Loss, "rollout_gradient": Literal["detach", "backprop"]}
+        choices = {"stage": Stage, "lr_schedule": LRSchedule, "loss": Loss, "rollout_gradient": Literal["detach", "backprop"]}
         for name, hint in choices.items():
             if getattr(self, name) not in get_args(hint):
                 raise InputError(f"training: {name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(hint))}")
+        if (self.stage == "adversarial") != (self.student is not None):
+            raise InputError(
+                f"training: stage is {self.stage!r} and student is {self.student!r}; the adversarial stage, and no other, "
+                "starts from a student"
+            )
+        if self.stage == "adversarial" and (self.gradient_accumulation > 1 or self.rollout_probability):
+            raise InputError(
+                "training: the adversarial stage knows neither gradient_accumulation, for its weight is that of a whole batch "
+                "(use activation_checkpointing or more processes), nor rollout_probability"
+            )
         if self.warmup_steps and self.lr_schedule == "constant":
             raise InputError("training: lr_schedule 'constant' has no warm-up; use 'constant_with_warmup', or warmup_steps 0")
 
@@ -206,24 +227,28 @@ class TrainConfig:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
                 raise InputError(f"training: no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        adversarial = settings.get("adversarial")
+        if isinstance(adversarial, dict):
+            settings = {**settings, "adversarial": AdversarialConfig(**adversarial)}
         return cls(**settings)
 
     def to_yaml(self) -> str:
         """YAML that `pyard train --config` reads back as the same configuration."""
         return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(self), default=str)), sort_keys=False)
 
-    def resume_or_begin(self, teacher_fingerprint: str, manifest: dict[str, Any]) -> None:
+    def resume_or_begin(self, **inputs: Any) -> None:
         """Store the configuration in the run folder; refuse a folder whose run computes something else.
 
         Args:
-            teacher_fingerprint: of the teacher, wherever it lies.
-            manifest: of the trajectories, wherever they lie.
+            inputs: what tells teacher, trajectories and other inputs from others, wherever they lie; JSON-able.
 
         Raises:
             InputError: names every setting that differs.
         """
         settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in _NOT_OF_THE_RESULT}
-        mine = {**settings, "teacher_fingerprint": teacher_fingerprint, "manifest": manifest}
+        if self.stage == "regression":
+            settings.pop("adversarial")
+        mine = {**settings, **inputs}
         mine = json.loads(json.dumps(mine))
         file = self.out / IDENTITY_NAME
         if file.exists():

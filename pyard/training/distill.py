@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from pyard.errors import InputError
-from pyard.models.student import Student
+from pyard.models.student import Student, StudentConfig
 from pyard.teachers import load_teacher
 from pyard.training.config import TrainConfig
 from pyard.trajectories import TrajectoryReader, TrajectoryStore, generate_trajectories
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
 
 # The seed of trajectories that are measured on is this far from the one of those that are trained on.
 _HELD_OUT_SEED = 1 << 32
+_REAL = 3  # the draws of the real data, as a part of their seed
 
 
 def train(
@@ -90,7 +95,10 @@ def train_command(config: TrainConfig) -> None:
 
 
 def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Processes) -> Student:
+    from pyard.training.adversarial import Adversarial
     from pyard.training.loop import train_stage
+    from pyard.training.processes import seed_of
+    from pyard.training.real_data import RealData, RealReader
     from pyard.training.regression import Regression
     from pyard.training.state import Checkpoints
     from pyard.training.watch import Watcher
@@ -103,27 +111,24 @@ def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Proces
     if isinstance(teacher, str | Path):
         with processes.main_first():  # the built-in teacher is trained on first use
             teacher = load_teacher(teacher)
+    earlier = None if config.student is None else Student.from_pretrained(config.student)
+    if earlier is not None:
+        config = _like(config, earlier.config)
     if config.history_layers is None:
         config = dataclasses.replace(config, history_layers=math.ceil(teacher.network.config.depth / 4))
-    assert config.history_layers is not None
     teacher.to(processes.device)
     with processes.main_first():
         store = _open_store(teacher, trajectories, config)
         held_out = _held_out(teacher, config, store, processes)
-    student = Student.from_teacher(
-        teacher,
-        store.manifest.grid,
-        history_layers=config.history_layers,
-        mask=config.mask,
-        window=config.window,
-        target=config.target,
-        output=config.output,
-        heads=config.heads,
-        history_bias=config.history_bias,
-    ).to(processes.device)
+    student = _student(teacher, store, config, earlier).to(processes.device)
+    inputs = {"teacher_fingerprint": teacher.fingerprint, "manifest": {**store.manifest.to_json(), "count": store.count}}
+    stage: Regression
+    if config.stage == "adversarial":
+        data = RealData.load(config.adversarial.real, student.sample_shape, student.num_classes)
+        inputs |= {"real_fingerprint": data.fingerprint(), "student_fingerprint": _fingerprint(student)}
     with processes.main_first():
         if processes.is_main:
-            config.resume_or_begin(teacher.fingerprint, {**store.manifest.to_json(), "count": store.count})
+            config.resume_or_begin(**inputs)
     reader = TrajectoryReader(
         store,
         config.batch_size // processes.world,
@@ -132,8 +137,19 @@ def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Proces
         rank=processes.rank,
         world_size=processes.world,
     )
-    stage = Regression(config, student, processes)
-    averages = [ema.module for ema in stage.emas]
+    if config.stage == "adversarial":
+        real = RealReader(
+            data,
+            config.batch_size,
+            seed=seed_of(config.seed, _REAL),
+            flips=config.adversarial.flips,
+            rank=processes.rank,
+            world_size=processes.world,
+        )
+        stage = Adversarial(config, student, processes, teacher, real)
+    else:
+        stage = Regression(config, student, processes)
+    averages = stage.averages
     begin = max(Checkpoints(config.out / "checkpoints").steps(), default=0)
     watcher = Watcher(config, averages[0], held_out, begin) if processes.is_main else None
     try:
@@ -148,9 +164,48 @@ def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Proces
     return averages[0].eval()
 
 
-def _open_store(
-    teacher: DiTTeacher, trajectories: str | Path | TrajectoryStore | None, config: TrainConfig
-) -> TrajectoryStore:
+def _student(teacher: DiTTeacher, store: TrajectoryStore, config: TrainConfig, earlier: Student | None) -> Student:
+    """The student that training starts from: that of an earlier stage, or the teacher with a history."""
+    if earlier is None:
+        assert config.history_layers is not None
+        return Student.from_teacher(
+            teacher,
+            store.manifest.grid,
+            history_layers=config.history_layers,
+            mask=config.mask,
+            window=config.window,
+            target=config.target,
+            output=config.output,
+            heads=config.heads,
+            history_bias=config.history_bias,
+        )
+    if earlier.config.teacher_fingerprint != teacher.fingerprint:
+        raise InputError(
+            f"student {config.student} was made from teacher {earlier.config.teacher_fingerprint[:12]}, but this is teacher "
+            f"{teacher.fingerprint[:12]}; give its own"
+        )
+    if not earlier.config.grid.same_trajectory(store.manifest.grid):
+        raise InputError(
+            f"student {config.student} and the trajectories {store.path} have other grids; give those it learnt from"
+        )
+    return earlier
+
+
+def _like(config: TrainConfig, student: StudentConfig) -> TrainConfig:
+    """The settings with those that a student which is there already decides."""
+    names = ("history_layers", "mask", "window", "target", "output", "heads", "history_bias")
+    return dataclasses.replace(config, num_steps=student.grid.num_steps, **{name: getattr(student, name) for name in names})
+
+
+def _fingerprint(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _open_store(teacher: DiTTeacher, trajectories: str | Path | TrajectoryStore | None, config: TrainConfig) -> TrajectoryStore:
     """The store to train on: the given one, checked against teacher and S, or a new one in the run folder."""
     if trajectories is None:
         return generate_trajectories(
@@ -178,9 +233,7 @@ def _open_store(
     return store
 
 
-def _held_out(
-    teacher: DiTTeacher, config: TrainConfig, store: TrajectoryStore, processes: Processes
-) -> TrajectoryStore | None:
+def _held_out(teacher: DiTTeacher, config: TrainConfig, store: TrajectoryStore, processes: Processes) -> TrajectoryStore | None:
     """Trajectories of the same kind as those trained on, from other noise, for the exposure-bias curve."""
     if not (config.evaluate_every and processes.is_main):
         return None

@@ -64,9 +64,7 @@ def train_stage(
     def save(step: int) -> None:
         with processes.main_first():
             if processes.is_main:
-                checkpoints.save(
-                    step, stage.parts, {"reader": reader.state_dict(), "skipped": skipped, "in_a_row": in_a_row}
-                )
+                checkpoints.save(step, stage.parts, {"reader": reader.state_dict(), "skipped": skipped, "in_a_row": in_a_row})
 
     with (
         tqdm(

@@ -1,6 +1,6 @@
 """What a prediction is charged for, step by step.
 
-    B batch · S steps · C, H, W sample shape
+B batch · S steps · C, H, W sample shape
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ PREEMPTING = (signal.SIGTERM, signal.SIGUSR1)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Preempted(SystemExit):  # noqa: N818 - it ends the process like SystemExit, whose name it follows
+class Preempted(SystemExit):
     """A signal asked a run to end; it has saved a checkpoint and ends the process with status 75."""
 
     def __init__(self, step: int):

@@ -125,6 +125,12 @@ class Regression:
         if processes.scaler.is_enabled():
             self.parts["scaler"] = processes.scaler
 
+    @property
+    def averages(self) -> list[Student]:
+        """The averaged students, the result first."""
+        modules = [ema.module for ema in self.emas]
+        return [module for module in modules if isinstance(module, Student)]
+
     def compute(self, step: int, batch: TrajectoryBatch) -> Measured:
         """Loss and gradients of an update on this process's share of a batch."""
         rollout = self._rolls_out(step)

@@ -148,6 +148,8 @@ def _trackers(config: TrainConfig, resume_step: int) -> list[Any]:
         # Points after the checkpoint that a run resumes from are hidden, for they come again.
         tracker = TensorBoardTracker(wanted, folder, purge_step=resume_step + 1)
     else:
-        tracker = WandBTracker("pyard", dir=folder, name=config.out.name, config=json.loads(json.dumps(asdict(config), default=str)))
+        tracker = WandBTracker(
+            "pyard", dir=folder, name=config.out.name, config=json.loads(json.dumps(asdict(config), default=str))
+        )
     tracker.start()
     return [tracker]

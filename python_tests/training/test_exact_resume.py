@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import random
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import assert_same_run, signal_at, start, teacher_and_store, train_in, wait
+from training_runs import assert_same_run, kill_and_resume, signal_at, start, teacher_and_store, train_in, wait
 
 from pyard.training.processes import PREEMPTED_STATUS
 from pyard.training.state import Checkpoints, read_log
@@ -25,28 +24,6 @@ EVERYTHING = dict(ema_decay=[0.9, 0.99], gradient_accumulation=2, rollout_probab
 def folder(tmp_path: Path) -> Path:
     teacher_and_store(tmp_path)
     return tmp_path
-
-
-def kill_and_resume(folder: Path, world: int, kills: int, seed: int, settings: dict) -> list[dict]:
-    """Kill the run `killed` at random moments until it has been killed so often; then let it end."""
-    choose, done = random.Random(seed), []
-    steps = settings["max_steps"]
-    log = folder / "killed" / "log.jsonl"
-    while len(done) < kills:
-        before = max(Checkpoints(folder / "killed" / "checkpoints").steps(), default=0)
-        # A run that has got far starts over, so that there is always something left to kill.
-        if before > steps - settings["save_every"] - 1:
-            break
-        processes = start(folder, "killed", world, **settings)
-        at = choose.randint(before, min(before + 2 * settings["save_every"], steps - 1))
-        time.sleep(choose.random() * 0.01)
-        killed = signal_at(processes, log, at)
-        codes = wait(processes)
-        if killed >= 0:
-            assert set(codes) == {-signal.SIGKILL}
-            done.append({"resumed_from": before, "killed_after_step": killed, "asked_step": at})
-    assert set(wait(start(folder, "killed", world, **settings))) == {0}
-    return done
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -123,7 +100,9 @@ def test_killed_fifty_times(folder, world):
     assert len(kills) == 50
     assert_same_run(folder / "whole", folder / "killed")
     if file := os.environ.get("PYARD_KILL_LOG"):
-        lines = [f"{world} process(es), seed {seed}, {settings['max_steps']} updates, a checkpoint every {settings['save_every']}"]
+        lines = [
+            f"{world} process(es), seed {seed}, {settings['max_steps']} updates, a checkpoint every {settings['save_every']}"
+        ]
         lines += [f"kill {i}: {kill}" for i, kill in enumerate(kills, start=1)]
         lines += ["log, weights, averages, optimizer and schedule are bitwise those of a run that was not killed", ""]
         with open(file, "a") as out:

@@ -60,7 +60,9 @@ def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], rel: fl
 
 
 @pytest.mark.parametrize("heads", ["per_step", "shared"])
-@pytest.mark.parametrize("rollout", [dict(), dict(rollout_probability=1.0, rollout_gradient="backprop")], ids=["forced", "backprop"])
+@pytest.mark.parametrize(
+    "rollout", [dict(), dict(rollout_probability=1.0, rollout_gradient="backprop")], ids=["forced", "backprop"]
+)
 def test_every_parameter_that_should_train_does(heads, rollout):
     made = stage(student(heads=heads), **rollout)
     in_optimizer = {id(p) for group in made.optimizer.param_groups for p in group["params"]}
@@ -77,7 +79,7 @@ def test_every_parameter_that_should_train_does(heads, rollout):
         else:
             assert bool(alive.all()), name
             assert float((parameter.grad != 0).float().mean()) > 0.99 or "time_embed" in name or "qkv.bias" in name, name
-        groups.setdefault(".".join(name.split(".")[:3 if "blocks" in name else 2]), []).append(name)
+        groups.setdefault(".".join(name.split(".")[: 3 if "blocks" in name else 2]), []).append(name)
     heads_of = [f"heads.{i}" for i in range(S if heads == "per_step" else 1)]
     blocks = [f"trunk.blocks.{i}" for i in range(3)]
     assert set(groups) == {*heads_of, *blocks, "trunk.patch_embed", "trunk.time_embed", "trunk.label_embed", "history_bias"}
@@ -171,7 +173,10 @@ def test_fp16_on_a_gpu_trains():
 
 def test_several_averages_follow_their_decays():
     made = stage(ema_decay=(0.5, 0.9), learning_rate=1e-2)
-    reference = {decay: torch.optim.swa_utils.AveragedModel(made.student, multi_avg_fn=get_ema_multi_avg_fn(decay)) for decay in (0.5, 0.9)}
+    reference = {
+        decay: torch.optim.swa_utils.AveragedModel(made.student, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        for decay in (0.5, 0.9)
+    }
     for step in range(1, 60):
         made.compute(step, batch(step))
         made.apply()
@@ -187,7 +192,8 @@ def test_several_averages_follow_their_decays():
 
 
 @pytest.mark.parametrize(("schedule", "expected"), [
-    ("constant", [1, 1, 1, 1]), ("constant_with_warmup", [0, 0.5, 1, 1]), ("linear", [0, 0.5, 1, 0.5]), ("cosine", [0, 0.5, 1, 0.5]),
+    ("constant", [1, 1, 1, 1]), ("constant_with_warmup", [0, 0.5, 1, 1]),
+    ("linear", [0, 0.5, 1, 0.5]), ("cosine", [0, 0.5, 1, 0.5]),
 ])  # fmt: skip
 def test_learning_rate_schedules(schedule, expected):
     warmup = 0 if schedule == "constant" else 2
@@ -256,6 +262,7 @@ def test_rollouts_are_drawn_for_their_share_of_updates():
 @pytest.mark.parametrize("mask", [dict(mask="causal"), dict(mask="anchor"), dict(history_layers=0)], ids=str)
 def test_counted_flops_are_those_that_run(mask):
     model = student(**{"history_bias": None, **mask}).eval()
+
     def counted(rows: int) -> int:
         # The counter knows nothing of the CPU's fused attention, but all of the plain one.
         with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):

@@ -29,7 +29,9 @@ def test_exposure_bias_of_known_errors():
     assert curve.times == student.config.grid.times[1:]
     assert max(curve.teacher_forced) < 1e-8
     assert max(curve.rollout) < 1e-8
-    shifted = [TrajectoryBatch(b.history, b.target + torch.tensor([1.0, 2.0, 3.0])[:, None, None, None], b.condition) for b in batches]
+    shifted = [
+        TrajectoryBatch(b.history, b.target + torch.tensor([1.0, 2.0, 3.0])[:, None, None, None], b.condition) for b in batches
+    ]
     curve = exposure_bias(student, shifted)
     assert curve.teacher_forced == pytest.approx((1, 4, 9), rel=1e-4)
     assert curve.rollout == pytest.approx((1, 4, 9), rel=1e-4)
@@ -60,7 +62,13 @@ def test_tensorboard_gets_numbers_pictures_and_curves_once_each(tmp_path: Path):
         from pyard.training.state import Checkpoints
 
         save = Checkpoints.save
-        patch.setattr(Checkpoints, "save", lambda self, step, *rest: save(self, step, *rest) if step < 4 else exec("raise KeyboardInterrupt"))
+
+        def interrupted(self: Checkpoints, step: int, *rest: object) -> None:
+            if step == 4:
+                raise KeyboardInterrupt
+            save(self, step, *rest)  # type: ignore[arg-type]
+
+        patch.setattr(Checkpoints, "save", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train_in(tmp_path, "run", **settings)
     run = train_in(tmp_path, "run", **settings)
@@ -70,14 +78,16 @@ def test_tensorboard_gets_numbers_pictures_and_curves_once_each(tmp_path: Path):
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     tags = events.Tags()
-    assert {"loss", "grad_norm", "loss_step/2", "exposure_bias/rollout/2", "exposure_bias/teacher_forced/0"} <= set(tags["scalars"])
+    curves_of = {"exposure_bias/rollout/2", "exposure_bias/teacher_forced/0"}
+    assert {"loss", "grad_norm", "loss_step/2", *curves_of} <= set(tags["scalars"])
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
     assert [event.step for event in events.Scalars("exposure_bias/rollout/2")] == [2, 4, 6]
     log = {line["step"]: line["loss"] for line in read_log(run / "log.jsonl")}
     assert {event.step: event.value for event in events.Scalars("loss")} == pytest.approx(log, rel=1e-5)
     assert [event.step for event in events.Images("samples")] == [2, 4, 6]
     # Held-out trajectories start from other noise than those trained on.
-    first = [TrajectoryStore.open(folder).tensors(TrajectoryStore.open(folder).shards[0])["noise"][0] for folder in (run / "held-out", tmp_path / "store")]
+    stores = [TrajectoryStore.open(folder) for folder in (run / "held-out", tmp_path / "store")]
+    first = [store.tensors(store.shards[0])["noise"][0] for store in stores]
     assert (first[0] != first[1]).any()
 
 
