@@ -1,7 +1,8 @@
 """Discriminators of features: small 1-D convolutional heads, one for each chosen block of a frozen transformer.
 
 Spectral norm (Miyato et al. 2018) on every convolution, batch norm over virtual batches, projection on the conditioning
-(Miyato & Koyama 2018): the heads of ARD's adversarial stage, which are those of StyleGAN-T (Sauer et al. 2023, section 3.2) on a DiT.
+(Miyato & Koyama 2018): the heads of ARD's adversarial stage, which are those of StyleGAN-T (Sauer et al. 2023, section 3.2)
+on a DiT.
 
     B batch · K heads · T tokens · D hidden of the frozen network · W width of the heads
 """

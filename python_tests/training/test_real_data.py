@@ -16,7 +16,9 @@ def numbered(count: int) -> RealData:
     images = torch.arange(count, dtype=torch.float32)[:, None, None, None].expand(count, 1, 2, 4).clone()
     images[..., 2:] *= -1
     labels = torch.arange(count) % 3
-    return RealData(tuple({"images": i, "labels": l} for i, l in zip(images.split(4), labels.split(4), strict=True)))
+    return RealData(
+        tuple({"images": part, "labels": names} for part, names in zip(images.split(4), labels.split(4), strict=True))
+    )
 
 
 def take(reader: RealReader, batches: int) -> tuple[list[int], list[bool]]:
