@@ -38,6 +38,7 @@ COMMANDS = {
     "train": Command(
         "pyard.training", "train_command", "train a student on trajectories (generates missing ones)", config="TrainConfig"
     ),
+    "consolidate": Command("pyard.training.sharded", "consolidate", "make a student's folder of a checkpoint, sharded or not"),
     "sample": Command("pyard.sampling", "sample_to_file", "draw samples with a student"),
     "evaluate": Command("pyard.evaluation", "evaluate", "measure a student against its teacher and real data"),
     "export": Command("pyard.export", "export", "write a student as one ONNX file and check it", bare=("--onnx",)),

@@ -25,6 +25,7 @@ IDENTITY_NAME = "train.json"
 LRSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Loss = Literal["mse", "pseudo_huber"]
 Stage = Literal["regression", "adversarial"]
+Parallel = Literal["ddp", "fsdp"]
 
 # Two runs that differ in these alone compute the same, to rounding: a run may resume with others.
 _NOT_OF_THE_RESULT = (
@@ -78,6 +79,8 @@ class TrainConfig:
         mixed_precision: no | bf16 | fp16 (on a GPU only).
         activation_checkpointing: keep only the blocks' inputs and compute the rest twice: less memory, a third more time.
         compile: compile the student with torch.compile; its results differ in the last bits.
+        parallel: what several processes do: `ddp`, each holds all weights; `fsdp`, they are split (FSDP2). Same results to
+            rounding.
         seed: of the order of the trajectories and whatever else is drawn.
 
         loss: of a step's prediction: `mse`, or `pseudo_huber`, sqrt(|d|^2 + c^2) - c of the whole sample (Song & Dhariwal
@@ -139,6 +142,7 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     activation_checkpointing: bool = False
     compile: bool = False
+    parallel: Parallel = "ddp"
     seed: int = 0
 
     loss: Loss = "mse"
@@ -197,7 +201,13 @@ class TrainConfig:
             raise InputError(
                 f"training: trajectory_keep is {self.trajectory_keep!r}, but target is {self.target!r}; keep that, or both"
             )
-        choices = {"stage": Stage, "lr_schedule": LRSchedule, "loss": Loss, "rollout_gradient": Literal["detach", "backprop"]}
+        choices = {
+            "stage": Stage,
+            "parallel": Parallel,
+            "lr_schedule": LRSchedule,
+            "loss": Loss,
+            "rollout_gradient": Literal["detach", "backprop"],
+        }
         for name, hint in choices.items():
             if getattr(self, name) not in get_args(hint):
                 raise InputError(f"training: {name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(hint))}")

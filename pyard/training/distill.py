@@ -75,7 +75,7 @@ def train(
     # Importing accelerate and diffusers takes seconds, which `pyard train --help` need not wait for.
     from pyard.training.processes import Processes, own_random_state
 
-    processes = Processes(config.mixed_precision)
+    processes = Processes(config.mixed_precision, config.parallel)
     with own_random_state(processes.device):
         return _run(config, given_teacher, given_store, processes)
 
@@ -100,6 +100,7 @@ def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Proces
     from pyard.training.processes import seed_of
     from pyard.training.real_data import RealData, RealReader
     from pyard.training.regression import Regression
+    from pyard.training.sharded import whole_student
     from pyard.training.state import Checkpoints
     from pyard.training.watch import Watcher
 
@@ -151,17 +152,21 @@ def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Proces
         stage = Regression(config, student, processes)
     averages = stage.averages
     begin = max(Checkpoints(config.out / "checkpoints").steps(), default=0)
-    watcher = Watcher(config, averages[0], held_out, begin) if processes.is_main else None
+    # Shards are gathered by all processes together, so that all have to look.
+    looks = processes.is_main or processes.sharded
+    watcher = Watcher(config, averages[0], held_out, begin, records=processes.is_main) if looks else None
     try:
         train_stage(stage, student, reader, config, processes, watcher or (lambda step, measured: None))
     finally:
         if watcher is not None:
             watcher.finish()
-    with processes.main_first():
-        if processes.is_main:
-            for i, (decay, average) in enumerate(zip(config.ema_decays, averages, strict=True)):
-                average.save_pretrained(config.out / ("student" if i == 0 else f"student-ema-{decay:g}"))
-    return averages[0].eval()
+    for i, decay in enumerate(config.ema_decays):
+        name = "student" if i == 0 else f"student-ema-{decay:g}"
+        result = whole_student(averages[i], student.config, processes) if processes.sharded else averages[i]
+        with processes.main_first():
+            if processes.is_main and result is not None:
+                result.save_pretrained(config.out / name)
+    return Student.from_pretrained(config.out).to(processes.device) if processes.sharded else averages[0].eval()
 
 
 def _student(teacher: DiTTeacher, store: TrajectoryStore, config: TrainConfig, earlier: Student | None) -> Student:
@@ -235,7 +240,7 @@ def _open_store(teacher: DiTTeacher, trajectories: str | Path | TrajectoryStore 
 
 def _held_out(teacher: DiTTeacher, config: TrainConfig, store: TrajectoryStore, processes: Processes) -> TrajectoryStore | None:
     """Trajectories of the same kind as those trained on, from other noise, for the exposure-bias curve."""
-    if not (config.evaluate_every and processes.is_main):
+    if not (config.evaluate_every and (processes.is_main or processes.sharded)):
         return None
     manifest = store.manifest
     return generate_trajectories(

@@ -43,7 +43,7 @@ def train_stage(
         InputError: updates that are not finite, out of memory, a checkpoint that cannot be read or written.
         Preempted: SIGTERM or SIGUSR1 arrived; a checkpoint has been written.
     """
-    checkpoints = Checkpoints(config.out / "checkpoints", config.keep_last, config.keep_every)
+    checkpoints = _checkpoints(student, config, processes)
     begin = max(checkpoints.steps(), default=0)
     skipped = in_a_row = 0
     if begin:
@@ -62,9 +62,14 @@ def train_stage(
     )
 
     def save(step: int) -> None:
+        counts = {"skipped": skipped, "in_a_row": in_a_row}
+        state = {"reader": reader.state_dict(), "student": student.config.to_json(), **counts}
+        if processes.sharded:
+            checkpoints.save(step, stage.parts, state)
+            return
         with processes.main_first():
             if processes.is_main:
-                checkpoints.save(step, stage.parts, {"reader": reader.state_dict(), "skipped": skipped, "in_a_row": in_a_row})
+                checkpoints.save(step, stage.parts, state)
 
     with (
         tqdm(
@@ -121,6 +126,15 @@ def train_stage(
                 raise Preempted(step)
     if log is not None:
         log.close()
+
+
+def _checkpoints(student: Student, config: TrainConfig, processes: Processes) -> Checkpoints:
+    path = config.out / "checkpoints"
+    if not processes.sharded:
+        return Checkpoints(path, config.keep_last, config.keep_every)
+    from pyard.training.sharded import ShardedCheckpoints
+
+    return ShardedCheckpoints(path, config.keep_last, config.keep_every, student, processes)
 
 
 class Meter:

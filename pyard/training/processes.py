@@ -41,9 +41,10 @@ class Processes:
 
     Args:
         mixed_precision: no | bf16 | fp16.
+        parallel: `ddp`, or `fsdp` on several processes.
     """
 
-    def __init__(self, mixed_precision: str = "no"):
+    def __init__(self, mixed_precision: str = "no", parallel: str = "ddp"):
         from accelerate import PartialState
 
         # Without `cpu`, Accelerate runs processes without a GPU side by side, each as if it were alone.
@@ -60,6 +61,12 @@ class Processes:
         self.device: torch.device = state.device
         if mixed_precision == "fp16" and self.device.type == "cpu":
             raise InputError("training: mixed_precision 'fp16' needs a GPU; use 'bf16' or 'no'")
+        if parallel == "fsdp" and (self.world == 1 or mixed_precision == "fp16"):
+            raise InputError(
+                f"training: parallel 'fsdp' on {self.world} processes in {mixed_precision}; expected several processes "
+                "(torchrun), and 'bf16' or 'no', for its loss scaling knows no shards"
+            )
+        self.sharded = parallel == "fsdp"
         self._dtype = _DTYPES.get(mixed_precision)
         # Rank 0 may compute trajectories for hours; in training, a wait that long is a hang that has to be noticed.
         self._patient = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if self.world > 1 else None
@@ -71,7 +78,7 @@ class Processes:
 
     def data_parallel(self, module: torch.nn.Module) -> torch.nn.Module:
         """The module, whose gradients are averaged over the processes in its backward pass."""
-        if self.world == 1:
+        if self.world == 1 or self.sharded:
             return module
         devices = [self.device] if self.device.type == "cuda" else None
         # The only buffers are constants.

@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pyard.models.history import ConcatenatingCache
@@ -108,6 +110,11 @@ class Regression:
             checkpoint_activations(student)
         if config.compile:
             student.compile()
+        if processes.sharded:
+            from pyard.training.sharded import shard
+
+            for module in (student, *self.averages):
+                shard(module, processes)
         self.model = processes.data_parallel(Passes(student))
         self.parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -174,7 +181,8 @@ class Regression:
 
     def _clip(self) -> torch.Tensor:
         self.processes.scaler.unscale_(self.optimizer)
-        return nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _rolls_out(self, step: int) -> bool:
         if self.config.rollout_probability == 0:
@@ -184,6 +192,8 @@ class Regression:
 
     def _synchronised(self, last: bool) -> AbstractContextManager[None]:
         # Gradients are averaged over the processes once an update, in the backward pass of its last micro-batch.
+        if isinstance(self.student, FSDPModule):
+            self.student.set_requires_gradient_sync(last)
         return nullcontext() if last or not isinstance(self.model, DistributedDataParallel) else self.model.no_sync()
 
 

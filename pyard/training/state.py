@@ -75,7 +75,7 @@ class Checkpoints:
                 counts = {name: int(part.n_averaged) for name, part in parts.items() if isinstance(part, AveragedModel)}
                 (folder / "state.json").write_text(json.dumps({"step": step, "averaged": counts, **(state or {})}))
         except Exception as error:
-            raise _unwritable(self, step, error) from error
+            raise self.unwritable(step, error) from error
         self.drop_old()
 
     def load(self, step: int, parts: Mapping[str, Stateful]) -> dict[str, Any]:
@@ -103,6 +103,19 @@ class Checkpoints:
         """Where the checkpoint of a step is, or would be."""
         return self.path / f"step-{step:07d}"
 
+    def unwritable(self, step: int, error: Exception) -> InputError:
+        """What to say of a checkpoint that could not be written."""
+        steps = self.steps()
+        intact = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
+        free = shutil.disk_usage(self.path).free if self.path.exists() else 0
+        # safetensors and torch wrap the system's error, and torch drops its number; what is left on the disk still tells.
+        full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left" in str(error)
+        why = "the disk is full" if full or free < 2**20 else str(error).splitlines()[0]
+        return InputError(
+            f"the checkpoint of step {step} cannot be written to {self.path}: {why} ({free / 2**20:.1f} MiB free); "
+            f"{intact}: free some room, or keep fewer with --keep_last, and give the same command again"
+        )
+
     def _write(self, folder: Path, parts: Mapping[str, Stateful]) -> None:
         for name, part in parts.items():
             if isinstance(part, torch.nn.Module):
@@ -117,19 +130,6 @@ class Checkpoints:
                 module.load_state_dict(load_file(folder / f"{name}.safetensors"))
             else:
                 part.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True))
-
-
-def _unwritable(checkpoints: Checkpoints, step: int, error: Exception) -> InputError:
-    steps = checkpoints.steps()
-    intact = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
-    free = shutil.disk_usage(checkpoints.path).free if checkpoints.path.exists() else 0
-    # safetensors and torch wrap the system's error, and torch drops its number; what is left on the disk still tells.
-    full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left" in str(error)
-    why = "the disk is full" if full or free < 2**20 else str(error).splitlines()[0]
-    return InputError(
-        f"the checkpoint of step {step} cannot be written to {checkpoints.path}: {why} ({free / 2**20:.1f} MiB free); "
-        f"{intact}: free some room, or keep fewer with --keep_last, and give the same command again"
-    )
 
 
 def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:

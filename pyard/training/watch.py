@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from pyard.errors import InputError
+from pyard.models.history import ConcatenatingCache
 from pyard.models.student import Student
 from pyard.noise import standard_normal
 from pyard.pictures import tiles
@@ -57,7 +58,7 @@ def exposure_bias(student: Student, batches: Iterable[TrajectoryBatch]) -> Expos
     count = 0
     for batch in batches:
         history, target, labels = (t.to(device) for t in (batch.history, batch.target, batch.condition))
-        own = torch.stack(list(student.rollout(history[:, 0], labels)), dim=1)
+        own = torch.stack(list(student.rollout(history[:, 0], labels, ConcatenatingCache())), dim=1)
         for row, prediction in enumerate((student(history, labels), own)):
             squares = (prediction.float() - target).square().mean(dim=(2, 3, 4)).sum(dim=0)  # [S]
             errors[row] += squares.double().cpu().numpy()
@@ -76,12 +77,21 @@ class Watcher:
         student: the averaged one.
         held_out: trajectories that are not trained on; None: no curve.
         resume_step: what was recorded of later steps is dropped.
+        records: False: compute all, for a student in shards needs it, and record nothing.
     """
 
-    def __init__(self, config: TrainConfig, student: Student, held_out: TrajectoryStore | None, resume_step: int):
+    def __init__(
+        self,
+        config: TrainConfig,
+        student: Student,
+        held_out: TrajectoryStore | None,
+        resume_step: int,
+        *,
+        records: bool = True,
+    ):
         self.config, self.student, self.held_out = config, student, held_out
-        self.trackers = _trackers(config, resume_step)
-        self.curves = TrainingLog(config.out / CURVES_NAME, resume_step) if held_out else None
+        self.trackers = _trackers(config, resume_step) if records else []
+        self.curves = TrainingLog(config.out / CURVES_NAME, resume_step) if held_out and records else None
         labels = np.arange(_GRID_SAMPLES) % student.num_classes
         noise = standard_normal(config.seed, np.arange(_GRID_SAMPLES), student.sample_shape)
         self._noise, self._labels = torch.from_numpy(noise), torch.from_numpy(labels)
@@ -107,14 +117,15 @@ class Watcher:
     @torch.no_grad()
     def _evaluate(self, step: int) -> None:
         student, device = self.student.eval(), self.student.embed_times.device
-        *_, samples = student.rollout(self._noise.to(device), self._labels.to(device))
+        *_, samples = student.rollout(self._noise.to(device), self._labels.to(device), ConcatenatingCache())
         picture = tiles(samples.float().cpu().numpy(), columns=_GRID_SAMPLES // 2)  # [rows, columns, 3]
         for tracker in self.trackers:
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"samples": picture[None]}, step=step, **options)
-        if self.held_out is not None and self.curves is not None:
+        if self.held_out is not None:
             curve = exposure_bias(student, in_order(self.held_out, self.config))
-            self.curves.write(step=step, **asdict(curve))
+            if self.curves is not None:
+                self.curves.write(step=step, **asdict(curve))
             values = {f"teacher_forced/{s}": error for s, error in enumerate(curve.teacher_forced)}
             values |= {f"rollout/{s}": error for s, error in enumerate(curve.rollout)}
             self._log({f"exposure_bias/{name}": value for name, value in values.items()}, step)
