@@ -40,7 +40,7 @@ format: $(LINTERS) ## Format Python and C++ in place
 	@$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 clean: ## Remove what was built (not .venv)
-	rm -rf build dist *.egg-info pyard/libpyard_ops.* pyard/_build.json
+	rm -rf build dist *.egg-info pyard/libpyard_ops.* pyard/_trajectory.* pyard/_build.json
 	rm -f $(INSTALLED) $(LINTERS)
 
 $(INSTALLED): $(BUILD_INPUTS)
