@@ -59,8 +59,9 @@ std::shared_ptr<Gatherer> make_gatherer(const std::vector<std::string>& paths, c
           }};
 }
 
-std::unique_ptr<Ticket> submit(const std::shared_ptr<Gatherer>& gatherer, const py::array_t<int64_t, py::array::c_style>& indices,
-                               const py::array& frames, const py::array& labels) {
+std::unique_ptr<Ticket> submit(const std::shared_ptr<Gatherer>& gatherer,
+                               const py::array_t<int64_t, py::array::c_style>& indices, const py::array& frames,
+                               const py::array& labels) {
   const uint64_t rows = static_cast<uint64_t>(indices.size());
   if (!frames.writeable() || !(frames.flags() & py::array::c_style) ||
       static_cast<uint64_t>(frames.nbytes()) != rows * gatherer->frame_bytes()) {

@@ -236,6 +236,29 @@ class Parser {
   size_t at_ = 0;
 };
 
+// Table 3-7 of the Unicode standard: shortest forms, no surrogates, nothing above U+10FFFF.
+bool is_utf8(std::string_view text) {
+  for (size_t i = 0; i < text.size();) {
+    const auto byte = [&](size_t k) { return i + k < text.size() ? static_cast<unsigned char>(text[i + k]) : 0u; };
+    const auto follows = [&](size_t k) { return (byte(k) & 0xC0) == 0x80; };
+    const unsigned first = byte(0), second = byte(1);
+    if (first < 0x80) {
+      i += 1;
+    } else if (first >= 0xC2 && first <= 0xDF && follows(1)) {
+      i += 2;
+    } else if ((first & 0xF0) == 0xE0 && follows(1) && follows(2) && !(first == 0xE0 && second < 0xA0) &&
+               !(first == 0xED && second > 0x9F)) {
+      i += 3;
+    } else if (first >= 0xF0 && first <= 0xF4 && follows(1) && follows(2) && follows(3) &&
+               !(first == 0xF0 && second < 0x90) && !(first == 0xF4 && second > 0x8F)) {
+      i += 4;
+    } else {
+      return false;
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 const JsonValue* JsonValue::find(std::string_view key) const {
@@ -243,6 +266,9 @@ const JsonValue* JsonValue::find(std::string_view key) const {
   return found == members.end() ? nullptr : &found->second;
 }
 
-JsonValue parse_json(std::string_view text) { return Parser(text).parse(); }
+JsonValue parse_json(std::string_view text) {
+  if (!is_utf8(text)) throw InputError("not valid JSON (not UTF-8)");
+  return Parser(text).parse();
+}
 
 }  // namespace pyard::trajectory

@@ -66,8 +66,8 @@ def write(out: Path, count: int = 20, teacher: Teacher | None = None, **settings
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Every file of a store but the lock."""
-    files = (path for path in out.rglob("*") if path.is_file() and path.name != ".lock")
+    """Every file of a store but the locks."""
+    files = (path for path in out.rglob("*") if path.is_file() and path.suffix != ".lock")
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 

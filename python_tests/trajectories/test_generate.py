@@ -236,7 +236,11 @@ def test_a_full_disk_is_refused_before_anything_is_computed(tmp_path: Path) -> N
 
 
 def test_two_writers_of_one_store_are_refused(tmp_path: Path) -> None:
-    with filelock.FileLock(tmp_path / ".lock"), pytest.raises(InputError, match="another process is writing this store"):
+    (tmp_path / ".locks").mkdir()
+    with (
+        filelock.FileLock(tmp_path / ".locks" / "1-of-1.lock"),
+        pytest.raises(InputError, match="another process is writing this store"),
+    ):
         write(tmp_path)
     assert write(tmp_path).count == 20
 
