@@ -152,14 +152,14 @@ class ResidentGather:
         device = torch.device(device)
         sizes = {name: sum(shard[name].nbytes for shard in shards) for name in ("noise", target, "label")}
         try:
-            self._noise = torch.cat([as_tensor(np.array(shard["noise"])).to(device) for shard in shards])
-            self._target = torch.cat([as_tensor(np.array(shard[target])).to(device) for shard in shards])
+            self._noise = torch.cat([as_tensor(shard["noise"]).to(device) for shard in shards])
+            self._target = torch.cat([as_tensor(shard[target]).to(device) for shard in shards])
         except torch.OutOfMemoryError:
             raise InputError(
                 f"reader: {sum(sizes.values()) / 1e9:.2f} GB of trajectories do not fit on {device}; leave out `resident`, "
                 "or keep them in a narrower dtype"
             ) from None
-        self._label = torch.cat([torch.from_numpy(np.array(shard["label"])) for shard in shards])
+        self._label = torch.cat([as_tensor(shard["label"]) for shard in shards])
         check_labels_of(np.arange(store.count), self._label, store.manifest.num_classes)
         self._label = self._label.to(device)
 
@@ -191,7 +191,8 @@ def native_module() -> tuple[Any, str]:
 
 
 def as_tensor(array: NDArray[Any]) -> torch.Tensor:
-    """A tensor of float32, float16 or int64 numbers, or of the bits of bfloat16."""
+    """A tensor of float32, float16 or int64 numbers, or of the bits of bfloat16; a copy if the array is read-only."""
+    array = array if array.flags.writeable else array.copy()
     if array.dtype == np.uint16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
