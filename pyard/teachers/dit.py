@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from pyard.errors import InputError
 from pyard.models.dit import DiT, DiTConfig
 from pyard.models.folder import load_folder, save_folder
+from pyard.models.latents import LatentCodec
 from pyard.noise_schedule import NoiseSchedule
 
 
@@ -21,18 +23,29 @@ class DiTTeacher:
     Args:
         network: the transformer; put into evaluation mode.
         schedule: its forward process and what it predicts.
+        codec: the VAE of a latent-space model; students carry it along.
+        class_names: of the classes, in order; students carry them along.
     """
 
-    def __init__(self, network: DiT, schedule: NoiseSchedule):
+    def __init__(
+        self,
+        network: DiT,
+        schedule: NoiseSchedule,
+        *,
+        codec: LatentCodec | None = None,
+        class_names: Sequence[str] | None = None,
+    ):
         self.network = network.eval().requires_grad_(False)
         self.schedule = schedule
+        self.codec = codec
+        self.class_names = None if class_names is None else tuple(class_names)
         self.sample_shape = network.config.sample_shape
         self.num_classes = network.config.num_classes
 
     @property
     def device(self) -> torch.device:
         """Where the network is."""
-        return self.network.trunk.pos_embed.device
+        return next(self.network.parameters()).device
 
     def predict(self, x: torch.Tensor, time: float, labels: torch.Tensor) -> torch.Tensor:
         """The network's output for one time; predicted variances are dropped. Shapes as in `Teacher.predict`."""
@@ -57,9 +70,13 @@ class DiTTeacher:
         return self
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the teacher's folder (`config.json`, `model.safetensors`)."""
-        config = {"network": self.network.config.to_json(), "schedule": self.schedule.to_json()}
-        save_folder(Path(path), config, self.network.state_dict(), kind="DiTTeacher")
+        """Write the teacher's folder (`config.json`, `model.safetensors`, and `vae/` if it has one)."""
+        config = {
+            "network": self.network.config.to_json(),
+            "schedule": self.schedule.to_json(),
+            "class_names": self.class_names,
+        }
+        save_folder(Path(path), config, self.network.state_dict(), kind="DiTTeacher", codec=self.codec)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> DiTTeacher:
@@ -74,4 +91,5 @@ class DiTTeacher:
             network.load_state_dict(tensors)
         except (KeyError, TypeError, RuntimeError) as error:
             raise InputError(f"{path}: config.json and weights do not fit each other: {error}") from None
-        return cls(network, NoiseSchedule.from_json(config["schedule"]))
+        schedule = NoiseSchedule.from_json(config["schedule"])
+        return cls(network, schedule, codec=LatentCodec.beside(Path(path)), class_names=config.get("class_names"))
