@@ -64,20 +64,20 @@ class Budget:
 FULL = Budget(
     trajectories=4096,
     student_steps=1500,
-    student_batch_size=64,
+    student_batch_size=32,
     student_learning_rate=1e-3,
     samples=1797,
     teacher=None,
     save_every=250,
 )
 QUICK = Budget(
-    trajectories=256,
-    student_steps=60,
+    trajectories=512,
+    student_steps=120,
     student_batch_size=32,
     student_learning_rate=2e-3,
     samples=200,
-    teacher={"max_steps": 300, "hidden_size": 32, "depth": 2, "ema_decay": 0.98},
-    save_every=30,
+    teacher={"max_steps": 800, "depth": 2, "batch_size": 32, "learning_rate": 4e-3, "ema_decay": 0.99},
+    save_every=60,
 )
 
 

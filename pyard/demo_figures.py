@@ -83,20 +83,17 @@ def draw_training(logs: dict[str, list[dict[str, Any]]], path: Path) -> None:
         per_step = np.array([line["loss_per_step"] for line in log])  # [lines, S]
         whole.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
         whole.plot(steps, smooth(losses), color=colour, linewidth=2, label=name)
-        for s in range(per_step.shape[1]):
-            # Light to dark: first jump to last.
-            parts.plot(
-                steps, smooth(per_step[:, s]), color=colour, alpha=0.3 + 0.7 * s / max(1, per_step.shape[1] - 1), linewidth=1.6
-            )
-            parts.annotate(
-                f"{s + 1}", (steps[-1], smooth(per_step[:, s])[-1]), xytext=(4, 0), textcoords="offset points",
-                va="center", fontsize=8, color=colour,
-            )  # fmt: skip
-    whole.set_title("Mean over the jumps (smoothed, and as logged)", fontsize=11, loc="left")
-    parts.set_title("Each jump on its own, first to last", fontsize=11, loc="left")
+        num_steps = per_step.shape[1]
+        for s in range(num_steps):
+            parts.plot(steps, smooth(per_step[:, s]), color=colour, alpha=_shade(s, num_steps), linewidth=1.6)
+    # Grey stands for either student: light to dark, first jump to last.
+    for s in range(num_steps):
+        parts.plot([], [], color=INK, alpha=_shade(s, num_steps), linewidth=1.6, label=f"jump {s + 1}")
+    whole.set_title("Mean over the jumps (running median, and as logged)", fontsize=11, loc="left")
+    parts.set_title("Each jump on its own", fontsize=11, loc="left")
     whole.set_ylabel("teacher-forced mean squared error")
-    whole.legend(frameon=False)
     for axes in (whole, parts):
+        axes.legend(frameon=False)
         axes.set_yscale("log")
         axes.set_xlabel("updates")
         axes.grid(alpha=0.25, which="both", linewidth=0.5)
@@ -105,10 +102,13 @@ def draw_training(logs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def smooth(values: np.ndarray, window: int = 15) -> np.ndarray:
-    """A centred geometric moving average, shorter at both ends, for a logarithmic axis: float [n] to [n]."""
-    kernel = np.ones(min(window, len(values)))
-    total = np.convolve(np.log(values), kernel, mode="same")
-    return np.exp(total / np.convolve(np.ones(len(values)), kernel, mode="same"))
+    """The running median, which a single odd batch does not move; shorter at both ends: float [n] to [n]."""
+    half = window // 2
+    return np.array([np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
+
+
+def _shade(step: int, num_steps: int) -> float:
+    return 0.3 + 0.7 * step / max(1, num_steps - 1)
 
 
 def _text(figure: Figure, x: float, y: float, text: str, ha: str = "right", **style: Any) -> None:

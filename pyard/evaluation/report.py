@@ -21,7 +21,7 @@ COLUMNS = {
     "label_accuracy": ("accuracy", "share of the samples that the classifier takes for their label"),
     "endpoint_mse": (
         "endpoint MSE",
-        "mean squared error to the teacher's samples of the same noise and labels (pixels: -1 to 1)",
+        "mean squared error to the teacher's samples of the same noise and labels (pixels clipped to -1 ... 1)",
     ),
     "seconds_per_image": (
         "ms/image",
