@@ -100,7 +100,8 @@ def read_checkpoint(path: Path, *, weights: str = "ema") -> Checkpoint:
 def _clean(content: dict[str, Any]) -> Tensors:
     # Wrappers of the training script (DDP, torch.compile) leave their names in front.
     tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in content.items()}
-    return {key: value.float() for key, value in tensors.items() if isinstance(value, torch.Tensor)}
+    # Copies are aligned; in the file's own buffer they are not, and BLAS rounds by alignment.
+    return {key: value.to(torch.float32, copy=True) for key, value in tensors.items() if isinstance(value, torch.Tensor)}
 
 
 def read_config(tensors: Tensors, *, num_heads: int | None = None, num_classes: int | None = None) -> DiTConfig:

@@ -96,9 +96,10 @@ class DiTConfig:
 def patchify(x: torch.Tensor, patch_size: int) -> torch.Tensor:
     """[..., C, H, W] to tokens [..., T, C*P*P], row by row, channels first in a token."""
     *lead, channels, height, width = x.shape
-    x = x.reshape(*lead, channels, height // patch_size, patch_size, width // patch_size, patch_size)
+    rows, columns = height // patch_size, width // patch_size
+    x = x.reshape(*lead, channels, rows, patch_size, columns, patch_size)
     x = x.movedim((-4, -2), (-5, -4))  # [..., H/P, W/P, C, P, P]
-    return x.reshape(*lead, -1, channels * patch_size**2)
+    return x.reshape(*lead, rows * columns, channels * patch_size**2)
 
 
 def unpatchify(tokens: torch.Tensor, patch_size: int, channels: int) -> torch.Tensor:

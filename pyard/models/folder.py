@@ -77,6 +77,7 @@ def load_folder(path: Path, *, kind: str) -> tuple[dict[str, Any], dict[str, tor
     """
     config = load_config(path, kind=kind)
     try:
-        return config, load_file(path / WEIGHTS_NAME)
+        # Copies are aligned; in the file's own buffer they are not, and BLAS rounds by alignment.
+        return config, {name: tensor.clone() for name, tensor in load_file(path / WEIGHTS_NAME).items()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path / WEIGHTS_NAME} cannot be read ({error}); it is missing, cut off or not safetensors") from None

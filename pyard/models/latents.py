@@ -57,7 +57,7 @@ class LatentCodec:
         vae = self.vae.to(latents.device)
         scaling, shift = self._scaling()
         parts = [vae.decode(part.float() / scaling + shift).sample for part in latents.split(batch_size)]
-        return torch.cat(parts) if parts else latents.new_empty((0, 3, *latents.shape[2:]))
+        return torch.cat(parts)
 
     @torch.inference_mode()
     def encode(self, images: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
