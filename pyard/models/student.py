@@ -50,10 +50,13 @@ class StudentConfig:
             (pure noise), `causal` all (figure 1b of the paper).
         window: steps of the `window` mask, own one included; None for the other masks.
         target: what a step predicts: the ODE `state` at the next grid time, or the teacher's `denoised` prediction.
-        output: `direct`, the head's output is the prediction; `jump`, it enters the teacher's own update
-            a_s u_s + b_s F, so that the untrained student with N = 0 is the teacher's DDIM/Euler sampler.
+        output: `direct`, the head's output is the prediction, as in the authors' code: the head is the teacher's, though it now
+            has to say something else; it suits `denoised` targets, whose inputs carry no noise to start from. `jump`, it
+            enters the teacher's own update a_s u_s + b_s F, so that the untrained student with N = 0 is the teacher's unguided
+            DDIM/Euler sampler: training begins from a sampler, not from noise, and needs `state` targets.
         heads: one head `per_step`, or one `shared` by all.
-        history_bias: start value of a learned bias per head on the logits of earlier steps' keys; None: no bias.
+        history_bias: start value of a learned bias per head on the logits of earlier steps' keys, which the teacher never saw:
+            strongly negative, it keeps the start of `jump` with N > 0 too; None: no bias.
         teacher_fingerprint: of the teacher that it was made from.
         class_names: of the classes, in order, where the teacher knows them; synonyms are separated by commas.
     """

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from pyard.errors import InputError
 from pyard.models.dit import DiT, DiTConfig
 from pyard.models.folder import load_folder, save_folder
 from pyard.models.latents import LatentCodec
 from pyard.noise_schedule import NoiseSchedule
+from pyard.teachers.fingerprint import fingerprint_of
 
 
 class DiTTeacher:
     """A diffusion transformer that teaches (implements `pyard.teachers.Teacher`).
 
     Args:
-        network: the transformer; put into evaluation mode.
+        network: a `DiT`, or a transformer of your own with its parts (`docs/own-teacher.md`); put into evaluation mode.
         schedule: its forward process and what it predicts.
         codec: the VAE of a latent-space model; students carry it along.
         class_names: of the classes, in order; students carry them along.
@@ -29,18 +30,19 @@ class DiTTeacher:
 
     def __init__(
         self,
-        network: DiT,
+        network: nn.Module,
         schedule: NoiseSchedule,
         *,
         codec: LatentCodec | None = None,
         class_names: Sequence[str] | None = None,
     ):
-        self.network = network.eval().requires_grad_(False)
+        self.network: Any = network.eval().requires_grad_(False)
         self.schedule = schedule
         self.codec = codec
         self.class_names = None if class_names is None else tuple(class_names)
-        self.sample_shape = network.config.sample_shape
-        self.num_classes = network.config.num_classes
+        sizes: Any = network.config
+        self.sample_shape: tuple[int, int, int] = sizes.sample_shape
+        self.num_classes: int = sizes.num_classes
 
     @property
     def device(self) -> torch.device:
@@ -57,12 +59,7 @@ class DiTTeacher:
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of configuration, schedule and weights."""
-        digest = hashlib.sha256()
-        digest.update(json.dumps([self.network.config.to_json(), self.schedule.to_json()], sort_keys=True).encode())
-        for name, tensor in sorted(self.network.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return fingerprint_of(self.network, self.schedule, self.network.config.to_json())
 
     def to(self, device: torch.device | str) -> DiTTeacher:
         """Move the network; returns itself."""
@@ -79,17 +76,21 @@ class DiTTeacher:
         save_folder(Path(path), config, self.network.state_dict(), kind="DiTTeacher", codec=self.codec)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> DiTTeacher:
+    def from_pretrained(cls, path: str | Path, *, network: Callable[[DiTConfig], nn.Module] = DiT) -> DiTTeacher:
         """Read a folder that `save_pretrained` wrote.
+
+        Args:
+            path: the folder.
+            network: makes a network that is not pyard's own DiT.
 
         Raises:
             InputError: no teacher there, or files that do not fit each other.
         """
         config, tensors = load_folder(Path(path), kind="DiTTeacher")
         try:
-            network = DiT(DiTConfig(**config["network"]))
-            network.load_state_dict(tensors)
+            built = network(DiTConfig(**config["network"]))
+            built.load_state_dict(tensors)
         except (KeyError, TypeError, RuntimeError) as error:
             raise InputError(f"{path}: config.json and weights do not fit each other: {error}") from None
         schedule = NoiseSchedule.from_json(config["schedule"])
-        return cls(network, schedule, codec=LatentCodec.beside(Path(path)), class_names=config.get("class_names"))
+        return cls(built, schedule, codec=LatentCodec.beside(Path(path)), class_names=config.get("class_names"))

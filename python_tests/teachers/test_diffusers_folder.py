@@ -16,6 +16,7 @@ from pyard import Student, TimeGrid, load_teacher, sample
 from pyard.errors import InputError
 from pyard.models.dit import DiT
 from pyard.noise_schedule import NoiseSchedule
+from pyard.solvers import endpoints
 from pyard.teachers.diffusers_folder import from_diffusers, save_diffusers, to_diffusers
 from pyard.teachers.dit import DiTTeacher
 
@@ -138,18 +139,21 @@ def test_a_pipeline_folder_comes_with_its_scheduler_vae_and_names(tmp_path: Path
         assert relative_error(teacher.codec.encode(images), latents) < 1e-6
 
 
-def test_our_ddim_draws_the_pipelines_images(tmp_path: Path):
-    # Unguided: the pipeline's null label is ImageNet's 1000.
-    pipeline = write_pipeline(tmp_path / "pipeline")
+@pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
+def test_our_ddim_draws_the_pipelines_images(cfg_scale, tmp_path: Path):
+    # The pipeline's label for no class is ImageNet's 1000; it guides all channels.
+    transformer = tiny_transformer(num_embeds_ada_norm=1000)
+    pipeline = DiTPipeline(transformer, tiny_vae(), DDIMScheduler(clip_sample=False))
+    pipeline.save_pretrained(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     pipeline.vae.register_to_config(shift_factor=None)  # which the pipeline ignores
     pipeline.vae.save_pretrained(tmp_path / "pipeline" / "vae")
-    theirs = pipeline([1, 4], guidance_scale=1.0, num_inference_steps=10, generator=torch.manual_seed(2), output_type="np")
+    theirs = pipeline(
+        [1, 4], guidance_scale=cfg_scale, num_inference_steps=10, generator=torch.manual_seed(2), output_type="np"
+    )
     teacher = load_teacher(tmp_path / "pipeline")
-    from pyard.solvers import endpoints
-
     noise = torch.randn(2, 4, 8, 8, generator=torch.manual_seed(2))
-    latents = endpoints(teacher, noise, torch.tensor([1, 4]), 10)
+    latents = endpoints(teacher, noise, torch.tensor([1, 4]), 10, cfg_scale=cfg_scale)
     assert teacher.codec is not None
     images = (teacher.codec.decode(latents) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     assert relative_error(images, torch.from_numpy(theirs.images)) < 1e-4
