@@ -1,46 +1,51 @@
-"""A student as one ONNX file: `python -m pyard.export --onnx student.onnx --student RUN`.
+"""A student as an ONNX file: `python -m pyard.export --onnx student.onnx --student RUN`.
 
-The S passes are unrolled into one graph, noise and label in, sample out; the passes share the weights, which are stored
-once. The file appears, checked and equal to PyTorch, or not at all.
+`parts` traces the few different parts of a pass with torch's exporter, `assembly` puts copies of them together with the weights
+stored once, `files` lets the result appear, checked and equal to PyTorch, or not at all.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import logging
-import os
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-from torch import nn
 
-import pyard
 from pyard.errors import InputError
-from pyard.models.history import ConcatenatingCache
+from pyard.export.assembly import Form, assemble
+from pyard.export.files import (
+    LARGEST_SINGLE_FILE,
+    check_target,
+    config_text,
+    describe,
+    new_files,
+    save_model,
+    weight_bytes,
+    write_metadata,
+)
+from pyard.models.folder import CONFIG_NAME
 from pyard.models.student import Student
 from pyard.noise import standard_normal, uniform_labels
-from pyard.ops import use_backend
-from pyard.runtime import FORMAT_VERSION, METADATA_KEY, OnnxStudent
+from pyard.runtime import OnnxStudent
 
-if TYPE_CHECKING:
-    from torch.onnx import ONNXProgram
-
-PARITY_BOUND = 1e-4  # of fp32, relative to the largest value of the sample
+PARITY_BOUND = {"fp32": 1e-4}  # of the largest value of the sample, by precision
 PARITY_BATCH_SIZES = (1, 3)
 OPSETS = (20, 21, 22, 23)
+FORMS = ("sampler", "step")
 
 
-def export(student: str | Path, onnx: Path | None = None, *, opset: int = 23) -> None:
+def export(
+    student: str | Path,
+    onnx: Path | None = None,
+    *,
+    form: Form = "sampler",
+    opset: int = 23,
+    external_data: bool | None = None,
+) -> None:
     """Write a student as one ONNX file and check it against PyTorch.
 
     Example: python -m pyard.export --onnx student.onnx --student runs/digits
@@ -48,97 +53,74 @@ def export(student: str | Path, onnx: Path | None = None, *, opset: int = 23) ->
     Args:
         student: a run folder or a student's folder.
         onnx: the file to write; a bare --onnx, or none, writes student.onnx into the student's folder.
-        opset: version of the ONNX operators, 20 to 23; with 23 an attention is one node (onnxruntime 1.23 or newer).
+        form: `sampler`, all steps in one call; `step`, one step a call with keys and values in and out, for previews.
+        opset: version of the ONNX operators, 20 to 23: an attention is one node, of ONNX itself in 23 (onnxruntime 1.23 or
+            newer), of onnxruntime's own before.
+        external_data: weights in a second file, FILE.data; none: where one file cannot hold them (2 GB).
     """
     folder = Path(student)
     model = Student.from_pretrained(folder)
     if onnx is None:
         onnx = (folder / "student" if (folder / "student").is_dir() else folder) / "student.onnx"
-    parity = export_onnx(model, onnx, opset=opset)
+    parity = export_onnx(model, onnx, form=form, opset=opset, external_data=external_data)
     errors = ", ".join(f"{error:.1e} at batch {size}" for size, error in parity.items())
-    megabytes = onnx.stat().st_size / 1e6
-    print(f"{onnx}: {megabytes:.1f} MB, {model.num_steps} steps in one graph; error against PyTorch {errors}")
+    files = [file for file in (onnx, onnx.with_name(f"{onnx.name}.data")) if file.exists()]
+    megabytes = sum(file.stat().st_size for file in files) / 1e6
+    steps = f"{model.num_steps} steps in one graph" if form == "sampler" else f"one of {model.num_steps} steps a call"
+    print(f"{' + '.join(map(str, files))}: {megabytes:.1f} MB, {steps}; error against PyTorch {errors}")
 
 
-def export_onnx(student: Student | str | Path, path: str | Path, *, opset: int = 23) -> dict[int, float]:
-    """Write a student as one ONNX file of the form `sampler`: noise [B, C, H, W], label [B] -> sample [B, C, H, W].
+def export_onnx(
+    student: Student | str | Path,
+    path: str | Path,
+    *,
+    form: Form = "sampler",
+    opset: int = 23,
+    external_data: bool | None = None,
+) -> dict[int, float]:
+    """Write a student as one ONNX file, of the form `sampler`, noise [B, C, H, W], label [B] -> sample [B, C, H, W], or `step`,
+    latent [B, C, H, W], label [B], step [], past keys and values [B, H, K, Dh] -> prediction, present keys and values.
 
-    The batch size is free. Grid, classes, sizes, hashes and pyard's version travel inside the file;
-    `pyard.runtime.OnnxStudent` reads them.
+    The batch size is free. Grid, classes, sizes, hashes and pyard's version travel inside the file; a `config.json` like the
+    student's lies beside it. `pyard.runtime.OnnxStudent` reads both forms.
 
     Args:
         student: the student, or the path of its folder; it is left as it is.
         path: the file to write; it appears complete and checked, or not at all.
-        opset: version of the ONNX operators, 20 to 23; with 23 an attention is one node (onnxruntime 1.23 or newer).
+        form: see above. `step` counts from 0, and its present keys and values are the next step's past; step 0 takes K = 0.
+        opset: version of the ONNX operators, 20 to 23: an attention is one node, of ONNX itself in 23 (onnxruntime 1.23 or
+            newer), of onnxruntime's own (com.microsoft) before.
+        external_data: weights in a second file, `<path>.data`; None: where one file cannot hold them (2 GB).
 
     Returns:
         The largest relative error against PyTorch at each batch size that was tried.
 
     Raises:
-        InputError: an opset out of range, no student there, or a path that is a folder.
-        RuntimeError: the exported graph is invalid, or deviates from PyTorch by more than 1e-4 of the largest value.
+        InputError: an opset or form out of range, no student there, a path that is a folder, a foreign config.json beside it.
+        RuntimeError: the exported graph is invalid, or deviates from PyTorch by more than the bound of its precision.
     """
     path = Path(path)
     if opset not in OPSETS:
         raise InputError(f"opset is {opset}; expected {OPSETS[0]} to {OPSETS[-1]}")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; expected the name of a file, such as {path / 'student.onnx'}")
+    if form not in FORMS:
+        raise InputError(f"form is {form!r}; expected {' or '.join(FORMS)}")
+    check_target(path)
     if not isinstance(student, Student):
         student = Student.from_pretrained(student)
-    student = copy.deepcopy(student).to("cpu", torch.float32).eval()
-    program = _trace(Sampler(student), opset)
-    metadata = _metadata(student, opset)
-    with _new_file(path) as building:
-        _save(program, building, metadata)
+    student = copy.deepcopy(student).to("cpu", torch.float32).eval().requires_grad_(False)
+    model = assemble(student, form, opset)
+    external = weight_bytes(model) > LARGEST_SINGLE_FILE if external_data is None else external_data
+    facts = describe(student, form=form, precision="fp32", opset=opset, parity={})
+    with new_files(path) as building:
+        save_model(model, building, external_data=external)
+        del model
+        write_metadata(building, facts)
         onnx.checker.check_model(str(building), full_check=True)
         parity = measure_parity(student, OnnxStudent(building, providers=["CPUExecutionProvider"]))
-        for size, error in parity.items():
-            if not error <= PARITY_BOUND:  # also true of NaN
-                raise RuntimeError(
-                    f"{path} was not written: at batch {size} onnxruntime differs from PyTorch by {error:.1e} of the "
-                    f"largest value; expected at most {PARITY_BOUND:.0e}"
-                )
-        _save(program, building, {**metadata, "parity": {str(size): error for size, error in parity.items()}})
+        check_parity(parity, PARITY_BOUND["fp32"], path)
+        write_metadata(building, {**facts, "parity": {str(size): error for size, error in parity.items()}})
+        building.with_name(CONFIG_NAME).write_text(config_text(student))
     return parity
-
-
-class Sampler(nn.Module):
-    """The S cached passes as one function that the exporter can trace.
-
-    The time embeddings depend on the grid alone, so they are computed here, once, and looked up by step.
-    """
-
-    def __init__(self, student: Student):
-        super().__init__()
-        student = copy.deepcopy(student).requires_grad_(False)
-        with use_backend("reference"):
-            embedded = student.trunk.time_embed(student.embed_times)  # [S, D]
-        student.embed_times = torch.arange(student.num_steps)
-        student.trunk.time_embed = nn.Embedding.from_pretrained(embedded)  # type: ignore[assignment]
-        for module in list(student.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.Linear):
-                    setattr(module, name, TransposedLinear(child))
-        self.student = student
-
-    def forward(self, noise: torch.Tensor, label: torch.Tensor) -> torch.Tensor:  # [B, C, H, W], [B] -> [B, C, H, W]
-        *_, sample = self.student.rollout(noise, label, ConcatenatingCache())
-        return sample
-
-
-class TransposedLinear(nn.Module):
-    """A linear layer that keeps its weight as ONNX's MatMul takes it.
-
-    The exporter would otherwise transpose each weight in every pass, and store (or keep in memory) S copies.
-    """
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.weight = nn.Parameter(linear.weight.T.contiguous(), requires_grad=False)  # [in, out]
-        self.bias = linear.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in] -> [..., out]
-        return x @ self.weight + self.bias
 
 
 def measure_parity(student: Student, exported: OnnxStudent) -> dict[int, float]:
@@ -156,74 +138,18 @@ def measure_parity(student: Student, exported: OnnxStudent) -> dict[int, float]:
     return parity
 
 
-def _trace(sampler: Sampler, opset: int) -> ONNXProgram:
-    # Two samples, not one: torch.export takes a size of 1 for a constant.
-    noise = torch.zeros(2, *sampler.student.sample_shape)
-    label = torch.zeros(2, dtype=torch.int64)
-    batch = torch.export.Dim("batch")
-    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registration.level
-    try:
-        registration.setLevel(logging.ERROR)  # it warns that torchvision is not installed
-        with use_backend("reference"), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch about itself
-            program = torch.onnx.export(
-                sampler,
-                (noise, label),
-                input_names=["noise", "label"],
-                output_names=["sample"],
-                dynamic_shapes=({0: batch}, {0: batch}),
-                opset_version=opset,
-                dynamo=True,
-                verbose=False,
+def check_parity(parity: dict[int, float], bound: float, path: Path) -> None:
+    """Fail on a deviation above the bound.
+
+    Raises:
+        RuntimeError: naming the batch size, what was found and what was expected.
+    """
+    for size, error in parity.items():
+        if not error <= bound:  # also true of NaN
+            raise RuntimeError(
+                f"{path} was not written: at batch {size} onnxruntime differs from PyTorch by {error:.1e} of the "
+                f"largest value; expected at most {bound:.0e}"
             )
-    finally:
-        registration.setLevel(level)
-    assert program is not None
-    # The exporter notes the source lines of every node: paths of this machine, and more bytes than a small student has.
-    ClearMetadataAndDocStringPass()(program.model)
-    return program
-
-
-def _metadata(student: Student, opset: int) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(student.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return {
-        "format_version": FORMAT_VERSION,
-        "pyard_version": pyard.__version__,
-        "form": "sampler",
-        "precision": "fp32",
-        "opset": opset,
-        "num_steps": student.num_steps,
-        "history_layers": student.config.history_layers,
-        "num_classes": student.num_classes,
-        "sample_shape": list(student.sample_shape),
-        "config": student.config.to_json(),
-        "weights_sha256": digest.hexdigest(),
-        "parity": {},
-    }
-
-
-def _save(program: ONNXProgram, path: Path, metadata: dict[str, Any]) -> None:
-    program.model.metadata_props[METADATA_KEY] = json.dumps(metadata)
-    program.model.producer_name, program.model.producer_version = "pyard", pyard.__version__
-    program.save(str(path))
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[Path]:
-    """A temporary file that becomes `path`, replacing what was there, if the block ends without an exception."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.parent / f".{path.name}.{os.getpid()}.new"
-    try:
-        yield building
-        with building.open("rb") as handle:
-            os.fsync(handle.fileno())
-        building.replace(path)
-    finally:
-        building.unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -231,7 +157,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pyard.__main__ import COMMANDS, run
 
     return run("export", COMMANDS["export"], sys.argv[1:] if argv is None else argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
