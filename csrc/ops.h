@@ -1,8 +1,11 @@
-// The operators' CPU kernels. B batch, S num_steps, T tokens_per_step, D hidden size.
+// The operators' CPU kernels. B batch, S num_steps, T tokens_per_step, D hidden size, H heads,
+// Dh head size.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
+#include <string>
 #include <tuple>
 
 namespace pyard {
@@ -22,6 +25,26 @@ std::tuple<Tensor, Tensor, Tensor> modulated_layer_norm_backward(const Tensor& g
                                                                  const Tensor& x,      // [B, S, T, D]
                                                                  const Tensor& scale,  // [B, S, D]
                                                                  double eps);
+
+// Attention of each query block to the key blocks that the mask shows it; the Sq query blocks are the last of the Sk key
+// blocks. Returns out [B, H, Sq * T, Dh] over the memory of [B, Sq * T, H, Dh], and log_sum_exp [B, H, Sq * T] of the
+// scaled logits in the accumulator's dtype.
+std::tuple<Tensor, Tensor> block_attention(const Tensor& q,  // [B, H, Sq * T, Dh]
+                                           const Tensor& k,  // [B, H, Sk * T, Dh]
+                                           const Tensor& v,  // [B, H, Sk * T, Dh]
+                                           int64_t tokens_per_step, std::string mask, std::optional<int64_t> window,
+                                           std::optional<Tensor> bias);  // [H], in the accumulator's dtype
+
+// Gradients (dq, dk, dv, dbias [H], or [0] where there is no bias).
+std::tuple<Tensor, Tensor, Tensor, Tensor> block_attention_backward(
+    const Tensor& grad,         // [B, H, Sq * T, Dh]
+    const Tensor& q,            // [B, H, Sq * T, Dh]
+    const Tensor& k,            // [B, H, Sk * T, Dh]
+    const Tensor& v,            // [B, H, Sk * T, Dh]
+    const Tensor& out,          // [B, H, Sq * T, Dh]
+    const Tensor& log_sum_exp,  // [B, H, Sq * T]
+    int64_t tokens_per_step, std::string mask, std::optional<int64_t> window,
+    std::optional<Tensor> bias);  // [H]
 
 }  // namespace cpu
 }  // namespace pyard

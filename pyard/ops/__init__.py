@@ -11,6 +11,7 @@ from torch import Tensor
 from pyard.errors import InputError
 from pyard.ops import reference
 from pyard.ops.backend import BACKENDS, Backend, current_backend, takes_native, use_backend
+from pyard.ops.derivatives import accumulator
 from pyard.ops.masks import MASKS, Mask, check_mask, visible, visible_steps
 
 __all__ = [
@@ -127,15 +128,16 @@ def block_attention(
 
     Args:
         q: [B, H, Sq * T, Dh], floating point.
-        k: [B, H, Sk * T, Dh].
-        v: [B, H, Sk * T, Dh].
+        k: [B, H, Sk * T, Dh]; converted to the dtype of q.
+        v: [B, H, Sk * T, Dh]; converted to the dtype of q.
         tokens_per_step: T.
         mask: `diagonal | window | anchor | causal`, see `visible`.
         window: Blocks that a block sees under `window`, the own one included.
         bias: [H], added to the logits of the keys of earlier blocks; None adds nothing.
 
     Returns:
-        [B, H, Sq * T, Dh]; logits are scaled by 1 / sqrt(Dh).
+        [B, H, Sq * T, Dh]; logits are scaled by 1 / sqrt(Dh). The kernel writes heads side by side, so that
+        `.transpose(1, 2).reshape(B, Sq * T, H * Dh)` copies nothing.
 
     Raises:
         InputError: If shapes, mask or window do not fit.
@@ -156,6 +158,11 @@ def block_attention(
         )
     if bias is not None and bias.shape != q.shape[1:2]:
         raise InputError(f"block_attention: bias has shape {list(bias.shape)}, expected [{q.shape[1]}], one per head")
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    if takes_native("block_attention", q):
+        bias = None if bias is None else bias.to(accumulator(q.dtype))
+        out: Tensor = torch.ops.pyard.block_attention(q, k, v, T, mask, window, bias)[0]
+        return out
     return reference.block_attention(q, k, v, T, mask, window, bias)
 
 

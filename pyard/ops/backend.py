@@ -19,7 +19,10 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 OPERATORS = ("modulated_layer_norm", "gated_residual", "timestep_embedding", "block_attention")
 
 # Device types on which an operator has a kernel; what is not here runs as its twin everywhere.
-KERNELS: dict[str, frozenset[str]] = {"modulated_layer_norm": frozenset({"cpu"})}
+KERNELS: dict[str, frozenset[str]] = {
+    "modulated_layer_norm": frozenset({"cpu"}),
+    "block_attention": frozenset({"cpu"}),
+}
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
