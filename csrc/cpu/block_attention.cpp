@@ -163,15 +163,15 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q,  // [B, H, Sq * T, D
   return {out, log_sum_exp};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> block_attention_backward(
-    const Tensor& grad,         // [B, H, Sq * T, Dh]
-    const Tensor& q,            // [B, H, Sq * T, Dh]
-    const Tensor& k,            // [B, H, Sk * T, Dh]
-    const Tensor& v,            // [B, H, Sk * T, Dh]
-    const Tensor& out,          // [B, H, Sq * T, Dh]
-    const Tensor& log_sum_exp,  // [B, H, Sq * T]
-    int64_t tokens_per_step, std::string mask, std::optional<int64_t> window,
-    std::optional<Tensor> bias) {  // [H]
+std::tuple<Tensor, Tensor, Tensor, Tensor> block_attention_backward(const Tensor& grad,         // [B, H, Sq * T, Dh]
+                                                                    const Tensor& q,            // [B, H, Sq * T, Dh]
+                                                                    const Tensor& k,            // [B, H, Sk * T, Dh]
+                                                                    const Tensor& v,            // [B, H, Sk * T, Dh]
+                                                                    const Tensor& out,          // [B, H, Sq * T, Dh]
+                                                                    const Tensor& log_sum_exp,  // [B, H, Sq * T]
+                                                                    int64_t tokens_per_step, std::string mask,
+                                                                    std::optional<int64_t> window,
+                                                                    std::optional<Tensor> bias) {  // [H]
   const char* self = "block_attention_backward";
   const Sizes sizes = check(self, q, k, v, tokens_per_step, mask, window, bias);
   const Storage storage = storage_of(q, self);
@@ -203,8 +203,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> block_attention_backward(
   const int64_t work = sizes.queries() * sizes.keys() * sizes.head_dim * 2;
   const int64_t grain = std::max<int64_t>(1, kWorkPerThread / (work + 1));
   torch::stable::parallel_for(0, sizes.B * sizes.H, grain, [&](int64_t begin, int64_t end) {
-    const Workspace workspace =
-        new_workspace(kernel.workspace_bytes(sizes.mask.query_steps, sizes.T, sizes.head_dim));
+    const Workspace workspace = new_workspace(kernel.workspace_bytes(sizes.mask.query_steps, sizes.T, sizes.head_dim));
     for (int64_t index = begin; index < end; ++index) {
       const int64_t b = index / sizes.H, h = index % sizes.H;
       kernel.run({grad_at.at(b, h), q_at.at(b, h), k_at.at(b, h), v_at.at(b, h), out_at.at(b, h),

@@ -28,12 +28,12 @@ struct KeyRange {
 
 // Some queries of one step of one head. A KeyRange may be empty.
 struct BlockAttentionQueries {
-  Tokens q;            // [queries, Dh]
-  Tokens k;            // [Sk * T, Dh]
-  Tokens v;            // [Sk * T, Dh]
-  MutableTokens out;   // [queries, Dh]
-  void* log_sum_exp;   // [queries], accumulator type
-  int64_t queries;     // at most kQueriesPerTask
+  Tokens q;           // [queries, Dh]
+  Tokens k;           // [Sk * T, Dh]
+  Tokens v;           // [Sk * T, Dh]
+  MutableTokens out;  // [queries, Dh]
+  void* log_sum_exp;  // [queries], accumulator type
+  int64_t queries;    // at most kQueriesPerTask
   int64_t head_dim;
   double scale;        // of the logits
   KeyRange ranges[2];  // the keys that these queries see

@@ -24,13 +24,13 @@ struct Layout {
         tile((tokens + tiles_of(tokens) - 1) / tiles_of(tokens)),
         row(round_up(dim, kLanes<A>) + kLanes<A>),
         panels(key_panels * kPanel<A> * dim),
-        dq(0),                                                                    // [tiles, dim_panels, tile, kPanel]
+        dq(0),  // [tiles, dim_panels, tile, kPanel]
         offset(dq + query_steps * tiles_of(tokens) * dim_panels * tile * kPanel<A>),  // [tiles, tile]
-        delta(offset + query_steps * tiles_of(tokens) * tile),                    // [tiles, tile]
-        k_columns(round_up(delta + query_steps * tiles_of(tokens) * tile, 16)),   // [key_panels, Dh, kPanel]
-        v_columns(k_columns + panels),                                            // [key_panels, Dh, kPanel]
-        dk(v_columns + panels),                                                   // [key_panels, Dh, kPanel]
-        dv(dk + panels),                                                          // [key_panels, Dh, kPanel]
+        delta(offset + query_steps * tiles_of(tokens) * tile),                        // [tiles, tile]
+        k_columns(round_up(delta + query_steps * tiles_of(tokens) * tile, 16)),       // [key_panels, Dh, kPanel]
+        v_columns(k_columns + panels),                                                // [key_panels, Dh, kPanel]
+        dk(v_columns + panels),                                                       // [key_panels, Dh, kPanel]
+        dv(dk + panels),                                                              // [key_panels, Dh, kPanel]
         k_rows(dv + panels),  // [key_panels, dim_panels, kPanel keys, kPanel]
         q_columns(k_rows + key_panels * dim_panels * kPanel<A> * kPanel<A>),  // [Dh, kQueryStride]
         grad_columns(q_columns + dim * kQueryStride<A>),                      // [Dh, kQueryStride]
@@ -79,7 +79,9 @@ class Head {
   static const T* rows(const Tokens& tokens, int64_t row) {
     return static_cast<const T*>(tokens.data) + row * tokens.stride;
   }
-  static T* rows(const MutableTokens& tokens, int64_t row) { return static_cast<T*>(tokens.data) + row * tokens.stride; }
+  static T* rows(const MutableTokens& tokens, int64_t row) {
+    return static_cast<T*>(tokens.data) + row * tokens.stride;
+  }
 
   // Tile `index` counts over all query steps; tiles never cross a step.
   int64_t first_token(int64_t index) const { return index / tiles_ * tokens_ + index % tiles_ * at_.tile; }

@@ -22,13 +22,13 @@ int64_t value_stride(int64_t head_dim) {
 template <typename A>
 struct Layout {
   explicit Layout(int64_t head_dim)
-      : q(0),                                                    // [panels, Dh, kPanel], times scale and log2(e)
-        out(q + kQueriesPerTask * head_dim),                     // [panels, Dh, kPanel], before the division by `sum`
-        maximum(out + kQueriesPerTask * head_dim),               // [panels, kPanel]
-        sum(maximum + kQueriesPerTask),                          // [panels, kPanel]
-        k(sum + kQueriesPerTask),                                // [Dh, kKeyStride]
-        v(k + head_dim * kKeyStride<A>),                         // [kKeysPerTile, value_stride]
-        logits(v + kKeysPerTile * value_stride<A>(head_dim)),    // [kKeysPerTile, kPanel]
+      : q(0),                                                  // [panels, Dh, kPanel], times scale and log2(e)
+        out(q + kQueriesPerTask * head_dim),                   // [panels, Dh, kPanel], before the division by `sum`
+        maximum(out + kQueriesPerTask * head_dim),             // [panels, kPanel]
+        sum(maximum + kQueriesPerTask),                        // [panels, kPanel]
+        k(sum + kQueriesPerTask),                              // [Dh, kKeyStride]
+        v(k + head_dim * kKeyStride<A>),                       // [kKeysPerTile, value_stride]
+        logits(v + kKeysPerTile * value_stride<A>(head_dim)),  // [kKeysPerTile, kPanel]
         size(logits + kKeysPerTile * kPanel<A>) {}
   int64_t q, out, maximum, sum, k, v, logits, size;
 };
