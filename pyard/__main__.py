@@ -32,6 +32,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command("pyard.demo", "demo", "distil real digits into an ONNX student, with pictures and a table"),
     "teach": Command("pyard.teachers.digits", "teach", "train the built-in teacher of handwritten digits"),
+    "convert": Command("pyard.teachers.convert", "convert", "turn a DiT, SiT or diffusers checkpoint into a teacher, or back"),
     "trajectories": Command("pyard.trajectories", "generate_trajectories", "write a teacher's ODE trajectories to a store"),
     "trajectories verify": Command("pyard.trajectories", "verify_trajectories", "check every checksum", positional=("store",)),
     "trajectories stats": Command("pyard.trajectories", "trajectory_stats", "print and draw it", positional=("store",)),
@@ -41,6 +42,7 @@ COMMANDS = {
     ),
     "train": Command("pyard.training", "train", "train a student on trajectories (generates missing ones)"),
     "sample": Command("pyard.sampling", "sample_to_file", "draw samples with a student"),
+    "describe": Command("pyard.description", "describe", "say what a student costs: parameters, FLOPs, cache, history"),
     "evaluate": Command("pyard.evaluation", "evaluate", "measure a student against its teacher and real data"),
     "export": Command("pyard.export", "export", "write a student as one ONNX file and check it", bare=("--onnx",)),
     "doctor": Command("pyard.doctor", "doctor", "say what is built, for what, and what to do about what is not"),
