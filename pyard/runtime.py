@@ -32,9 +32,11 @@ class OnnxStudentInfo:
         num_steps: S.
         history_layers: N.
         num_classes: labels are 0 ... num_classes - 1.
-        sample_shape: (C, H, W).
+        sample_shape: (C, H, W) of the noise, and of a sample that is no picture.
+        output_shape: of what `sample` returns for each label: `sample_shape`, or (height, width, 3) of a picture.
         times: the S + 1 grid times, in the teacher's time.
-        precision: `fp32`, of weights and arithmetic.
+        precision: `fp32`, `fp16`, `int8` or `int8-static`, of weights and products.
+        pictures: whether a decoder turns samples into pictures, uint8.
         pyard_version: of the exporter.
         weights_sha256: of the student's weights, equal in every export of the same student.
         teacher_fingerprint: of the teacher that the student was distilled from.
@@ -47,8 +49,10 @@ class OnnxStudentInfo:
     history_layers: int
     num_classes: int
     sample_shape: tuple[int, int, int]
+    output_shape: tuple[int, int, int]
     times: tuple[float, ...]
     precision: str
+    pictures: bool
     pyard_version: str
     weights_sha256: str
     teacher_fingerprint: str
@@ -85,7 +89,7 @@ class OnnxStudent:
         batch_size: int | None = None,
         *,
         noise: NDArray[np.float32] | None = None,
-    ) -> NDArray[np.float32]:
+    ) -> NDArray[Any]:
         """Draw one sample for each label.
 
         Sample i starts from `pyard.noise.standard_normal(seed, [i], sample_shape)` whatever the batch size, as it
@@ -98,7 +102,7 @@ class OnnxStudent:
             noise: float32 [n, C, H, W] to start from instead of the seed's.
 
         Returns:
-            float32 [n, C, H, W], in the range of the training data.
+            float32 [n, C, H, W], in the range of the training data; uint8 [n, height, width, 3] from a file with a decoder.
 
         Raises:
             InputError: labels, noise, seed or batch size out of range or of the wrong shape or type.
@@ -108,14 +112,14 @@ class OnnxStudent:
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected at least 1, or None for all at once")
         rows = batch_size or max(count, 1)
-        samples = np.empty((count, *shape), dtype=np.float32)
+        samples = np.empty((count, *self.info.output_shape), dtype=np.uint8 if self.info.pictures else np.float32)
         for start in range(0, count, rows):
             index = np.arange(start, min(start + rows, count))
             start_noise = standard_normal(seed, index, shape) if noise is None else noise[index]
             if self.info.form == "sampler":
                 samples[index] = self._session.run(["sample"], {"noise": start_noise, "label": classes[index]})[0]
             else:
-                *_, samples[index] = self._steps(start_noise, classes[index])
+                *_, (_, samples[index]) = self.run_steps(start_noise, classes[index])
         return samples
 
     def stream(
@@ -124,14 +128,14 @@ class OnnxStudent:
         seed: int = 0,
         *,
         noise: NDArray[np.float32] | None = None,
-    ) -> Iterator[NDArray[np.float32]]:
+    ) -> Iterator[NDArray[Any]]:
         """Draw one sample for each label and show it while it forms: the S predictions one by one, coarse ones first.
 
         Args:
             labels, seed, noise: as for `sample`.
 
         Returns:
-            An iterator over S arrays float32 [n, C, H, W]; each is computed when it is asked for, the last is the sample.
+            An iterator over S arrays like those of `sample`; each is computed when it is asked for, the last is the sample.
 
         Raises:
             InputError: as for `sample`; the file is of the form `sampler`, which computes all steps in one go.
@@ -144,9 +148,13 @@ class OnnxStudent:
         classes = self._check(labels, noise)
         if noise is None:
             noise = standard_normal(seed, np.arange(len(classes)), self.info.sample_shape)
-        return self._steps(noise, classes)
+        return (prediction for _, prediction in self.run_steps(noise, classes))
 
-    def _steps(self, noise: NDArray[np.float32], classes: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
+    def run_steps(
+        self, noise: NDArray[np.float32], classes: NDArray[np.int64]
+    ) -> Iterator[tuple[dict[str, NDArray[Any]], NDArray[Any]]]:
+        """What each step of the form `step` is fed with, and its prediction (a picture where the file has a decoder)."""
+        names = [tensor.name for tensor in self._session.get_outputs()]
         latest = noise
         past = {
             tensor.name: np.zeros([len(noise), tensor.shape[1], 0, tensor.shape[3]], dtype=_NUMPY_TYPES[tensor.type])
@@ -154,10 +162,17 @@ class OnnxStudent:
             if tensor.name.startswith("past")
         }
         for step in range(self.info.num_steps):
-            inputs = {"latent": latest, "label": classes, "step": np.array(step, dtype=np.int64), **past}
-            latest, *present = self._session.run(None, inputs)
-            past = dict(zip(past, present, strict=True))
-            yield latest
+            inputs: dict[str, NDArray[Any]] = {
+                "latent": latest,
+                "label": classes,
+                "step": np.array(step, dtype=np.int64),
+                **past,
+            }
+            found: list[NDArray[Any]] = self._session.run(None, inputs)
+            outputs = dict(zip(names, found, strict=True))
+            past = {name: outputs[name.replace("past_key_values", "present")] for name in past}
+            latest = outputs["prediction"]
+            yield inputs, outputs.get("image", latest)
 
     def _check(self, labels: object, noise: NDArray[np.float32] | None) -> NDArray[np.int64]:
         classes = check_labels(labels, self.info.num_classes)
@@ -207,12 +222,15 @@ def _read_info(path: Path, session: onnxruntime.InferenceSession) -> OnnxStudent
             f"{path} has format version {metadata['format_version']}, written by pyard {metadata['pyard_version']}; "
             f"this pyard reads version {FORMAT_VERSION}: export the student again"
         )
+    outputs, pictures = session.get_outputs(), metadata.get("pictures", False)
     return OnnxStudentInfo(
         form=metadata["form"],
         num_steps=metadata["num_steps"],
         history_layers=metadata["history_layers"],
         num_classes=metadata["num_classes"],
         sample_shape=tuple(metadata["sample_shape"]),
+        output_shape=tuple(outputs[-1 if pictures and metadata["form"] == "step" else 0].shape[1:]),
+        pictures=pictures,
         times=tuple(metadata["config"]["grid"]["times"]),
         precision=metadata["precision"],
         pyard_version=metadata["pyard_version"],
