@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from pyard.device_buffers import FixedBuffers, run_on_device
 from pyard.errors import InputError
 from pyard.noise import check_labels, standard_normal
 
@@ -68,6 +69,10 @@ class OnnxStudent:
         providers: onnxruntime execution providers, best first; None takes CUDA where the installed onnxruntime and the
             machine have it, else the CPU.
         threads: CPU threads of one call; None leaves the choice to onnxruntime (one for each physical core).
+        cuda_graphs: on CUDA, record the whole sampler once for each batch size and replay it; calls of several threads then
+            wait for each other.
+
+    `repr(student)` says in one line what it is and where it runs.
 
     Raises:
         InputError: no such file, a damaged one, a model that is not pyard's, an unknown provider.
@@ -77,10 +82,24 @@ class OnnxStudent:
         images = student.sample([3, 1, 4], seed=0)  # float32 [3, C, H, W], -1 black, 1 white
     """
 
-    def __init__(self, path: str | Path, providers: Sequence[str] | None = None, threads: int | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        providers: Sequence[str] | None = None,
+        threads: int | None = None,
+        *,
+        cuda_graphs: bool = False,
+    ):
         self.path = Path(path)
-        self._session = _open_session(self.path, _choose_providers(providers), threads)
+        self._session = _open_session(self.path, _choose_providers(providers), threads, cuda_graphs)
         self.info = _read_info(self.path, self._session)
+        self._device = "cuda" if self.info.provider == "CUDAExecutionProvider" else "cpu"
+        self._fixed = None
+        if cuda_graphs:
+            if self.info.form != "sampler":
+                raise InputError(f"{self.path} is of the form {self.info.form!r}; cuda_graphs needs the form 'sampler'")
+            dtype = np.uint8 if self.info.pictures else np.float32
+            self._fixed = FixedBuffers(self._session, "sample", self.info.output_shape, dtype, self._device)
 
     def sample(
         self,
@@ -116,7 +135,9 @@ class OnnxStudent:
         for start in range(0, count, rows):
             index = np.arange(start, min(start + rows, count))
             start_noise = standard_normal(seed, index, shape) if noise is None else noise[index]
-            if self.info.form == "sampler":
+            if self._fixed is not None:
+                samples[index] = self._fixed.run({"noise": start_noise, "label": classes[index]})
+            elif self.info.form == "sampler":
                 samples[index] = self._session.run(["sample"], {"noise": start_noise, "label": classes[index]})[0]
             else:
                 *_, (_, samples[index]) = self.run_steps(start_noise, classes[index])
@@ -152,27 +173,27 @@ class OnnxStudent:
 
     def run_steps(
         self, noise: NDArray[np.float32], classes: NDArray[np.int64]
-    ) -> Iterator[tuple[dict[str, NDArray[Any]], NDArray[Any]]]:
-        """What each step of the form `step` is fed with, and its prediction (a picture where the file has a decoder)."""
-        names = [tensor.name for tensor in self._session.get_outputs()]
-        latest = noise
-        past = {
+    ) -> Iterator[tuple[dict[str, Any], NDArray[Any]]]:
+        """What each step of the form `step` is fed with, and its prediction (a picture where the file has a decoder).
+
+        Keys, values and latents stay on the device from one step to the next.
+        """
+        latest: Any = np.ascontiguousarray(noise)
+        past: dict[str, Any] = {
             tensor.name: np.zeros([len(noise), tensor.shape[1], 0, tensor.shape[3]], dtype=_NUMPY_TYPES[tensor.type])
             for tensor in self._session.get_inputs()
             if tensor.name.startswith("past")
         }
         for step in range(self.info.num_steps):
-            inputs: dict[str, NDArray[Any]] = {
-                "latent": latest,
-                "label": classes,
-                "step": np.array(step, dtype=np.int64),
-                **past,
-            }
-            found: list[NDArray[Any]] = self._session.run(None, inputs)
-            outputs = dict(zip(names, found, strict=True))
+            inputs = {"latent": latest, "label": classes, "step": np.array(step, dtype=np.int64), **past}
+            outputs = run_on_device(self._session, inputs, self._device)
             past = {name: outputs[name.replace("past_key_values", "present")] for name in past}
             latest = outputs["prediction"]
-            yield inputs, outputs.get("image", latest)
+            yield inputs, outputs["image" if self.info.pictures else "prediction"].numpy()
+
+    def __repr__(self) -> str:
+        info = self.info
+        return f"{self.path}: {info.form} of {info.num_steps} steps, {info.precision}, on {info.provider}"
 
     def _check(self, labels: object, noise: NDArray[np.float32] | None) -> NDArray[np.int64]:
         classes = check_labels(labels, self.info.num_classes)
@@ -181,7 +202,7 @@ class OnnxStudent:
         return classes
 
 
-def _open_session(path: Path, providers: list[str], threads: int | None) -> onnxruntime.InferenceSession:
+def _open_session(path: Path, providers: list[str], threads: int | None, cuda_graphs: bool) -> onnxruntime.InferenceSession:
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a student.onnx written by python -m pyard.export")
     if threads is not None and threads < 1:
@@ -190,8 +211,9 @@ def _open_session(path: Path, providers: list[str], threads: int | None) -> onnx
     options.log_severity_level = 3  # its warnings are about its own graph optimisations
     if threads is not None:
         options.intra_op_num_threads = threads
+    graphs = {"CUDAExecutionProvider": {"enable_cuda_graph": "1"}} if cuda_graphs else {}
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+        return onnxruntime.InferenceSession(str(path), options, providers=[(name, graphs.get(name, {})) for name in providers])
     # onnxruntime's own exceptions share no base class but Exception.
     except Exception as error:
         size = path.stat().st_size

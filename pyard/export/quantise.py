@@ -78,7 +78,8 @@ def _inputs(student: OnnxStudent, count: int) -> Iterator[dict[str, np.ndarray]]
         if student.info.form == "sampler":
             yield {"noise": noise, "label": labels}
         else:
-            yield from (inputs for inputs, _ in student.run_steps(noise, labels))
+            for inputs, _ in student.run_steps(noise, labels):
+                yield {name: x if isinstance(x, np.ndarray) else x.numpy() for name, x in inputs.items()}
 
 
 @contextmanager
