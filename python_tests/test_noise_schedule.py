@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -35,7 +37,7 @@ def test_output_map_recovers_data_and_noise(schedule):
 def test_a_jump_stays_on_the_line_between_data_and_noise(schedule):
     x0, eps = 0.7, -1.3
     times = schedule.timesteps(6)
-    for time, later in zip(times[:-1], times[1:], strict=True):
+    for time, later in itertools.pairwise(times):
         x = schedule.alpha(time) * x0 + schedule.sigma(time) * eps
         a, b = schedule.jump_coefficients(time, later)
         expected = schedule.alpha(later) * x0 + schedule.sigma(later) * eps

@@ -12,9 +12,7 @@ from pyard.evaluation.features import digits_classifier
 from pyard.evaluation.measure import Candidate, measure
 from pyard.evaluation.report import Evaluation
 from pyard.models.student import Student
-from pyard.noise import standard_normal
 from pyard.runtime import OnnxStudent
-from pyard.sampling import sample
 from pyard.solvers import endpoints
 from pyard.teachers import load_teacher
 from pyard.teachers.digits import digits_data
@@ -33,7 +31,7 @@ def evaluate(
     teacher_steps: int = 25,
     cfg_scale: float = 1.5,
     cfg_channels: int | None = None,
-    batch_size: int = 256,
+    batch_size: int = 128,
     out: Path | None = None,
     progress: bool = True,
 ) -> Evaluation:
@@ -52,7 +50,7 @@ def evaluate(
         teacher_steps: DDIM steps of the teacher.
         cfg_scale: its guidance weight; 1 is none.
         cfg_channels: guide only the first so many channels; none: all.
-        batch_size: samples that run together; bounds memory.
+        batch_size: samples that are drawn, and timed, together.
         out: a JSON file to write as well.
         progress: show a progress bar.
 
@@ -70,16 +68,15 @@ def evaluate(
             f"evaluate: the teacher draws {teacher.sample_shape}; pyard has features for digits, {images.shape[1:]}, only"
         )
     evaluation = measure(
-        teacher_candidate(teacher, teacher_steps, cfg_scale=cfg_scale, cfg_channels=cfg_channels, batch_size=batch_size),
-        [
-            student_candidate(student, teacher, batch_size=batch_size)
-            for student in (students if isinstance(students, list) else [students])
-        ],
+        teacher_candidate(teacher, teacher_steps, cfg_scale=cfg_scale, cfg_channels=cfg_channels),
+        [student_candidate(student, teacher) for student in (students if isinstance(students, list) else [students])],
         data=images,
         features=digits_classifier(),
+        sample_shape=teacher.sample_shape,
         num_classes=teacher.num_classes,
         count=count,
         seed=seed,
+        batch_size=batch_size,
         progress=progress,
     )
     evaluation.settings.update(
@@ -96,36 +93,20 @@ def evaluate(
 
 
 def teacher_candidate(
-    teacher: DiTTeacher,
-    num_steps: int,
-    *,
-    cfg_scale: float,
-    cfg_channels: int | None = None,
-    batch_size: int = 256,
-    name: str | None = None,
+    teacher: DiTTeacher, num_steps: int, *, cfg_scale: float, cfg_channels: int | None = None, name: str | None = None
 ) -> Candidate:
     """The teacher's own sampler as a row."""
 
-    def draw(labels: np.ndarray, seed: int) -> np.ndarray:
-        parts = []
-        for start in range(0, len(labels), batch_size):
-            index = np.arange(start, min(start + batch_size, len(labels)))
-            noise = torch.from_numpy(standard_normal(seed, index, teacher.sample_shape)).to(teacher.device)
-            classes = torch.from_numpy(labels[index]).to(teacher.device)
-            ends = endpoints(teacher, noise, classes, num_steps, cfg_scale=cfg_scale, cfg_channels=cfg_channels)
-            parts.append(ends.cpu().numpy())
-        return np.concatenate(parts)
+    def draw(noise: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        start, classes = (torch.from_numpy(array).to(teacher.device) for array in (noise, labels))
+        return endpoints(teacher, start, classes, num_steps, cfg_scale=cfg_scale, cfg_channels=cfg_channels).cpu().numpy()
 
     passes = num_steps * (1 if cfg_scale == 1.0 else 2)
     return Candidate(name or f"teacher, {num_steps} steps", passes, draw)
 
 
 def student_candidate(
-    student: str | Path | Student | OnnxStudent,
-    teacher: DiTTeacher,
-    *,
-    batch_size: int = 256,
-    name: str | None = None,
+    student: str | Path | Student | OnnxStudent, teacher: DiTTeacher, *, name: str | None = None
 ) -> Candidate:
     """A student, in PyTorch or in onnxruntime, as a row.
 
@@ -142,9 +123,12 @@ def student_candidate(
             f"{teacher.sample_shape} of {teacher.num_classes}"
         )
 
-    def draw(labels: np.ndarray, seed: int) -> np.ndarray:
+    @torch.inference_mode()
+    def draw(noise: np.ndarray, labels: np.ndarray) -> np.ndarray:
         if isinstance(student, OnnxStudent):
-            return student.sample(labels, seed=seed, batch_size=batch_size)
-        return sample(student, labels, seed=seed, batch_size=batch_size).numpy()
+            return student.sample(labels, noise=noise)
+        device = student.embed_times.device
+        *_, last = student.rollout(torch.from_numpy(noise).to(device), torch.from_numpy(labels).to(device))
+        return last.float().cpu().numpy()
 
     return Candidate(name or source, facts.num_steps, draw)

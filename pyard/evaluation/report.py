@@ -21,9 +21,12 @@ COLUMNS = {
     "label_accuracy": ("accuracy", "share of the samples that the classifier takes for their label"),
     "endpoint_mse": (
         "endpoint MSE",
-        "mean squared error to the teacher's samples of the same noise and labels (pixels: -1 to 1)",
+        "mean squared error to the teacher's samples of the same noise and labels (pixels clipped to -1 ... 1)",
     ),
-    "seconds_per_image": ("ms/image", "median over batches of the time a batch takes, over its size, in milliseconds"),
+    "seconds_per_image": (
+        "ms/image",
+        "milliseconds a sample, the median over batches drawn in turn; noise is drawn beforehand",
+    ),
 }
 
 
@@ -38,7 +41,7 @@ class Quality:
         frechet_to_teacher: Fréchet distance to samples of the teacher from other noise.
         label_accuracy: 0 to 1.
         endpoint_mse: mean squared error to the teacher's endpoints for the same noise and labels.
-        seconds_per_image: median seconds.
+        seconds_per_image: median over batches of the seconds a batch takes, over its size.
     """
 
     name: str
@@ -79,7 +82,9 @@ class Evaluation:
         ]
         lines.insert(1, "-" * len(lines[0]))
         legend = [f"  {short}: {meaning}" for short, meaning in COLUMNS.values()]
-        return "\n".join([*lines, "", f"{self.settings['count']} samples a row.", *legend])
+        return "\n".join(
+            [*lines, "", f"{self.settings['count']} samples a row, {self.settings['batch_size']} at a time.", *legend]
+        )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dictionary that `from_json` turns back."""
