@@ -1,4 +1,4 @@
-"""Builds the native operators with CMake; everything else about the package is in pyproject.toml.
+"""Builds the native operators and the trajectory reader with CMake; everything else about the package is in pyproject.toml.
 
 Environment: PYARD_NATIVE=auto|0|1 (auto: build if it can be built, otherwise install without; 1: a failed build is an
 error), CXX, CXXFLAGS, MAX_JOBS.
@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 from torch_location import TORCH_REQUIREMENT, TorchLocation, find_torch  # noqa: E402
 
 LIBRARY = "libpyard_ops"
+READER = "_trajectory"
 BUILD_RECORD = "_build.json"
 
 
@@ -35,6 +36,8 @@ class CMakeBuild(build_ext):
     """Drives CMakeLists.txt and records beside the library how it was built, or why it was not."""
 
     def get_ext_filename(self, fullname: str) -> str:
+        if fullname.endswith(READER):
+            return str(super().get_ext_filename(fullname))
         # No Python ABI suffix: the library knows torch's C ABI only and is not a Python module.
         suffix = ".dylib" if sys.platform == "darwin" else ".so"
         return str(Path(*fullname.split("."))) + suffix
@@ -53,14 +56,16 @@ class CMakeBuild(build_ext):
             torch = find_torch()
             if torch is None:
                 raise NativeBuildError(f"{TORCH_REQUIREMENT} was not found when pyard was installed")
-            shutil.copyfile(_run_cmake(torch), target)
+            shutil.copyfile(_run_cmake(torch, READER if ext.name.endswith(READER) else LIBRARY), target)
             record = {"built": True, "torch": torch.version}
         except NativeBuildError as error:
             if mode == "1":
                 raise
             record["reason"] = str(error)
-            warnings.warn(f"pyard installs without native operators: {error}", stacklevel=2)
-        (target.parent / BUILD_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            what = "native trajectory reader" if ext.name.endswith(READER) else "native operators"
+            warnings.warn(f"pyard installs without {what}: {error}", stacklevel=2)
+        if not ext.name.endswith(READER):
+            (target.parent / BUILD_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     def copy_extensions_to_source(self) -> None:
         for ext in self.extensions:
@@ -81,8 +86,8 @@ class CMakeBuild(build_ext):
         return {}
 
 
-def _run_cmake(torch: TorchLocation) -> Path:
-    """Configures and builds in build/native/, which stays for the next, incremental build; returns the library."""
+def _run_cmake(torch: TorchLocation, library: str) -> Path:
+    """Configures and builds in build/native/, which stays for the next, incremental build; returns the library asked for."""
     cmake, ninja = _tool("cmake"), _tool("ninja")
     build = ROOT / "build" / "native"
     configure = [
@@ -90,14 +95,29 @@ def _run_cmake(torch: TorchLocation) -> Path:
         *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
         f"-DCMAKE_MAKE_PROGRAM={ninja}",
         f"-DPYARD_TORCH_DIR={torch.folder}",
+        f"-DPYARD_PYTHON_INCLUDE={sysconfig.get_path('include')}",
+        f"-DPYARD_PYBIND11_INCLUDE={_pybind11_include() or ''}",
     ]
+    target = "pyard_ops"
+    if library == READER:
+        target = "pyard_trajectory"
+        if _pybind11_include() is None:
+            raise NativeBuildError("pybind11 was not found: pip install pybind11")
     cache = build / "CMakeCache.txt"
     if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text(encoding="utf-8"):
         shutil.rmtree(build)
     _call(configure, "configuring")
     jobs = os.environ.get("MAX_JOBS")
-    _call([cmake, "--build", str(build), *(["--parallel", jobs] if jobs else [])], "compiling")
-    return build / (LIBRARY + (".dylib" if sys.platform == "darwin" else ".so"))
+    _call([cmake, "--build", str(build), "--target", target, *(["--parallel", jobs] if jobs else [])], "compiling")
+    return build / (library + (".dylib" if sys.platform == "darwin" and library == LIBRARY else ".so"))
+
+
+def _pybind11_include() -> str | None:
+    try:
+        import pybind11
+    except ImportError:
+        return None
+    return str(pybind11.get_include())
 
 
 def _tool(name: str) -> str:
@@ -115,4 +135,7 @@ def _call(command: list[str], what: str) -> None:
         raise NativeBuildError(f"{what} the operators failed (a C++17 compiler is needed; set CXX):\n{tail}")
 
 
-setup(ext_modules=[Extension(f"pyard.{LIBRARY}", sources=[], optional=False)], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension(f"pyard.{name}", sources=[], optional=False) for name in (LIBRARY, READER)],
+    cmdclass={"build_ext": CMakeBuild},
+)

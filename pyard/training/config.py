@@ -57,6 +57,8 @@ class TrainConfig:
         output: `direct` as published, or `jump` (needs `state` targets): start as the teacher's own DDIM/Euler sampler.
         heads: an output head `per_step`, or one `shared`.
         history_bias: start value of a learned bias on the attention to earlier steps; none: no bias.
+        lora_rank: train low-rank additions to the blocks (PEFT) and the heads, not all weights; the result has them added in.
+            none: train everything.
 
         num_trajectories: how many to generate if there is no store.
         teacher_steps: steps of the teacher's solver in those.
@@ -121,6 +123,7 @@ class TrainConfig:
     output: Output = "direct"
     heads: Heads = "per_step"
     history_bias: float | None = None
+    lora_rank: int | None = None
 
     num_trajectories: int = 8192
     teacher_steps: int = 25
@@ -221,6 +224,8 @@ class TrainConfig:
                 "training: the adversarial stage knows neither gradient_accumulation, for its weight is that of a whole batch "
                 "(use activation_checkpointing or more processes), nor rollout_probability"
             )
+        if self.lora_rank is not None and (self.parallel == "fsdp" or self.stage == "adversarial"):
+            raise InputError("training: lora_rank goes with parallel 'ddp' and the regression stage only")
         if self.warmup_steps and self.lr_schedule == "constant":
             raise InputError("training: lr_schedule 'constant' has no warm-up; use 'constant_with_warmup', or warmup_steps 0")
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pyard.errors import InputError
+from pyard.models.lora import add_lora, merge_lora
 from pyard.models.student import Student, StudentConfig
 from pyard.teachers import load_teacher
 from pyard.training.config import TrainConfig
@@ -122,6 +123,8 @@ def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Proces
         store = _open_store(teacher, trajectories, config)
         held_out = _held_out(teacher, config, store, processes)
     student = _student(teacher, store, config, earlier).to(processes.device)
+    if config.lora_rank is not None:
+        add_lora(student, config.lora_rank)
     inputs = {"teacher_fingerprint": teacher.fingerprint, "manifest": {**store.manifest.to_json(), "count": store.count}}
     stage: Regression
     if config.stage == "adversarial":
@@ -162,6 +165,7 @@ def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Proces
             watcher.finish()
     for i, decay in enumerate(config.ema_decays):
         name = "student" if i == 0 else f"student-ema-{decay:g}"
+        merge_lora(averages[i])
         result = whole_student(averages[i], student.config, processes) if processes.sharded else averages[i]
         with processes.main_first():
             if processes.is_main and result is not None:

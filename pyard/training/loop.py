@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -63,7 +64,12 @@ def train_stage(
 
     def save(step: int) -> None:
         counts = {"skipped": skipped, "in_a_row": in_a_row}
-        state = {"reader": reader.state_dict(), "student": student.config.to_json(), **counts}
+        state: dict[str, Any] = {
+            **counts,
+            "reader": reader.state_dict(),
+            "student": student.config.to_json(),
+            "lora_rank": config.lora_rank,
+        }
         if processes.sharded:
             checkpoints.save(step, stage.parts, state)
             return

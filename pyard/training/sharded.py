@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -22,12 +22,15 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from pyard.errors import InputError
+from pyard.models.lora import add_lora, merge_lora
 from pyard.models.student import Student, StudentConfig
 from pyard.training.state import Checkpoints, Stateful
 
@@ -80,7 +83,7 @@ class ShardedCheckpoints(Checkpoints):
                 shutil.rmtree(shards, ignore_errors=True)
                 shards.mkdir(parents=True)
         try:
-            dcp.save(self._sharded(parts), checkpoint_id=shards)
+            save_shards(self._sharded(parts), checkpoint_id=shards)
         except Exception as error:
             with self.processes.main_first():
                 if self.processes.is_main:
@@ -101,7 +104,7 @@ class ShardedCheckpoints(Checkpoints):
     def _read(self, folder: Path, parts: Mapping[str, Stateful]) -> None:
         super()._read(folder, {name: part for name, part in parts.items() if not self._is_sharded(part)})
         tensors = self._sharded(parts)
-        dcp.load(tensors, checkpoint_id=folder / _SHARDS)
+        load_shards(tensors, checkpoint_id=folder / _SHARDS)
         for name, part in parts.items():
             if not self._is_sharded(part):
                 continue
@@ -147,10 +150,13 @@ def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str =
     if not steps or (step is not None and step not in steps):
         raise InputError(f"{run}: checkpoints of steps {steps}; expected {'any' if step is None else step}")
     folder = checkpoints.folder(steps[-1] if step is None else step)
-    student = Student(StudentConfig.from_json(json.loads((folder / "state.json").read_text())["student"]))
+    state = json.loads((folder / "state.json").read_text())
+    student = Student(StudentConfig.from_json(state["student"]))
+    if state["lora_rank"] is not None:
+        add_lora(student, state["lora_rank"])
     names = [file.stem for file in folder.glob("*.safetensors")]
     if (folder / _SHARDS).is_dir():
-        entries = dcp.FileSystemReader(folder / _SHARDS).read_metadata().state_dict_metadata
+        entries = FileSystemReader(folder / _SHARDS).read_metadata().state_dict_metadata
         names += sorted(
             {entry.split(".")[0] if not entry.startswith("ema-") else _average_of(entry, student) for entry in entries}
         )
@@ -160,8 +166,9 @@ def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str =
         tensors = load_file(folder / f"{weights}.safetensors")
     else:
         tensors = {name: torch.empty_like(tensor) for name, tensor in student.state_dict().items()}
-        dcp.load({weights: tensors}, checkpoint_id=folder / _SHARDS, no_dist=True)
+        load_shards({weights: tensors}, checkpoint_id=folder / _SHARDS, no_dist=True)
     student.load_state_dict(tensors)
+    merge_lora(student)
     student.save_pretrained(out)
     return student.eval()
 
