@@ -13,7 +13,7 @@ class AdversarialConfig:
 
     Args:
         real: real data: `digits`; a `.safetensors` or `.npz` file with `images` float [n, C, H, W] (-1 to 1, or latents) and
-            `labels` [n]; or the folder that `pyard encode-images` wrote.
+            `labels` [n]; or a folder of such `.safetensors` (latents: see `RealData`).
         flips: mirror a random half of the real data.
         noise_levels: both kinds are noised before the teacher sees them, to a level drawn between these shares of its
             noisiest time.

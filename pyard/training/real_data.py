@@ -63,8 +63,7 @@ class RealData:
         """Real data by name.
 
         Args:
-            source: `digits`; a `.safetensors` or `.npz` with `images` and `labels`; or a folder of such `.safetensors`, as
-                `encode_images` writes.
+            source: `digits`; a `.safetensors` or `.npz` with `images` and `labels`; or a folder of such `.safetensors`.
             sample_shape: (C, H, W) that the student draws.
             num_classes: labels are below it.
         """
@@ -171,10 +170,7 @@ class RealReader:
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], ...]:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
-        raise InputError(
-            f"real data {path}: expected 'digits', a .safetensors or .npz file, or a folder of .safetensors that `pyard "
-            "encode-images` wrote"
-        )
+        raise InputError(f"real data {path}: expected 'digits', a .safetensors or .npz file, or a folder of .safetensors")
     try:
         # safetensors maps its files: processes of one machine share the memory, and only what is used is read.
         return tuple(
