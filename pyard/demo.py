@@ -63,7 +63,7 @@ class Budget:
 
 FULL = Budget(
     trajectories=4096,
-    student_steps=1500,
+    student_steps=1200,
     student_batch_size=32,
     student_learning_rate=1e-3,
     samples=1797,

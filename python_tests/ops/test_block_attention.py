@@ -10,9 +10,7 @@ from pyard.errors import InputError
 from pyard.ops import MASKS, block_attention, visible
 
 
-def closed_form(
-    q: Tensor, k: Tensor, v: Tensor, T: int, mask: str, window: int | None, bias: Tensor | None = None
-) -> Tensor:
+def closed_form(q: Tensor, k: Tensor, v: Tensor, T: int, mask: str, window: int | None, bias: Tensor | None = None) -> Tensor:
     """Softmax over a dense matrix of logits, built entry by entry from the predicate."""
     query_steps, key_steps = q.shape[2] // T, k.shape[2] // T
     logits = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])

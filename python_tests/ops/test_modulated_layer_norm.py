@@ -58,9 +58,7 @@ def check_against_closed_form(inputs: tuple[Tensor, Tensor, Tensor], grad: Tenso
     with use_backend("native"):
         ours = modulated_layer_norm(*inputs, eps=EPS)
     assert_as_exact_as_plain(ours, plain, exact)
-    triples = zip(
-        gradients(ours, inputs, grad), gradients(plain, inputs, grad), gradients(exact, inputs, grad), strict=True
-    )
+    triples = zip(gradients(ours, inputs, grad), gradients(plain, inputs, grad), gradients(exact, inputs, grad), strict=True)
     for our_gradient, plain_gradient, exact_gradient in triples:
         assert_as_exact_as_plain(our_gradient, plain_gradient, exact_gradient.double())
 
