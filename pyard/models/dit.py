@@ -145,7 +145,7 @@ class Attention(nn.Module):
         rows = (batch * steps, tokens) if attend is None else (batch, steps * tokens)
         qkv = self.qkv(x).view(*rows, 3, self.num_heads, hidden // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [rows, H, tokens, Dh]
-        out = F.scaled_dot_product_attention(q, k, v) if attend is None else attend(q, k, v)
+        out = ops.block_attention(q, k, v, tokens) if attend is None else attend(q, k, v)
         return self.proj(out.transpose(1, 2).reshape(batch, steps, tokens, hidden))
 
 
@@ -170,8 +170,14 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
         branch = self.attention(ops.modulated_layer_norm(x, shift1, scale1, self.eps), attend)
         x = ops.gated_residual(x, gate1, branch)
-        hidden = F.gelu(self.fc1(ops.modulated_layer_norm(x, shift2, scale2, self.eps)), approximate="tanh")
+        hidden = self._activate(ops.modulated_layer_norm(x, shift2, scale2, self.eps))
         return ops.gated_residual(x, gate2, self.fc2(hidden))
+
+    def _activate(self, x: torch.Tensor) -> torch.Tensor:  # [B, S, T, D] -> [B, S, T, mlp]
+        # An adapter that stands in for the layer (LoRA) does more than multiply by its weight.
+        if type(self.fc1) is nn.Linear and ops.takes_native("gelu_tanh", x):
+            return ops.gelu_tanh(F.linear(x, self.fc1.weight), self.fc1.bias)
+        return F.gelu(self.fc1(x), approximate="tanh")
 
 
 class Head(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyard.errors import InputError
 from pyard.ops import reference
 from pyard.ops.backend import BACKENDS, Backend, current_backend, takes_native, use_backend
+from pyard.ops.derivatives import accumulator
 from pyard.ops.masks import MASKS, Mask, check_mask, visible, visible_steps
 
 __all__ = [
@@ -22,7 +23,10 @@ __all__ = [
     "check_mask",
     "current_backend",
     "gated_residual",
+    "gather_trajectories",
+    "gelu_tanh",
     "modulated_layer_norm",
+    "takes_native",
     "timestep_embedding",
     "use_backend",
     "visible",
@@ -71,11 +75,11 @@ def gated_residual(
 
     Args:
         x: [B, S, T, D], floating point: the residual stream.
-        gate: [B, S, D].
-        branch: [B, S, T, D]: the output of an attention or an MLP.
+        gate: [B, S, D]; converted to the dtype of x.
+        branch: [B, S, T, D]: the output of an attention or an MLP; converted to the dtype of x.
 
     Returns:
-        [B, S, T, D].
+        [B, S, T, D] in the dtype of x.
 
     Raises:
         InputError: If the shapes do not fit.
@@ -84,7 +88,41 @@ def gated_residual(
     _check_per_step("gated_residual", "gate", gate, x)
     if branch.shape != x.shape:
         raise InputError(f"gated_residual: branch has shape {list(branch.shape)}, expected that of x, {list(x.shape)}")
+    gate, branch = gate.to(x.dtype), branch.to(x.dtype)
+    if takes_native("gated_residual", x):
+        out: Tensor = torch.ops.pyard.gated_residual(x, gate, branch)
+        return out
     return reference.gated_residual(x, gate, branch)
+
+
+def gelu_tanh(
+    x: Tensor,  # [..., D]
+    bias: Tensor,  # [D]
+) -> Tensor:  # [..., D]
+    """The tanh form of GELU of `x + bias`: a linear layer's bias and the activation behind it in one pass.
+
+    Args:
+        x: [..., D], floating point: `F.linear(input, weight)`, without the bias.
+        bias: [D]; converted to the dtype of x.
+
+    Returns:
+        [..., D] in the dtype of x.
+
+    Raises:
+        InputError: If the shapes do not fit.
+
+    Hendrycks & Gimpel, "Gaussian Error Linear Units" (arXiv 1606.08415), section 2.
+    """
+    if x.dim() < 1 or not x.is_floating_point() or bias.shape != x.shape[-1:]:
+        raise InputError(
+            f"gelu_tanh: x has shape {list(x.shape)} and dtype {x.dtype}, bias {list(bias.shape)}, "
+            "expected floating [..., D] and [D]"
+        )
+    bias = bias.to(x.dtype)
+    if takes_native("gelu_tanh", x):
+        out: Tensor = torch.ops.pyard.gelu_tanh(x, bias)
+        return out
+    return reference.gelu_tanh(x, bias)
 
 
 def timestep_embedding(
@@ -109,6 +147,10 @@ def timestep_embedding(
     """
     if dim < 2 or dim // 2 <= freq_shift:
         raise InputError(f"timestep_embedding: dim is {dim}, expected at least 2 and dim // 2 > freq_shift = {freq_shift}")
+    exact = times.double() if times.device.type == "cpu" else times
+    if takes_native("timestep_embedding", exact):
+        out: Tensor = torch.ops.pyard.timestep_embedding(exact, dim, max_period, freq_shift)
+        return out
     return reference.timestep_embedding(times, dim, max_period, freq_shift)
 
 
@@ -127,15 +169,16 @@ def block_attention(
 
     Args:
         q: [B, H, Sq * T, Dh], floating point.
-        k: [B, H, Sk * T, Dh].
-        v: [B, H, Sk * T, Dh].
+        k: [B, H, Sk * T, Dh]; converted to the dtype of q.
+        v: [B, H, Sk * T, Dh]; converted to the dtype of q.
         tokens_per_step: T.
         mask: `diagonal | window | anchor | causal`, see `visible`.
         window: Blocks that a block sees under `window`, the own one included.
         bias: [H], added to the logits of the keys of earlier blocks; None adds nothing.
 
     Returns:
-        [B, H, Sq * T, Dh]; logits are scaled by 1 / sqrt(Dh).
+        [B, H, Sq * T, Dh]; logits are scaled by 1 / sqrt(Dh). The kernel writes heads side by side, so that
+        `.transpose(1, 2).reshape(B, Sq * T, H * Dh)` copies nothing.
 
     Raises:
         InputError: If shapes, mask or window do not fit.
@@ -156,7 +199,54 @@ def block_attention(
         )
     if bias is not None and bias.shape != q.shape[1:2]:
         raise InputError(f"block_attention: bias has shape {list(bias.shape)}, expected [{q.shape[1]}], one per head")
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    if takes_native("block_attention", q):
+        bias = None if bias is None else bias.to(accumulator(q.dtype))
+        out: Tensor = torch.ops.pyard.block_attention(q, k, v, T, mask, window, bias)[0]
+        return out
     return reference.block_attention(q, k, v, T, mask, window, bias)
+
+
+def gather_trajectories(
+    noise: Tensor,  # [n, C, H, W]
+    steps: Tensor,  # [n, S, C, H, W]
+    indices: Tensor,  # [B] int64
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:  # [B, S, C, H, W] twice
+    """A student's inputs and outputs from trajectories that are held in memory, the conversion included.
+
+    Args:
+        noise: [n, C, H, W], float32, bfloat16 or float16: x_T of every trajectory.
+        steps: [n, S, C, H, W], float32, bfloat16 or float16: what its S steps predict, x_0 last.
+        indices: [B] int64: which trajectories, 0 to n - 1, in any order.
+        dtype: Of what is returned: float32, bfloat16 or float16.
+
+    Returns:
+        history [B, S, C, H, W], the noise and all steps but the last, and target [B, S, C, H, W], the steps.
+
+    Raises:
+        InputError: If shapes or dtypes do not fit.
+    """
+    if steps.dim() < 2 or noise.shape != steps.shape[:1] + steps.shape[2:]:
+        raise InputError(
+            f"gather_trajectories: noise and steps have shapes {list(noise.shape)} and {list(steps.shape)}, "
+            "expected [n, C, H, W] and [n, S, C, H, W]"
+        )
+    if indices.dim() != 1 or indices.dtype != torch.int64:
+        raise InputError(
+            f"gather_trajectories: indices has shape {list(indices.shape)} and dtype {indices.dtype}, expected [B] int64"
+        )
+    allowed = (torch.float32, torch.bfloat16, torch.float16)
+    if any(kind not in allowed for kind in (noise.dtype, steps.dtype, dtype)):
+        raise InputError(
+            f"gather_trajectories: noise, steps and dtype are {noise.dtype}, {steps.dtype} and {dtype}, "
+            "expected float32, bfloat16 or float16"
+        )
+    # A store is data; where somebody learns it all the same, the twin has derivatives.
+    if takes_native("gather_trajectories", steps) and not (noise.requires_grad or steps.requires_grad):
+        history, target = torch.ops.pyard.gather_trajectories(noise, steps, indices, dtype)
+        return history, target
+    return reference.gather_trajectories(noise, steps, indices, dtype)
 
 
 def _check_tokens(operator: str, argument: str, x: Tensor) -> None:

@@ -16,10 +16,17 @@ from pyard.ops import native
 Backend = Literal["auto", "native", "reference"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
-OPERATORS = ("modulated_layer_norm", "gated_residual", "timestep_embedding", "block_attention")
+OPERATORS = (
+    "modulated_layer_norm",
+    "gated_residual",
+    "gelu_tanh",
+    "timestep_embedding",
+    "block_attention",
+    "gather_trajectories",
+)
 
 # Device types on which an operator has a kernel; what is not here runs as its twin everywhere.
-KERNELS: dict[str, frozenset[str]] = {"modulated_layer_norm": frozenset({"cpu"})}
+KERNELS: dict[str, frozenset[str]] = {operator: frozenset({"cpu"}) for operator in OPERATORS}
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 

@@ -1,4 +1,4 @@
-"""Loads the compiled operators and gives PyTorch what it cannot learn from a schema: shapes and derivatives."""
+"""Loads the compiled operators."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from pyard.ops import reference
+from pyard.ops import derivatives
 
 PACKAGE = Path(__file__).resolve().parent.parent
 LIBRARY = PACKAGE / ("libpyard_ops.dylib" if sys.platform == "darwin" else "libpyard_ops.so")
@@ -48,7 +47,7 @@ def load() -> tuple[NativeLibrary | None, str]:
         reason = f"{LIBRARY.name} does not load with torch {torch.__version__}: {error}"
         _warn(reason)
         return None, reason
-    _register()
+    derivatives.register()
     return _describe(), ""
 
 
@@ -75,48 +74,3 @@ def _describe() -> NativeLibrary:
         instruction_sets=tuple(text("pyard_built_instruction_sets").split()),
         active_instruction_set=text("pyard_active_instruction_set"),
     )
-
-
-def _register() -> None:
-    register_fake, register_autograd = torch.library.register_fake, torch.library.register_autograd
-    register_fake("pyard::modulated_layer_norm", _layer_norm_shapes)
-    register_autograd("pyard::modulated_layer_norm", _layer_norm_backward, setup_context=_save_for_layer_norm_backward)
-    register_fake("pyard::modulated_layer_norm_backward", _layer_norm_backward_shapes)
-    register_autograd(
-        "pyard::modulated_layer_norm_backward",
-        _layer_norm_second_order,
-        setup_context=_save_for_layer_norm_second_order,
-    )
-
-
-def _layer_norm_shapes(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _save_for_layer_norm_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
-    x, _, scale, ctx.eps = inputs
-    ctx.save_for_backward(x, scale)
-
-
-def _layer_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    x, scale = ctx.saved_tensors
-    return *torch.ops.pyard.modulated_layer_norm_backward(grad, x, scale, ctx.eps), None
-
-
-def _layer_norm_backward_shapes(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(scale.shape), x.new_empty(scale.shape)
-
-
-def _save_for_layer_norm_second_order(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Any) -> None:
-    grad, x, scale, ctx.eps = inputs
-    ctx.save_for_backward(grad, x, scale)
-
-
-def _layer_norm_second_order(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    """Gradients of gradients are rare (penalties on them): the twin's derivative serves, at any order."""
-
-    def twin(grad: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return reference.modulated_layer_norm_backward(grad, x, scale, ctx.eps)
-
-    pull_back: Any = torch.func.vjp(twin, *ctx.saved_tensors)[1]
-    return *pull_back(cotangents), None

@@ -49,6 +49,42 @@ def gated_residual(
     return x + gate[:, :, None] * branch
 
 
+def gated_residual_backward(
+    grad: Tensor,  # [B, S, T, D]
+    gate: Tensor,  # [B, S, D]
+    branch: Tensor,  # [B, S, T, D]
+) -> tuple[Tensor, Tensor]:  # [B, S, D], [B, S, T, D]
+    """The gradients of gate and branch; that of x is `grad`."""
+    return (grad * branch).sum(2), grad * gate[:, :, None]
+
+
+def gelu_tanh(
+    x: Tensor,  # [..., D]
+    bias: Tensor,  # [D]
+) -> Tensor:  # [..., D]
+    return F.gelu(x + bias, approximate="tanh")
+
+
+def gelu_tanh_backward(
+    grad: Tensor,  # [..., D]
+    x: Tensor,  # [..., D]
+    bias: Tensor,  # [D]
+) -> tuple[Tensor, Tensor]:  # [..., D], [D]
+    """The gradients of x and bias."""
+    dx = torch.ops.aten.gelu_backward(grad, x + bias, approximate="tanh")
+    return dx, dx.flatten(0, -2).sum(0)
+
+
+def gather_trajectories(
+    noise: Tensor,  # [n, C, H, W]
+    steps: Tensor,  # [n, S, C, H, W]
+    indices: Tensor,  # [B] int64
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # [B, S, C, H, W] twice
+    target = steps[indices].to(dtype)
+    return torch.cat([noise[indices, None].to(dtype), target[:, :-1]], dim=1), target
+
+
 def timestep_embedding(
     times: Tensor,  # [...]
     dim: int,
@@ -73,6 +109,8 @@ def block_attention(
 ) -> Tensor:  # [B, H, Sq * T, Dh]
     T, head_dim = tokens_per_step, q.shape[-1]
     query_steps, key_steps = q.shape[2] // T, k.shape[2] // T
+    if key_steps == 1:
+        return F.scaled_dot_product_attention(q, k, v)
     out = []
     for index in range(query_steps):
         step = key_steps - query_steps + index
