@@ -114,22 +114,27 @@ __device__ __forceinline__ Seen seen_keys(const Attention& attention, int step) 
   return attention.bias == nullptr ? joined(seen) : seen;
 }
 
-// Calls run(T, head_dim instantiation) for the storage type and the head size, padded on chip to one of four.
-#define PYARD_DISPATCH_ATTENTION(attention, run)                                    \
-  [&]() -> const char* {                                                            \
-    const int dim = (attention).head_dim;                                           \
-    if (dim < 8 || dim > 128 || dim % 8 != 0) return "head_dim must be a multiple of 8 up to 128"; \
-    switch (static_cast<Scalar>((attention).scalar)) {                              \
-      case Scalar::float32:                                                         \
-        return PYARD_DISPATCH_HEAD(run, float);                                     \
-      case Scalar::bfloat16:                                                        \
-        return PYARD_DISPATCH_HEAD(run, bf16);                                      \
-      case Scalar::float16:                                                         \
-        return PYARD_DISPATCH_HEAD(run, fp16);                                      \
-    }                                                                               \
-    return "unknown dtype";                                                         \
-  }()
-#define PYARD_DISPATCH_HEAD(run, T) \
-  (dim <= 64 ? run<T, 64>() : dim <= 80 ? run<T, 80>() : dim <= 96 ? run<T, 96>() : run<T, 128>())
+// Calls run.start<T, kHeadDim>() for the storage type and the head size, padded on chip to one of four.
+template <typename T, typename Run>
+const char* with_head_dim(int dim, const Run& run) {
+  if (dim < 8 || dim > 128 || dim % 8 != 0) return "the head size must be a multiple of 8 from 8 to 128";
+  if (dim <= 64) return run.template start<T, 64>();
+  if (dim <= 80) return run.template start<T, 80>();
+  if (dim <= 96) return run.template start<T, 96>();
+  return run.template start<T, 128>();
+}
+
+template <typename Run>
+const char* with_attention(const Attention& attention, const Run& run) {
+  switch (static_cast<Scalar>(attention.scalar)) {
+    case Scalar::float32:
+      return with_head_dim<float>(attention.head_dim, run);
+    case Scalar::bfloat16:
+      return with_head_dim<bf16>(attention.head_dim, run);
+    case Scalar::float16:
+      return with_head_dim<fp16>(attention.head_dim, run);
+  }
+  return "unknown dtype";
+}
 
 }  // namespace pyard::cuda

@@ -290,6 +290,32 @@ __global__ void __launch_bounds__(kThreads) delta_kernel(const AttentionBackward
   if (row < rows_of_head && lane_index() == 0) arguments.delta[head * rows_of_head + row] = sum;
 }
 
+struct Backward {
+  const AttentionBackward& arguments;
+  void* stream;
+
+  template <typename T, int kHeadDim>
+  const char* start() const {
+    const Attention& attention = arguments.attention;
+    const BlockMask& mask = attention.mask;
+    const unsigned heads = attention.heads, batch = attention.batch;
+    const dim3 rows(divide_up(mask.query_steps * mask.tokens, kWarps), heads, batch);
+    const dim3 keys(tiles_of_steps(mask.key_steps, mask.tokens, kOwnedRows), heads, batch);
+    const dim3 queries(tiles_of_steps(mask.query_steps, mask.tokens, kOwnedRows), heads, batch);
+    const char* error = launch(delta_kernel<T>, rows, kThreads, 0, stream, arguments);
+    if (error != nullptr) return error;
+    if (arguments.deterministic == 0) {
+      return launch(key_kernel<T, kHeadDim, true>, keys, kThreads, KeyLayout<T, kHeadDim, true>::kSharedBytes, stream,
+                    arguments);
+    }
+    error = launch(key_kernel<T, kHeadDim, false>, keys, kThreads, KeyLayout<T, kHeadDim, false>::kSharedBytes, stream,
+                   arguments);
+    if (error != nullptr) return error;
+    return launch(query_kernel<T, kHeadDim>, queries, kThreads, QueryLayout<T, kHeadDim>::kSharedBytes, stream,
+                  arguments);
+  }
+};
+
 }  // namespace
 
 extern "C" int pyard_cuda_attention_key_tiles(int key_steps, int tokens) {
@@ -297,26 +323,7 @@ extern "C" int pyard_cuda_attention_key_tiles(int key_steps, int tokens) {
 }
 
 extern "C" const char* pyard_cuda_attention_backward(const AttentionBackward* arguments, void* stream) {
-  const Attention& attention = arguments->attention;
-  const BlockMask& mask = attention.mask;
-  const unsigned heads = attention.heads, batch = attention.batch;
-  const dim3 rows(divide_up(mask.query_steps * mask.tokens, kWarps), heads, batch);
-  const dim3 keys(pyard_cuda_attention_key_tiles(mask.key_steps, mask.tokens), heads, batch);
-  const dim3 queries(tiles_of_steps(mask.query_steps, mask.tokens, kOwnedRows), heads, batch);
-  const auto run = [&]<typename T, int kHeadDim>() {
-    const char* error = launch(delta_kernel<T>, rows, kThreads, 0, stream, *arguments);
-    if (error != nullptr) return error;
-    if (arguments->deterministic == 0) {
-      return launch(key_kernel<T, kHeadDim, true>, keys, kThreads, KeyLayout<T, kHeadDim, true>::kSharedBytes, stream,
-                    *arguments);
-    }
-    error = launch(key_kernel<T, kHeadDim, false>, keys, kThreads, KeyLayout<T, kHeadDim, false>::kSharedBytes, stream,
-                   *arguments);
-    if (error != nullptr) return error;
-    return launch(query_kernel<T, kHeadDim>, queries, kThreads, QueryLayout<T, kHeadDim>::kSharedBytes, stream,
-                  *arguments);
-  };
-  return PYARD_DISPATCH_ATTENTION(attention, run.template operator());
+  return with_attention(arguments->attention, Backward{*arguments, stream});
 }
 
 }  // namespace pyard::cuda

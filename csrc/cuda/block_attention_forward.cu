@@ -115,17 +115,24 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kHeadDim>) forward_kern
                           queries - row, attention.head_dim);
 }
 
+struct Forward {
+  const AttentionForward& arguments;
+  void* stream;
+
+  template <typename T, int kHeadDim>
+  const char* start() const {
+    const Attention& attention = arguments.attention;
+    const BlockMask& mask = attention.mask;
+    const dim3 grid(tiles_of_steps(mask.query_steps, mask.tokens, kOwnedRows), attention.heads, attention.batch);
+    return launch(forward_kernel<T, kHeadDim>, grid, kThreads, ForwardLayout<T, kHeadDim>::kSharedBytes, stream,
+                  arguments);
+  }
+};
+
 }  // namespace
 
 extern "C" const char* pyard_cuda_attention_forward(const AttentionForward* arguments, void* stream) {
-  const Attention& attention = arguments->attention;
-  const BlockMask& mask = attention.mask;
-  const dim3 grid(tiles_of_steps(mask.query_steps, mask.tokens, kOwnedRows), attention.heads, attention.batch);
-  const auto run = [&]<typename T, int kHeadDim>() {
-    return launch(forward_kernel<T, kHeadDim>, grid, kThreads, ForwardLayout<T, kHeadDim>::kSharedBytes, stream,
-                  *arguments);
-  };
-  return PYARD_DISPATCH_ATTENTION(attention, run.template operator());
+  return with_attention(arguments->attention, Forward{*arguments, stream});
 }
 
 }  // namespace pyard::cuda

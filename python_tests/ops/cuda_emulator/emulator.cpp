@@ -9,6 +9,8 @@
 
 #include <ucontext.h>
 
+#include <tiling.h>
+
 #include "machine.cuh"
 
 namespace emulator {
@@ -175,4 +177,18 @@ void run_block(const std::function<void()>& thread, int threads) {
 
 void pyard::cuda::check_row_address(const void* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emulator::fail("ldmatrix from an address that is no multiple of 16");
+}
+
+// The kernels' tiles of one block of queries (or, for a block of keys, of the queries that see it), three numbers each.
+extern "C" int emulated_tiles(const pyard::cuda::BlockMask* mask, int step, bool queries_of_keys, bool join,
+                              int tile_rows, int* found) {
+  using namespace pyard::cuda;
+  Seen seen = queries_of_keys ? seeing_queries(*mask, step) : seen_keys(*mask, step);
+  if (join) seen = joined(seen);
+  const int count = tile_count(seen, tile_rows);
+  for (int i = 0; i < count; ++i) {
+    const Tile tile = tile_at(seen, tile_rows, i);
+    found[3 * i] = tile.begin, found[3 * i + 1] = tile.rows, found[3 * i + 2] = tile.other;
+  }
+  return count;
 }

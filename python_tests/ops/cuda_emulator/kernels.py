@@ -30,7 +30,7 @@ def compiler() -> str | None:
 
 def compile_kernels(folder: Path) -> ctypes.CDLL:
     """Compiles every kernel file of csrc/cuda and the emulator into one library in `folder`."""
-    flags = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{HERE}", f"-I{SOURCES}"]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{HERE}", f"-I{SOURCES}"]
     units = [*sorted(SOURCES.glob("*.cu")), HERE / "emulator.cpp"]
     objects = [folder / f"{unit.stem}.o" for unit in units]
 
@@ -124,15 +124,15 @@ class _TimestepEmbedding(ctypes.Structure):
         *_fields("times", "out", kind=ctypes.c_void_p),
         ("count", ctypes.c_int64),
         ("dim", ctypes.c_int),
-        *_fields("log_max_period", "freq_shift", kind=ctypes.c_float),
+        *_fields("log_max_period", "freq_shift", kind=ctypes.c_double),
     ]
 
 
 class _GatherRows(ctypes.Structure):
     _fields_ = [
         *_fields("from_scalar", "to_scalar", kind=ctypes.c_int),
-        *_fields("store", "index", "out", kind=ctypes.c_void_p),
-        *_fields("count", "rows", "row", "store_row", "out_row", kind=ctypes.c_int64),
+        *_fields("store", "index", "target", "history", kind=ctypes.c_void_p),
+        *_fields("count", "rows", "steps", "row", "history_steps", "history_offset", kind=ctypes.c_int64),
     ]
 
 
@@ -223,3 +223,77 @@ class Kernels:
         )
         self._call("pyard_cuda_attention_backward", arguments, [*outputs, delta, dbias])
         return (dq if deterministic else sums.to(q.dtype)), dk, dv, None if bias is None else dbias[0].sum((0, 2))
+
+    def residual_norm_forward(
+        self,
+        x: Tensor,  # [B, S, T, D]
+        gate: Tensor | None,  # [B, S, D]; with `branch` [B, S, T, D]
+        branch: Tensor | None,
+        shift: Tensor | None,  # [B, S, D]; with `scale` [B, S, D]
+        scale: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        """(residual, normal); what was not asked for stays NaN."""
+        outputs = [guarded(tuple(x.shape), x.dtype) for _ in range(2)]
+        sizes = _Sizes(SCALARS[x.dtype], *x.shape, eps, gate is not None, scale is not None)
+        arguments = _ResidualNormForward(
+            sizes,
+            *[_strided(_Tokens, tensor, 3) for tensor in (x, branch)],
+            *[_strided(_PerStep, tensor, 2) for tensor in (gate, shift, scale)],
+            *[_strided(_Tokens, output, 3) for output, _ in outputs],
+        )
+        self._call("pyard_cuda_residual_norm_forward", arguments, outputs)
+        return outputs[0][0], outputs[1][0]
+
+    def residual_norm_backward(
+        self,
+        grad_residual: Tensor | None,  # [B, S, T, D]
+        grad_normal: Tensor | None,
+        residual: Tensor,
+        gate: Tensor | None,  # [B, S, D]
+        branch: Tensor | None,
+        scale: Tensor | None,  # [B, S, D]
+        eps: float,
+    ) -> dict[str, Tensor]:
+        """Gradients by name; what was not asked for stays NaN."""
+        B, S, T, D = residual.shape
+        dtype = residual.dtype
+        shapes = {"dx": (B, S, T, D), "dbranch": (B, S, T, D), "dgate": (B, S, D), "dshift": (B, S, D), "dscale": (B, S, D)}
+        outputs = {name: guarded(shape, dtype) for name, shape in shapes.items()}
+        sums = (gate is not None) + 2 * (scale is not None)
+        parts = self.library.pyard_cuda_residual_norm_parts(T)
+        partial = guarded((B * S, parts, sums, D), torch.float32)
+        arguments = _ResidualNormBackward(
+            _Sizes(SCALARS[dtype], B, S, T, D, eps, gate is not None, scale is not None),
+            *[_strided(_Tokens, tensor, 3) for tensor in (grad_residual, grad_normal, residual, branch)],
+            *[_strided(_PerStep, tensor, 2) for tensor in (gate, scale)],
+            *[_strided(_Tokens, outputs[name][0], 3) for name in ("dx", "dbranch")],
+            partial[0].data_ptr(),
+            *[outputs[name][0].data_ptr() for name in ("dgate", "dshift", "dscale")],
+        )
+        self._call("pyard_cuda_residual_norm_backward", arguments, [*outputs.values(), partial])
+        return {name: output for name, (output, _) in outputs.items()}
+
+    def timestep_embedding(self, times: Tensor, dim: int, max_period: float, freq_shift: float) -> Tensor:
+        out = guarded((len(times), dim), torch.float32)
+        arguments = _TimestepEmbedding(
+            times.data_ptr(), out[0].data_ptr(), len(times), dim, math.log(max_period), freq_shift
+        )
+        self._call("pyard_cuda_timestep_embedding", arguments, [out])
+        return out[0]
+
+    def gather_trajectories(
+        self,
+        noise: Tensor,  # [n, row]
+        steps: Tensor,  # [n, S, row]
+        index: Tensor,  # [B]
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        n, S, row = steps.shape
+        history, target = (guarded((len(index), S, row), dtype) for _ in range(2))
+        for store, count, offset, to in ((noise, 1, 0, None), (steps, S, 1, target[0].data_ptr())):
+            types = SCALARS[store.dtype], SCALARS[dtype]
+            pointers = store.data_ptr(), index.data_ptr(), to, history[0].data_ptr()
+            arguments = _GatherRows(*types, *pointers, len(index), n, count, row, S, offset)
+            self._call("pyard_cuda_gather_rows", arguments, [history, target])
+        return history[0], target[0]
