@@ -1,7 +1,8 @@
 """Builds the native operators with CMake; everything else about the package is in pyproject.toml.
 
 Environment: PYARD_NATIVE=auto|0|1 (auto: build if it can be built, otherwise install without; 1: a failed build is an
-error), CXX, CXXFLAGS, MAX_JOBS.
+error), CXX, CXXFLAGS, MAX_JOBS; PYARD_CUDA=auto|0|1 (auto: compile the CUDA kernels if nvcc is found and torch has CUDA;
+1: without a CUDA torch, too, and a failure is an error), TORCH_CUDA_ARCH_LIST, CUDACXX.
 """
 
 from __future__ import annotations
@@ -53,10 +54,11 @@ class CMakeBuild(build_ext):
             torch = find_torch()
             if torch is None:
                 raise NativeBuildError(f"{TORCH_REQUIREMENT} was not found when pyard was installed")
-            shutil.copyfile(_run_cmake(torch), target)
-            record = {"built": True, "torch": torch.version}
+            library, cuda_note = _build(torch)
+            shutil.copyfile(library, target)
+            record = {"built": True, "torch": torch.version, "cuda": cuda_note}
         except NativeBuildError as error:
-            if mode == "1":
+            if mode == "1" or os.environ.get("PYARD_CUDA") == "1":
                 raise
             record["reason"] = str(error)
             warnings.warn(f"pyard installs without native operators: {error}", stacklevel=2)
@@ -81,7 +83,40 @@ class CMakeBuild(build_ext):
         return {}
 
 
-def _run_cmake(torch: TorchLocation) -> Path:
+def _build(torch: TorchLocation) -> tuple[Path, str]:
+    """Builds with CUDA where PYARD_CUDA asks for it; returns the library and whether, or why not, it has CUDA kernels."""
+    mode = os.environ.get("PYARD_CUDA", "auto")
+    if mode not in {"auto", "0", "1"}:
+        raise NativeBuildError(f"PYARD_CUDA must be auto, 0 or 1, not {mode!r}")
+    nvcc = _nvcc()
+    if mode == "1" and nvcc is None:
+        raise NativeBuildError("PYARD_CUDA=1, but nvcc was not found: put it on the PATH, or set CUDACXX or CUDA_HOME")
+    if mode == "0":
+        return _run_cmake(torch, None), "PYARD_CUDA=0 was set when pyard was installed"
+    if nvcc is None:
+        return _run_cmake(torch, None), "nvcc was not found when pyard was installed"
+    if mode == "auto" and torch.cuda is None:
+        return _run_cmake(torch, None), f"torch {torch.version} has no CUDA"
+    try:
+        return _run_cmake(torch, nvcc), "built"
+    except NativeBuildError as error:
+        if mode == "1":
+            raise
+        warnings.warn(f"pyard installs without CUDA kernels: {error}", stacklevel=2)
+        return _run_cmake(torch, None), str(error)
+
+
+def _nvcc() -> str | None:
+    named = os.environ.get("CUDACXX")
+    if named:
+        return shutil.which(named)
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    folders = [str(Path(home) / "bin") for home in homes]
+    found = shutil.which("nvcc", path=os.pathsep.join(folders)) if folders else None
+    return found or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def _run_cmake(torch: TorchLocation, nvcc: str | None) -> Path:
     """Configures and builds in build/native/, which stays for the next, incremental build; returns the library."""
     cmake, ninja = _tool("cmake"), _tool("ninja")
     build = ROOT / "build" / "native"
@@ -90,6 +125,8 @@ def _run_cmake(torch: TorchLocation) -> Path:
         *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
         f"-DCMAKE_MAKE_PROGRAM={ninja}",
         f"-DPYARD_TORCH_DIR={torch.folder}",
+        f"-DPYARD_CUDA={'OFF' if nvcc is None else 'ON'}",
+        *([] if nvcc is None else [f"-DCMAKE_CUDA_COMPILER={nvcc}"]),
     ]
     cache = build / "CMakeCache.txt"
     if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text(encoding="utf-8"):

@@ -21,11 +21,13 @@ foreach(arch IN LISTS PYARD_CUDA_ARCH_LIST)
 endforeach()
 
 enable_language(CUDA)
-set(CMAKE_CUDA_STANDARD 17)
-set(CMAKE_CUDA_STANDARD_REQUIRED ON)
-set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
-# torch brings a CUDA runtime of its own or none; either way this library needs nothing but the driver.
-set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+# torch brings a CUDA runtime of its own or none; with a static one this library needs nothing but the driver.
+set_target_properties(pyard_ops PROPERTIES
+  CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}"
+  CUDA_STANDARD 17
+  CUDA_STANDARD_REQUIRED ON
+  CUDA_VISIBILITY_PRESET hidden
+  CUDA_RUNTIME_LIBRARY Static)
 if(CCACHE)
   set(CMAKE_CUDA_COMPILER_LAUNCHER "${CCACHE}")
 endif()
@@ -42,7 +44,9 @@ target_sources(pyard_ops PRIVATE
   csrc/cuda/small_operators.cpp
   csrc/cuda/stream.cpp
   csrc/cuda/timestep_embedding.cu)
-target_compile_definitions(pyard_ops PRIVATE PYARD_HAS_CUDA PYARD_CUDA_ARCHS="${PYARD_CUDA_ARCH_LIST}")
+list(JOIN PYARD_CUDA_ARCH_LIST " " PYARD_CUDA_ARCHS)
+set_property(SOURCE csrc/library.cpp APPEND PROPERTY
+  COMPILE_DEFINITIONS PYARD_HAS_CUDA "PYARD_CUDA_ARCHS=\"${PYARD_CUDA_ARCHS}\"")
 target_include_directories(pyard_ops PRIVATE csrc/cuda csrc/cuda/ptx)
 target_link_libraries(pyard_ops PRIVATE ${CMAKE_DL_LIBS})
 # Registers and spills of every kernel, for csrc/cuda/check_spills.py.

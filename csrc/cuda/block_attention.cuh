@@ -1,8 +1,9 @@
 // What the forward and the backward kernels of block_attention share.
 #pragma once
 
-#include <fragments.cuh>
 #include <launchers.h>
+
+#include <fragments.cuh>
 
 namespace pyard::cuda {
 
@@ -13,8 +14,8 @@ constexpr int kOwnedRows = kWarps * 16;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// Eight elements beyond the head: rows start an odd number of 16-byte units apart, so that the eight rows of an ldmatrix
-// lie in different banks; with float32's pairs likewise.
+// Eight elements beyond the head: rows start an odd number of 16-byte units apart, so that the eight rows of an
+// ldmatrix lie in different banks; with float32's pairs likewise.
 template <int kHeadDim>
 inline constexpr int kStride = kHeadDim + 8;
 

@@ -1,9 +1,11 @@
 // Attention between blocks of tokens, backward, after Dao, "FlashAttention-2" (arXiv 2307.08691), algorithm 2. With
 // P = softmax(logits), dP = grad v^T and delta = rowsum(out * grad):
-//   dlogits = P * (dP - delta), dv = P^T grad, dk = dlogits^T q * scale, dq = dlogits k * scale, dbias = sum of dlogits.
+//   dlogits = P * (dP - delta), dv = P^T grad, dk = dlogits^T q * scale, dq = dlogits k * scale, dbias = sum of
+//   dlogits.
 // One kernel owns 64 keys and streams the queries that see them; it works on transposed tiles, so that P and dlogits go
-// from accumulators to operands without leaving their lanes. dq is either summed there by atomics, in any order, or by a
-// kernel of its own that owns queries and computes the logits again: two products of seven more, and the same bits always.
+// from accumulators to operands without leaving their lanes. dq is either summed there by atomics, in any order, or by
+// a kernel of its own that owns queries and computes the logits again: two products of seven more, and the same bits
+// always.
 #include <block_attention.cuh>
 
 namespace pyard::cuda {

@@ -1,5 +1,6 @@
 // Attention between blocks of tokens, forward: the tiled online softmax of Dao, "FlashAttention-2" (arXiv 2307.08691),
-// algorithm 1, over the tiles that the block mask lets a query tile see. One block of threads owns 64 queries of one step.
+// algorithm 1, over the tiles that the block mask lets a query tile see. One block of threads owns 64 queries of one
+// step.
 #include <block_attention.cuh>
 
 namespace pyard::cuda {
@@ -16,7 +17,9 @@ struct ForwardLayout {
 
 // Blocks that share a multiprocessor: what the registers are rationed for.
 template <typename T, int kHeadDim>
-inline constexpr int kResident = sizeof(T) == 4 ? 2 : kHeadDim > 80 ? 3 : 4;
+inline constexpr int kResident = sizeof(T) == 4  ? 2
+                                 : kHeadDim > 80 ? 3
+                                                 : 4;
 
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, kResident<T, kHeadDim>) forward_kernel(const AttentionForward arguments) {

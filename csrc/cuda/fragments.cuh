@@ -1,6 +1,6 @@
 // Tensor-core operands: what each lane of a warp holds of a 16 x 16 or 16 x 8 matrix (PTX ISA, "Matrix Fragments for
-// mma.m16n8k16"), loaded from shared memory with row stride `stride`. With g = lane / 4 and t = lane % 4, an accumulator
-// holds (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+// mma.m16n8k16"), loaded from shared memory with row stride `stride`. With g = lane / 4 and t = lane % 4, an
+// accumulator holds (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
 //
 // float32 goes through TF32 units as hi * hi + hi * lo + lo * hi, which keeps its digits. Its 16 values of the inner
 // dimension are dealt to two 8-deep instructions so that every lane holds the same places as in 16-bit types.

@@ -54,8 +54,8 @@ extern "C" const char* pyard_cuda_gather_rows(const GatherRows* arguments, void*
       using From = decltype(from);
       using To = decltype(to);
       const int64_t threads = arguments->row / (sizeof(From) < sizeof(To) ? kPerChunk<From> : kPerChunk<To>);
-      const dim3 grid(static_cast<unsigned>((threads + kThreads - 1) / kThreads), static_cast<unsigned>(arguments->steps),
-                      static_cast<unsigned>(arguments->count));
+      const dim3 grid(static_cast<unsigned>((threads + kThreads - 1) / kThreads),
+                      static_cast<unsigned>(arguments->steps), static_cast<unsigned>(arguments->count));
       return launch(gather_kernel<From, To>, grid, kThreads, 0, stream, *arguments);
     });
   });

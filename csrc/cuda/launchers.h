@@ -1,6 +1,6 @@
-// The kernels' C interface: raw device pointers, sizes, strides in elements, a stream. Nothing of torch, nothing of CUDA's
-// headers. Every launcher returns null, or what CUDA says went wrong.
-// B batch, S num_steps, T tokens_per_step, D hidden size, H heads, Dh head size, Sq and Sk blocks of queries and keys.
+// The kernels' C interface: raw device pointers, sizes, strides in elements, a stream. Nothing of torch, nothing of
+// CUDA's headers. Every launcher returns null, or what CUDA says went wrong. B batch, S num_steps, T tokens_per_step, D
+// hidden size, H heads, Dh head size, Sq and Sk blocks of queries and keys.
 #pragma once
 
 #include <cstdint>
@@ -47,8 +47,8 @@ struct ResidualNormBackward {
   Tokens grad_residual, grad_normal;
   Tokens residual, branch;  // residual: the input of the norm (x itself where there is no gate)
   PerStep gate, scale;
-  Tokens dx, dbranch;           // out; dx is written only with a norm: it is grad_residual without one
-  float* partial;               // [B * S, parts, sums, D] scratch, see residual_norm_parts
+  Tokens dx, dbranch;             // out; dx is written only with a norm: it is grad_residual without one
+  float* partial;                 // [B * S, parts, sums, D] scratch, see residual_norm_parts
   void *dgate, *dshift, *dscale;  // out [B, S, D], contiguous
 };
 
@@ -86,8 +86,8 @@ struct TimestepEmbedding {
   double log_max_period, freq_shift;
 };
 
-// Chosen trajectories of a store that lies on the device, converted on the way. `store` holds `steps` rows of each; row s
-// becomes row s of the sample's target and, where there is one, row s + history_offset of its history.
+// Chosen trajectories of a store that lies on the device, converted on the way. `store` holds `steps` rows of each; row
+// s becomes row s of the sample's target and, where there is one, row s + history_offset of its history.
 struct GatherRows {
   int from, to;          // Scalar
   const void* store;     // [rows, steps, row]

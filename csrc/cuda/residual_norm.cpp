@@ -73,7 +73,8 @@ std::tuple<Tensor, Tensor, Tensor> modulated_layer_norm_backward(const Tensor& g
   check_tokens(grad, x, self, "grad");
   check_per_step(scale, x, self, "scale");
   const OnDevice device(x);
-  const Tensor grad_rows = with_aligned_rows(grad), x_rows = with_aligned_rows(x), scale_rows = with_aligned_rows(scale);
+  const Tensor grad_rows = with_aligned_rows(grad), x_rows = with_aligned_rows(x),
+               scale_rows = with_aligned_rows(scale);
   const Tensor dx = new_tokens(x), dshift = new_sums(x), dscale = new_sums(x), partial = new_partial(x, 2);
   arguments.grad_normal = tokens(grad_rows);
   arguments.residual = tokens(x_rows);

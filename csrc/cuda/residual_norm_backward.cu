@@ -3,8 +3,8 @@
 //   dresidual = grad_residual + rstd * (inner - mean(inner) - normal * mean(inner * normal))
 //   dx = dresidual, dbranch = gate * dresidual, dgate = sum_t dresidual * branch,
 //   dshift = sum_t grad_normal, dscale = sum_t grad_normal * normal.
-// mean and rstd are computed again from the row, which is read once. A block sums kRowsOfPart rows; a second kernel adds
-// the parts in order, so that the sums have the same bits in every run.
+// mean and rstd are computed again from the row, which is read once. A block sums kRowsOfPart rows; a second kernel
+// adds the parts in order, so that the sums have the same bits in every run.
 #include <rows.cuh>
 
 namespace pyard::cuda {
@@ -14,10 +14,13 @@ constexpr int kRowsOfPart = 32;
 
 // Blocks that share a multiprocessor: what the registers are rationed for.
 template <typename Shape, bool kGate, bool kNorm>
-inline constexpr int kResident = Shape::kThreads > 128 ? 1 : (kGate && kNorm) || Shape::kWarps == 4 ? 2 : 3;
+inline constexpr int kResident = Shape::kThreads > 128                    ? 1
+                                 : (kGate && kNorm) || Shape::kWarps == 4 ? 2
+                                                                          : 3;
 
 template <typename Shape, bool kGate, bool kNorm>
-__global__ void __launch_bounds__(Shape::kThreads, kResident<Shape, kGate, kNorm>) backward_kernel(const ResidualNormBackward tensors) {
+__global__ void __launch_bounds__(Shape::kThreads, kResident<Shape, kGate, kNorm>)
+    backward_kernel(const ResidualNormBackward tensors) {
   using T = typename Shape::T;
   constexpr int kSums = (kGate ? 1 : 0) + (kNorm ? 2 : 0);
   constexpr int kDshift = kGate ? 1 : 0, kDscale = kDshift + 1;  // dgate is the first where there is one

@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(Shape::kThreads) forward_kernel(const Task tas
     Chunk row[Shape::kChunks];
     float values[Shape::kValues], other[Shape::kValues];
 #pragma unroll
-    for (int i = 0; i < Shape::kChunks; ++i) row[i] = load_chunk(row_of<const T>(tensors.x, b, s, t), Shape::column(i), end);
+    for (int i = 0; i < Shape::kChunks; ++i)
+      row[i] = load_chunk(row_of<const T>(tensors.x, b, s, t), Shape::column(i), end);
     if constexpr (kGate) {
       Chunk branch[Shape::kChunks];
 #pragma unroll

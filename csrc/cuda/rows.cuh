@@ -2,6 +2,7 @@
 #pragma once
 
 #include <launchers.h>
+
 #include <machine.cuh>
 
 namespace pyard::cuda {

@@ -67,7 +67,8 @@ inline void check_like(const Tensor& tensor, const Tensor& like, const char* ope
                   torch::headeronly::toString(like.scalar_type()));
 }
 
-// x itself where its rows are contiguous and start at multiples of 16 bytes (slices of fused projections do), else a copy.
+// x itself where its rows are contiguous and start at multiples of 16 bytes (slices of fused projections do), else a
+// copy.
 inline Tensor with_aligned_rows(const Tensor& x) {
   const int64_t bytes = static_cast<int64_t>(x.element_size()), last = x.dim() - 1;
   const auto starts_aligned = [](const Tensor& y) { return reinterpret_cast<uintptr_t>(y.const_data_ptr()) % 16 == 0; };
@@ -80,8 +81,8 @@ inline Tensor with_aligned_rows(const Tensor& x) {
 
 inline void* data_of(const Tensor& tensor) { return const_cast<void*>(tensor.const_data_ptr()); }
 
-inline Tokens tokens(const Tensor& x) { return {data_of(x), x.stride(0), x.stride(1), x.stride(2)}; }   // [B, S, T, D]
-inline PerStep per_step(const Tensor& x) { return {data_of(x), x.stride(0), x.stride(1)}; }             // [B, S, D]
-inline Heads heads(const Tensor& x) { return {data_of(x), x.stride(0), x.stride(1), x.stride(2)}; }     // [B, H, rows, Dh]
+inline Tokens tokens(const Tensor& x) { return {data_of(x), x.stride(0), x.stride(1), x.stride(2)}; }  // [B, S, T, D]
+inline PerStep per_step(const Tensor& x) { return {data_of(x), x.stride(0), x.stride(1)}; }            // [B, S, D]
+inline Heads heads(const Tensor& x) { return {data_of(x), x.stride(0), x.stride(1), x.stride(2)}; }  // [B, H, rows, Dh]
 
 }  // namespace pyard::cuda

@@ -2,6 +2,7 @@
 // f_i = exp(-log_max_period * i / (half - freq_shift)); an odd last column is zero. In double: the argument of a cosine
 // loses its digits in float, and there are few.
 #include <launchers.h>
+
 #include <machine.cuh>
 
 namespace pyard::cuda {
@@ -24,8 +25,8 @@ __global__ void __launch_bounds__(kThreads) embedding_kernel(const TimestepEmbed
 
 extern "C" const char* pyard_cuda_timestep_embedding(const TimestepEmbedding* arguments, void* stream) {
   const int64_t elements = arguments->count * arguments->dim;
-  return launch(embedding_kernel, dim3(static_cast<unsigned>((elements + kThreads - 1) / kThreads)), kThreads, 0, stream,
-                *arguments);
+  return launch(embedding_kernel, dim3(static_cast<unsigned>((elements + kThreads - 1) / kThreads)), kThreads, 0,
+                stream, *arguments);
 }
 
 }  // namespace pyard::cuda

@@ -1,11 +1,10 @@
-// Every instruction that plain C++ has no word for. The tests compile the kernels against python_tests/ops/cuda_emulator's
-// file of the same name, which runs them on the CPU.
+// Every instruction that plain C++ has no word for. The tests compile the kernels against
+// python_tests/ops/cuda_emulator's file of the same name, which runs them on the CPU.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-
 #include <scalars.h>
 
 namespace pyard::cuda {

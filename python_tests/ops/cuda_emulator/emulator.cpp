@@ -1,3 +1,6 @@
+#include <tiling.h>
+#include <ucontext.h>
+
 #include <algorithm>
 #include <csetjmp>
 #include <cstdio>
@@ -6,10 +9,6 @@
 #include <memory>
 #include <random>
 #include <vector>
-
-#include <ucontext.h>
-
-#include <tiling.h>
 
 #include "machine.cuh"
 
@@ -119,7 +118,8 @@ void block_barrier() { yield(State::at_barrier); }
 
 void copy_async(void* shared, const void* global, bool inside) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) fail("cp.async to an address that is no multiple of 16");
-  if (inside && reinterpret_cast<uintptr_t>(global) % 16 != 0) fail("cp.async from an address that is no multiple of 16");
+  if (inside && reinterpret_cast<uintptr_t>(global) % 16 != 0)
+    fail("cp.async from an address that is no multiple of 16");
   std::memset(shared, 0xff, 16);
   current->open.push_back({static_cast<char*>(shared), static_cast<const char*>(global), inside});
 }

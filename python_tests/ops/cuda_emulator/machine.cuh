@@ -1,5 +1,5 @@
-// The kernels' machine, on one CPU thread: stands in for csrc/cuda/ptx/machine.cuh when the tests compile the kernels as
-// plain C++. Every CUDA thread is a fiber that runs until it meets the others: at a barrier of its block or at an
+// The kernels' machine, on one CPU thread: stands in for csrc/cuda/ptx/machine.cuh when the tests compile the kernels
+// as plain C++. Every CUDA thread is a fiber that runs until it meets the others: at a barrier of its block or at an
 // instruction of its whole warp. What a GPU would leave undefined is made to fail: shared memory starts as NaN, an
 // asynchronous copy lands as late as it may (its target is NaN until then), warps run in a drawn order and as far ahead
 // of one another as the barriers let them, and lanes that meet at different instructions abort.
@@ -213,7 +213,9 @@ inline void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], const uint3
 }
 
 // To nearest, ties away from zero, 10 bits of mantissa kept.
-inline uint32_t to_tf32(float x) { return std::isfinite(x) ? (bits_of_float(x) + 0x1000u) & ~0x1fffu : bits_of_float(x); }
+inline uint32_t to_tf32(float x) {
+  return std::isfinite(x) ? (bits_of_float(x) + 0x1000u) & ~0x1fffu : bits_of_float(x);
+}
 inline float exp2_approximate(float x) { return std::exp2(x); }
 inline void add_atomically(float* sums, float a, float b) { sums[0] += a, sums[1] += b; }
 
