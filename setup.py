@@ -133,7 +133,10 @@ def _run_cmake(torch: TorchLocation, nvcc: str | None) -> Path:
         shutil.rmtree(build)
     _call(configure, "configuring")
     jobs = os.environ.get("MAX_JOBS")
-    _call([cmake, "--build", str(build), *(["--parallel", jobs] if jobs else [])], "compiling")
+    output = _call([cmake, "--build", str(build), *(["--parallel", jobs] if jobs else [])], "compiling")
+    if "ptxas info" in output:
+        # For csrc/cuda/check_spills.py; a build that compiled no kernel says nothing about them.
+        (build / "ptxas.log").write_text(output, encoding="utf-8")
     return build / (LIBRARY + (".dylib" if sys.platform == "darwin" else ".so"))
 
 
@@ -144,12 +147,13 @@ def _tool(name: str) -> str:
     return found
 
 
-def _call(command: list[str], what: str) -> None:
+def _call(command: list[str], what: str) -> str:
     finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     print(finished.stdout, flush=True)
     if finished.returncode != 0:
         tail = "\n".join(finished.stdout.strip().splitlines()[-15:])
         raise NativeBuildError(f"{what} the operators failed (a C++17 compiler is needed; set CXX):\n{tail}")
+    return finished.stdout
 
 
 setup(ext_modules=[Extension(f"pyard.{LIBRARY}", sources=[], optional=False)], cmdclass={"build_ext": CMakeBuild})

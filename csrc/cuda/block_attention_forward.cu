@@ -16,13 +16,13 @@ struct ForwardLayout {
 };
 
 // Blocks that share a multiprocessor: what the registers are rationed for.
-template <typename T, int kHeadDim>
+template <typename T>
 inline constexpr int kResident = sizeof(T) == 4  ? 2
                                  : kHeadDim > 80 ? 3
                                                  : 4;
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, kResident<T, kHeadDim>) forward_kernel(const AttentionForward arguments) {
+__global__ void __launch_bounds__(kThreads, kResident<T>) forward_kernel(const AttentionForward arguments) {
   using Layout = ForwardLayout<T, kHeadDim>;
   constexpr int kKeys = Layout::kKeys;
   const Attention& attention = arguments.attention;
