@@ -12,10 +12,13 @@ LINTERS := $(VENV)/.pyard-linters
 PINS := $(VENV)/.pyard-pins.txt
 NATIVE_SOURCES := $(shell find csrc -type f)
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard build_backend/*.py cmake/*.cmake) $(NATIVE_SOURCES)
+FUZZ_CXX ?= clang++
+FUZZ_SECONDS ?= 60
+FUZZ_SOURCES := $(addprefix csrc/trajectory/,fuzz_shard.cpp shard.cpp json.cpp)
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE_SOURCES))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test lint fuzz format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/:[^#]*## /: /' | sort
@@ -34,13 +37,22 @@ lint: $(LINTERS) ## Check style and types: ruff, mypy, clang-format
 	@$(RUN) mypy
 	@$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
+fuzz: build/fuzz_shard ## Fuzz the shard parser under AddressSanitizer for FUZZ_SECONDS (needs clang)
+	@mkdir -p build/fuzz_corpus
+	@$< -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -timeout=5 -verbosity=0 -print_final_stats=1 -artifact_prefix=build/ \
+		-dict=csrc/trajectory/fuzz_shard.dict build/fuzz_corpus csrc/trajectory/fuzz_corpus
+
+build/fuzz_shard: $(FUZZ_SOURCES) $(wildcard csrc/trajectory/*.h)
+	@mkdir -p build
+	@$(FUZZ_CXX) -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Icsrc $(FUZZ_SOURCES) -o $@
+
 format: $(LINTERS) ## Format Python and C++ in place
 	@$(RUN) ruff check --fix
 	@$(RUN) ruff format
 	@$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 clean: ## Remove what was built (not .venv)
-	rm -rf build dist *.egg-info pyard/libpyard_ops.* pyard/_build.json
+	rm -rf build dist *.egg-info pyard/libpyard_ops.* pyard/_trajectory.* pyard/_build.json
 	rm -f $(INSTALLED) $(LINTERS)
 
 $(INSTALLED): $(BUILD_INPUTS)

@@ -1,4 +1,4 @@
-"""Builds the native operators with CMake; everything else about the package is in pyproject.toml.
+"""Builds the native operators and the trajectory reader with CMake; everything else about the package is in pyproject.toml.
 
 Environment: PYARD_NATIVE=auto|0|1 (auto: build if it can be built, otherwise install without; 1: a failed build is an
 error), CXX, CXXFLAGS, MAX_JOBS; PYARD_CUDA=auto|0|1 (auto: compile the CUDA kernels if nvcc is found and torch has CUDA;
@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 from torch_location import TORCH_REQUIREMENT, TorchLocation, find_torch  # noqa: E402
 
 LIBRARY = "libpyard_ops"
+READER = "_trajectory"
 BUILD_RECORD = "_build.json"
 
 
@@ -36,6 +37,8 @@ class CMakeBuild(build_ext):
     """Drives CMakeLists.txt and records beside the library how it was built, or why it was not."""
 
     def get_ext_filename(self, fullname: str) -> str:
+        if fullname.endswith(READER):
+            return str(super().get_ext_filename(fullname))
         # No Python ABI suffix: the library knows torch's C ABI only and is not a Python module.
         suffix = ".dylib" if sys.platform == "darwin" else ".so"
         return str(Path(*fullname.split("."))) + suffix
@@ -54,15 +57,18 @@ class CMakeBuild(build_ext):
             torch = find_torch()
             if torch is None:
                 raise NativeBuildError(f"{TORCH_REQUIREMENT} was not found when pyard was installed")
-            library, cuda_note = _build(torch)
+            name = READER if ext.name.endswith(READER) else LIBRARY
+            library, cuda_note = _build(torch, name)
             shutil.copyfile(library, target)
             record = {"built": True, "torch": torch.version, "cuda": cuda_note}
         except NativeBuildError as error:
             if mode == "1" or os.environ.get("PYARD_CUDA") == "1":
                 raise
             record["reason"] = str(error)
-            warnings.warn(f"pyard installs without native operators: {error}", stacklevel=2)
-        (target.parent / BUILD_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            what = "native trajectory reader" if ext.name.endswith(READER) else "native operators"
+            warnings.warn(f"pyard installs without {what}: {error}", stacklevel=2)
+        if not ext.name.endswith(READER):
+            (target.parent / BUILD_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     def copy_extensions_to_source(self) -> None:
         for ext in self.extensions:
@@ -83,7 +89,7 @@ class CMakeBuild(build_ext):
         return {}
 
 
-def _build(torch: TorchLocation) -> tuple[Path, str]:
+def _build(torch: TorchLocation, library: str) -> tuple[Path, str]:
     """Builds with CUDA where PYARD_CUDA asks for it; returns the library and whether, or why not, it has CUDA kernels."""
     mode = os.environ.get("PYARD_CUDA", "auto")
     if mode not in {"auto", "0", "1"}:
@@ -92,18 +98,18 @@ def _build(torch: TorchLocation) -> tuple[Path, str]:
     if mode == "1" and nvcc is None:
         raise NativeBuildError("PYARD_CUDA=1, but nvcc was not found: put it on the PATH, or set CUDACXX or CUDA_HOME")
     if mode == "0":
-        return _run_cmake(torch, None), "PYARD_CUDA=0 was set when pyard was installed"
+        return _run_cmake(torch, library, None), "PYARD_CUDA=0 was set when pyard was installed"
     if nvcc is None:
-        return _run_cmake(torch, None), "nvcc was not found when pyard was installed"
+        return _run_cmake(torch, library, None), "nvcc was not found when pyard was installed"
     if mode == "auto" and torch.cuda is None:
-        return _run_cmake(torch, None), f"torch {torch.version} has no CUDA"
+        return _run_cmake(torch, library, None), f"torch {torch.version} has no CUDA"
     try:
-        return _run_cmake(torch, nvcc), "built"
+        return _run_cmake(torch, library, nvcc), "built"
     except NativeBuildError as error:
         if mode == "1":
             raise
         warnings.warn(f"pyard installs without CUDA kernels: {error}", stacklevel=2)
-        return _run_cmake(torch, None), str(error)
+        return _run_cmake(torch, library, None), str(error)
 
 
 def _nvcc() -> str | None:
@@ -116,8 +122,8 @@ def _nvcc() -> str | None:
     return found or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
-def _run_cmake(torch: TorchLocation, nvcc: str | None) -> Path:
-    """Configures and builds in build/native/, which stays for the next, incremental build; returns the library."""
+def _run_cmake(torch: TorchLocation, library: str, nvcc: str | None) -> Path:
+    """Configures and builds in build/native/, which stays for the next, incremental build; returns the library asked for."""
     cmake, ninja = _tool("cmake"), _tool("ninja")
     build = ROOT / "build" / "native"
     configure = [
@@ -125,19 +131,34 @@ def _run_cmake(torch: TorchLocation, nvcc: str | None) -> Path:
         *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
         f"-DCMAKE_MAKE_PROGRAM={ninja}",
         f"-DPYARD_TORCH_DIR={torch.folder}",
+        f"-DPYARD_PYTHON_INCLUDE={sysconfig.get_path('include')}",
+        f"-DPYARD_PYBIND11_INCLUDE={_pybind11_include() or ''}",
         f"-DPYARD_CUDA={'OFF' if nvcc is None else 'ON'}",
         *([] if nvcc is None else [f"-DCMAKE_CUDA_COMPILER={nvcc}"]),
     ]
+    target = "pyard_ops"
+    if library == READER:
+        target = "pyard_trajectory"
+        if _pybind11_include() is None:
+            raise NativeBuildError("pybind11 was not found: pip install pybind11")
     cache = build / "CMakeCache.txt"
     if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text(encoding="utf-8"):
         shutil.rmtree(build)
     _call(configure, "configuring")
     jobs = os.environ.get("MAX_JOBS")
-    output = _call([cmake, "--build", str(build), *(["--parallel", jobs] if jobs else [])], "compiling")
+    output = _call([cmake, "--build", str(build), "--target", target, *(["--parallel", jobs] if jobs else [])], "compiling")
     if "ptxas info" in output:
         # For csrc/cuda/check_spills.py; a build that compiled no kernel says nothing about them.
         (build / "ptxas.log").write_text(output, encoding="utf-8")
-    return build / (LIBRARY + (".dylib" if sys.platform == "darwin" else ".so"))
+    return build / (library + (".dylib" if sys.platform == "darwin" and library == LIBRARY else ".so"))
+
+
+def _pybind11_include() -> str | None:
+    try:
+        import pybind11
+    except ImportError:
+        return None
+    return str(pybind11.get_include())
 
 
 def _tool(name: str) -> str:
@@ -156,4 +177,7 @@ def _call(command: list[str], what: str) -> str:
     return finished.stdout
 
 
-setup(ext_modules=[Extension(f"pyard.{LIBRARY}", sources=[], optional=False)], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension(f"pyard.{name}", sources=[], optional=False) for name in (LIBRARY, READER)],
+    cmdclass={"build_ext": CMakeBuild},
+)

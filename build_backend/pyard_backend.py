@@ -2,7 +2,7 @@
 
 Asking for torch in `build-system.requires` would make pip download a second torch for every build, and one that need
 not be the one the package runs with. So torch is asked for only where the environment has none that is new enough,
-cmake and ninja only where they are not on the path.
+cmake and ninja only where they are not on the path; pybind11, which is headers, always.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def get_requires_for_build_editable(config_settings: ConfigSettings = None) -> l
 
 
 def _native_requirements() -> list[str]:
-    requirements = []
+    requirements = ["pybind11>=2.13"]
     if not _cmake_is_new_enough():
         requirements.append("cmake>=" + ".".join(map(str, MINIMUM_CMAKE)))
     if shutil.which("ninja") is None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ARDPipeline": "pyard.pipeline",
+    "Description": "pyard.description",
     "InputError": "pyard.errors",
     "NoiseSchedule": "pyard.noise_schedule",
     "Student": "pyard.models.student",
@@ -19,20 +21,26 @@ _HOMES = {
     "TimeGrid": "pyard.time_grid",
     "TrajectoryReader": "pyard.trajectories",
     "TrajectoryStore": "pyard.trajectories",
+    "describe": "pyard.description",
     "evaluate": "pyard.evaluation",
     "generate_trajectories": "pyard.trajectories",
+    "load_ard_student": "pyard.models.ard_checkpoint",
     "load_teacher": "pyard.teachers",
     "sample": "pyard.sampling",
+    "save_ard_student": "pyard.models.ard_checkpoint",
     "train": "pyard.training",
 }
 
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
+    from pyard.description import Description, describe
     from pyard.errors import InputError
     from pyard.evaluation import evaluate
+    from pyard.models.ard_checkpoint import load_ard_student, save_ard_student
     from pyard.models.student import Student, StudentConfig
     from pyard.noise_schedule import NoiseSchedule
+    from pyard.pipeline import ARDPipeline
     from pyard.sampling import sample
     from pyard.teachers import Teacher, load_teacher
     from pyard.time_grid import TimeGrid

@@ -6,6 +6,7 @@ import builtins
 import functools
 import importlib
 import inspect
+import itertools
 import os
 import sys
 import types
@@ -25,14 +26,23 @@ class Command(NamedTuple):
     function: str
     summary: str
     bare: tuple[str, ...] = ()
+    positional: tuple[str, ...] = ()  # flags whose values may stand first, without the flag
 
 
 COMMANDS = {
     "demo": Command("pyard.demo", "demo", "distil real digits into an ONNX student, with pictures and a table"),
     "teach": Command("pyard.teachers.digits", "teach", "train the built-in teacher of handwritten digits"),
+    "convert": Command("pyard.teachers.convert", "convert", "turn a DiT, SiT or diffusers checkpoint into a teacher, or back"),
     "trajectories": Command("pyard.trajectories", "generate_trajectories", "write a teacher's ODE trajectories to a store"),
+    "trajectories verify": Command("pyard.trajectories", "verify_trajectories", "check every checksum", positional=("store",)),
+    "trajectories stats": Command("pyard.trajectories", "trajectory_stats", "print and draw it", positional=("store",)),
+    "trajectories merge": Command("pyard.trajectories", "merge_trajectories", "join the parts of several folders"),
+    "trajectories convert": Command(
+        "pyard.trajectories", "convert_trajectories", "import or export the authors' .npz files", positional=("source", "out")
+    ),
     "train": Command("pyard.training", "train", "train a student on trajectories (generates missing ones)"),
     "sample": Command("pyard.sampling", "sample_to_file", "draw samples with a student"),
+    "describe": Command("pyard.description", "describe", "say what a student costs: parameters, FLOPs, cache, history"),
     "evaluate": Command("pyard.evaluation", "evaluate", "measure a student against its teacher and real data"),
     "export": Command("pyard.export", "export", "write a student as one ONNX file and check it", bare=("--onnx",)),
     "doctor": Command("pyard.doctor", "doctor", "say what is built, for what, and what to do about what is not"),
@@ -58,11 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         width = max(map(len, COMMANDS))
         print(OVERVIEW.format(commands="\n".join(f"  {name:<{width}}  {c.summary}" for name, c in COMMANDS.items())))
         return 0 if argv else 2
-    name = argv[0]
+    name, *argv = argv
+    if f"{name} {argv[:1] and argv[0]}" in COMMANDS:
+        name, argv = f"{name} {argv[0]}", argv[1:]
     if name not in COMMANDS:
         print(f"pyard: error: unknown command {name!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return run(name, COMMANDS[name], argv[1:])
+    return run(name, COMMANDS[name], argv)
 
 
 def run(name: str, command: Command, argv: Sequence[str]) -> int:
@@ -79,7 +91,7 @@ def run(name: str, command: Command, argv: Sequence[str]) -> int:
     parser = ArgumentParser(prog=f"pyard {name}", description=description, formatter_class=Formatter)
     parser.add_argument("--config", action="config", help="read flags from this YAML file")
     parser.add_function_arguments(function, fail_untyped=False, sub_configs=False)
-    config = parser.parse_args(complete(argv, function, command.bare))
+    config = parser.parse_args(complete(name_values(argv, command.positional), function, command.bare))
     flags = parser.instantiate(config).as_dict()
     flags.pop("config", None)
     try:
@@ -93,6 +105,13 @@ def run(name: str, command: Command, argv: Sequence[str]) -> int:
         print(f"\npyard {name}: interrupted; the same command resumes", file=sys.stderr)
         return 130
     return result if isinstance(result, int) else 0
+
+
+def name_values(argv: Sequence[str], positional: tuple[str, ...]) -> list[str]:
+    """The words with `--name` before each of the first ones that are values of the `positional` flags."""
+    leading = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))[: len(positional)]
+    named = [word for name, value in zip(positional, leading, strict=False) for word in (f"--{name}", value)]
+    return [*named, *argv[len(leading) :]]
 
 
 def complete(argv: Sequence[str], function: Callable[..., Any], bare: tuple[str, ...]) -> list[str]:

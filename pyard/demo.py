@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
 from pyard.demo_figures import PicturedRow, draw_samples, draw_training
 from pyard.errors import InputError
@@ -25,10 +30,9 @@ from pyard.noise import standard_normal
 from pyard.runtime import OnnxStudent
 from pyard.sampling import sample
 from pyard.teachers.digits import digits_data, digits_teacher, teach
-from pyard.teachers.dit import DiTTeacher
 from pyard.training import train
 from pyard.training.state import read_log
-from pyard.trajectories import TrajectoryStore, generate_trajectories
+from pyard.trajectories import generate_trajectories
 from pyard.trajectories.shard import file_sha256
 
 TEACHER_STEPS = 25
@@ -129,9 +133,12 @@ def demo(
             progress=progress,
         )
     depth = teacher.network.config.depth
+    students = {"step-distillation": 0, "ard": depth}
     with _stage(f"3/5  two students, {budget.student_steps} updates each", seconds):
-        baseline = _train(teacher, store, out / "step-distillation", 0, budget, seed, progress)
-        ard = _train(teacher, store, out / "ard", depth, budget, seed, progress)
+        runs = [_settings(budget, out / name, layers, seed) for name, layers in students.items()]
+        if not quick and teacher.device.type == "cpu" and (os.cpu_count() or 1) > 1:
+            _train_side_by_side("digits", store.path, runs, progress)
+        baseline, ard = (train(teacher, store, **run, progress=progress) for run in runs)
     with _stage("4/5  export to ONNX", seconds):
         exported = _export(ard, out / "ard.onnx")
     with _stage("5/5  evaluation and pictures", seconds):
@@ -166,13 +173,9 @@ def demo(
     return evaluation
 
 
-def _train(
-    teacher: DiTTeacher, store: TrajectoryStore, out: Path, history_layers: int, budget: Budget, seed: int, progress: bool
-) -> Student:
+def _settings(budget: Budget, out: Path, history_layers: int, seed: int) -> dict[str, Any]:
     """A student of the published setting: denoised targets, direct outputs, a head for each step."""
-    return train(
-        teacher,
-        store,
+    return dict(
         out=out,
         num_steps=NUM_STEPS,
         history_layers=history_layers,
@@ -185,8 +188,27 @@ def _train(
         learning_rate=budget.student_learning_rate,
         save_every=budget.save_every,
         seed=seed,
-        progress=progress,
     )
+
+
+def _train_side_by_side(teacher: str, store: Path, runs: list[dict[str, Any]], progress: bool) -> None:
+    """Train each run in a process of its own, on one core: a network this small gains nothing from a second one."""
+    total = sum(run["max_steps"] for run in runs)
+    with (
+        ProcessPoolExecutor(len(runs), get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        tqdm(total=total, desc="training both students", unit="step", disable=not progress) as bar,
+    ):
+        pending = {pool.submit(_train_quietly, teacher, store, run) for run in runs}
+        while pending:
+            done, pending = wait(pending, timeout=1.0, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            logs = [read_log(run["out"] / "log.jsonl") for run in runs]
+            bar.update(sum(log[-1]["step"] for log in logs if log) - bar.n)
+
+
+def _train_quietly(teacher: str, store: Path, run: dict[str, Any]) -> None:
+    train(teacher, store, **run, progress=False)
 
 
 def _export(student: Student, path: Path) -> OnnxStudent:

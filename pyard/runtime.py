@@ -6,7 +6,7 @@ import ctypes
 import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from pyard.noise import check_labels, standard_normal
 
 METADATA_KEY = "pyard"
 FORMAT_VERSION = 1
+_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class OnnxStudentInfo:
     """What an exported student says about itself, and where it runs.
 
     Args:
-        form: `sampler`, all S passes in one graph.
+        form: `sampler`, all S passes in one graph, or `step`, one of them.
         num_steps: S.
         history_layers: N.
         num_classes: labels are 0 ... num_classes - 1.
@@ -88,7 +89,7 @@ class OnnxStudent:
         """Draw one sample for each label.
 
         Sample i starts from `pyard.noise.standard_normal(seed, [i], sample_shape)` whatever the batch size, as it
-        does in `pyard.sample`, so both draw the same samples up to rounding.
+        does in `pyard.sample`, so both draw the same samples up to rounding. Any number of threads may call it at once.
 
         Args:
             labels: class of each sample, 0 ... num_classes - 1, integers [n].
@@ -102,10 +103,8 @@ class OnnxStudent:
         Raises:
             InputError: labels, noise, seed or batch size out of range or of the wrong shape or type.
         """
-        classes = check_labels(labels, self.info.num_classes)
+        classes = self._check(labels, noise)
         count, shape = len(classes), self.info.sample_shape
-        if noise is not None:
-            _check_noise(noise, (count, *shape))
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected at least 1, or None for all at once")
         rows = batch_size or max(count, 1)
@@ -113,8 +112,58 @@ class OnnxStudent:
         for start in range(0, count, rows):
             index = np.arange(start, min(start + rows, count))
             start_noise = standard_normal(seed, index, shape) if noise is None else noise[index]
-            samples[index] = self._session.run(["sample"], {"noise": start_noise, "label": classes[index]})[0]
+            if self.info.form == "sampler":
+                samples[index] = self._session.run(["sample"], {"noise": start_noise, "label": classes[index]})[0]
+            else:
+                *_, samples[index] = self._steps(start_noise, classes[index])
         return samples
+
+    def stream(
+        self,
+        labels: Sequence[int] | NDArray[np.integer[Any]],
+        seed: int = 0,
+        *,
+        noise: NDArray[np.float32] | None = None,
+    ) -> Iterator[NDArray[np.float32]]:
+        """Draw one sample for each label and show it while it forms: the S predictions one by one, coarse ones first.
+
+        Args:
+            labels, seed, noise: as for `sample`.
+
+        Returns:
+            An iterator over S arrays float32 [n, C, H, W]; each is computed when it is asked for, the last is the sample.
+
+        Raises:
+            InputError: as for `sample`; the file is of the form `sampler`, which computes all steps in one go.
+        """
+        if self.info.form != "step":
+            raise InputError(
+                f"{self.path} is of the form {self.info.form!r}, which gives the sample alone; "
+                "export the student with --form step to see each prediction"
+            )
+        classes = self._check(labels, noise)
+        if noise is None:
+            noise = standard_normal(seed, np.arange(len(classes)), self.info.sample_shape)
+        return self._steps(noise, classes)
+
+    def _steps(self, noise: NDArray[np.float32], classes: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
+        latest = noise
+        past = {
+            tensor.name: np.zeros([len(noise), tensor.shape[1], 0, tensor.shape[3]], dtype=_NUMPY_TYPES[tensor.type])
+            for tensor in self._session.get_inputs()
+            if tensor.name.startswith("past")
+        }
+        for step in range(self.info.num_steps):
+            inputs = {"latent": latest, "label": classes, "step": np.array(step, dtype=np.int64), **past}
+            latest, *present = self._session.run(None, inputs)
+            past = dict(zip(past, present, strict=True))
+            yield latest
+
+    def _check(self, labels: object, noise: NDArray[np.float32] | None) -> NDArray[np.int64]:
+        classes = check_labels(labels, self.info.num_classes)
+        if noise is not None:
+            _check_noise(noise, (len(classes), *self.info.sample_shape))
+        return classes
 
 
 def _open_session(path: Path, providers: list[str], threads: int | None) -> onnxruntime.InferenceSession:
@@ -132,6 +181,12 @@ def _open_session(path: Path, providers: list[str], threads: int | None) -> onnx
     except Exception as error:
         size = path.stat().st_size
         reason = str(error).strip().splitlines()[0]
+        data = path.with_name(f"{path.name}.data")
+        if "xternal" in reason or data.name in reason:
+            state = f"({data.stat().st_size} bytes) is cut off" if data.exists() else "is missing"
+            raise InputError(
+                f"{data} {state}: {path.name} keeps its weights there. Copy both files again. onnxruntime says: {reason}"
+            ) from None
         raise InputError(
             f"{path} ({size} bytes) cannot be opened as an ONNX model: it is cut off, or no ONNX file. Export or copy "
             f"it again. onnxruntime says: {reason}"

@@ -23,16 +23,34 @@ from pyard.runtime import OnnxStudent
 COVERING: list[dict[str, Any]] = [
     {"num_steps": 2, "history_layers": 0, "target": "denoised", "output": "direct", "heads": "per_step"},
     {"num_steps": 3, "history_layers": 2, "target": "state", "output": "jump", "heads": "shared", "opset": 20},
-    {"num_steps": 3, "history_layers": 2, "target": "denoised", "mask": "anchor", "history_bias": 0.7},
+    {"num_steps": 3, "history_layers": 2, "target": "denoised", "mask": "anchor", "history_bias": 0.7, "form": "step"},
+    {"num_steps": 4, "history_layers": 1, "target": "state", "mask": "window", "window": 2, "history_bias": 0.7, "opset": 20},
+    {"num_steps": 3, "history_layers": 1, "target": "state", "mask": "diagonal", "output": "jump", "form": "step"},
 ]
 PRODUCT: list[dict[str, Any]] = [
-    {"num_steps": 4, "history_layers": N, "target": target, "output": output, "heads": heads, "opset": opset, **mask}
-    for N, (target, output), heads, opset, mask in itertools.product(
+    {
+        "num_steps": 4,
+        "history_layers": N,
+        "target": target,
+        "output": output,
+        "heads": heads,
+        "opset": opset,
+        **mask,
+        "form": form,
+    }
+    for N, (target, output), heads, opset, mask, form in itertools.product(
         (0, 2),
         (("denoised", "direct"), ("state", "direct"), ("state", "jump")),
         ("per_step", "shared"),
         (20, 23),
-        ({"mask": "causal"}, {"mask": "window", "window": 2}),
+        (
+            {"mask": "causal"},
+            {"mask": "causal", "history_bias": 0.7},
+            {"mask": "window", "window": 2, "history_bias": 0.7},
+            {"mask": "window", "window": 1},
+            {"mask": "anchor"},
+        ),
+        ("sampler", "step"),
     )
 ]
 
@@ -42,9 +60,9 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def check_equal_to_pytorch(path: Path, settings: dict[str, Any]) -> tuple[Student, OnnxStudent]:
-    opset = settings.get("opset", 23)
-    student = tiny_student(**{name: value for name, value in settings.items() if name != "opset"})
-    parity = export.export_onnx(student, path, opset=opset)
+    of_file = {name: settings[name] for name in ("opset", "form") if name in settings}
+    student = tiny_student(**{name: value for name, value in settings.items() if name not in of_file})
+    parity = export.export_onnx(student, path, **of_file)
     assert set(parity) == {1, 3}
     assert all(0 < error < 1e-4 for error in parity.values())
     exported = OnnxStudent(path, providers=["CPUExecutionProvider"])
@@ -72,18 +90,77 @@ def test_export_equals_pytorch(settings: dict[str, Any], tmp_path: Path) -> None
     assert info.num_classes == student.num_classes
     assert info.teacher_fingerprint == student.config.teacher_fingerprint
 
+    assert info.form == settings.get("form", "sampler")
+
     model = onnx.load(path)
     stored = sum(math.prod(tensor.dims) for tensor in model.graph.initializer)
     held = sum(tensor.numel() for tensor in [*student.parameters(), *student.buffers()])
     assert stored < held + 500, "weights are stored more than once"
     operators = [node.op_type for node in model.graph.node]
-    assert not {"ScatterND", "ScatterElements", "Cos", "Sin", "ReduceMean"} & set(operators)
-    passes = settings["num_steps"]
-    assert operators.count("LayerNormalization") == passes * (2 * student.config.network.depth + 1)
-    if "opset" not in settings:
-        assert operators.count("Attention") == passes * student.config.network.depth
-        assert "Softmax" not in operators
+    assert not {"ScatterND", "ScatterElements", "Cos", "Sin", "ReduceMean", "Softmax"} & set(operators)
+    passes = settings["num_steps"] if info.form == "sampler" else 1
+    depth = student.config.network.depth
+    assert operators.count("LayerNormalization") == passes * (2 * depth + 1)
+    attention = "Attention" if settings.get("opset", 23) >= 23 else "MultiHeadAttention"
+    assert operators.count(attention) == passes * depth
+    assert operators.count("Sigmoid") == 1, "the conditioning of all steps is computed at once"
+    assert Student.from_pretrained(_folder_of_config(path, student)).config == student.config
     assert str(Path(export.__file__).parent).encode() not in path.read_bytes(), "a path of this machine is in the file"
+
+
+def _folder_of_config(path: Path, student: Student) -> Path:
+    folder = path.parent / "again"
+    student.save_pretrained(folder)
+    (path.parent / "config.json").replace(folder / "config.json")
+    return folder
+
+
+def test_every_prediction_of_the_step_form_equals_pytorch(tmp_path: Path) -> None:
+    student = tiny_student(4, history_layers=2)
+    export.export_onnx(student, tmp_path / "student.onnx", form="step")
+    streamed = list(OnnxStudent(tmp_path / "student.onnx").stream([3, 0, 4], seed=7))
+    expected = pyard.sample(student, [3, 0, 4], seed=7, return_trajectory=True).numpy()
+    assert len(streamed) == 4
+    for step, prediction in enumerate(streamed):
+        assert relative_error(prediction, expected[:, step]) < 1e-5
+    assert all(relative_error(a, b) > 1e-2 for a, b in itertools.pairwise(streamed))
+
+
+def test_present_keys_are_only_those_that_the_mask_still_shows(tmp_path: Path) -> None:
+    for mask, tokens in (({"mask": "causal"}, 48), ({"mask": "anchor"}, 16), ({"mask": "window", "window": 2}, 16)):
+        student = tiny_student(4, history_layers=1, **mask)
+        export.export_onnx(student, tmp_path / "student.onnx", form="step")
+        session = OnnxStudent(tmp_path / "student.onnx")._session
+        past = {f"past_key_values.0.{kind}": np.zeros((1, 2, 0, 16), dtype=np.float32) for kind in ("key", "value")}
+        for step in range(3):
+            latent, label = np.ones((1, 2, 8, 8), dtype=np.float32), np.zeros(1, dtype=np.int64)
+            _, *present = session.run(None, {"latent": latent, "label": label, "step": np.array(step), **past})
+            past = dict(zip(past, present, strict=True))
+        assert {array.shape for array in present} == {(1, 2, tokens, 16)}
+
+
+def test_external_data_lie_beside_the_model_until_an_export_without_them(tmp_path: Path) -> None:
+    path, student = tmp_path / "student.onnx", tiny_student(2, history_layers=1)
+    export.export_onnx(student, path, external_data=True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "student.onnx", "student.onnx.data"]
+    assert path.stat().st_size < path.with_name("student.onnx.data").stat().st_size
+    expected = pyard.sample(student, [1, 2], seed=3).numpy()
+    assert relative_error(OnnxStudent(path).sample([1, 2], seed=3), expected) < 1e-4
+    export.export_onnx(student, path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "student.onnx"]
+
+
+def test_weights_that_one_file_cannot_hold_go_into_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "LARGEST_SINGLE_FILE", 1000)
+    export.export_onnx(tiny_student(1, history_layers=0), tmp_path / "student.onnx")
+    assert (tmp_path / "student.onnx.data").exists()
+
+
+def test_a_foreign_config_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    with pytest.raises(InputError, match="belongs to something else"):
+        export.export_onnx(tiny_student(1, history_layers=0), tmp_path / "student.onnx")
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
 @pytest.mark.slow
@@ -95,14 +172,11 @@ def test_every_kind_of_student_equals_pytorch(settings: dict[str, Any], tmp_path
 def test_a_deviation_fails_the_export_and_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "student.onnx"
     path.write_text("the previous export")
-    forward = export.Sampler.forward
-
-    def deviating(self: export.Sampler, noise: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        return forward(self, noise, label) * 1.001
-
-    monkeypatch.setattr(export.Sampler, "forward", deviating)
+    student = tiny_student(1, history_layers=0)
+    rollout = Student.rollout
+    monkeypatch.setattr(Student, "rollout", lambda *args: (prediction / 1.001 for prediction in rollout(*args)))
     with pytest.raises(RuntimeError, match=r"1\.0e-03 of the largest value; expected at most 1e-04"):
-        export.export_onnx(tiny_student(1, history_layers=0), path)
+        export.export_onnx(student, path)
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_text() == "the previous export"
 
@@ -141,5 +215,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     student = tiny_student(1, history_layers=0)
     with pytest.raises(InputError, match="opset is 11; expected 20 to 23"):
         export.export_onnx(student, tmp_path / "student.onnx", opset=11)
+    with pytest.raises(InputError, match="form is 'steps'; expected sampler or step"):
+        export.export_onnx(student, tmp_path / "student.onnx", form="steps")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="is a folder"):
         export.export_onnx(student, tmp_path)

@@ -13,7 +13,7 @@ from pyard.__main__ import COMMANDS, command_line_face, complete, main
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_its_flags(command, capsys):
     with pytest.raises(SystemExit) as end:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert end.value.code == 0
     out = capsys.readouterr().out
     assert f"usage: pyard {command}" in out

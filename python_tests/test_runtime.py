@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,44 @@ def test_pyard_sample_draws_the_same(student: OnnxStudent) -> None:
     expected = pyard.sample(tiny_student(2, history_layers=1), [2, 3], seed=2**64 - 1).numpy()
     found = student.sample([2, 3], seed=2**64 - 1)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_sixteen_threads_draw_what_one_draws(student: OnnxStudent) -> None:
+    labels = [[i % 5, (i + 1) % 5] for i in range(48)]
+    alone = [student.sample(pair, seed=i) for i, pair in enumerate(labels)]
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(lambda i: student.sample(labels[i], seed=i), range(len(labels))))
+    for a, b in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_sampler_cannot_stream(student: OnnxStudent) -> None:
+    with pytest.raises(InputError, match=r"form 'sampler'.*--form step"):
+        student.stream([0])
+
+
+def test_a_step_file_streams_the_sample_whatever_the_batch(tmp_path: Path) -> None:
+    export_onnx(tiny_student(3, history_layers=2), tmp_path / "step.onnx", form="step")
+    student = OnnxStudent(tmp_path / "step.onnx")
+    *_, last = student.stream([4, 0, 3], seed=5)
+    for batch_size in (1, 2, None):
+        found = student.sample([4, 0, 3], 5, batch_size)
+        np.testing.assert_allclose(found, last, rtol=0, atol=1e-5 * np.abs(last).max())
+    with pytest.raises(InputError, match="label 5"):
+        student.stream([5])
+
+
+@pytest.mark.parametrize("keep", [0, 0.5, 0.999])
+def test_truncated_or_missing_external_data(tmp_path: Path, keep: float) -> None:
+    export_onnx(tiny_student(2, history_layers=1), tmp_path / "student.onnx", external_data=True)
+    data = tmp_path / "student.onnx.data"
+    content = data.read_bytes()
+    data.write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(InputError, match=r"student\.onnx\.data \(\d+ bytes\) is cut off"):
+        OnnxStudent(tmp_path / "student.onnx")
+    data.unlink()
+    with pytest.raises(InputError, match=r"student\.onnx\.data is missing"):
+        OnnxStudent(tmp_path / "student.onnx")
 
 
 def test_no_labels_no_samples(student: OnnxStudent) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -44,20 +43,86 @@ class GaussianTeacher:
         return mean + self.spread * (noise.double() - alpha * mean) / math.sqrt(alpha**2 * self.spread**2 + sigma**2)
 
 
-@pytest.mark.parametrize("schedule", [
-    NoiseSchedule(), NoiseSchedule(prediction="v_prediction", beta_schedule="squaredcos_cap_v2"),
-    NoiseSchedule(kind="flow", prediction="velocity"),
-], ids=["ddpm", "cosine v", "flow"])  # fmt: skip
-def test_first_order_convergence_to_the_exact_solution(schedule):
+CLOSED_FORM_CASES = [
+    pytest.param(NoiseSchedule(), None, 1, (25, 50, 100, 200, 400), id="ddim, linear betas"),
+    pytest.param(
+        NoiseSchedule(prediction="v_prediction", beta_schedule="squaredcos_cap_v2"),
+        "ddim",
+        1,
+        (25, 50, 100, 200),
+        id="ddim, cosine",
+    ),
+    pytest.param(NoiseSchedule(kind="flow", prediction="velocity"), "euler", 1, (25, 50, 100, 200, 400), id="euler"),
+    pytest.param(
+        NoiseSchedule(kind="flow", prediction="velocity", shift=3.0), None, 1, (25, 50, 100, 200), id="euler, shifted"
+    ),
+    pytest.param(NoiseSchedule(kind="flow", prediction="velocity"), "heun", 2, (12, 25, 50, 100), id="heun"),
+    pytest.param(
+        NoiseSchedule(kind="flow", prediction="velocity", shift=3.0), "heun", 2, (12, 25, 50, 100), id="heun, shifted"
+    ),
+]
+
+
+@pytest.mark.parametrize(("schedule", "solver", "order", "steps"), CLOSED_FORM_CASES)
+def test_convergence_to_the_exact_solution_of_gaussian_data(schedule, solver, order, steps):
     teacher = GaussianTeacher(schedule)
     noise, labels = torch.randn(16, 1, 2, 2), torch.arange(16) % 2
     exact = teacher.exact_endpoint(noise, labels)
-    error = [float((endpoints(teacher, noise, labels, n) - exact).abs().max()) for n in (25, 50, 100, 200, 400)]
-    assert error[-1] < 2e-2
-    # Halving the step halves the error of a first-order method. The steps of a ddpm schedule are whole noise levels, so its
-    # order shows only roughly.
-    for coarse, fine in itertools.pairwise(error):
-        assert 1.4 < coarse / fine < 2.8
+    error = [float((endpoints(teacher, noise, labels, n, solver=solver) - exact).abs().max()) for n in steps]
+    # The order is the slope of log error over log step size; a ddpm schedule's steps are whole noise levels, hence the slack.
+    x, y = (torch.tensor(values, dtype=torch.float64).log() for values in ([1 / n for n in steps], error))
+    measured = float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+    assert measured == pytest.approx(order, abs=0.25)
+    assert error[-1] < (3e-2 if order == 1 else 6e-3)
+
+
+@pytest.mark.parametrize(("steps", "solver"), [(n, "ddim") for n in (1, 2, 3, 7, 250, 999, 1000)] + [(1, "heun"), (2, "heun")])
+def test_any_number_of_steps(steps, solver):
+    schedule = NoiseSchedule() if solver == "ddim" else NoiseSchedule(kind="flow", prediction="velocity")
+    teacher = GaussianTeacher(schedule)
+    noise, labels = torch.randn(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
+    visited = list(solve(teacher, noise, labels, steps, solver=solver))
+    assert len(visited) == steps
+    assert torch.equal(visited[-1][0], visited[-1][1])
+    error = float((visited[-1][0] - teacher.exact_endpoint(noise, labels)).abs().max())
+    assert error < {1: 3.0, 2: 2.0, 3: 1.0, 7: 0.5}.get(steps, 0.05)
+
+
+def test_heun_evaluates_twice_but_in_the_last_step_and_denoises_where_euler_does():
+    teacher = GaussianTeacher(NoiseSchedule(kind="flow", prediction="velocity"))
+    times = []
+    predict = teacher.predict
+    teacher.predict = lambda x, time, labels: times.append(time) or predict(x, time, labels)
+    noise, labels = torch.randn(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
+    heun = list(solve(teacher, noise, labels, 4, solver="heun"))
+    assert times == [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]
+    euler = list(solve(teacher, noise, labels, 4, solver="euler"))
+    assert torch.equal(heun[0][1], euler[0][1])
+    assert not torch.allclose(heun[1][0], euler[1][0])
+
+
+@pytest.mark.parametrize(("kind", "solver"), [("ddpm", "euler"), ("ddpm", "heun"), ("flow", "ddim"), ("flow", "rk4")])
+def test_a_solver_that_does_not_fit_the_schedule_is_refused(kind, solver):
+    schedule = NoiseSchedule(kind=kind, prediction="velocity" if kind == "flow" else "eps")
+    with pytest.raises(InputError, match=f"solver '{solver}' does not go with a '{kind}' schedule"):
+        next(solve(GaussianTeacher(schedule), torch.randn(1, 1, 2, 2), torch.tensor([0]), 3, solver=solver))
+
+
+def test_guidance_acts_within_its_interval_alone():
+    teacher = GaussianTeacher(NoiseSchedule(kind="flow", prediction="velocity"))
+    batches = []
+    predict = teacher.predict
+    teacher.predict = lambda x, time, labels: batches.append((time, len(x))) or predict(x, time, labels)
+    noise, labels = torch.randn(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
+    inside = endpoints(teacher, noise, labels, 4, cfg_scale=2.0, cfg_interval=(0.5, 0.75))
+    # Outside, the unconditional half is not even computed.
+    assert batches == [(1.0, 4), (0.75, 8), (0.5, 8), (0.25, 4)]
+    everywhere = endpoints(teacher, noise, labels, 4, cfg_scale=2.0, cfg_interval=(0.0, 1.0))
+    assert torch.equal(everywhere, endpoints(teacher, noise, labels, 4, cfg_scale=2.0))
+    nowhere = endpoints(teacher, noise, labels, 4, cfg_scale=2.0, cfg_interval=(0.6, 0.7))
+    assert torch.equal(nowhere, endpoints(teacher, noise, labels, 4))
+    assert (inside - everywhere).abs().max() > 1e-2
+    assert (inside - nowhere).abs().max() > 1e-2
 
 
 def test_guidance_moves_the_mean_as_its_formula_says():

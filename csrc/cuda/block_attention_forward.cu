@@ -17,9 +17,7 @@ struct ForwardLayout {
 
 // Blocks that share a multiprocessor: what the registers are rationed for.
 template <typename T>
-inline constexpr int kResident = sizeof(T) == 4  ? 2
-                                 : kHeadDim > 80 ? 3
-                                                 : 4;
+inline constexpr int kResident = sizeof(T) == 4 ? 2 : 3;
 
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, kResident<T>) forward_kernel(const AttentionForward arguments) {

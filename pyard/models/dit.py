@@ -40,8 +40,10 @@ class DiTConfig:
         mlp_ratio: hidden units of the MLP, over D.
         frequency_size: width of the sinusoidal time embedding.
         freq_shift: frequency shift of that embedding: 0 in DiT, 1 in diffusers.
-        time_scale: what the time is multiplied with before it is embedded.
+        time_scale, time_offset: the embedding sees time_scale * time + time_offset: 1000 t for a diffusers flow, 1 - t for SiT,
+            which counts from noise to data.
         norm_eps: epsilon of every LayerNorm.
+        mlp_norm_eps: epsilon of the LayerNorm in front of an MLP, where diffusers has another; None: the same.
     """
 
     input_size: int
@@ -57,11 +59,15 @@ class DiTConfig:
     frequency_size: int = 256
     freq_shift: float = 0.0
     time_scale: float = 1.0
+    time_offset: float = 0.0
     norm_eps: float = 1e-6
+    mlp_norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         if self.out_channels is None:
             object.__setattr__(self, "out_channels", self.in_channels)
+        if self.mlp_norm_eps is None:
+            object.__setattr__(self, "mlp_norm_eps", self.norm_eps)
         if self.input_size % self.patch_size:
             raise InputError(f"DiT: input_size {self.input_size} is no multiple of patch_size {self.patch_size}")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
@@ -90,9 +96,10 @@ class DiTConfig:
 def patchify(x: torch.Tensor, patch_size: int) -> torch.Tensor:
     """[..., C, H, W] to tokens [..., T, C*P*P], row by row, channels first in a token."""
     *lead, channels, height, width = x.shape
-    x = x.reshape(*lead, channels, height // patch_size, patch_size, width // patch_size, patch_size)
+    rows, columns = height // patch_size, width // patch_size
+    x = x.reshape(*lead, channels, rows, patch_size, columns, patch_size)
     x = x.movedim((-4, -2), (-5, -4))  # [..., H/P, W/P, C, P, P]
-    return x.reshape(*lead, -1, channels * patch_size**2)
+    return x.reshape(*lead, rows * columns, channels * patch_size**2)
 
 
 def unpatchify(tokens: torch.Tensor, patch_size: int, channels: int) -> torch.Tensor:
@@ -126,7 +133,8 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, times: torch.Tensor) -> torch.Tensor:  # [...] -> [..., D]
         config = self.config
-        sinusoids = ops.timestep_embedding(times * config.time_scale, config.frequency_size, freq_shift=config.freq_shift)
+        times = times * config.time_scale + config.time_offset
+        sinusoids = ops.timestep_embedding(times, config.frequency_size, freq_shift=config.freq_shift)
         return self.fc2(F.silu(self.fc1(sinusoids.to(self.fc1.weight.dtype))))
 
 
@@ -154,7 +162,8 @@ class Block(nn.Module):
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.eps = config.norm_eps
+        assert config.mlp_norm_eps is not None
+        self.eps, self.mlp_eps = config.norm_eps, config.mlp_norm_eps
         self.modulation = nn.Linear(config.hidden_size, 6 * config.hidden_size)
         self.attention = Attention(config)
         mlp_size = int(config.hidden_size * config.mlp_ratio)
@@ -169,7 +178,7 @@ class Block(nn.Module):
     ) -> torch.Tensor:  # [B, S, T, D]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
         branch = self.attention(ops.modulated_layer_norm(x, shift1, scale1, self.eps), attend)
-        x, normal = ops.gated_residual_modulated_layer_norm(x, gate1, branch, shift2, scale2, self.eps)
+        x, normal = ops.gated_residual_modulated_layer_norm(x, gate1, branch, shift2, scale2, self.mlp_eps)
         hidden = self._activate(normal)
         return ops.gated_residual(x, gate2, self.fc2(hidden))
 
@@ -213,6 +222,9 @@ class Trunk(nn.Module):
     def embed(self, x: torch.Tensor) -> torch.Tensor:  # [B, S, C, H, W] -> [B, S, T, D]
         return self.patch_embed(patchify(x, self.config.patch_size)) + self.pos_embed
 
+    def unembed(self, tokens: torch.Tensor, channels: int) -> torch.Tensor:  # [B, S, T, P*P*C] -> [B, S, C, H, W]
+        return unpatchify(tokens, self.config.patch_size, channels)
+
     def condition(self, times: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # [B or 1, S], [B] -> [B, S, D]
         """The conditioning vectors, SiLU applied: every adaLN of the network begins with it."""
         return F.silu(self.time_embed(times) + self.label_embed(labels)[:, None])
@@ -251,7 +263,7 @@ class DiT(nn.Module):
         condition = self.trunk.condition(times[:, None], labels)
         tokens = self.head(self.trunk(self.trunk.embed(x[:, None]), condition), condition)
         assert self.config.out_channels is not None
-        return unpatchify(tokens, self.config.patch_size, self.config.out_channels)[:, 0]
+        return self.trunk.unembed(tokens, self.config.out_channels)[:, 0]
 
     def _initialise(self) -> None:
         for module in self.modules():

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pyard.errors import InputError
+from pyard.models.latents import LatentCodec
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -42,11 +43,15 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def save_folder(path: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], *, kind: str) -> None:
+def save_folder(
+    path: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], *, kind: str, codec: LatentCodec | None = None
+) -> None:
     """Write a model folder; `kind` is the class that reads it, kept as diffusers' `_class_name`."""
     with new_folder(path) as folder:
         (folder / CONFIG_NAME).write_text(json.dumps({"_class_name": kind, **config}, indent=2) + "\n")
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_NAME)
+        if codec is not None:
+            codec.save(folder)
 
 
 def load_config(path: Path, *, kind: str) -> dict[str, Any]:
@@ -72,6 +77,7 @@ def load_folder(path: Path, *, kind: str) -> tuple[dict[str, Any], dict[str, tor
     """
     config = load_config(path, kind=kind)
     try:
-        return config, load_file(path / WEIGHTS_NAME)
+        # Copies are aligned; in the file's own buffer they are not, and BLAS rounds by alignment.
+        return config, {name: tensor.clone() for name, tensor in load_file(path / WEIGHTS_NAME).items()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path / WEIGHTS_NAME} cannot be read ({error}); it is missing, cut off or not safetensors") from None

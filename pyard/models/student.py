@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -21,9 +21,11 @@ from torch import nn
 
 from pyard import ops
 from pyard.errors import InputError
-from pyard.models.dit import Attend, DiT, DiTConfig, Head, Trunk, unpatchify
+from pyard.models.checkpoint import without_variance
+from pyard.models.dit import Attend, DiT, DiTConfig, Head
 from pyard.models.folder import load_folder, save_folder
 from pyard.models.history import HistoryCache, PreallocatedCache
+from pyard.models.latents import LatentCodec
 from pyard.noise_schedule import NoiseSchedule
 from pyard.ops.masks import Mask, check_mask
 from pyard.time_grid import Target, TimeGrid
@@ -48,11 +50,15 @@ class StudentConfig:
             (pure noise), `causal` all (figure 1b of the paper).
         window: steps of the `window` mask, own one included; None for the other masks.
         target: what a step predicts: the ODE `state` at the next grid time, or the teacher's `denoised` prediction.
-        output: `direct`, the head's output is the prediction; `jump`, it enters the teacher's own update
-            a_s u_s + b_s F, so that the untrained student with N = 0 is the teacher's DDIM/Euler sampler.
+        output: `direct`, the head's output is the prediction, as in the authors' code: the head is the teacher's, though it now
+            has to say something else; it suits `denoised` targets, whose inputs carry no noise to start from. `jump`, it
+            enters the teacher's own update a_s u_s + b_s F, so that the untrained student with N = 0 is the teacher's unguided
+            DDIM/Euler sampler: training begins from a sampler, not from noise, and needs `state` targets.
         heads: one head `per_step`, or one `shared` by all.
-        history_bias: start value of a learned bias per head on the logits of earlier steps' keys; None: no bias.
+        history_bias: start value of a learned bias per head on the logits of earlier steps' keys, which the teacher never saw:
+            strongly negative, it keeps the start of `jump` with N > 0 too; None: no bias.
         teacher_fingerprint: of the teacher that it was made from.
+        class_names: of the classes, in order, where the teacher knows them; synonyms are separated by commas.
     """
 
     network: DiTConfig
@@ -66,8 +72,11 @@ class StudentConfig:
     heads: Heads = "per_step"
     history_bias: float | None = None
     teacher_fingerprint: str = ""
+    class_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.class_names is not None:
+            object.__setattr__(self, "class_names", tuple(self.class_names))
         for name, kinds in (("target", Target), ("output", Output), ("heads", Heads)):
             if getattr(self, name) not in get_args(kinds):
                 raise InputError(f"student: {name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(kinds))}")
@@ -101,17 +110,24 @@ class Student(nn.Module):
 
     Args:
         config: what it is. The weights are fresh; `from_teacher` copies a teacher's, `from_pretrained` reads a folder.
+        network: the transformer whose trunk it takes and whose head it copies: None, a fresh `DiT`; one of your own needs
+            what `docs/own-teacher.md` says.
+
+    Attributes:
+        codec: the VAE that turns its samples into images, if the teacher had one.
     """
 
     embed_times: torch.Tensor
 
-    def __init__(self, config: StudentConfig):
+    def __init__(self, config: StudentConfig, network: nn.Module | None = None):
         super().__init__()
         self.config = config
-        self.trunk = Trunk(config.network)
+        source: Any = DiT(config.network) if network is None else network
+        self.trunk: Any = source.trunk
         num_heads = config.grid.num_steps if config.heads == "per_step" else 1
-        self.heads = nn.ModuleList(Head(config.network) for _ in range(num_heads))
-        self.register_buffer("embed_times", torch.tensor(config.grid.embed_times), persistent=False)
+        self.heads = nn.ModuleList(copy.deepcopy(source.head) for _ in range(num_heads))
+        self.register_buffer("embed_times", torch.tensor(config.grid.embed_times, device="cpu"), persistent=False)
+        self.codec: LatentCodec | None = None
         if config.history_bias is None:
             self.history_bias = None
         else:
@@ -176,7 +192,7 @@ class Student(nn.Module):
     def new_cache(self, batch_size: int) -> PreallocatedCache:
         """An empty cache for `batch_size` samples: keys and values [N, B, H, S*T, Dh] of the parameters' dtype and device."""
         network = self.config.network
-        weight = self.trunk.patch_embed.weight
+        weight = next(self.trunk.parameters())
         size = (
             self.config.history_layers,
             batch_size,
@@ -192,7 +208,7 @@ class Student(nn.Module):
         steps = inputs.shape[1]
         condition = self.trunk.condition(self.embed_times[None, first : first + steps], labels)
         attends = tuple(self._attend(layer, cache) for layer in range(self.config.history_layers))
-        x = self.trunk(self.trunk.embed(inputs.to(self.trunk.patch_embed.weight.dtype)), condition, attends)
+        x = self.trunk(self.trunk.embed(inputs.to(next(self.trunk.parameters()).dtype)), condition, attends)
         if len(self.heads) == 1:
             tokens = self.heads[0](x, condition)
         else:
@@ -202,12 +218,19 @@ class Student(nn.Module):
             heads = self.heads[first : first + steps]
             per_step = [head(x[s].unsqueeze(1), condition[s].unsqueeze(1)).squeeze(1) for s, head in enumerate(heads)]
             tokens = torch.stack(per_step).transpose(0, 1)  # [B, steps, T, P*P*C]
-        output = unpatchify(tokens, self.config.network.patch_size, self.config.network.in_channels)
+        output = self.trunk.unembed(tokens, self.config.network.in_channels)
         if not self.jumps:
             return output
         jumps = self.jumps[first : first + steps]
         updates = [a * inputs[:, s].float() + b * output[:, s].float() for s, (a, b) in enumerate(jumps)]
         return torch.stack(updates, dim=1)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Student:
+        super()._apply(fn, recurse)
+        if self.embed_times.dtype in (torch.bfloat16, torch.float16):
+            # 749.25 has no bfloat16: times stay float32 when the weights do not.
+            self.embed_times = torch.tensor(self.config.grid.embed_times, device=self.embed_times.device)
+        return self
 
     def _attend(self, layer: int, cache: HistoryCache | None) -> Attend:
         config = self.config
@@ -242,9 +265,9 @@ class Student(nn.Module):
             grid: where it jumps; `embed_times` are set for the target (`TimeGrid.for_target`).
             history_layers, mask, window, target, output, heads, history_bias: see `StudentConfig`.
         """
-        network = teacher.network
+        sizes = teacher.network.config
         config = StudentConfig(
-            network=dataclasses.replace(network.config, out_channels=network.config.in_channels),
+            network=dataclasses.replace(sizes, out_channels=sizes.in_channels),
             grid=grid.for_target(target),
             schedule=teacher.schedule,
             history_layers=history_layers,
@@ -255,41 +278,45 @@ class Student(nn.Module):
             heads=heads,
             history_bias=history_bias,
             teacher_fingerprint=teacher.fingerprint,
+            class_names=teacher.class_names,
         )
-        student = cls(config)
-        student.trunk.load_state_dict(network.trunk.state_dict())
-        head = head_without_variance(network)
-        for own in student.heads:
-            own.load_state_dict(head)
-        return student.to(teacher.device)
+        network = copy.deepcopy(teacher.network).requires_grad_(True)
+        if sizes.out_channels != sizes.in_channels:
+            with torch.device(teacher.device):
+                head = Head(config.network)
+            head.load_state_dict(without_variance(network.head.state_dict(), sizes))
+            network.head = head
+        student = cls(config, network).to(teacher.device)
+        student.codec = teacher.codec
+        return student
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into a folder; an interrupted write leaves the old folder as it was."""
-        save_folder(Path(path), self.config.to_json(), self.state_dict(), kind="Student")
+        """Write `config.json`, `model.safetensors` and, with a codec, `vae/`; an interrupted write leaves the old folder."""
+        save_folder(Path(path), self.config.to_json(), self.state_dict(), kind="Student", codec=self.codec)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> Student:
-        """Read a student's folder, or a run folder with one in `student/`.
+    def from_pretrained(cls, path: str | Path, *, network: Callable[[DiTConfig], nn.Module] | None = None) -> Student:
+        """Read a student's folder, or a run's or a pipeline's folder with one in `student/`.
+
+        Args:
+            path: the folder.
+            network: makes the network of a student that is not made of pyard's own DiT (`docs/own-teacher.md`).
 
         Raises:
             InputError: no student there, or files that do not fit.
         """
         path = Path(path)
         folder = path / "student" if (path / "student").is_dir() else path
-        config, tensors = load_folder(folder, kind="Student")
-        student = cls(StudentConfig.from_json(config))
+        loaded, tensors = load_folder(folder, kind="Student")
+        config = StudentConfig.from_json(loaded)
         try:
-            student.load_state_dict(tensors)
+            if network is None:
+                with torch.device("meta"):
+                    student = cls(config)
+            else:
+                student = cls(config, network(config.network))
+            student.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
             raise InputError(f"{folder}: the weights do not fit config.json: {error}") from None
+        student.codec = LatentCodec.beside(folder, path)
         return student.eval()
-
-
-def head_without_variance(network: DiT) -> dict[str, torch.Tensor]:
-    """The state of a teacher's head with the rows of its first C output channels only."""
-    head = copy.deepcopy(network.head.state_dict())
-    config = network.config
-    for name in ("linear.weight", "linear.bias"):
-        rows = head[name].unflatten(0, (config.patch_size**2, -1))  # channels are last in a token
-        head[name] = rows[:, : config.in_channels].flatten(0, 1).clone()
-    return head

@@ -92,8 +92,9 @@ def timestep_embedding(
     freq_shift: float,
 ) -> Tensor:  # [..., dim] float32
     half = dim // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=times.device) / (half - freq_shift)
-    angles = times[..., None].float() * torch.exp(-math.log(max_period) * exponents)  # [..., half]
+    # In the order in which DiT and diffusers round: a last bit of a frequency, times t = 999, is 1e-5 of the network's output.
+    exponents = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=times.device) / (half - freq_shift)
+    angles = times[..., None].float() * torch.exp(exponents)  # [..., half]
     embedding = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
     return F.pad(embedding, (0, dim % 2))
 

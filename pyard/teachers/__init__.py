@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from pyard.errors import InputError
 
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from pyard.noise_schedule import NoiseSchedule
     from pyard.teachers.dit import DiTTeacher
+
+# Which code a checkpoint with DiT's tensor names belongs to.
+Family = Literal["dit", "sit"]
 
 
 @runtime_checkable
@@ -46,25 +49,54 @@ class Teacher(Protocol):
         ...
 
 
-def load_teacher(source: str | Path) -> DiTTeacher:
+def load_teacher(
+    source: str | Path,
+    *,
+    family: Family | None = None,
+    num_heads: int | None = None,
+    num_classes: int | None = None,
+    schedule: NoiseSchedule | None = None,
+) -> DiTTeacher:
     """Load a teacher.
 
     Args:
-        source: `digits`, the built-in teacher of scikit-learn's handwritten digits (trained on first use, then cached), or the
-            folder of a teacher that pyard wrote.
+        source: `digits`, the built-in teacher of scikit-learn's handwritten digits (trained on first use, then cached); a
+            folder that pyard wrote; a diffusers folder (`DiTPipeline`, or a `DiTTransformer2DModel` with its scheduler); DiT's
+            or SiT's own `.pt` or `.safetensors`.
+        family: for a `.pt` or `.safetensors` whose name does not say it: `dit` or `sit`.
+        num_heads: for a `.pt` or `.safetensors` of another width than the published models: attention heads.
+        num_classes: for a `.pt` or `.safetensors` whose label table has no row for "no class".
+        schedule: overrides the noise schedule that the source comes with; needed where it comes with none.
 
     Returns:
         The teacher, ready for `generate_trajectories` and `train`.
 
     Raises:
-        InputError: nothing there that pyard knows how to read.
+        InputError: nothing there that pyard knows how to read, or that it would not reproduce.
     """
     from pyard.teachers.dit import DiTTeacher
 
+    path = Path(source)
     if str(source) == "digits":
         from pyard.teachers.digits import digits_teacher
 
         return digits_teacher()
-    if not Path(source).exists():
-        raise InputError(f"teacher {str(source)!r}: neither a built-in teacher ('digits') nor an existing folder")
-    return DiTTeacher.from_pretrained(source)
+    if not path.exists():
+        raise InputError(f"teacher {str(source)!r}: neither a built-in teacher ('digits') nor an existing file or folder")
+    if path.is_file():
+        from pyard.teachers.checkpoint import load_checkpoint
+
+        return load_checkpoint(path, family=family, num_heads=num_heads, num_classes=num_classes, schedule=schedule)
+    for name, given in (("family", family), ("num_heads", num_heads), ("num_classes", num_classes)):
+        if given is not None:
+            raise InputError(f"teacher {path}: {name} is for .pt and .safetensors files; a folder says it itself")
+    from pyard.teachers.diffusers_folder import is_diffusers_folder, load_diffusers
+
+    if is_diffusers_folder(path):
+        return load_diffusers(path, schedule=schedule)
+    teacher = DiTTeacher.from_pretrained(path)
+    return (
+        teacher
+        if schedule is None
+        else DiTTeacher(teacher.network, schedule, codec=teacher.codec, class_names=teacher.class_names)
+    )

@@ -27,6 +27,7 @@ class TrainConfig:
     output: Output
     heads: Heads
     history_bias: float | None
+    lora_rank: int | None
     max_steps: int
     batch_size: int
     learning_rate: float

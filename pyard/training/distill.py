@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from pyard.errors import InputError
+from pyard.models.lora import add_lora, merge_lora
 from pyard.models.student import Heads, Output, Student
 from pyard.ops.masks import Mask
 from pyard.teachers import load_teacher
@@ -35,6 +36,7 @@ def train(
     output: Output = "direct",
     heads: Heads = "per_step",
     history_bias: float | None = None,
+    lora_rank: int | None = None,
     num_trajectories: int = 8192,
     max_steps: int = 2000,
     batch_size: int = 64,
@@ -73,6 +75,8 @@ def train(
         output: `direct` as published, or `jump` (needs `state` targets): start as the teacher's own DDIM/Euler sampler.
         heads: an output head `per_step`, or one `shared`.
         history_bias: start value of a learned bias on the attention to earlier steps; none: no bias.
+        lora_rank: train low-rank additions to the blocks (PEFT) and the heads, not all weights; the result has them added in.
+            None: train everything.
         num_trajectories: how many to generate if there is no store.
         max_steps: updates.
         batch_size: trajectories an update, over all processes.
@@ -111,6 +115,7 @@ def train(
         output=output,
         heads=heads,
         history_bias=history_bias,
+        lora_rank=lora_rank,
         max_steps=max_steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -135,6 +140,8 @@ def train(
         heads=heads,
         history_bias=history_bias,
     )
+    if lora_rank is not None:
+        add_lora(student, lora_rank)
     accelerator = Accelerator(mixed_precision=mixed_precision)
     world, rank = accelerator.num_processes, accelerator.process_index
     if batch_size % world:
@@ -194,6 +201,7 @@ def train(
         log.close()
     result = ema.module.eval()
     assert isinstance(result, Student)
+    merge_lora(result)
     if accelerator.is_main_process:
         result.save_pretrained(out / "student")
     accelerator.wait_for_everyone()

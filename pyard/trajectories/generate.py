@@ -1,39 +1,35 @@
-"""The writer: noise and labels in, one shard after another out; a kill loses at most the shard being computed."""
+"""The writer: noise and labels in, one shard after another out; a kill loses at most the two shards it was working on."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
-import platform
+import os
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import filelock
-import numpy as np
-import safetensors.torch
 import torch
 from tqdm import tqdm
 
-import pyard
 from pyard.errors import InputError
-from pyard.noise import standard_normal
-from pyard.solvers import solve
+from pyard.solvers import Solver, solver_of
 from pyard.teachers import Teacher, load_teacher
 from pyard.time_grid import TimeGrid
-from pyard.trajectories.manifest import DType, Keep, TrajectoryManifest
-from pyard.trajectories.shard import ShardRecord
-from pyard.trajectories.store import TrajectoryStore, read_manifest, remove_leftovers, start_writing, write_shard
+from pyard.trajectories.compute import compiled, compute_batch, device_name, drawn_ahead, pack_shard, warm_up
+from pyard.trajectories.manifest import DType, Keep, Precision, TrajectoryManifest
+from pyard.trajectories.parts import Part, wait_for_others, writing
+from pyard.trajectories.store import TrajectoryStore, read_manifest, remove_leftovers, shard_ranges, write_shard
+
+if TYPE_CHECKING:
+    from pyard.teachers.dit import DiTTeacher
 
 DEFAULT_BATCH_SIZE = 64
 MAX_SHARD_SAMPLES = 1024
 MAX_SHARD_BYTES = 256 * 2**20
-
-_TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def generate_trajectories(
@@ -46,29 +42,41 @@ def generate_trajectories(
     grid: TimeGrid | None = None,
     cfg_scale: float = 1.5,
     cfg_channels: int | None = None,
+    cfg_interval: tuple[float, float] | None = None,
+    solver: Solver | None = None,
     keep: Keep = "both",
     dtype: DType = "float32",
     seed: int = 0,
     labels: Literal["uniform", "balanced"] | list[int] = "uniform",
     batch_size: int | None = None,
     shard_size: int | None = None,
+    precision: Precision = "float32",
+    compile: bool = False,
+    device: str | None = None,
+    part: str | None = None,
     progress: bool = True,
 ) -> TrajectoryStore:
     """Write a teacher's ODE trajectories, from noise to data, to a store that students learn from.
 
     The same call resumes what was interrupted, and a larger count appends to what is there. Sample i is a function of
     `seed` and i: its noise and label bit by bit on every machine, its states bit by bit for equal batch_size on one
-    kind of machine.
+    kind of machine. Before it starts it says how many bytes and how much time it will take.
+
+    Any number of processes write one store: those of `torchrun` and `accelerate launch` share the work by themselves, others
+    by `part`, in one folder or in several that `pyard trajectories merge` joins. See also `pyard trajectories verify`, `stats`
+    and `convert`.
 
     Args:
         teacher: a teacher, `digits` for the built-in one, or a teacher's folder.
         out: folder of the store.
         count: how many trajectories the store is to hold in all.
         num_steps: S, the jumps of the student-to-be: states and denoised predictions are stored at S places each.
-        teacher_steps: steps of the teacher's solver (DDIM for diffusion schedules, Euler for flows).
+        teacher_steps: steps of the teacher's solver.
         grid: the places themselves; overrides num_steps and teacher_steps.
         cfg_scale: classifier-free guidance weight; 1 is none and halves the cost.
         cfg_channels: guide only the first so many channels, as DiT's public code does with 3 of 4; None guides all.
+        cfg_interval: lowest and highest teacher time (0 to 999 for DiT, 0 to 1 for flows) with guidance; None: all times.
+        solver: `ddim` for diffusion schedules; `euler` or `heun` (two evaluations a step) for flows; None: ddim or euler.
         keep: what to store beside noise and label: `state` (x_t at the grid times), `denoised` (of x_0) or `both`.
         dtype: how states and predictions are stored, the noise always in float32. Sidecars record the rounding error.
         seed: of noise and labels, 0 to 2**64 - 1.
@@ -76,17 +84,23 @@ def generate_trajectories(
         batch_size: samples that the teacher computes together, twice that with guidance; None: 64, or the store's.
         shard_size: samples in a file, a multiple of batch_size, of which a kill loses one; None: at most 1024 samples
             and 256 MiB, or the store's.
-        progress: show a progress bar with rate and time left.
+        precision: `bfloat16` lets the teacher compute in it by autocast, which is faster on GPUs; the solver stays in float32.
+        compile: compile the teacher by torch.compile, with CUDA graphs on a GPU.
+        device: where a teacher given by name computes, such as `cuda:1`; None: a GPU if there is one, each process its own.
+        part: k/n with k from 1 to n: write only every n-th shard, n processes or machines in all; None: as torchrun's or
+            Accelerate's environment says, or all. `1/1` is all in any case.
+        progress: show a progress bar with rate, time left and disk use.
 
     Returns:
-        The store, complete.
+        The store; complete, unless only a `part` was asked for.
 
     Raises:
         InputError: the folder holds trajectories of another teacher, grid or other setting; the disk cannot hold them;
-            the teacher computes numbers that are not finite; or another process writes the same store.
+            the teacher computes numbers that are not finite; or another process writes the same shards.
     """
+    mine = Part.parse(part)
     if isinstance(teacher, str | Path):
-        teacher = load_teacher(teacher)
+        teacher = on_device(load_teacher(teacher), device)
     if count < 1:
         raise InputError(f"trajectories: count is {count}; expected at least 1")
     out = Path(out)
@@ -98,11 +112,14 @@ def generate_trajectories(
     batch_size = batch_size or (there.batch_size if there else DEFAULT_BATCH_SIZE)
     manifest = TrajectoryManifest(
         teacher_fingerprint=teacher.fingerprint,
-        solver="ddim" if teacher.schedule.kind == "ddpm" else "euler",
+        solver=solver_of(teacher.schedule, solver),
         schedule=teacher.schedule,
         grid=grid,
         cfg_scale=cfg_scale,
         cfg_channels=cfg_channels,
+        cfg_interval=cfg_interval,
+        precision=precision,
+        compiled=compile,
         sample_shape=teacher.sample_shape,
         num_classes=teacher.num_classes,
         keep=keep,
@@ -115,115 +132,86 @@ def generate_trajectories(
     if shard_size is None and there is None:
         manifest = dataclasses.replace(manifest, shard_size=default_shard_size(manifest))
 
-    with sole_writer(out):
-        store = start_writing(out, manifest, count)
+    with compiled(teacher, compile), writing(out, mine, manifest, count) as store:
         for shard in store.shards:
-            remove_leftovers(out, shard)
-        write_missing(teacher, store, count, progress)
+            if mine.owns(shard.first, manifest):
+                remove_leftovers(out, shard)
+        missing = [(first, end) for first, end in store.missing() if mine.owns(first, manifest)]
+        require_disk_space(store, store.missing() if mine.same_folder else missing)
+        write_shards(teacher, store, missing, progress, mine)
+    if mine.same_folder:
+        wait_for_others(out, mine, progress)
     return TrajectoryStore.open(out)
 
 
-def write_missing(teacher: Teacher, store: TrajectoryStore, count: int, progress: bool) -> None:
-    """Compute and write every shard that `count` samples need and the store does not hold."""
-    missing = store.missing()
-    require_disk_space(store, missing, progress)
-    samples = sum(end - first for first, end in missing)
+def write_shards(teacher: Teacher, store: TrajectoryStore, missing: list[tuple[int, int]], progress: bool, part: Part) -> None:
+    """Compute and write shards; a thread writes one while the next is computed."""
     manifest = store.manifest
-    with tqdm(
-        total=store.requested_count,
-        initial=store.requested_count - samples,
-        desc="trajectories",
+    begins = [begin for first, end in missing for begin in range(first, end, manifest.batch_size)]
+    own = [end - first for first, end in shard_ranges(manifest, store.requested_count) if part.owns(first, manifest)]
+    samples = sum(end - first for first, end in missing)
+    used = sum(shard.num_bytes for shard in store.shards)
+    drawn = drawn_ahead(manifest, begins)
+    device = device_name(teacher.device)
+
+    def finish(tensors: dict[str, torch.Tensor], first: int) -> int:
+        content, record = pack_shard(tensors, manifest, first, device)
+        write_shard(store, content, record)
+        return len(content)
+
+    bar = tqdm(
+        total=sum(own),
+        initial=sum(own) - samples,
+        desc="trajectories" if part.count == 1 else f"trajectories, part {part}",
         unit=" trajectories",
+        position=part.number - 1,
         disable=not progress or not missing,
-    ) as bar:
+    )
+    with bar, contextlib.closing(drawn), ThreadPoolExecutor(1, "writer") as writer:
+        being_written: Future[int] | None = None
         for first, end in missing:
             batches = []
             for begin in range(first, end, manifest.batch_size):
-                batches.append(compute_batch(teacher, manifest, begin))
+                noise, label = next(drawn)
+                if begin == begins[0] and progress:
+                    warm_up(teacher, manifest, noise, label)
+                started = time.perf_counter()
+                batches.append(compute_batch(teacher, manifest, begin, noise, label))
+                if begin == begins[0] and progress:
+                    announce(store, samples, len(begins) * (time.perf_counter() - started))
                 bar.update(min(manifest.batch_size, end - begin))
             # Batches are computed whole, and samples past `end` dropped: last bits must not depend on the count.
             tensors = {name: torch.cat([batch[name] for batch in batches])[: end - first] for name in batches[0]}
-            content, record = pack_shard(tensors, manifest, first, device_name(teacher.device))
-            write_shard(store, content, record)
-            bar.set_postfix_str(f"{format_bytes(end * manifest.sample_bytes)} on disk")
+            # One shard waits at most, so that memory is bounded and a full disk stops the teacher.
+            if being_written is not None:
+                used += being_written.result()
+                bar.set_postfix_str(f"{format_bytes(used)} on disk")
+            being_written = writer.submit(finish, tensors, first)
+        if being_written is not None:
+            used += being_written.result()
+            bar.set_postfix_str(f"{format_bytes(used)} on disk")
 
 
-def compute_batch(teacher: Teacher, manifest: TrajectoryManifest, first: int) -> dict[str, torch.Tensor]:
-    """Solve the teacher's ODE for the samples first ... first + batch_size - 1.
-
-    Returns:
-        On the CPU: `label` int64 [B]; float32 `noise` [B, C, H, W] and, if kept, `state`, `denoised` [B, S, C, H, W].
-    """
-    indices = np.arange(first, first + manifest.batch_size)
-    noise = torch.from_numpy(standard_normal(manifest.seed, indices, manifest.sample_shape))
-    label = torch.from_numpy(manifest.label_of(indices))
-    grid = manifest.grid
-    states: list[torch.Tensor] = []  # S times [B, C, H, W], x_0 last
-    denoised: list[torch.Tensor] = []
-    trajectory = solve(
-        teacher,
-        noise.to(teacher.device),
-        label.to(teacher.device),
-        grid.teacher_steps,
-        cfg_scale=manifest.cfg_scale,
-        cfg_channels=manifest.cfg_channels,
+def announce(store: TrajectoryStore, samples: int, seconds: float) -> None:
+    """Say what the missing trajectories take, the time estimated from the first batch."""
+    tqdm.write(
+        f"{samples} trajectories of {format_bytes(store.manifest.sample_bytes)}: "
+        f"{format_bytes(samples * store.manifest.sample_bytes)}, {format_bytes(shutil.disk_usage(store.path).free)} free in "
+        f"{store.path}; about {format_seconds(seconds)} ({samples / seconds:.3g} trajectories/s)",
+        file=sys.stderr,
     )
-    for evaluation, (state, prediction) in enumerate(trajectory, start=1):
-        if evaluation in grid.state_index:
-            states.append(state)
-        if evaluation in grid.denoised_index:
-            denoised.append(prediction)
-    denoised.append(states[-1])
-    batch = {"label": label, "noise": noise}
-    for name, steps in (("state", states), ("denoised", denoised)):
-        if manifest.keep not in (name, "both"):
-            continue
-        stacked = torch.stack(steps, dim=1).cpu()
-        if not bool(torch.isfinite(stacked).all()):
-            sample = int(torch.nonzero(~torch.isfinite(stacked))[0, 0])
-            raise InputError(
-                f"trajectories: the teacher's {name} of sample {first + sample} (label {int(label[sample])}) is not "
-                "finite; the teacher is broken, or computes in a dtype too narrow for it"
-            )
-        batch[name] = stacked
-    return batch
 
 
-def pack_shard(
-    tensors: dict[str, torch.Tensor], manifest: TrajectoryManifest, first: int, device: str
-) -> tuple[bytes, ShardRecord]:
-    """Round the tensors of a shard to the manifest's dtype and serialize them.
-
-    Returns:
-        The bytes of the safetensors file and its sidecar.
-    """
-    dtype = _TORCH_DTYPES[manifest.dtype]
-    stored = dict(tensors)
-    rounding = {}
-    for name in stored.keys() & {"state", "denoised"}:
-        exact = tensors[name]
-        stored[name] = exact.to(dtype)
-        if not bool(torch.isfinite(stored[name]).all()):
-            raise InputError(
-                f"trajectories: {name} reaches {float(exact.abs().max()):.3g}, more than {manifest.dtype} holds; "
-                "use dtype=bfloat16"
-            )
-        if dtype != torch.float32:
-            error = stored[name].double() - exact.double()
-            rounding[name] = {"rms": float(error.square().mean().sqrt()), "max": float(error.abs().max())}
-    # One key only: safetensors writes several in an order that changes from run to run.
-    about = json.dumps({"first": first, "manifest": manifest.digest}, sort_keys=True)
-    content = safetensors.torch.save({name: tensor.contiguous() for name, tensor in stored.items()}, {"pyard": about})
-    record = ShardRecord(
-        first=first,
-        count=len(tensors["label"]),
-        num_bytes=len(content),
-        sha256=hashlib.sha256(content).hexdigest(),
-        manifest=manifest.digest,
-        rounding=dict(sorted(rounding.items())),
-        written_by={"pyard": pyard.__version__, "torch": torch.__version__, "device": device},
-    )
-    return content, record
+def on_device(teacher: DiTTeacher, device: str | None) -> DiTTeacher:
+    """The teacher where it is to compute: the device asked for, or this process's GPU if there is one."""
+    if device is None:
+        if not torch.cuda.is_available():
+            return teacher
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    try:
+        return teacher.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"trajectories: device is {device!r}: {str(error).splitlines()[0]}") from None
 
 
 def default_shard_size(manifest: TrajectoryManifest) -> int:
@@ -232,47 +220,17 @@ def default_shard_size(manifest: TrajectoryManifest) -> int:
     return max(1, samples // manifest.batch_size) * manifest.batch_size
 
 
-def require_disk_space(store: TrajectoryStore, missing: list[tuple[int, int]], progress: bool) -> None:
-    """Say what the missing shards will take; raises InputError if the disk has not so much left."""
-    if not missing:
-        return
+def require_disk_space(store: TrajectoryStore, missing: list[tuple[int, int]]) -> None:
+    """Raises InputError if the disk has less left than the missing shards will take."""
     # A header and a sidecar are about a block each.
     needed = sum((end - first) * store.manifest.sample_bytes + 8192 for first, end in missing)
     free = shutil.disk_usage(store.path).free
-    samples = sum(end - first for first, end in missing)
-    what = (
-        f"{samples} trajectories of {format_bytes(store.manifest.sample_bytes)}: {format_bytes(needed)}, "
-        f"{format_bytes(free)} free in {store.path}"
-    )
     if needed > free:
         raise InputError(
-            f"{what}; free some, choose another folder, keep only one of state and denoised, or use dtype=bfloat16"
+            f"{sum(end - first for first, end in missing)} trajectories of {format_bytes(store.manifest.sample_bytes)}: "
+            f"{format_bytes(needed)}, {format_bytes(free)} free in {store.path}; free some, choose another folder, "
+            "keep only one of state and denoised, or use dtype=bfloat16"
         )
-    if progress:
-        print(what, file=sys.stderr)
-
-
-@contextlib.contextmanager
-def sole_writer(path: Path) -> Iterator[None]:
-    """Hold the store's lock, which the system releases even if the process is killed."""
-    path.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise InputError(f"trajectories {path}: another process is writing this store; wait for it, or stop it") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def device_name(device: torch.device) -> str:
-    """What computed the states, as far as their last bits may depend on it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{device.type} {platform.machine()} {capability}, {torch.get_num_threads()} threads"
 
 
 def format_bytes(size: float) -> str:
@@ -282,3 +240,13 @@ def format_bytes(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
+
+
+def format_seconds(seconds: float) -> str:
+    """4000 -> '1 h 7 min'."""
+    minutes, hours, days = round(seconds / 60), round(seconds / 3600), round(seconds / 86400)
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{days} days"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +16,17 @@ from numpy.typing import NDArray
 from pyard.errors import InputError
 from pyard.noise import uniform_labels
 from pyard.noise_schedule import NoiseSchedule
+from pyard.solvers import Solver, solver_of
 from pyard.time_grid import Target, TimeGrid
 
 FORMAT_VERSION = 1
 
+# Fingerprint and solver of trajectories that another program wrote, as far as nobody says what they are.
+IMPORTED: Final = "unknown"
+
 Keep = Literal["state", "denoised", "both"]
 DType = Literal["float32", "float16", "bfloat16"]
+Precision = Literal["float32", "bfloat16"]
 
 # Names of safetensors' header, with bytes per number.
 SAFETENSORS_DTYPES: dict[str, tuple[str, int]] = {
@@ -50,11 +56,14 @@ class TrajectoryManifest:
 
     Args:
         teacher_fingerprint: sha256 that changes whenever the teacher's predictions do.
-        solver: `ddim` for diffusion schedules, `euler` for flows.
+        solver: `ddim` for diffusion schedules, `euler` or `heun` for flows; `unknown` for imported trajectories.
         schedule: the teacher's noise schedule.
         grid: which places of the teacher's trajectory are stored.
         cfg_scale: guidance weight; 1 is none.
         cfg_channels: channels that are guided; None: all.
+        cfg_interval: lowest and highest teacher time that is guided; None: all.
+        precision: what the teacher computed in; `bfloat16` is autocast.
+        compiled: whether the teacher was compiled, which changes last bits.
         sample_shape: (C, H, W) of one sample.
         num_classes: labels are 0 ... num_classes - 1.
         keep: which tensors are stored beside noise and labels: `state`, `denoised` or `both`.
@@ -67,11 +76,14 @@ class TrajectoryManifest:
     """
 
     teacher_fingerprint: str
-    solver: str
+    solver: Solver | Literal["unknown"]
     schedule: NoiseSchedule
     grid: TimeGrid
     cfg_scale: float
     cfg_channels: int | None
+    cfg_interval: tuple[float, float] | None
+    precision: Precision
+    compiled: bool
     sample_shape: tuple[int, int, int]
     num_classes: int
     keep: Keep
@@ -90,9 +102,11 @@ class TrajectoryManifest:
         shape = self.sample_shape
         if len(shape) != 3 or any(not _is_int(size) or size < 1 for size in shape):
             raise InputError(f"trajectories: sample_shape is {shape}; expected (C, H, W)")
-        for name, choices in (("keep", get_args(Keep)), ("dtype", get_args(DType)), ("solver", ("ddim", "euler"))):
+        for name, choices in (("keep", get_args(Keep)), ("dtype", get_args(DType)), ("precision", get_args(Precision))):
             if getattr(self, name) not in choices:
                 raise InputError(f"trajectories: {name} is {getattr(self, name)!r}; expected one of {choices}")
+        if self.solver != IMPORTED:
+            solver_of(self.schedule, self.solver)
         if not _is_int(self.seed) or not 0 <= self.seed < 2**64:
             raise InputError(f"trajectories: seed is {self.seed!r}; expected 0 to 2**64 - 1")
         if not _is_int(self.num_classes) or self.num_classes < 1:
@@ -101,6 +115,13 @@ class TrajectoryManifest:
             raise InputError(f"trajectories: cfg_scale is {self.cfg_scale}; expected a finite number, 1 for no guidance")
         if self.cfg_channels is not None and not (_is_int(self.cfg_channels) and 1 <= self.cfg_channels <= shape[0]):
             raise InputError(f"trajectories: cfg_channels is {self.cfg_channels!r}; expected 1 to {shape[0]}, or None for all")
+        if self.cfg_interval is not None:
+            interval = tuple(float(time) for time in self.cfg_interval)
+            if len(interval) != 2 or not interval[0] <= interval[1]:
+                raise InputError(f"trajectories: cfg_interval is {interval}; expected (lowest, highest) teacher time")
+            object.__setattr__(self, "cfg_interval", interval)
+        if not isinstance(self.compiled, bool):
+            raise InputError(f"trajectories: compiled is {self.compiled!r}; expected true or false")
         if not _is_int(self.batch_size) or self.batch_size < 1:
             raise InputError(f"trajectories: batch_size is {self.batch_size!r}; expected at least 1")
         if not _is_int(self.shard_size) or self.shard_size < 1 or self.shard_size % self.batch_size:
@@ -125,7 +146,7 @@ class TrajectoryManifest:
                 f"the teacher's classes are 0 to {self.num_classes - 1}"
             )
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """sha256 of the manifest, which every shard carries, so that none can be read under another manifest."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
@@ -148,7 +169,11 @@ class TrajectoryManifest:
             if self.labels == "uniform":
                 return uniform_labels(self.seed, indices, self.num_classes)
             return indices % self.num_classes
-        return np.array(self.labels, dtype=np.int64)[indices % len(self.labels)]
+        return self._given_labels[indices % len(self._given_labels)]
+
+    @functools.cached_property
+    def _given_labels(self) -> NDArray[np.int64]:
+        return np.array(self.labels, dtype=np.int64)
 
     def require_target(self, target: Target, where: str) -> None:
         """Raises InputError if a student of `target` cannot learn from this store."""
@@ -202,7 +227,7 @@ class TrajectoryManifest:
         if set(config) != names:
             missing, unknown = sorted(names - set(config)), sorted(set(config) - names)
             raise InputError(f"settings missing: {missing or 'none'}, unknown: {unknown or 'none'}")
-        labels = config["labels"]
+        labels, interval = config["labels"], config["cfg_interval"]
         try:
             return cls(
                 **{
@@ -210,6 +235,7 @@ class TrajectoryManifest:
                     "schedule": NoiseSchedule.from_json(config["schedule"]),
                     "grid": TimeGrid.from_json(config["grid"]),
                     "sample_shape": tuple(config["sample_shape"]),
+                    "cfg_interval": None if interval is None else tuple(interval),
                     "labels": labels if isinstance(labels, str) else tuple(labels),
                 }
             )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -13,58 +12,23 @@ from numpy.typing import NDArray
 
 from pyard.errors import InputError
 from pyard.time_grid import Target
+from pyard.trajectories.batch import TrajectoryBatch
+from pyard.trajectories.gather import Backend, BatchDType, Gather, NativeGather, PythonGather, ResidentGather, native_module
 from pyard.trajectories.store import TrajectoryStore
 
 # Philox stream of the shuffling; noise and labels have 0 and 1 (noise.py).
 _ORDER_STREAM = 2
-# Each mapped shard holds a file descriptor, of which a process often has 1024.
-_MAX_MAPPED_SHARDS = 256
-
-
-@dataclass(frozen=True)
-class TrajectoryBatch:
-    """What a student learns from in one step.
-
-    Args:
-        history: its S inputs, x_T first, float32 [B, S, C, H, W].
-        target: its S outputs, x_0 last, float32 [B, S, C, H, W].
-        condition: class labels, int64 [B].
-    """
-
-    history: torch.Tensor
-    target: torch.Tensor
-    condition: torch.Tensor
-
-    def __post_init__(self) -> None:
-        if self.history.ndim != 5 or self.target.shape != self.history.shape or self.condition.shape != self.history.shape[:1]:
-            raise InputError(
-                f"{self}: expected history and target of one shape [B, S, C, H, W] and condition [B]; "
-                "one of them was built from other samples"
-            )
-        if not (self.history.is_floating_point() and self.target.dtype == self.history.dtype):
-            raise InputError(f"{self}: expected history and target in one floating-point dtype")
-        if self.condition.dtype != torch.int64:
-            raise InputError(f"{self}: expected condition to be int64 class labels")
-
-    def __len__(self) -> int:
-        return len(self.condition)
-
-    def __repr__(self) -> str:
-        names = ("history", "target", "condition")
-        tensors = ((name, getattr(self, name)) for name in names)
-        described = (f"{name}={str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for name, tensor in tensors)
-        return f"TrajectoryBatch({', '.join(described)})"
-
-    def to(self, device: torch.device | str) -> TrajectoryBatch:
-        """The batch on another device; the copy does not wait where the memory is pinned."""
-        return TrajectoryBatch(*(t.to(device, non_blocking=True) for t in (self.history, self.target, self.condition)))
 
 
 class TrajectoryReader:
     """Iterates shuffled `TrajectoryBatch`es for ever.
 
     An epoch visits every trajectory at most once: all ranks together take consecutive slices of world_size * batch_size
-    from one permutation, which is a function of (seed, epoch); a last slice that is not full is dropped.
+    from one permutation, which is a function of (seed, epoch). Which backend reads makes no difference to the batches.
+
+    Example:
+        reader = TrajectoryReader("trajectories/digits", 64, target="denoised")
+        history, target, labels = (batch := next(reader)).history, batch.target, batch.condition
 
     Args:
         store: a complete store, or its folder.
@@ -73,6 +37,13 @@ class TrajectoryReader:
         seed: of the order, 0 to 2**64 - 1.
         rank: which of world_size readers this is.
         world_size: how many readers share an epoch.
+        drop_last: leave out an epoch's last slice if it is not full; if False, its samples are dealt to the ranks as evenly as
+            can be, in smaller batches (and left out only if they are fewer than the ranks).
+        dtype: `float32`, or `stored`: what the store keeps, noise rounded to it.
+        backend: `native` (threads, memory maps, batches gathered ahead), `python`, or `auto`: native if it was built.
+        prefetch: batches that the native backend gathers ahead.
+        num_threads: threads of the native backend; None: one for each processor, at most 8.
+        resident: device on which to hold all trajectories, such as `cuda`; batches are made there. None: read from the disk.
 
     Raises:
         InputError: a store that is not complete, does not keep `target`, or is smaller than one batch of all ranks.
@@ -87,6 +58,12 @@ class TrajectoryReader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        drop_last: bool = True,
+        dtype: BatchDType = "float32",
+        backend: Backend = "auto",
+        prefetch: int = 2,
+        num_threads: int | None = None,
+        resident: torch.device | str | None = None,
     ):
         self.store = store if isinstance(store, TrajectoryStore) else TrajectoryStore.open(store)
         self.store.manifest.require_target(target, str(self.store.path))
@@ -98,50 +75,56 @@ class TrajectoryReader:
             )
         if not 0 <= seed < 2**64:
             raise InputError(f"reader: seed is {seed}; expected 0 to 2**64 - 1")
-        if self.store.count < batch_size * world_size:
+        if prefetch < 0 or (num_threads is not None and num_threads < 1):
+            raise InputError(
+                f"reader: prefetch {prefetch}, num_threads {num_threads}; expected a prefetch from 0 on and at least one thread"
+            )
+        for name, value, choices in (("dtype", dtype, get_args(BatchDType)), ("backend", backend, get_args(Backend))):
+            if value not in choices:
+                raise InputError(f"reader: {name} is {value!r}; expected one of {choices}")
+        self.batch_size, self.target, self.seed, self.rank, self.world_size = batch_size, target, seed, rank, world_size
+        self.drop_last = drop_last
+        if self.batches_per_epoch == 0:
             raise InputError(
                 f"trajectories {self.store.path}: {self.store.count} trajectories are fewer than one batch of "
                 f"{batch_size} on {world_size} ranks; use a smaller batch_size or generate more"
             )
-        self.batch_size, self.target, self.seed, self.rank, self.world_size = batch_size, target, seed, rank, world_size
+        out = torch.float32 if dtype == "float32" else getattr(torch, self.store.manifest.dtype)
+        self._gather: Gather
+        if resident is not None:
+            self._gather, self._ahead = ResidentGather(self.store, target, out, resident), 0
+        elif backend == "native" or (backend == "auto" and native_module()[0] is not None):
+            self._gather = NativeGather(self.store, target, out, batch_size, prefetch, num_threads)
+            self._ahead = prefetch
+        else:
+            self._gather, self._ahead = PythonGather(self.store, target, out), 0
         self._epoch = 0
         self._batch = 0  # batches of this epoch that were handed out
+        self._begun: deque[Callable[[], TrajectoryBatch]] = deque()  # batches that follow those
         self._order = epoch_order(self.store.count, seed, epoch=0)
-        self._mapped = functools.lru_cache(maxsize=_MAX_MAPPED_SHARDS)(self._map)
+        self._order_epoch = 0
 
     @property
     def batches_per_epoch(self) -> int:
         """Batches that each rank gets from an epoch."""
-        return self.store.count // (self.batch_size * self.world_size)
+        full, rest = divmod(self.store.count, self.batch_size * self.world_size)
+        return full + (not self.drop_last and rest >= self.world_size)
 
     def __iter__(self) -> Iterator[TrajectoryBatch]:
         return self
 
     def __next__(self) -> TrajectoryBatch:
-        if self._batch == self.batches_per_epoch:
-            self._seek(self._epoch + 1, 0)
-        start = (self._batch * self.world_size + self.rank) * self.batch_size
-        batch = self.gather(self._order[start : start + self.batch_size])
+        while len(self._begun) <= self._ahead:
+            self._begun.append(self._gather.start(self._indices(*self._after(len(self._begun)))))
+        batch = self._begun[0]()
+        self._begun.popleft()
+        self._epoch, self._batch = self._after(0)
         self._batch += 1
         return batch
 
     def gather(self, indices: NDArray[np.int64]) -> TrajectoryBatch:
         """The batch of the given samples, in that order."""
-        manifest = self.store.manifest
-        noise = torch.empty(len(indices), *manifest.sample_shape)
-        target = torch.empty(len(indices), manifest.grid.num_steps, *manifest.sample_shape)
-        condition = torch.empty(len(indices), dtype=torch.int64)
-        shard_of = indices // manifest.shard_size
-        for shard in np.unique(shard_of):
-            places = np.flatnonzero(shard_of == shard)
-            rows = indices[places] - shard * manifest.shard_size
-            arrays = self._mapped(int(shard))
-            to = torch.from_numpy(places)
-            noise[to] = torch.from_numpy(arrays["noise"][rows])
-            target[to] = as_float32(arrays[self.target][rows])
-            condition[to] = torch.from_numpy(arrays["label"][rows])
-        history = torch.cat([noise[:, None], target[:, :-1]], dim=1)
-        return TrajectoryBatch(history, target, condition)
+        return self._gather.start(indices)()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch comes from; the same on every rank, JSON-able."""
@@ -167,12 +150,21 @@ class TrajectoryReader:
                 f"reader: epoch {epoch!r}, batch {batch!r}; expected an epoch from 0 on and a batch of 0 to "
                 f"{self.batches_per_epoch}"
             )
-        self._seek(epoch, batch)
-
-    def _seek(self, epoch: int, batch: int) -> None:
-        if epoch != self._epoch:
-            self._order = epoch_order(self.store.count, self.seed, epoch)
+        self._begun.clear()
         self._epoch, self._batch = epoch, batch
+
+    def _after(self, batches: int) -> tuple[int, int]:
+        """(epoch, batch) of the batch to hand out after so many more."""
+        epochs, batch = divmod(self._batch + batches, self.batches_per_epoch)
+        return self._epoch + epochs, batch
+
+    def _indices(self, epoch: int, batch: int) -> NDArray[np.int64]:
+        """This rank's samples of a batch."""
+        if epoch != self._order_epoch:
+            self._order, self._order_epoch = epoch_order(self.store.count, self.seed, epoch), epoch
+        global_size = self.batch_size * self.world_size
+        of_all_ranks = self._order[batch * global_size : (batch + 1) * global_size]
+        return np.array_split(of_all_ranks, self.world_size)[self.rank]
 
     def _order_settings(self) -> dict[str, Any]:
         # Ranks may change as long as all of them together take the same samples in a step.
@@ -180,11 +172,9 @@ class TrajectoryReader:
             "seed": self.seed,
             "count": self.store.count,
             "global_batch_size": self.batch_size * self.world_size,
+            "drop_last": self.drop_last,
             "manifest": self.store.manifest.digest,
         }
-
-    def _map(self, shard: int) -> dict[str, NDArray[Any]]:
-        return self.store.tensors(self.store.shards[shard])
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -195,10 +185,3 @@ def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """
     key, counter = np.array([seed, epoch], dtype=np.uint64), np.array([0, 0, 0, _ORDER_STREAM], dtype=np.uint64)
     return np.argsort(np.random.Philox(key=key, counter=counter).random_raw(count), kind="stable").astype(np.int64)
-
-
-def as_float32(array: NDArray[Any]) -> torch.Tensor:
-    """float32, from float32, float16 or the bits of bfloat16."""
-    if array.dtype == np.uint16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).float()
-    return torch.from_numpy(array).float()

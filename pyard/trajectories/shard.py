@@ -168,7 +168,10 @@ def read_header(path: Path, layout: dict[str, TensorLayout]) -> dict[str, int]:
     for name, tensor in layout.items():
         entry = header[name]
         dtype = SAFETENSORS_DTYPES[tensor.dtype][0]
-        if not isinstance(entry, dict) or entry.get("dtype") != dtype or entry.get("shape") != list(tensor.shape):
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        # 2.0 and True are equal to numbers that they must not pass for.
+        whole = isinstance(shape, list) and all(type(size) is int for size in shape)
+        if not whole or shape != list(tensor.shape) or entry.get("dtype") != dtype:
             raise InputError(f"{path}: tensor {name!r} is {entry}; the manifest says {dtype} {list(tensor.shape)}")
         span = entry.get("data_offsets")
         if not (isinstance(span, list) and len(span) == 2 and all(type(offset) is int for offset in span)):

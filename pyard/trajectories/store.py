@@ -171,10 +171,14 @@ def list_shards(path: Path, manifest: TrajectoryManifest) -> tuple[tuple[ShardRe
 
 def missing_shards(manifest: TrajectoryManifest, shards: tuple[ShardRecord, ...], count: int) -> list[tuple[int, int]]:
     """(first, end) of the shards of the first `count` samples that `shards` does not hold whole."""
-    size = manifest.shard_size
     present = {shard.first: shard.end for shard in shards}
-    wanted = [(first, min(first + size, count)) for first in range(0, count, size)]
-    return [(first, end) for first, end in wanted if present.get(first, 0) < end]
+    return [(first, end) for first, end in shard_ranges(manifest, count) if present.get(first, 0) < end]
+
+
+def shard_ranges(manifest: TrajectoryManifest, count: int) -> list[tuple[int, int]]:
+    """(first, end) of all shards of a store of `count` samples."""
+    size = manifest.shard_size
+    return [(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def start_writing(path: Path, wanted: TrajectoryManifest, count: int) -> TrajectoryStore:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import copy
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 from factories import randomise, tiny_student, tiny_teacher
+from ops.tolerance import assert_as_exact_as_plain
 
 from pyard.errors import InputError
 from pyard.models.history import ConcatenatingCache
@@ -179,3 +182,75 @@ def test_history_of_another_shape_is_refused():
     student = tiny_student(4, history_layers=1)
     with pytest.raises(InputError, match=r"expected \[B, 4, 2, 8, 8\]"):
         student(torch.zeros(1, 3, 2, 8, 8), torch.tensor([0]))
+
+
+UNEVEN = dict(state_index=[0, 1, 5, 12], denoised_index=[2, 9], embed_times=[990.5, 700.25, 3.0])
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(target="state", output="jump")], ids=str)
+@torch.inference_mode()
+def test_cached_rollout_equals_parallel_pass_on_an_uneven_grid(settings, tmp_path: Path):
+    teacher = tiny_teacher()
+    grid = TimeGrid.build(teacher.schedule, 3, 12, **UNEVEN)
+    student = Student.from_teacher(teacher, grid, history_layers=2, **settings)
+    randomise(student, 1)
+    history, labels = inputs(student)
+    rollout = list(student.rollout(history[:, 0], labels))
+    seen = torch.stack([history[:, 0], *rollout[:-1]], dim=1)
+    assert relative_error(torch.stack(rollout, dim=1), student(seen, labels)) < 1e-5
+    student.save_pretrained(tmp_path / "student")
+    assert Student.from_pretrained(tmp_path).config.grid == student.config.grid
+    even = Student.from_teacher(teacher, TimeGrid.build(teacher.schedule, 3, 12), history_layers=2, **settings)
+    even.load_state_dict(student.state_dict())
+    assert relative_error(even(seen, labels), student(seen, labels)) > 1e-4
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(mask="window", window=2), dict(mask="anchor", heads="shared"), dict(target="state", output="jump"),
+    dict(target="state", output="jump", history_bias=-1.5),
+], ids=str)  # fmt: skip
+@torch.inference_mode()
+def test_rollout_in_bfloat16_is_as_exact_as_the_parallel_pass(settings):
+    student = tiny_student(4, history_layers=2, **settings).to(torch.bfloat16)
+    exact = copy.deepcopy(student).double()
+    history, labels = inputs(student)
+    rollout = list(student.rollout(history[:, 0], labels))
+    seen = torch.stack([history[:, 0], *rollout[:-1]], dim=1).float()
+    assert_as_exact_as_plain(torch.stack(rollout, dim=1), student(seen, labels), exact(seen.double(), labels))
+    assert student.embed_times.dtype == torch.float32
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+@torch.inference_mode()
+def test_jumps_are_float32_in_any_precision(num_steps):
+    # a_s is 157 at S = 1: a bfloat16 product of it and the noise would be off by half.
+    student = tiny_student(num_steps, history_layers=1, target="state", output="jump").to(torch.bfloat16)
+    for head in student.heads:
+        for parameter in head.linear.parameters():
+            parameter.zero_()
+    history, labels = inputs(student)
+    out = student(history, labels)
+    assert out.dtype == torch.float32
+    scales = torch.tensor([a for a, _ in student.jumps])[:, None, None, None]
+    assert relative_error(out, scales * history) < 1e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(student.float()(history, labels), scales * history) < 1e-6
+
+
+@pytest.mark.parametrize("settings", [dict(mask="diagonal"), dict(history_bias=-1e4)], ids=str)
+@pytest.mark.parametrize("num_steps", [1, 4])
+@torch.inference_mode()
+def test_with_the_history_masked_out_a_fresh_student_is_the_teachers_jump(settings, num_steps):
+    teacher = tiny_teacher()
+    grid = TimeGrid.build(teacher.schedule, num_steps, teacher_steps=12)
+    student = Student.from_teacher(teacher, grid, history_layers=3, target="state", output="jump", **settings)
+    history, labels = inputs(student)
+    out = student(history, labels)
+    for s, (time, later) in enumerate(itertools.pairwise(grid.times)):
+        a, b = teacher.schedule.jump_coefficients(time, later)
+        jump = a * history[:, s] + b * teacher.predict(history[:, s], time, labels)
+        assert relative_error(out[:, s], jump) < 2e-5
+    # With its history, the untrained student is not the teacher: the bias or the mask is what keeps the start.
+    if num_steps > 1:
+        seeing = Student.from_teacher(teacher, grid, history_layers=3, target="state", output="jump")
+        assert relative_error(seeing(history, labels)[:, 1:], out[:, 1:]) > 1e-3

@@ -17,13 +17,14 @@ SPREAD = 0.5
 
 
 class GaussianTeacher:
-    """Predicts eps of x_0 ~ N(mean of the class, SPREAD^2), the mean of no class being 0.
+    """Predicts eps (or velocity, as its schedule says) of x_0 ~ N(mean of the class, SPREAD^2), the mean of no class being 0.
 
     Args:
         shape: (C, H, W).
         num_classes: the mean of class k is (k + 1) / num_classes.
         delay: seconds that a prediction takes.
         explode_from: times below this give predictions that are not finite.
+        schedule: of the forward process; None: DDPM's.
     """
 
     def __init__(
@@ -33,8 +34,9 @@ class GaussianTeacher:
         delay: float = 0.0,
         fingerprint: str = "gaussian",
         explode_from: float = -1.0,
+        schedule: NoiseSchedule | None = None,
     ):
-        self.schedule = NoiseSchedule()
+        self.schedule = schedule or NoiseSchedule()
         self.sample_shape = shape
         self.num_classes = num_classes
         self.fingerprint = fingerprint
@@ -52,7 +54,8 @@ class GaussianTeacher:
         alpha, sigma = self.schedule.alpha(time), self.schedule.sigma(time)
         mean = self.mean(labels).to(x)[:, None, None, None]
         denoised = mean + alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + sigma**2) * (x - alpha * mean)
-        return (x - alpha * denoised) / sigma
+        eps = (x - alpha * denoised) / sigma
+        return eps if self.schedule.prediction == "eps" else eps - denoised
 
     def mean(self, labels: torch.Tensor) -> torch.Tensor:
         """The classes' means [B], 0 for no class."""
@@ -66,11 +69,18 @@ def write(out: Path, count: int = 20, teacher: Teacher | None = None, **settings
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Every file of a store but the lock."""
-    files = (path for path in out.rglob("*") if path.is_file() and path.name != ".lock")
+    """Every file of a store but the locks."""
+    files = (path for path in out.rglob("*") if path.is_file() and path.suffix != ".lock")
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+def flip_byte(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0x10
+    path.write_bytes(content)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    write(Path(sys.argv[1]), int(sys.argv[2]), GaussianTeacher(delay=float(sys.argv[3])))
+    # Arguments: folder, count, seconds of a prediction, part (or "").
+    write(Path(sys.argv[1]), int(sys.argv[2]), GaussianTeacher(delay=float(sys.argv[3])), part=sys.argv[4] or None)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import random
+import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
+import threading
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -20,7 +17,6 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 from factories import tiny_teacher
-from trajectories import gaussian
 from trajectories.gaussian import SPREAD, GaussianTeacher, contents, write
 
 from pyard import TimeGrid
@@ -28,7 +24,8 @@ from pyard.errors import InputError
 from pyard.noise import standard_normal, uniform_labels
 from pyard.noise_schedule import NoiseSchedule
 from pyard.trajectories import TrajectoryStore
-from pyard.trajectories.generate import MAX_SHARD_BYTES, default_shard_size
+from pyard.trajectories.generate import MAX_SHARD_BYTES, default_shard_size, format_bytes, format_seconds
+from pyard.trajectories.store import write_shard
 
 
 def load(store: TrajectoryStore) -> dict[str, np.ndarray]:
@@ -184,6 +181,8 @@ def test_default_shard_is_whole_batches_within_bounds(tmp_path: Path) -> None:
         ({"teacher_steps": 9}, r"grid\.state_index is \[0, 2, 4, 6\], asked for \[0, 3, 6, 9\]"),
         ({"seed": 8}, "seed is 7, asked for 8"),
         ({"keep": "state"}, "keep is 'both', asked for 'state'"),
+        ({"cfg_interval": (0, 500)}, r"cfg_interval is None, asked for \(0\.0, 500\.0\)"),
+        ({"precision": "bfloat16"}, "precision is 'float32', asked for 'bfloat16'"),
         ({"dtype": "bfloat16"}, "dtype is 'float32', asked for 'bfloat16'"),
         ({"labels": "balanced"}, "labels is 'uniform', asked for 'balanced'"),
         ({"batch_size": 2}, "batch_size is 4, asked for 2"),
@@ -216,6 +215,10 @@ def test_another_embed_times_is_no_other_store(tmp_path: Path) -> None:
         ({"batch_size": -4}, "batch_size is -4"),
         ({"shard_size": 9}, "shard_size is 9; expected a multiple of batch_size, 4"),
         ({"cfg_scale": float("nan")}, "cfg_scale is nan"),
+        ({"cfg_interval": (500, 100)}, r"cfg_interval is \(500\.0, 100\.0\); expected \(lowest, highest\)"),
+        ({"precision": "float16"}, "precision is 'float16'"),
+        ({"solver": "heun"}, "solver 'heun' does not go with a 'ddpm' schedule"),
+        ({"compile": True}, "compile=True needs a teacher with a network, found a GaussianTeacher"),
         ({"cfg_channels": 2}, "cfg_channels is 2; expected 1 to 1"),
         ({"num_steps": 7}, "7 jumps out of 6 teacher steps"),
     ],
@@ -236,7 +239,11 @@ def test_a_full_disk_is_refused_before_anything_is_computed(tmp_path: Path) -> N
 
 
 def test_two_writers_of_one_store_are_refused(tmp_path: Path) -> None:
-    with filelock.FileLock(tmp_path / ".lock"), pytest.raises(InputError, match="another process is writing this store"):
+    (tmp_path / ".locks").mkdir()
+    with (
+        filelock.FileLock(tmp_path / ".locks" / "1-of-1.lock"),
+        pytest.raises(InputError, match="another process is writing this store"),
+    ):
         write(tmp_path)
     assert write(tmp_path).count == 20
 
@@ -263,36 +270,6 @@ def test_ctrl_c_keeps_finished_shards(tmp_path: Path) -> None:
     assert contents(tmp_path / "store") == contents(tmp_path / "at once")
 
 
-def kill_while_writing(out: Path, count: int, delay: float, seed: int) -> None:
-    """Start a writer in a process of its own and kill -9 it at a random moment after its next shard."""
-    here = Path(gaussian.__file__)
-    environment = {**os.environ, "PYTHONPATH": str(here.parents[2])}
-    process = subprocess.Popen([sys.executable, here, out, str(count), str(delay)], env=environment)
-    done = len(list(out.glob("shards/*.json")))
-    deadline = time.monotonic() + 120
-    while len(list(out.glob("shards/*.json"))) <= done:
-        assert process.poll() is None, "the writer ended before it wrote a shard"
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    time.sleep(random.Random(seed).uniform(0, 8 * delay))
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-
-
-def test_kill_minus_nine_leaves_no_trace(tmp_path: Path) -> None:
-    write(tmp_path / "undisturbed", 100)
-    for attempt in range(3):
-        kill_while_writing(tmp_path / "killed", 100, delay=0.01, seed=attempt)
-        store = TrajectoryStore.open(tmp_path / "killed")
-        assert store.count < 100
-        assert store.problems == ()
-        if attempt == 0:
-            with pytest.raises(InputError, match=f"100 were asked for, {store.count} are there"):
-                store.verify()
-    write(tmp_path / "killed", 100)
-    assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
-
-
 @pytest.mark.parametrize("moment", ["shard.tmp", "shard", "sidecar.tmp", "longer"])
 def test_what_a_kill_can_leave_behind_is_cleaned_up(tmp_path: Path, moment: str) -> None:
     write(tmp_path / "whole", 16)
@@ -312,6 +289,76 @@ def test_what_a_kill_can_leave_behind_is_cleaned_up(tmp_path: Path, moment: str)
     assert contents(tmp_path / "store") == contents(tmp_path / "whole")
 
 
+def test_flows_are_solved_by_heun_and_guided_in_an_interval(tmp_path: Path) -> None:
+    flow = GaussianTeacher(schedule=NoiseSchedule(kind="flow", prediction="velocity"))
+    settings: dict = dict(teacher=flow, solver="heun", teacher_steps=40, cfg_scale=2.0, labels=[1], keep="state")
+    store = write(tmp_path / "guided", cfg_interval=(0.4, 0.6), **settings)
+    assert TrajectoryStore.open(tmp_path / "guided").manifest == store.manifest
+    assert (store.manifest.solver, store.manifest.cfg_interval) == ("heun", (0.4, 0.6))
+    with pytest.raises(InputError, match="solver is 'heun', asked for 'euler'"):
+        write(tmp_path / "guided", 40, cfg_interval=(0.4, 0.6), **{**settings, "solver": "euler"})
+    # (x - alpha m) / sqrt(alpha^2 s^2 + sigma^2) is constant along the exact ODE.
+    plain = load(write(tmp_path / "plain", cfg_interval=(2.0, 3.0), **settings))
+    exact = 2 / 3 + SPREAD * plain["noise"]
+    np.testing.assert_allclose(plain["state"][:, -1], exact, atol=5e-3)
+    assert (load(store)["state"][:, -1] - exact).min() > 0.02
+
+
+def test_bfloat16_changes_the_last_bits_alone_and_is_recorded(tmp_path: Path) -> None:
+    settings: dict = dict(teacher=tiny_teacher(), teacher_steps=6, batch_size=8, shard_size=8)
+    exact, narrow = (load(write(tmp_path / p, 16, precision=p, **settings)) for p in ("float32", "bfloat16"))
+    error = np.abs(exact["denoised"] - narrow["denoised"]).max()
+    scale = np.abs(exact["denoised"]).max()
+    assert 1e-5 * scale < error < 0.05 * scale
+    assert np.array_equal(exact["noise"], narrow["noise"])
+    again = load(write(tmp_path / "again", 16, precision="bfloat16", **settings))
+    assert np.array_equal(again["denoised"], narrow["denoised"])
+
+
+@pytest.mark.slow
+def test_a_compiled_teacher_computes_the_same_and_is_given_back_as_it_was(tmp_path: Path) -> None:
+    teacher = tiny_teacher()
+    settings: dict = dict(teacher=teacher, teacher_steps=6, batch_size=8, shard_size=8)
+    compiled = load(write(tmp_path / "compiled", 16, compile=True, **settings))
+    assert teacher.network._compiled_call_impl is None
+    plain = load(write(tmp_path / "plain", 16, **settings))
+    np.testing.assert_allclose(compiled["state"], plain["state"], atol=1e-3, rtol=1e-3)
+    assert TrajectoryStore.open(tmp_path / "compiled").manifest.compiled
+
+
+def test_bytes_and_time_are_estimated_before_it_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = GaussianTeacher(delay=0.02)
+    write(tmp_path, 40, teacher, cfg_scale=1.0, progress=True)
+    error = capsys.readouterr().err
+    found = re.search(r"40 trajectories of 456 B: 18\.2 KB, .* free in .*; about (\S+) s \((\S+) trajectories/s\)", error)
+    assert found
+    # Ten batches of six predictions.
+    assert float(found[1]) * 1.05 >= 10 * 6 * 0.02
+    assert float(found[1]) * float(found[2]) == pytest.approx(40, rel=0.1)
+    sizes = [shard.num_bytes for shard in TrajectoryStore.open(tmp_path).shards]
+    assert format_bytes(sum(sizes)) + " on disk" in error
+    write(tmp_path, 40, teacher, cfg_scale=1.0, progress=True)
+    assert "about" not in capsys.readouterr().err
+
+
+def test_a_shard_is_written_while_the_next_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    computing_next, overlapped = threading.Event(), []
+
+    class Teacher(GaussianTeacher):
+        def predict(self, x: torch.Tensor, time: float, labels: torch.Tensor) -> torch.Tensor:
+            if self.samples_computed >= 8 * 6:
+                computing_next.set()
+            return super().predict(x, time, labels)
+
+    def write_slowly(*args: Any) -> None:
+        overlapped.append(computing_next.wait(30))
+        write_shard(*args)
+
+    monkeypatch.setattr("pyard.trajectories.generate.write_shard", write_slowly)
+    write(tmp_path, 16, Teacher(), cfg_scale=1.0).verify()
+    assert overlapped == [True, True]
+
+
 def test_sidecars_say_who_wrote_them(tmp_path: Path) -> None:
     store = write(tmp_path)
     sidecar = json.loads((tmp_path / "shards" / "0000000016-0000000020.json").read_text())
@@ -319,3 +366,10 @@ def test_sidecars_say_who_wrote_them(tmp_path: Path) -> None:
     assert set(sidecar["written_by"]) == {"pyard", "torch", "device"}
     with safetensors.safe_open(tmp_path / "shards" / "0000000016-0000000020.safetensors", "np") as shard:
         assert json.loads(shard.metadata()["pyard"]) == {"first": 16, "manifest": store.manifest.digest}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.123, "0.12 s"), (89, "89 s"), (600, "10 min"), (4000, "1 h 7 min"), (400_000, "5 days")]
+)
+def test_times_are_said_briefly(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text

@@ -163,7 +163,7 @@ def test_settings_that_make_no_sense_are_refused(store: TrajectoryStore) -> None
 
 
 def test_more_shards_than_are_kept_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyard.trajectories.reader._MAX_MAPPED_SHARDS", 2)
+    monkeypatch.setattr("pyard.trajectories.gather._MAX_MAPPED_SHARDS", 2)
     teacher = GaussianTeacher(shape=(1, 2, 2))
     store = write(tmp_path, 40, teacher, batch_size=4, shard_size=4)
     reader = TrajectoryReader(store, 20, target="state")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from trajectories.gaussian import contents, write
+from trajectories.gaussian import contents, flip_byte, write
 
 from pyard.errors import InputError
 from pyard.trajectories import TrajectoryManifest, TrajectoryReader, TrajectoryStore
@@ -22,12 +22,6 @@ SIDECAR = "shards/0000000008-0000000016.json"
 
 def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def flip_byte(path: Path, position: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 0x10
-    path.write_bytes(content)
 
 
 def truncate(path: Path, by: int) -> None:

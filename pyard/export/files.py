@@ -1,0 +1,106 @@
+"""What an export leaves on disk: the model, perhaps its external data, and `config.json`; whole and checked, or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+import pyard
+from pyard.errors import InputError
+from pyard.models.folder import CONFIG_NAME
+from pyard.models.student import Student
+from pyard.runtime import FORMAT_VERSION, METADATA_KEY
+
+# A protobuf message holds less than 2 GiB; the rest of the graph needs some of it.
+LARGEST_SINGLE_FILE = 2**31 - 2**26
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all constants of a model."""
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+
+
+def save_model(model: ir.Model, path: Path, *, external_data: bool) -> None:
+    """Write a model, its weights in `<name>.data` beside it if `external_data`."""
+    ir.save(model, path, external_data=f"{path.name}.data" if external_data else None)
+
+
+def write_metadata(path: Path, metadata: dict[str, Any]) -> None:
+    """Put pyard's entry into a model file; external data are not touched."""
+    model = onnx.load(path, load_external_data=False)
+    model.producer_name, model.producer_version = "pyard", pyard.__version__
+    onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(metadata)})
+    path.write_bytes(model.SerializeToString())
+
+
+def describe(student: Student, **facts: Any) -> dict[str, Any]:
+    """pyard's metadata of a student: grid, classes, sizes, hashes and pyard's version, with further `facts`."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(student.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return {
+        "format_version": FORMAT_VERSION,
+        "pyard_version": pyard.__version__,
+        "num_steps": student.num_steps,
+        "history_layers": student.config.history_layers,
+        "num_classes": student.num_classes,
+        "sample_shape": list(student.sample_shape),
+        "config": student.config.to_json(),
+        "weights_sha256": digest.hexdigest(),
+        **facts,
+    }
+
+
+def config_text(student: Student) -> str:
+    """`config.json` as `Student.save_pretrained` writes it."""
+    return json.dumps({"_class_name": "Student", **student.config.to_json()}, indent=2) + "\n"
+
+
+def check_target(path: Path) -> None:
+    """Refuse a path that is a folder, and a folder whose config.json belongs to something else."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; expected the name of a file, such as {path / 'student.onnx'}")
+    config = path.parent / CONFIG_NAME
+    if not config.exists():
+        return
+    try:
+        found = json.loads(config.read_text()).get("_class_name")
+    except (ValueError, AttributeError):
+        found = None
+    if found != "Student":
+        raise InputError(f"{config} belongs to something else and would be overwritten; export to a folder without one")
+
+
+@contextmanager
+def new_files(path: Path) -> Iterator[Path]:
+    """A file of the same name in a temporary folder; if the block ends well, all files there move beside `path`.
+
+    The model itself comes last. External data that an earlier export left for a model of this name are removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path.parent / f".{path.name}.{os.getpid()}.new"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        building = folder / path.name
+        yield building
+        others = sorted(file for file in folder.iterdir() if file != building)
+        for file in (*others, building):
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+            file.replace(path.parent / file.name)
+        data = path.with_name(f"{path.name}.data")
+        if data.name not in [file.name for file in others]:
+            data.unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

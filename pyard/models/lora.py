@@ -1,0 +1,54 @@
+"""Low-rank training of a student (Hu et al. 2021) through PEFT: the blocks' matrices get small trainable additions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pyard.errors import InputError
+
+if TYPE_CHECKING:
+    from pyard.models.student import Student
+
+TARGETS = ("qkv", "proj", "fc1", "fc2", "modulation")
+
+
+def add_lora(student: Student, rank: int) -> None:
+    """Freeze a student's blocks and embeddings and add trainable matrices of this rank to every linear layer of its blocks.
+
+    The additions start at zero, so the student computes what it did. Heads and the history's bias, which are new to a student
+    and small, are trained in full.
+
+    Args:
+        student: changed in place.
+        rank: of the additions; alpha is the rank too, so that they enter with weight 1.
+
+    Raises:
+        InputError: PEFT is not installed, a rank below 1, or a network without layers of DiT's names.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise InputError("lora_rank needs PEFT; install it with: pip install 'pyard[lora]'") from None
+    if rank < 1:
+        raise InputError(f"lora_rank is {rank}; expected at least 1")
+    blocks = "|".join(TARGETS)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=rf"blocks\.\d+\.(attention\.)?({blocks})")
+    student.trunk.requires_grad_(False)
+    try:
+        inject_adapter_in_model(config, student.trunk)
+    except ValueError as error:
+        raise InputError(f"lora_rank: the student's blocks have no layers named {', '.join(TARGETS)} ({error})") from None
+
+
+def merge_lora(student: Student) -> None:
+    """Add the low-rank matrices to the weights they belong to: the student is a plain one again, all of it trainable.
+
+    Args:
+        student: changed in place; left alone if it has no additions.
+    """
+    layers = {name: module for name, module in student.trunk.named_modules() if hasattr(module, "lora_A")}
+    for name, layer in layers.items():
+        layer.merge()
+        parent, _, own = name.rpartition(".")
+        setattr(student.trunk.get_submodule(parent), own, layer.get_base_layer())
+    student.requires_grad_(True)

@@ -1,0 +1,147 @@
+"""A student as a diffusers pipeline, so that it lives where its users keep their models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+from pyard.errors import InputError
+from pyard.models.latents import LatentCodec
+from pyard.models.student import Student
+from pyard.sampling import class_indices
+
+
+class StudentModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """A `Student` that diffusers saves and loads as a component: it knows only components of its own base classes.
+
+    Its folder is the student's folder; `pyard.Student.from_pretrained` reads it, and this class a student's.
+
+    Args:
+        student: the student.
+    """
+
+    config_name = "config.json"
+
+    def __init__(self, student: Student):
+        super().__init__()
+        self.student = student
+        self.register_to_config(**student.config.to_json())
+
+    def forward(self, history: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The parallel pass of the student."""
+        return self.student(history, labels)
+
+    def save_pretrained(self, save_directory: str | Path, **unused: Any) -> None:
+        """Write the student's folder, without its VAE, which is a component of its own."""
+        codec, self.student.codec = self.student.codec, None
+        try:
+            self.student.save_pretrained(save_directory)
+        finally:
+            self.student.codec = codec
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> StudentModel:
+        """Read a student's folder; of diffusers' loading options, the dtype alone applies."""
+        return cls(_cast(Student.from_pretrained(path), options)).eval()
+
+
+class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """Class labels to images with a few-step student.
+
+    Example:
+        pipe = pyard.ARDPipeline.from_pretrained("runs/student")
+        images = pipe(class_labels=[207, "tench"], generator=torch.manual_seed(0)).images
+
+    Args:
+        student: the component.
+        vae: of a student in latent space.
+    """
+
+    model_cpu_offload_seq = "student->vae"
+    _optional_components = ["vae"]  # noqa: RUF012 (diffusers' own form)
+
+    student: StudentModel
+    vae: AutoencoderKL | None
+
+    def __init__(self, student: StudentModel | Student, vae: AutoencoderKL | None = None):
+        super().__init__()
+        student = StudentModel(student) if isinstance(student, Student) else student
+        if vae is None and student.student.codec is not None:
+            vae = student.student.codec.vae
+        self.register_modules(student=student, vae=vae)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> ARDPipeline:
+        """Read a pipeline's folder, or the run folder or student's folder that `pyard.train` wrote.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or the name of a pipeline on the Hugging Face hub.
+            kwargs: of `diffusers.DiffusionPipeline.from_pretrained`; for a run or student's folder, `dtype` alone.
+        """
+        path = Path(pretrained_model_name_or_path)
+        if path.is_dir() and not (path / cls.config_name).is_file():
+            return cls(_cast(Student.from_pretrained(path), kwargs))
+        return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int | str],
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        latents: torch.Tensor | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw one image for each class label.
+
+        Args:
+            class_labels: numbers, or names where the student knows them.
+            generator: of the starting noise, as in every diffusers pipeline; one, or one for each image.
+            output_type: `pil`, `np` (float32 [n, H, W, C], 0 to 1), `pt` ([n, C, H, W], 0 to 1) or `latent` (the student's own
+                samples).
+            return_dict: return an `ImagePipelineOutput` with `images`, else a tuple of them.
+            latents: noise to start from instead of the generator's, [n, C, h, w].
+
+        Raises:
+            InputError: labels out of range, or images asked of a student in latent space that has no VAE.
+        """
+        student, device = self.student.student, self._execution_device
+        labels = torch.from_numpy(class_indices(class_labels, student)).to(device)
+        shape = (len(labels), *student.sample_shape)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if tuple(latents.shape) != shape:
+            raise InputError(f"latents of shape {tuple(latents.shape)}; expected {shape}")
+        with self.progress_bar(total=student.num_steps) as bar:
+            for prediction in student.rollout(latents.to(device), labels):
+                sample = prediction.float()
+                bar.update()
+        if output_type != "latent":
+            sample = self._images(sample, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=sample) if return_dict else (sample,)
+
+    def _images(self, sample: torch.Tensor, output_type: str) -> Any:
+        if output_type not in ("pil", "np", "pt"):
+            raise InputError(f"output_type is {output_type!r}; expected pil, np, pt or latent")
+        if self.vae is not None:
+            sample = LatentCodec(self.vae).decode(sample)
+        elif sample.shape[1] not in (1, 3):
+            raise InputError(
+                f"this student draws {sample.shape[1]} channels and has no VAE; pass vae=…, or use output_type='latent'"
+            )
+        images = (sample / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        array = images.cpu().permute(0, 2, 3, 1).numpy()
+        return self.numpy_to_pil(array) if output_type == "pil" else array
+
+
+def _cast(student: Student, options: dict[str, Any]) -> Student:
+    # diffusers is renaming torch_dtype to dtype and passes on either.
+    dtype = options.get("dtype") or options.get("torch_dtype")
+    return student if dtype is None else student.to(dtype)

@@ -1,0 +1,50 @@
+"""`pyard convert`: a checkpoint of one kind as one of another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pyard.errors import InputError
+from pyard.teachers import Family, load_teacher
+
+
+def convert(
+    source: str,
+    out: Path,
+    *,
+    to: Literal["pyard", "dit", "diffusers"] = "pyard",
+    family: Family | None = None,
+    num_heads: int | None = None,
+    num_classes: int | None = None,
+) -> None:
+    """Turn a checkpoint into a teacher's folder that needs no more flags, or write a teacher for other programs.
+
+    Example: pyard convert --source 0100000.pt --family dit --num_heads 6 --out teachers/mine
+
+    Args:
+        source: what `pyard train --teacher` takes: a `.pt` or `.safetensors` of DiT or SiT, a diffusers folder, a teacher's.
+        out: the folder to write, or for `dit` the `.pt` or `.safetensors`.
+        to: `pyard`; `dit`, the names of DiT's own code (of SiT's for a flow); `diffusers`, a `DiTPipeline` folder.
+        family: of a `.pt` or `.safetensors` whose name does not say it.
+        num_heads: attention heads of a `.pt` or `.safetensors` of another width than the published models.
+        num_classes: of a `.pt` or `.safetensors` without a row for "no class".
+    """
+    teacher = load_teacher(source, family=family, num_heads=num_heads, num_classes=num_classes)
+    if to == "pyard":
+        teacher.save_pretrained(out)
+    elif to == "diffusers":
+        from pyard.teachers.diffusers_folder import save_diffusers
+
+        save_diffusers(teacher, out)
+    elif to == "dit":
+        from pyard.teachers.checkpoint import save_checkpoint
+
+        save_checkpoint(teacher, out)
+    else:
+        raise InputError(f"to is {to!r}; expected pyard, dit or diffusers")
+    sizes = teacher.network.config
+    print(
+        f"{out}: {sizes.depth} layers of width {sizes.hidden_size}, {sizes.num_heads} heads, patch {sizes.patch_size}, "
+        f"samples of {teacher.sample_shape}, {teacher.num_classes} classes, predicts {teacher.schedule.prediction}"
+    )

@@ -1,0 +1,144 @@
+"""Batches of trajectories, and the preallocated memory that they are views of."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pyard.errors import InputError
+
+
+@dataclass(frozen=True)
+class TrajectoryBatch:
+    """What a student learns from in one step.
+
+    `history` and `target` are views of one tensor [B, 1 + S, C, H, W], the noise first: change neither in place. The memory
+    of a reader's batch is used again only when nothing refers to any view of it, so a batch may be kept as long as one likes.
+
+    Args:
+        history: its S inputs, x_T first, [B, S, C, H, W].
+        target: its S outputs, x_0 last, [B, S, C, H, W].
+        condition: class labels, int64 [B].
+        frames: the tensor of which history and target are views, if they are.
+        buffer: the reader's memory that the frames lie in, if they do.
+    """
+
+    history: torch.Tensor
+    target: torch.Tensor
+    condition: torch.Tensor
+    frames: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    buffer: BatchBuffer | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.history.ndim != 5 or self.target.shape != self.history.shape or self.condition.shape != self.history.shape[:1]:
+            raise InputError(
+                f"{self}: expected history and target of one shape [B, S, C, H, W] and condition [B]; "
+                "one of them was built from other samples"
+            )
+        if not (self.history.is_floating_point() and self.target.dtype == self.history.dtype):
+            raise InputError(f"{self}: expected history and target in one floating-point dtype")
+        if self.condition.dtype != torch.int64:
+            raise InputError(f"{self}: expected condition to be int64 class labels")
+
+    @classmethod
+    def of_frames(
+        cls,
+        frames: torch.Tensor,  # [B, 1 + S, C, H, W]
+        condition: torch.Tensor,  # [B] int64
+        buffer: BatchBuffer | None = None,
+    ) -> TrajectoryBatch:
+        """The batch whose inputs are all frames but the last, and whose outputs are all but the first; no copy."""
+        return cls(frames[:, :-1], frames[:, 1:], condition, frames, buffer)
+
+    def __len__(self) -> int:
+        return len(self.condition)
+
+    def __repr__(self) -> str:
+        names = ("history", "target", "condition")
+        tensors = ((name, getattr(self, name)) for name in names)
+        described = (f"{name}={str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for name, tensor in tensors)
+        return f"TrajectoryBatch({', '.join(described)})"
+
+    def to(self, device: torch.device | str) -> TrajectoryBatch:
+        """The batch on another device; frames cross once, and the copy does not wait where the memory is pinned."""
+        if self.frames is None:
+            history, target = (t.to(device, non_blocking=True) for t in (self.history, self.target))
+            return TrajectoryBatch(history, target, self.condition.to(device, non_blocking=True))
+        moved = TrajectoryBatch.of_frames(
+            self.frames.to(device, non_blocking=True), self.condition.to(device, non_blocking=True), self.buffer
+        )
+        if self.buffer is not None and torch.device(device).type == "cuda":
+            self.buffer.being_copied = torch.cuda.Event()
+            self.buffer.being_copied.record()
+        return moved
+
+
+class BatchBuffer:
+    """Memory of one batch, pinned where CUDA is, that knows whether a tensor still looks into it.
+
+    Args:
+        frames_shape: [B, 1 + S, C, H, W].
+        dtype: of the frames.
+    """
+
+    def __init__(self, frames_shape: tuple[int, ...], dtype: torch.dtype):
+        pin = torch.cuda.is_available()
+        frames = torch.empty(frames_shape, dtype=dtype, pin_memory=pin)
+        condition = torch.empty(frames_shape[0], dtype=torch.int64, pin_memory=pin)
+        self.dtype = dtype
+        # numpy has no bfloat16, so that is its bits. Tensors made of an array refer to it: its reference count tells.
+        self.frames: NDArray[Any] = (frames.view(torch.int16) if dtype == torch.bfloat16 else frames).numpy()
+        self.condition: NDArray[np.int64] = condition.numpy()
+        self.being_copied: torch.cuda.Event | None = None
+        self._references_if_free = self._references()
+
+    def is_free(self) -> bool:
+        """Whether nothing but this object refers to the memory."""
+        return self._references() == self._references_if_free
+
+    def _references(self) -> tuple[int, int]:
+        return sys.getrefcount(self.frames), sys.getrefcount(self.condition)
+
+    def wait_until_copied(self) -> None:
+        """Return when the last copy to a GPU has read the memory."""
+        if self.being_copied is not None:
+            self.being_copied.synchronize()
+            self.being_copied = None
+
+    def batch(self, count: int) -> TrajectoryBatch:
+        """The first `count` samples as a batch, without a copy."""
+        frames = torch.from_numpy(self.frames)
+        frames = frames.view(torch.bfloat16) if self.dtype == torch.bfloat16 else frames
+        return TrajectoryBatch.of_frames(frames[:count], torch.from_numpy(self.condition)[:count], self)
+
+
+class BufferPool:
+    """Buffers of one shape; more are made only while more batches are alive.
+
+    Args:
+        frames_shape: [B, 1 + S, C, H, W] of the largest batch.
+        dtype: of the frames.
+        keep: buffers that are kept for the next batches when nothing refers to them.
+    """
+
+    def __init__(self, frames_shape: tuple[int, ...], dtype: torch.dtype, keep: int):
+        self.frames_shape, self.dtype, self.keep = frames_shape, dtype, keep
+        self._buffers: list[BatchBuffer] = []
+
+    def take(self) -> BatchBuffer:
+        """A buffer that nobody looks into."""
+        for i, buffer in enumerate(self._buffers):
+            if buffer.is_free():
+                # To the end: the one that was free for longest is the next.
+                self._buffers.append(self._buffers.pop(i))
+                buffer.wait_until_copied()
+                return buffer
+        buffer = BatchBuffer(self.frames_shape, self.dtype)
+        if len(self._buffers) < self.keep:
+            self._buffers.append(buffer)
+        return buffer

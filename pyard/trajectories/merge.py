@@ -1,0 +1,100 @@
+"""Join stores that hold parts of the same trajectories."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pyard.errors import InputError
+from pyard.trajectories.parts import Part, writing
+from pyard.trajectories.shard import ShardRecord, file_sha256, sync_directory, write_atomically
+from pyard.trajectories.store import TrajectoryStore, remove_leftovers, to_bytes
+
+
+def merge_trajectories(stores: list[str], out: str | Path, *, move: bool = False, progress: bool = True) -> TrajectoryStore:
+    """Join stores that `--part k/n` wrote in several folders to one.
+
+    Every checksum is verified on the way. The same command resumes what was interrupted.
+
+    Example: pyard trajectories merge --stores "[part1, part2]" --out trajectories
+
+    Args:
+        stores: folders of the stores, of one manifest: same teacher, grid, seed and all.
+        out: folder of the store that is to hold all; may be one that holds some already.
+        move: remove each shard from where it was once it is in `out`, so that the disk need hold one copy only.
+        progress: show a progress bar.
+
+    Returns:
+        The store; `store.missing()` says what is still not there.
+
+    Raises:
+        InputError: stores of different manifests, a broken shard, or two shards of the same samples with different numbers.
+    """
+    sources = [TrajectoryStore.open(path) for path in stores]
+    if not sources:
+        raise InputError("merge: no stores given; expected at least one folder")
+    out = Path(out)
+    manifest = sources[0].manifest
+    for source in sources:
+        manifest.require_equal(source.manifest, f"{source.path}, to be merged with {sources[0].path},")
+        if source.manifest.digest != manifest.digest:
+            raise InputError(
+                f"merge: {source.path} and {sources[0].path} differ in their embed_times, so their shards do not mix"
+            )
+        if source.path.resolve() == out.resolve():
+            raise InputError(f"merge: {out} is both a source and the destination; leave it out of the sources")
+    count = max(source.requested_count for source in sources)
+    with writing(out, Part(), manifest, count) as store:
+        there = {shard.first: shard for shard in store.shards}
+        pairs = [(source, shard) for source in sources for shard in source.shards]
+        total = sum(shard.num_bytes for _, shard in pairs)
+        with tqdm(total=total, desc="merging", unit="B", unit_scale=True, disable=not progress) as bar:
+            for source, shard in pairs:
+                mine = there.get(shard.first)
+                if mine is None or mine.count < shard.count:
+                    copy_shard(source, shard, store)
+                    there[shard.first] = shard
+                elif mine.count == shard.count and mine.sha256 != shard.sha256:
+                    raise InputError(
+                        f"merge: {source.path} and {out} or an earlier store both hold {shard.name}, with different numbers: "
+                        "they were computed on machines whose last bits differ. Delete its files in one of them"
+                    )
+                if move:
+                    for file in (source.path / "shards").glob(f"{shard.name}.*"):
+                        file.unlink()
+                bar.update(shard.num_bytes)
+    store = TrajectoryStore.open(out)
+    missing = sum(end - first for first, end in store.missing())
+    if progress:
+        print(f"{out}: {store.count} trajectories" + (f", {missing} more were asked for" if missing else ""), file=sys.stderr)
+    return store
+
+
+def copy_shard(source: TrajectoryStore, shard: ShardRecord, to: TrajectoryStore) -> None:
+    """Copy a shard and then its sidecar; as an atomic rename, and only if its checksum is right."""
+    origin = source.path / "shards" / f"{shard.name}.safetensors"
+    destination = to.path / "shards" / origin.name
+    temporary = destination.with_name(f"{destination.name}.tmp")
+    try:
+        shutil.copyfile(origin, temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        found = file_sha256(temporary)
+        if found != shard.sha256:
+            raise InputError(
+                f"merge: {origin}: sha256 is {found[:12]}..., its sidecar says {shard.sha256[:12]}...; delete its sidecar and "
+                "give the command that wrote the store again"
+            )
+        temporary.replace(destination)
+        sync_directory(destination.parent)
+    except OSError as error:
+        raise InputError(f"merge: {destination}: cannot be written ({error.strerror}); the same command resumes") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    write_atomically(destination.with_suffix(".json"), to_bytes(dataclasses.asdict(shard)))
+    remove_leftovers(to.path, shard)

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from trajectories.gaussian import flip_byte, write
+
+from pyard.__main__ import main
+from pyard.errors import InputError
+from pyard.trajectories import trajectory_stats
+
+
+def test_stats_prints_a_table_and_draws_trajectories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = write(tmp_path / "store", 21, dtype="bfloat16", labels="balanced", cfg_interval=(100, 900))
+    write(tmp_path / "exact", 21, labels="balanced", cfg_interval=(100, 900))
+    assert (
+        main(["trajectories", "stats", str(tmp_path / "store"), "--picture", str(tmp_path / "p.png"), "--trajectories", "5"])
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "balanced; 3 of 3 classes, 7 to 7 of each" in out
+    assert "1.5 at times 100 to 900" in out
+    assert "ddim, 6 steps" in out
+    assert "rounding of denoised" in out
+    rows = {
+        line.rsplit(None, 4)[0]: [float(x) for x in line.split()[-4:]]
+        for line in out.splitlines()
+        if line.startswith(("noise", "denoised ", "state "))
+    }
+    exact = np.concatenate([np.array(store.tensors(shard)["noise"]) for shard in store.shards]).astype(np.float64)
+    assert rows["noise"] == pytest.approx([exact.mean(), exact.std(), exact.min(), exact.max()], abs=6e-5)
+    assert set(rows) == {"noise", *(f"{name} {s}" for name in ("state", "denoised") for s in (1, 2, 3))}
+    from PIL import Image
+
+    picture = np.asarray(Image.open(tmp_path / "p.png"))
+    tile = 64 + 2
+    assert picture.shape == (5 * tile + 2, 4 * tile + 2, 3)
+    predictions = write(tmp_path / "exact", 21, labels="balanced", cfg_interval=(100, 900)).tensors(store.shards[0])["denoised"]
+    # Row 2, last column: the trajectory's end, a pixel of it 16 screen pixels wide.
+    shown = picture[2 + 2 * tile + 8 : 2 + 2 * tile + 64 : 16, 2 + 3 * tile + 8 : 2 + 3 * tile + 64 : 16, 0]
+    wanted = np.clip((predictions[2, 2, 0] + 1) * 127.5, 0, 255)
+    assert np.abs(shown - wanted).max() < 2
+
+
+def test_stats_of_a_store_with_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, 20)
+    (tmp_path / "shards" / "0000000008-0000000016.safetensors").unlink()
+    assert trajectory_stats(tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "12, 8 more were asked for" in out
+    assert "missing, though its sidecar is there" in out
+    assert (tmp_path / "stats.png").exists()
+    with pytest.raises(InputError, match=r"expected a \.png"):
+        trajectory_stats(tmp_path, picture="x.gif")
+    for file in (tmp_path / "shards").glob("*"):
+        file.unlink()
+    with pytest.raises(InputError, match="holds none yet"):
+        trajectory_stats(tmp_path)
+
+
+def test_verify_says_all_right_or_what_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, 20)
+    assert main(["trajectories", "verify", str(tmp_path)]) == 0
+    assert "20 trajectories in 3 shards" in capsys.readouterr().out
+    flip_byte(tmp_path / "shards" / "0000000008-0000000016.safetensors", -5)
+    assert main(["trajectories", "verify", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "1 of 3 shards are broken: 0000000008-0000000016.safetensors: sha256 is" in error
+    assert error.count("\n") == 1
+
+
+def test_merge_and_convert_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in (1, 2):
+        write(tmp_path / str(number), 20, part=f"{number}/2")
+    parts = f"[{tmp_path / '1'}, {tmp_path / '2'}]"
+    assert main(["trajectories", "merge", "--stores", parts, "--out", str(tmp_path / "all"), "--progress", "false"]) == 0
+    assert main(["trajectories", "convert", str(tmp_path / "all"), str(tmp_path / "tree"), "--progress=false"]) == 0
+    assert len(list((tmp_path / "tree" / "zt" / "6").rglob("*.npz"))) == 20
