@@ -12,6 +12,14 @@ namespace {
 // What a thread takes at a time: long enough to make the lock cheap, short enough to share a batch.
 constexpr uint64_t kBytesAtOnce = 128 * 1024;
 
+// Mapped pages count as the process's memory. A store larger than this lets go of them now and then, so that the count
+// stays bounded; more often would cost page faults.
+constexpr uint64_t kMaxMappedBytes = uint64_t{2} << 30;
+// Linux maps so much around the page that is read first, if it is in the page cache.
+constexpr uint64_t kFaultAroundBytes = 64 * 1024;
+
+uint64_t mapped_by_reading(uint64_t bytes) { return (bytes / kFaultAroundBytes + 1) * kFaultAroundBytes; }
+
 size_t place_of(const std::vector<TensorLayout>& tensors, const std::string& name) {
   const auto found = std::find_if(tensors.begin(), tensors.end(), [&](const auto& t) { return t.name == name; });
   if (found == tensors.end()) throw InputError("the store keeps no '" + name + "'");
@@ -51,6 +59,7 @@ Gatherer::Gatherer(const StoreLayout& store, size_t num_threads)
     std::vector<TensorLayout> layout = store.tensors;
     for (TensorLayout& tensor : layout) tensor.shape.insert(tensor.shape.begin(), samples);
     shards_.push_back(std::make_unique<MappedShard>(store.paths[i], layout));
+    store_bytes_ += shards_.back()->size();
     count_ += samples;
   }
   for (size_t i = 0; i < num_threads; ++i) threads_.emplace_back(&Gatherer::work, this);
@@ -132,11 +141,19 @@ void Gatherer::work() {
         error = failure.what();
       }
     }
+    bound_memory((end - begin) * (mapped_by_reading(noise_stride_) + mapped_by_reading(target_stride_)));
     lock.lock();
     if (!error.empty()) batch->error = std::move(error);
     batch->rows_left -= end - begin;
     if (batch->done()) rows_written_.notify_all();
   }
+}
+
+void Gatherer::bound_memory(uint64_t bytes) {
+  if (store_bytes_ <= kMaxMappedBytes) return;
+  const uint64_t before = bytes_mapped_.fetch_add(bytes);
+  if (before / kMaxMappedBytes == (before + bytes) / kMaxMappedBytes) return;
+  for (const auto& shard : shards_) shard->unload();
 }
 
 void Gatherer::copy_row(const Batch& batch, size_t row) {

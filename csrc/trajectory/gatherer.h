@@ -5,6 +5,7 @@
 
 #include <sys/types.h>
 
+#include <atomic>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -60,6 +61,7 @@ class Gatherer {
  private:
   void work();
   void copy_row(const Batch& batch, size_t row);
+  void bound_memory(uint64_t bytes);
   void drop_rows_not_begun(std::shared_ptr<Batch> batch, const char* reason);
 
   std::vector<std::unique_ptr<MappedShard>> shards_;
@@ -72,6 +74,8 @@ class Gatherer {
   uint64_t noise_bytes_ = 0, frame_bytes_ = 0;         // bytes in the output
   Convert convert_noise_ = nullptr, convert_target_ = nullptr;
   size_t rows_at_once_ = 1;
+  uint64_t store_bytes_ = 0;
+  std::atomic<uint64_t> bytes_mapped_{0};  // by reading, at most, since the beginning
   pid_t owner_;
 
   std::mutex mutex_;

@@ -151,6 +151,8 @@ MappedShard::MappedShard(const std::string& path, const std::vector<TensorLayout
   }
 }
 
+void MappedShard::unload() const { madvise(const_cast<uint8_t*>(file_), size_, MADV_DONTNEED); }
+
 MappedShard::~MappedShard() { munmap(const_cast<uint8_t*>(file_), size_); }
 
 }  // namespace pyard::trajectory

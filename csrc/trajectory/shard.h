@@ -46,6 +46,11 @@ class MappedShard {
   // First byte of the tensor at `layout[index]`.
   const uint8_t* tensor(size_t index) const { return file_ + offsets_[index]; }
 
+  uint64_t size() const { return size_; }
+
+  // Lets go of the pages that were read; they are found again, in the page cache or on the disk, when they are needed.
+  void unload() const;
+
  private:
   const uint8_t* file_ = nullptr;
   uint64_t size_ = 0;

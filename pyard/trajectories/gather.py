@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from pyard.errors import InputError
+from pyard.ops import gather_trajectories
 from pyard.time_grid import Target
 from pyard.trajectories.batch import BatchBuffer, BufferPool, TrajectoryBatch
 from pyard.trajectories.manifest import SAFETENSORS_DTYPES
@@ -165,21 +166,8 @@ class ResidentGather:
 
     def start(self, indices: NDArray[np.int64]) -> Callable[[], TrajectoryBatch]:
         rows = torch.from_numpy(np.ascontiguousarray(indices)).to(self._label.device, non_blocking=True)
-        frames = gather_frames(self._noise, self._target, rows, self.dtype)
-        return lambda: TrajectoryBatch.of_frames(frames, self._label[rows])
-
-
-def gather_frames(
-    noise: torch.Tensor,  # [n, C, H, W] float32
-    target: torch.Tensor,  # [n, S, C, H, W]
-    rows: torch.Tensor,  # [B] int64
-    dtype: torch.dtype,
-) -> torch.Tensor:  # [B, 1 + S, C, H, W]
-    """Noise and target of some samples, side by side, converted."""
-    frames = torch.empty(len(rows), 1 + target.shape[1], *noise.shape[1:], dtype=dtype, device=noise.device)
-    frames[:, 0] = noise[rows]
-    frames[:, 1:] = target[rows]
-    return frames
+        batch = TrajectoryBatch(*gather_trajectories(self._noise, self._target, rows, self.dtype), self._label[rows])
+        return lambda: batch
 
 
 def native_module() -> tuple[Any, str]:
