@@ -20,13 +20,17 @@ from pyard.errors import InputError
 
 
 class Command(NamedTuple):
-    """Where a sub-command lives, what the overview says of it, and flags that may stand without a value, for their default."""
+    """Where a sub-command lives, what the overview says of it, and flags that may stand without a value, for their default.
+
+    The flags are the function's parameters; with `config`, the fields of that dataclass, which the function takes.
+    """
 
     module: str
     function: str
     summary: str
     bare: tuple[str, ...] = ()
     positional: tuple[str, ...] = ()  # flags whose values may stand first, without the flag
+    config: str = ""
 
 
 COMMANDS = {
@@ -40,7 +44,10 @@ COMMANDS = {
     "trajectories convert": Command(
         "pyard.trajectories", "convert_trajectories", "import or export the authors' .npz files", positional=("source", "out")
     ),
-    "train": Command("pyard.training", "train", "train a student on trajectories (generates missing ones)"),
+    "train": Command(
+        "pyard.training", "train_command", "train a student on trajectories (generates missing ones)", config="TrainConfig"
+    ),
+    "consolidate": Command("pyard.training.sharded", "consolidate", "make a student's folder of a checkpoint, sharded or not"),
     "sample": Command("pyard.sampling", "sample_to_file", "draw samples with a student"),
     "describe": Command("pyard.description", "describe", "say what a student costs: parameters, FLOPs, cache, history"),
     "evaluate": Command("pyard.evaluation", "evaluate", "measure a student against its teacher and real data"),
@@ -85,16 +92,21 @@ def run(name: str, command: Command, argv: Sequence[str]) -> int:
     class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         """Keeps the paragraphs and examples of docstrings."""
 
-    function = command_line_face(getattr(importlib.import_module(command.module), command.function))
+    module = importlib.import_module(command.module)
+    function = command_line_face(getattr(module, command.function))
+    settings = getattr(module, command.config) if command.config else None
     description = (inspect.getdoc(function) or "").split("\nArgs:")[0].strip()
     parser = ArgumentParser(prog=f"pyard {name}", description=description, formatter_class=Formatter)
     parser.add_argument("--config", action="config", help="read flags from this YAML file")
-    parser.add_function_arguments(function, fail_untyped=False, sub_configs=False)
-    config = parser.parse_args(complete(name_values(argv, command.positional), function, command.bare))
-    flags = parser.instantiate(config).as_dict()
+    if settings is None:
+        parser.add_function_arguments(function, fail_untyped=False, sub_configs=False)
+    else:
+        parser.add_class_arguments(settings, fail_untyped=False, sub_configs=False)
+    parsed = parser.parse_args(complete(name_values(argv, command.positional), settings or function, command.bare))
+    flags = vars(parser.instantiate(parsed))
     flags.pop("config", None)
     try:
-        result = function(**flags)
+        result = function(**flags) if settings is None else function(settings(**flags))
     except (InputError, OSError) as error:
         if os.environ.get("PYARD_TRACEBACK"):
             raise
@@ -115,7 +127,7 @@ def name_values(argv: Sequence[str], positional: tuple[str, ...]) -> list[str]:
 
 def complete(argv: Sequence[str], function: Callable[..., Any], bare: tuple[str, ...]) -> list[str]:
     """Words as jsonargparse takes them: --num-steps is --num_steps, a lone switch is true, a lone `bare` flag is left out."""
-    switches = [name for name, p in inspect.signature(function).parameters.items() if p.annotation is bool]
+    switches = [name for name, p in inspect.signature(function, eval_str=True).parameters.items() if p.annotation is bool]
     words = []
     for i, word in enumerate(argv):
         flag, equals, value = word.partition("=")

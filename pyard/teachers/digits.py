@@ -155,7 +155,7 @@ def teach(
 
 
 def _train(config: TeachConfig, working: Path, save_every: int, progress: bool) -> DiTTeacher:
-    from pyard.training.state import Checkpoints, ema_of
+    from pyard.training.state import Checkpoints, Stateful, ema_of
 
     schedule = NoiseSchedule()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -165,9 +165,10 @@ def _train(config: TeachConfig, working: Path, save_every: int, progress: bool) 
     ema = ema_of(network, config.ema_decay)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
     checkpoints = Checkpoints(working / "checkpoints")
+    parts: dict[str, Stateful] = {"model": network, "ema": ema, "optimizer": optimizer}
     begin = max(checkpoints.steps(), default=0)
     if begin:
-        checkpoints.load(begin, network, ema, optimizer)
+        checkpoints.load(begin, parts)
 
     bar = tqdm(total=config.max_steps, initial=begin, desc="training the teacher", unit="step", disable=not progress)
     for step in range(begin + 1, config.max_steps + 1):
@@ -191,7 +192,7 @@ def _train(config: TeachConfig, working: Path, save_every: int, progress: bool) 
         optimizer.step()
         ema.update_parameters(network)
         if step % save_every == 0 and step < config.max_steps:
-            checkpoints.save(step, network, ema, optimizer, {})
+            checkpoints.save(step, parts)
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         bar.update()

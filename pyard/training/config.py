@@ -1,63 +1,271 @@
-"""Everything that decides what a training run computes, in one frozen dataclass that is stored beside its checkpoints."""
+"""Everything about a training run in one frozen dataclass: from Python, YAML or flags; stored beside the checkpoints."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+import yaml
 
 from pyard.errors import InputError
 from pyard.models.student import Heads, Output
 from pyard.ops.masks import Mask
 from pyard.time_grid import Target
+from pyard.training.adversarial_config import AdversarialConfig
+from pyard.training.state import write_text
+from pyard.trajectories.manifest import DType, Keep
 
-CONFIG_NAME = "train.json"
+SETTINGS_NAME = "settings.yaml"
+IDENTITY_NAME = "train.json"
+
+LRSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+Loss = Literal["mse", "pseudo_huber"]
+Stage = Literal["regression", "adversarial"]
+Parallel = Literal["ddp", "fsdp"]
+
+# Two runs that differ in these alone compute the same, to rounding: a run may resume with others.
+_NOT_OF_THE_RESULT = (
+    "teacher", "trajectories", "out", "student", "save_every", "keep_last", "keep_every", "log_every", "evaluate_every",
+    "evaluation_trajectories", "max_skipped_in_a_row", "trackers", "peak_tflops", "progress",
+    "gradient_accumulation", "activation_checkpointing", "compile",
+    "num_trajectories", "teacher_steps", "cfg_scale", "cfg_channels", "trajectory_dtype", "trajectory_keep",
+)  # fmt: skip  # the last line is in the manifest of the trajectories, which is compared
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a regression run; the arguments of `pyard.train` by the same names say what they mean."""
+    """Settings of a run. The defaults suit the built-in digits; `recipes/` has the paper's.
 
-    history_layers: int
-    mask: Mask
-    window: int | None
-    target: Target
-    output: Output
-    heads: Heads
-    history_bias: float | None
-    lora_rank: int | None
-    max_steps: int
-    batch_size: int
-    learning_rate: float
-    lr_schedule: Literal["constant", "cosine"]
-    warmup_steps: int
-    weight_decay: float
-    grad_clip: float
-    ema_decay: float
-    mixed_precision: Literal["no", "bf16", "fp16"]
-    seed: int
-    teacher_fingerprint: str
-    trajectories: dict[str, Any]  # the store's manifest: what the student is trained on
+    Args:
+        teacher: `digits`, or a teacher's folder.
+        out: the run folder.
+        trajectories: a store that `generate_trajectories` wrote with this teacher; none: generated in `out`/trajectories.
+
+        stage: `regression`, or `adversarial`: go on from `student` with discriminators beside the regression.
+        student: run folder or student's folder that the adversarial stage starts from; it decides all about the student.
+
+        num_steps: S, network passes of the student; the grid of a given store must have as many.
+        history_layers: N, how many of the lowest attentions see earlier steps; 0 is step distillation; none: a quarter of
+            the teacher's layers, rounded up.
+        mask: which earlier steps they see: diagonal | window | anchor | causal.
+        window: steps seen with the `window` mask, own one included.
+        target: what a step predicts: the teacher's `denoised` prediction (as published) or the ODE `state`.
+        output: `direct` as published, or `jump` (needs `state` targets): start as the teacher's own DDIM/Euler sampler.
+        heads: an output head `per_step`, or one `shared`.
+        history_bias: start value of a learned bias on the attention to earlier steps; none: no bias.
+        lora_rank: train low-rank additions to the blocks (PEFT) and the heads, not all weights; the result has them added in.
+            none: train everything.
+
+        num_trajectories: how many to generate if there is no store.
+        teacher_steps: steps of the teacher's solver in those.
+        cfg_scale: guidance weight in those; 1 is none.
+        cfg_channels: guide only the first so many channels in those, as DiT's public code does with 3 of 4; none: all.
+        trajectory_dtype: how those are stored: float32 | float16 | bfloat16.
+        trajectory_keep: what is stored of those: state | denoised | both.
+
+        max_steps: updates.
+        batch_size: trajectories an update, over all processes and accumulated micro-batches.
+        gradient_accumulation: micro-batches that a process's share of an update is cut into; saves memory, not time.
+        learning_rate: of AdamW.
+        lr_schedule: diffusers' names; `cosine` and `linear` fall to zero at max_steps.
+        warmup_steps: updates over which the learning rate rises from zero; `constant` knows none.
+        weight_decay: of AdamW.
+        adam_betas: of AdamW.
+        grad_clip: largest gradient norm.
+        ema_decay: of the average of the weights that is the result; of several, the first is; the others are kept in
+            `student-ema-DECAY/`. It warms up as (1 + n) / (10 + n).
+        mixed_precision: no | bf16 | fp16 (on a GPU only).
+        activation_checkpointing: keep only the blocks' inputs and compute the rest twice: less memory, a third more time.
+        compile: compile the student with torch.compile; its results differ in the last bits.
+        parallel: what several processes do: `ddp`, each holds all weights; `fsdp`, they are split (FSDP2). Same results to
+            rounding.
+        seed: of the order of the trajectories and whatever else is drawn.
+
+        loss: of a step's prediction: `mse`, or `pseudo_huber`, sqrt(|d|^2 + c^2) - c of the whole sample (Song & Dhariwal
+            2024, section 3.3).
+        huber_c: c of pseudo_huber; none: 0.00054 sqrt(numbers in a sample), as there.
+        step_weights: `uniform`; `min_snr`, min(SNR, min_snr_gamma) at the time that a step arrives at (after Hang et al. 2023);
+            or S numbers. All are scaled to a mean of 1.
+        min_snr_gamma: where min_snr cuts off.
+        rollout_probability: share of the updates in which the student learns on its own history, not on the teacher's.
+        rollout_gradient: `detach`: own history is an input like another; `backprop`: the loss also flows through the
+            predictions and the cached keys and values that it was made of (S times the memory).
+
+        save_every: updates between checkpoints.
+        keep_last: newest checkpoints that stay.
+        keep_every: checkpoints of multiples of so many updates stay as well; none: no others.
+        log_every: updates between lines of the log.
+        evaluate_every: updates between sample grids and exposure-bias curves; 0: none.
+        evaluation_trajectories: trajectories of the teacher that those curves compare with, of a seed of their own.
+        max_skipped_in_a_row: updates whose loss or gradient is not finite are skipped; so many in a row end the run.
+        trackers: `auto`: TensorBoard if it is installed and `evaluate_every` is not 0; `none`; or tensorboard | wandb.
+        peak_tflops: of the device in the precision used, for the model FLOPs utilisation; none: known for common GPUs.
+        progress: show a progress bar.
+
+        adversarial: settings of the adversarial stage.
+    """
+
+    teacher: str
+    out: Path
+    trajectories: str | None = None
+    stage: Stage = "regression"
+    student: str | None = None
+
+    num_steps: int = 4
+    history_layers: int | None = None
+    mask: Mask = "causal"
+    window: int | None = None
+    target: Target = "denoised"
+    output: Output = "direct"
+    heads: Heads = "per_step"
+    history_bias: float | None = None
+    lora_rank: int | None = None
+
+    num_trajectories: int = 8192
+    teacher_steps: int = 25
+    cfg_scale: float = 1.5
+    cfg_channels: int | None = None
+    trajectory_dtype: DType = "float32"
+    trajectory_keep: Keep = "both"
+
+    max_steps: int = 2000
+    batch_size: int = 64
+    gradient_accumulation: int = 1
+    learning_rate: float = 5e-4
+    lr_schedule: LRSchedule = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    grad_clip: float = 1.0
+    ema_decay: float | tuple[float, ...] = 0.999
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    activation_checkpointing: bool = False
+    compile: bool = False
+    parallel: Parallel = "ddp"
+    seed: int = 0
+
+    loss: Loss = "mse"
+    huber_c: float | None = None
+    step_weights: Literal["uniform", "min_snr"] | tuple[float, ...] = "uniform"
+    min_snr_gamma: float = 5.0
+    rollout_probability: float = 0.0
+    rollout_gradient: Literal["detach", "backprop"] = "detach"
+
+    save_every: int = 500
+    keep_last: int = 2
+    keep_every: int | None = None
+    log_every: int = 10
+    evaluate_every: int = 0
+    evaluation_trajectories: int = 64
+    max_skipped_in_a_row: int = 10
+    trackers: Literal["auto", "none", "tensorboard", "wandb"] = "auto"
+    peak_tflops: float | None = None
+    progress: bool = True
+
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"training: {name} is {getattr(self, name)}; expected at least 1")
-        if not self.learning_rate > 0:
-            raise InputError(f"training: learning_rate is {self.learning_rate}; expected more than 0")
-        if not 0 <= self.ema_decay < 1:
-            raise InputError(f"training: ema_decay is {self.ema_decay}; expected 0 to 1")
+        object.__setattr__(self, "out", Path(self.out))
+        for name in ("ema_decay", "step_weights", "adam_betas"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        at_least = {
+            **dict.fromkeys(("num_steps", "max_steps", "batch_size", "gradient_accumulation", "num_trajectories"), 1),
+            **dict.fromkeys(("save_every", "keep_last", "log_every", "max_skipped_in_a_row", "evaluation_trajectories"), 1),
+            **dict.fromkeys(("warmup_steps", "evaluate_every", "seed"), 0),
+        }
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise InputError(f"training: {name} is {getattr(self, name)}; expected at least {least}")
+        for name in ("keep_every", "peak_tflops", "huber_c"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise InputError(f"training: {name} is {getattr(self, name)}; expected more than 0, or none")
+        for name in ("learning_rate", "grad_clip", "min_snr_gamma"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"training: {name} is {getattr(self, name)}; expected more than 0")
+        if not self.ema_decays or not all(0 <= decay < 1 for decay in self.ema_decays):
+            raise InputError(f"training: ema_decay is {self.ema_decay}; expected 0 to 1, 1 excluded, or a list of such")
+        if len(set(self.ema_decays)) < len(self.ema_decays):
+            raise InputError(f"training: ema_decay is {self.ema_decay}; expected decays that differ")
+        if not 0 <= self.rollout_probability <= 1:
+            raise InputError(f"training: rollout_probability is {self.rollout_probability}; expected 0 to 1")
+        if not isinstance(self.step_weights, str) and (
+            len(self.step_weights) != self.num_steps or min(self.step_weights) < 0 or sum(self.step_weights) <= 0
+        ):
+            raise InputError(
+                f"training: step_weights is {list(self.step_weights)}; expected {self.num_steps} numbers (num_steps), none of "
+                "them negative and not all 0"
+            )
+        if self.trajectory_keep not in (self.target, "both"):
+            raise InputError(
+                f"training: trajectory_keep is {self.trajectory_keep!r}, but target is {self.target!r}; keep that, or both"
+            )
+        choices = {
+            "stage": Stage,
+            "parallel": Parallel,
+            "lr_schedule": LRSchedule,
+            "loss": Loss,
+            "rollout_gradient": Literal["detach", "backprop"],
+        }
+        for name, hint in choices.items():
+            if getattr(self, name) not in get_args(hint):
+                raise InputError(f"training: {name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(hint))}")
+        if (self.stage == "adversarial") != (self.student is not None):
+            raise InputError(
+                f"training: stage is {self.stage!r} and student is {self.student!r}; the adversarial stage, and no other, "
+                "starts from a student"
+            )
+        if self.stage == "adversarial" and (self.gradient_accumulation > 1 or self.rollout_probability):
+            raise InputError(
+                "training: the adversarial stage knows neither gradient_accumulation, for its weight is that of a whole batch "
+                "(use activation_checkpointing or more processes), nor rollout_probability"
+            )
+        if self.lora_rank is not None and (self.parallel == "fsdp" or self.stage == "adversarial"):
+            raise InputError("training: lora_rank goes with parallel 'ddp' and the regression stage only")
+        if self.warmup_steps and self.lr_schedule == "constant":
+            raise InputError("training: lr_schedule 'constant' has no warm-up; use 'constant_with_warmup', or warmup_steps 0")
 
-    def resume_or_begin(self, out: Path) -> None:
-        """Store the configuration in a run folder; refuse a folder whose run was another one.
+    @property
+    def ema_decays(self) -> tuple[float, ...]:
+        """All decays; the first is the result's."""
+        return self.ema_decay if isinstance(self.ema_decay, tuple) else (self.ema_decay,)
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> TrainConfig:
+        """The configuration of settings by name; a name that is none is an InputError that names the nearest."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                raise InputError(f"training: no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        adversarial = settings.get("adversarial")
+        if isinstance(adversarial, dict):
+            settings = {**settings, "adversarial": AdversarialConfig(**adversarial)}
+        return cls(**settings)
+
+    def to_yaml(self) -> str:
+        """YAML that `pyard train --config` reads back as the same configuration."""
+        return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(self), default=str)), sort_keys=False)
+
+    def resume_or_begin(self, **inputs: Any) -> None:
+        """Store the configuration in the run folder; refuse a folder whose run computes something else.
+
+        Args:
+            inputs: what tells teacher, trajectories and other inputs from others, wherever they lie; JSON-able.
 
         Raises:
             InputError: names every setting that differs.
         """
-        file = out / CONFIG_NAME
-        mine = json.loads(json.dumps(dataclasses.asdict(self)))
+        settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in _NOT_OF_THE_RESULT}
+        if self.stage == "regression":
+            settings.pop("adversarial")
+        mine = {**settings, **inputs}
+        mine = json.loads(json.dumps(mine))
+        file = self.out / IDENTITY_NAME
         if file.exists():
             try:
                 theirs = json.loads(file.read_text())
@@ -70,10 +278,8 @@ class TrainConfig:
             ]
             if differing:
                 raise InputError(
-                    f"{out} holds a run with other settings ({'; '.join(differing)}); use another --out, or remove it"
+                    f"{self.out} holds a run with other settings ({'; '.join(differing)}); use another --out, or remove it"
                 )
-            return
-        out.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".tmp")
-        partial.write_text(json.dumps(mine, indent=2) + "\n")
-        partial.replace(file)
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_text(self.out / SETTINGS_NAME, self.to_yaml())
+        write_text(file, json.dumps(mine, indent=2) + "\n")

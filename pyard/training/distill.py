@@ -1,226 +1,234 @@
-"""Regression: the student learns the S outputs of stored trajectories, teacher-forced, in one parallel pass."""
+"""`pyard.train`: from a teacher to a student, all stages."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
+from torch import nn
 
 from pyard.errors import InputError
 from pyard.models.lora import add_lora, merge_lora
-from pyard.models.student import Heads, Output, Student
-from pyard.ops.masks import Mask
+from pyard.models.student import Student, StudentConfig
 from pyard.teachers import load_teacher
-from pyard.time_grid import Target
 from pyard.training.config import TrainConfig
-from pyard.training.state import Checkpoints, TrainingLog, ema_of
 from pyard.trajectories import TrajectoryReader, TrajectoryStore, generate_trajectories
 
 if TYPE_CHECKING:
     from pyard.teachers.dit import DiTTeacher
+    from pyard.training.processes import Processes
+
+# The seed of trajectories that are measured on is this far from the one of those that are trained on.
+_HELD_OUT_SEED = 1 << 32
+_REAL = 3  # the draws of the real data, as a part of their seed
 
 
 def train(
-    teacher: str | Path | DiTTeacher,
+    teacher: str | Path | DiTTeacher | TrainConfig,
     trajectories: str | Path | TrajectoryStore | None = None,
     *,
-    out: str | Path,
-    num_steps: int = 4,
-    history_layers: int | None = None,
-    mask: Mask = "causal",
-    window: int | None = None,
-    target: Target = "denoised",
-    output: Output = "direct",
-    heads: Heads = "per_step",
-    history_bias: float | None = None,
-    lora_rank: int | None = None,
-    num_trajectories: int = 8192,
-    max_steps: int = 2000,
-    batch_size: int = 64,
-    learning_rate: float = 5e-4,
-    lr_schedule: Literal["constant", "cosine"] = "cosine",
-    warmup_steps: int = 0,
-    weight_decay: float = 0.0,
-    grad_clip: float = 1.0,
-    ema_decay: float = 0.999,
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no",
-    seed: int = 0,
-    save_every: int = 500,
-    log_every: int = 10,
-    progress: bool = True,
+    out: str | Path | None = None,
+    **settings: Any,
 ) -> Student:
     """Distil a teacher into a student of a few steps.
 
-    Missing trajectories are generated first. A run that was stopped resumes from its last checkpoint and ends with the same
-    weights as one that was not. The folder `out` holds `student/` (EMA weights), `train.json`, `log.jsonl` and `checkpoints/`.
+    Missing trajectories are generated first. A run that was stopped, however, resumes from its last checkpoint and ends with
+    the same weights as one that was not; SIGTERM or SIGUSR1 make it write a checkpoint and end with status 75. On several
+    processes (`torchrun -m pyard train ...`, `accelerate launch -m pyard train ...`) each update is shared among them.
 
-    Example: pyard train --teacher digits --out runs/digits
+    The folder `out` holds `student/` (averaged weights), `settings.yaml` (all settings: `pyard train --config` reads it),
+    `log.jsonl`, `checkpoints/`, and, with `evaluate_every`, `exposure_bias.jsonl` and `tensorboard/`.
 
-    The defaults suit the built-in digits. The paper's ImageNet-256 recipe: batch 64, constant learning rate 1e-4, 300k steps,
-    EMA 0.9999, N = 6 of 28.
+    Example: pyard train --config recipes/digits.yaml --out runs/digits
 
     Args:
-        teacher: `digits`, or a teacher's folder.
-        trajectories: a store that `generate_trajectories` wrote with this teacher; none: generated in `out`/trajectories.
+        teacher: `digits`, a teacher's folder, a teacher; or a whole `TrainConfig`, alone.
+        trajectories: a store that `generate_trajectories` wrote with this teacher, or its folder; None: generated.
         out: the run folder.
-        num_steps: S, network passes of the student; the grid of a given store must have as many.
-        history_layers: N, how many of the lowest attentions see earlier steps; 0 is step distillation; none: a quarter of
-            the teacher's layers, rounded up.
-        mask: which earlier steps they see: diagonal | window | anchor | causal.
-        window: steps seen with the `window` mask, own one included.
-        target: what a step predicts: the teacher's `denoised` prediction (as published) or the ODE `state`.
-        output: `direct` as published, or `jump` (needs `state` targets): start as the teacher's own DDIM/Euler sampler.
-        heads: an output head `per_step`, or one `shared`.
-        history_bias: start value of a learned bias on the attention to earlier steps; none: no bias.
-        lora_rank: train low-rank additions to the blocks (PEFT) and the heads, not all weights; the result has them added in.
-            None: train everything.
-        num_trajectories: how many to generate if there is no store.
-        max_steps: updates.
-        batch_size: trajectories an update, over all processes.
-        learning_rate: of AdamW.
-        lr_schedule: `constant`, or `cosine` to zero at max_steps.
-        warmup_steps: updates over which the learning rate rises from zero.
-        weight_decay: of AdamW.
-        grad_clip: largest gradient norm.
-        ema_decay: of the average of the weights that is the result; it warms up as (1 + n) / (10 + n).
-        mixed_precision: no | bf16 | fp16.
-        seed: of the order of the trajectories.
-        save_every: updates between checkpoints.
-        log_every: updates between lines of the log.
-        progress: show a progress bar.
+        settings: further fields of `TrainConfig`, which says what they mean.
 
     Returns:
-        The student with its EMA weights, in evaluation mode.
+        The student with its averaged weights, in evaluation mode.
 
     Raises:
-        InputError: settings that do not fit each other, the store or the run in `out`.
+        InputError: settings that do not fit each other, the store or the run in `out`; updates that are not finite; out of
+            memory; a disk that is full.
+        Preempted: (a SystemExit) a signal asked the run to end.
     """
-    # Accelerate takes a second to import, which `pyard train --help` need not wait for.
-    from accelerate import Accelerator
+    given_teacher, given_store = teacher, trajectories
+    if isinstance(teacher, TrainConfig):
+        if trajectories is not None or out is not None or settings:
+            raise InputError("train: a TrainConfig comes alone; use dataclasses.replace to change a field of it")
+        config = teacher
+        given_teacher, given_store = config.teacher, config.trajectories
+    else:
+        if out is None:
+            raise InputError("train: out is missing; expected the run folder")
+        named = {
+            "teacher": str(teacher) if isinstance(teacher, str | Path) else "",
+            "trajectories": str(trajectories.path) if isinstance(trajectories, TrajectoryStore) else trajectories,
+        }
+        config = TrainConfig.of({**named, "out": Path(out), **settings})
+    # Importing accelerate and diffusers takes seconds, which `pyard train --help` need not wait for.
+    from pyard.training.processes import Processes, own_random_state
 
-    out = Path(out)
+    processes = Processes(config.mixed_precision, config.parallel)
+    with own_random_state(processes.device):
+        return _run(config, given_teacher, given_store, processes)
+
+
+def train_command(config: TrainConfig) -> None:
+    """Distil a teacher into a student of a few steps.
+
+    Missing trajectories are generated first. The same command resumes a run that was stopped, to the same weights as one that
+    was not. SIGTERM and SIGUSR1 make a run write a checkpoint and end with status 75. Several processes share the work:
+    torchrun --nproc-per-node 8 -m pyard train ...
+
+    Example: pyard train --config recipes/digits.yaml --out runs/digits
+    """
+    if not config.teacher:
+        raise InputError("--teacher is missing; expected 'digits' or a teacher's folder")
+    train(config)
+
+
+def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Processes) -> Student:
+    from pyard.training.adversarial import Adversarial
+    from pyard.training.loop import train_stage
+    from pyard.training.processes import seed_of
+    from pyard.training.real_data import RealData, RealReader
+    from pyard.training.regression import Regression
+    from pyard.training.sharded import whole_student
+    from pyard.training.state import Checkpoints
+    from pyard.training.watch import Watcher
+
+    if config.batch_size % (processes.world * config.gradient_accumulation):
+        raise InputError(
+            f"training: batch_size {config.batch_size} is no multiple of {processes.world} processes times "
+            f"gradient_accumulation {config.gradient_accumulation}"
+        )
     if isinstance(teacher, str | Path):
-        teacher = load_teacher(teacher)
-    if history_layers is None:
-        history_layers = math.ceil(teacher.network.config.depth / 4)
-    store = _open_store(teacher, trajectories, out, num_steps, num_trajectories, seed, progress)
-    config = TrainConfig(
-        history_layers=history_layers,
-        mask=mask,
-        window=window,
-        target=target,
-        output=output,
-        heads=heads,
-        history_bias=history_bias,
-        lora_rank=lora_rank,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        lr_schedule=lr_schedule,
-        warmup_steps=warmup_steps,
-        weight_decay=weight_decay,
-        grad_clip=grad_clip,
-        ema_decay=ema_decay,
-        mixed_precision=mixed_precision,
-        seed=seed,
-        teacher_fingerprint=teacher.fingerprint,
-        trajectories={**store.manifest.to_json(), "count": store.count},
+        with processes.main_first():  # the built-in teacher is trained on first use
+            teacher = load_teacher(teacher)
+    earlier = None if config.student is None else Student.from_pretrained(config.student)
+    if earlier is not None:
+        config = _like(config, earlier.config)
+    if config.history_layers is None:
+        config = dataclasses.replace(config, history_layers=math.ceil(teacher.network.config.depth / 4))
+    teacher.to(processes.device)
+    with processes.main_first():
+        store = _open_store(teacher, trajectories, config)
+        held_out = _held_out(teacher, config, store, processes)
+    student = _student(teacher, store, config, earlier).to(processes.device)
+    if config.lora_rank is not None:
+        add_lora(student, config.lora_rank)
+    inputs = {"teacher_fingerprint": teacher.fingerprint, "manifest": {**store.manifest.to_json(), "count": store.count}}
+    stage: Regression
+    if config.stage == "adversarial":
+        data = RealData.load(config.adversarial.real, student.sample_shape, student.num_classes)
+        inputs |= {"real_fingerprint": data.fingerprint(), "student_fingerprint": _fingerprint(student)}
+    with processes.main_first():
+        if processes.is_main:
+            config.resume_or_begin(**inputs)
+    reader = TrajectoryReader(
+        store,
+        config.batch_size // processes.world,
+        target=config.target,
+        seed=config.seed,
+        rank=processes.rank,
+        world_size=processes.world,
     )
-    student = Student.from_teacher(
-        teacher,
-        store.manifest.grid,
-        history_layers=history_layers,
-        mask=mask,
-        window=window,
-        target=target,
-        output=output,
-        heads=heads,
-        history_bias=history_bias,
-    )
-    if lora_rank is not None:
-        add_lora(student, lora_rank)
-    accelerator = Accelerator(mixed_precision=mixed_precision)
-    world, rank = accelerator.num_processes, accelerator.process_index
-    if batch_size % world:
-        raise InputError(f"batch_size {batch_size} is no multiple of the {world} processes")
-    reader = TrajectoryReader(store, batch_size // world, target=target, seed=seed, rank=rank, world_size=world)
-    if accelerator.is_main_process:
-        config.resume_or_begin(out)
-
-    student.to(accelerator.device)
-    ema = ema_of(student, ema_decay)
-    optimizer = torch.optim.AdamW(
-        student.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=accelerator.device.type == "cuda"
-    )
-    model, optimizer = accelerator.prepare(student.train(), optimizer)
-    checkpoints = Checkpoints(out / "checkpoints")
-    begin = max(checkpoints.steps(), default=0)
-    if begin:
-        state = checkpoints.load(begin, student, ema, optimizer)
-        reader.load_state_dict(state["reader"])
-    log = TrainingLog(out / "log.jsonl", begin) if accelerator.is_main_process else None
-
-    batches = iter(reader)
-    bar = tqdm(
-        total=max_steps, initial=begin, desc=f"training {out.name}", unit="step",
-        disable=not (progress and accelerator.is_main_process),
-    )  # fmt: skip
-    for step in range(begin + 1, max_steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * _lr_factor(step, max_steps, warmup_steps, lr_schedule)
-        batch = next(batches)
-        history, goal, labels = (t.to(accelerator.device) for t in (batch.history, batch.target, batch.condition))
-        with accelerator.autocast():
-            prediction = model(history, labels)
-        loss_per_step = (prediction.float() - goal.float()).square().mean(dim=(0, 2, 3, 4))  # [S]
-        loss = loss_per_step.mean()
-        accelerator.backward(loss)
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update_parameters(student)
-        if step % log_every == 0 or step == max_steps:
-            reduced = accelerator.reduce(loss_per_step.detach(), "mean").tolist()
-            mean = sum(reduced) / len(reduced)
-            if not math.isfinite(mean):
-                raise InputError(
-                    f"the loss is {mean} at step {step}; lower --learning_rate (now {learning_rate:g}); "
-                    f"the last checkpoint in {checkpoints.path} is intact"
-                )
-            if log is not None:
-                log.write(step=step, loss=mean, loss_per_step=reduced, grad_norm=float(grad_norm))
-            bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-        if accelerator.is_main_process and (step % save_every == 0 or step == max_steps):
-            checkpoints.save(step, student, ema, optimizer, {"reader": reader.state_dict()})
-        bar.update()
-    bar.close()
-    if log is not None:
-        log.close()
-    result = ema.module.eval()
-    assert isinstance(result, Student)
-    merge_lora(result)
-    if accelerator.is_main_process:
-        result.save_pretrained(out / "student")
-    accelerator.wait_for_everyone()
-    return result
+    if config.stage == "adversarial":
+        real = RealReader(
+            data,
+            config.batch_size,
+            seed=seed_of(config.seed, _REAL),
+            flips=config.adversarial.flips,
+            rank=processes.rank,
+            world_size=processes.world,
+        )
+        stage = Adversarial(config, student, processes, teacher, real)
+    else:
+        stage = Regression(config, student, processes)
+    averages = stage.averages
+    begin = max(Checkpoints(config.out / "checkpoints").steps(), default=0)
+    # Shards are gathered by all processes together, so that all have to look.
+    looks = processes.is_main or processes.sharded
+    watcher = Watcher(config, averages[0], held_out, begin, records=processes.is_main) if looks else None
+    try:
+        train_stage(stage, student, reader, config, processes, watcher or (lambda step, measured: None))
+    finally:
+        if watcher is not None:
+            watcher.finish()
+    for i, decay in enumerate(config.ema_decays):
+        name = "student" if i == 0 else f"student-ema-{decay:g}"
+        merge_lora(averages[i])
+        result = whole_student(averages[i], student.config, processes) if processes.sharded else averages[i]
+        with processes.main_first():
+            if processes.is_main and result is not None:
+                result.save_pretrained(config.out / name)
+    return Student.from_pretrained(config.out).to(processes.device) if processes.sharded else averages[0].eval()
 
 
-def _open_store(
-    teacher: DiTTeacher,
-    trajectories: str | Path | TrajectoryStore | None,
-    out: Path,
-    num_steps: int,
-    num_trajectories: int,
-    seed: int,
-    progress: bool,
-) -> TrajectoryStore:
+def _student(teacher: DiTTeacher, store: TrajectoryStore, config: TrainConfig, earlier: Student | None) -> Student:
+    """The student that training starts from: that of an earlier stage, or the teacher with a history."""
+    if earlier is None:
+        assert config.history_layers is not None
+        return Student.from_teacher(
+            teacher,
+            store.manifest.grid,
+            history_layers=config.history_layers,
+            mask=config.mask,
+            window=config.window,
+            target=config.target,
+            output=config.output,
+            heads=config.heads,
+            history_bias=config.history_bias,
+        )
+    if earlier.config.teacher_fingerprint != teacher.fingerprint:
+        raise InputError(
+            f"student {config.student} was made from teacher {earlier.config.teacher_fingerprint[:12]}, but this is teacher "
+            f"{teacher.fingerprint[:12]}; give its own"
+        )
+    if not earlier.config.grid.same_trajectory(store.manifest.grid):
+        raise InputError(
+            f"student {config.student} and the trajectories {store.path} have other grids; give those it learnt from"
+        )
+    return earlier
+
+
+def _like(config: TrainConfig, student: StudentConfig) -> TrainConfig:
+    """The settings with those that a student which is there already decides."""
+    names = ("history_layers", "mask", "window", "target", "output", "heads", "history_bias")
+    return dataclasses.replace(config, num_steps=student.grid.num_steps, **{name: getattr(student, name) for name in names})
+
+
+def _fingerprint(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _open_store(teacher: DiTTeacher, trajectories: str | Path | TrajectoryStore | None, config: TrainConfig) -> TrajectoryStore:
     """The store to train on: the given one, checked against teacher and S, or a new one in the run folder."""
     if trajectories is None:
         return generate_trajectories(
-            teacher, out / "trajectories", num_trajectories, num_steps=num_steps, seed=seed, progress=progress
+            teacher,
+            config.out / "trajectories",
+            config.num_trajectories,
+            num_steps=config.num_steps,
+            teacher_steps=config.teacher_steps,
+            cfg_scale=config.cfg_scale,
+            cfg_channels=config.cfg_channels,
+            keep=config.trajectory_keep,
+            dtype=config.trajectory_dtype,
+            seed=config.seed,
+            progress=config.progress,
         )
     store = trajectories if isinstance(trajectories, TrajectoryStore) else TrajectoryStore.open(trajectories)
     theirs = store.manifest
@@ -229,11 +237,25 @@ def _open_store(
             f"the trajectories were made by teacher {theirs.teacher_fingerprint[:12]}, but this is teacher "
             f"{teacher.fingerprint[:12]}; generate trajectories with this teacher"
         )
-    if theirs.grid.num_steps != num_steps:
-        raise InputError(f"the trajectories have {theirs.grid.num_steps} steps, but num_steps is {num_steps}")
+    if theirs.grid.num_steps != config.num_steps:
+        raise InputError(f"the trajectories have {theirs.grid.num_steps} steps, but num_steps is {config.num_steps}")
     return store
 
 
-def _lr_factor(step: int, max_steps: int, warmup_steps: int, schedule: str) -> float:
-    warmup = min(1.0, step / warmup_steps) if warmup_steps else 1.0
-    return warmup * (0.5 * (1 + math.cos(math.pi * (step - 1) / max_steps)) if schedule == "cosine" else 1.0)
+def _held_out(teacher: DiTTeacher, config: TrainConfig, store: TrajectoryStore, processes: Processes) -> TrajectoryStore | None:
+    """Trajectories of the same kind as those trained on, from other noise, for the exposure-bias curve."""
+    if not (config.evaluate_every and (processes.is_main or processes.sharded)):
+        return None
+    manifest = store.manifest
+    return generate_trajectories(
+        teacher,
+        config.out / "held-out",
+        config.evaluation_trajectories,
+        grid=manifest.grid,
+        cfg_scale=manifest.cfg_scale,
+        cfg_channels=manifest.cfg_channels,
+        keep=config.target,
+        seed=(manifest.seed + _HELD_OUT_SEED) % 2**64,
+        batch_size=min(manifest.batch_size, config.evaluation_trajectories),
+        progress=False,
+    )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +17,14 @@ from torch.optim.swa_utils import AveragedModel
 from pyard.errors import InputError
 from pyard.models.folder import new_folder
 
-KEPT = 2
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Optimizers, schedulers, readers: anything that can say what it must remember."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
 
 
 def ema_of(model: torch.nn.Module, decay: float) -> AveragedModel:
@@ -29,62 +38,111 @@ def ema_of(model: torch.nn.Module, decay: float) -> AveragedModel:
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run: `step-0000500/` with model, EMA, optimizer and position.
+    """The folder `checkpoints/` of a run: `step-0000500/` with everything that the run must remember.
+
+    Modules are kept as safetensors, an EMA as the safetensors of what it averages, everything else as torch saves it.
 
     Args:
         path: the folder; made when first needed.
+        keep_last: how many of the newest stay.
+        keep_every: checkpoints of steps that are a multiple of it stay as well; None: no others.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, keep_last: int = 2, keep_every: int | None = None):
         self.path = path
+        self.keep_last = keep_last
+        self.keep_every = keep_every
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
         names = (re.fullmatch(r"step-(\d+)", entry.name) for entry in self.path.glob("step-*"))
         return sorted(int(match[1]) for match in names if match)
 
-    def save(
-        self,
-        step: int,
-        model: torch.nn.Module,
-        ema: AveragedModel,
-        optimizer: torch.optim.Optimizer,
-        state: dict[str, Any],
-    ) -> None:
-        """Write the checkpoint of a step and drop all but the newest two."""
-        with new_folder(self._folder(step)) as folder:
-            save_file(_tensors(model), folder / "model.safetensors")
-            save_file(_tensors(ema.module), folder / "ema.safetensors")
-            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-            torch.save(torch.get_rng_state(), folder / "rng.pt")
-            (folder / "state.json").write_text(json.dumps({"step": step, "ema_updates": int(ema.n_averaged), **state}))
-        for old in self.steps()[:-KEPT]:
-            shutil.rmtree(self._folder(old))
+    def save(self, step: int, parts: Mapping[str, Stateful], state: Mapping[str, Any] | None = None) -> None:
+        """Write the checkpoint of a step, then drop those that are not to be kept.
 
-    def load(
-        self,
-        step: int,
-        model: torch.nn.Module,
-        ema: AveragedModel,
-        optimizer: torch.optim.Optimizer,
-    ) -> dict[str, Any]:
-        """Restore everything that `save` wrote; returns the `state` it was given."""
-        folder = self._folder(step)
+        Args:
+            step: updates done.
+            parts: what remembers, by name.
+            state: JSON-able values beside them.
+
+        Raises:
+            InputError: it cannot be written; earlier checkpoints are as they were.
+        """
         try:
-            model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-            ema.module.load_state_dict(load_file(folder / "ema.safetensors"), strict=False)
-            optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
-            torch.set_rng_state(torch.load(folder / "rng.pt", weights_only=True))
+            with new_folder(self.folder(step)) as folder:
+                self._write(folder, parts)
+                counts = {name: int(part.n_averaged) for name, part in parts.items() if isinstance(part, AveragedModel)}
+                (folder / "state.json").write_text(json.dumps({"step": step, "averaged": counts, **(state or {})}))
+        except Exception as error:
+            raise self.unwritable(step, error) from error
+        self.drop_old()
+
+    def load(self, step: int, parts: Mapping[str, Stateful]) -> dict[str, Any]:
+        """Restore every part that `save` was given; returns the `state` it was given."""
+        folder = self.folder(step)
+        try:
             state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+            self._read(folder, parts)
+            for name, part in parts.items():
+                if isinstance(part, AveragedModel):
+                    part.n_averaged.fill_(state["averaged"][name])
         except Exception as error:
             raise InputError(
                 f"checkpoint {folder} cannot be read ({error}); remove that folder to go on from the one before"
             ) from error
-        ema.n_averaged.fill_(state["ema_updates"])
         return state
 
-    def _folder(self, step: int) -> Path:
+    def drop_old(self) -> None:
+        """Remove the checkpoints that are neither among the newest nor a multiple of `keep_every`."""
+        for old in self.steps()[: -self.keep_last]:
+            if self.keep_every is None or old % self.keep_every:
+                shutil.rmtree(self.folder(old))
+
+    def folder(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
         return self.path / f"step-{step:07d}"
+
+    def unwritable(self, step: int, error: Exception) -> InputError:
+        """What to say of a checkpoint that could not be written."""
+        steps = self.steps()
+        intact = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
+        free = shutil.disk_usage(self.path).free if self.path.exists() else 0
+        # safetensors and torch wrap the system's error, and torch drops its number; what is left on the disk still tells.
+        full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left" in str(error)
+        why = "the disk is full" if full or free < 2**20 else str(error).splitlines()[0]
+        return InputError(
+            f"the checkpoint of step {step} cannot be written to {self.path}: {why} ({free / 2**20:.1f} MiB free); "
+            f"{intact}: free some room, or keep fewer with --keep_last, and give the same command again"
+        )
+
+    def _write(self, folder: Path, parts: Mapping[str, Stateful]) -> None:
+        for name, part in parts.items():
+            if isinstance(part, torch.nn.Module):
+                save_file(tensors_of(part), folder / f"{name}.safetensors")
+            else:
+                torch.save(part.state_dict(), folder / f"{name}.pt")
+
+    def _read(self, folder: Path, parts: Mapping[str, Stateful]) -> None:
+        for name, part in parts.items():
+            if isinstance(part, torch.nn.Module):
+                module = part.module if isinstance(part, AveragedModel) else part
+                module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+            else:
+                part.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True))
+
+
+def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A module's state, or that of what an EMA averages, on the CPU."""
+    module = module.module if isinstance(module, AveragedModel) else module
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is complete or absent."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 class TrainingLog:
@@ -97,9 +155,7 @@ class TrainingLog:
 
     def __init__(self, path: Path, resume_step: int):
         kept = [line for line in read_log(path) if line["step"] <= resume_step]
-        partial = path.with_suffix(".tmp")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path, "a", buffering=1)
 
     def write(self, **values: Any) -> None:
@@ -120,7 +176,3 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return lines
-
-
-def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}

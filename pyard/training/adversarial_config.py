@@ -1,0 +1,66 @@
+"""Settings of the adversarial stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pyard.errors import InputError
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """The adversarial stage: discriminators on a frozen teacher's features of the student's last prediction and of real data.
+
+    Args:
+        real: real data: `digits`; a `.safetensors` or `.npz` file with `images` float [n, C, H, W] (-1 to 1, or latents) and
+            `labels` [n]; or the folder that `pyard encode-images` wrote.
+        flips: mirror a random half of the real data.
+        noise_levels: both kinds are noised before the teacher sees them, to a level drawn between these shares of its
+            noisiest time.
+        blocks: which of the teacher's blocks are looked at, from 0; none: all.
+        width: channels of a discriminator's layers.
+        depth: residual layers of a discriminator.
+        kernel_size: of those, in tokens, odd.
+        virtual_batch: samples that batch norm takes together; each process's share of a batch is a multiple of it.
+        learning_rate: of the discriminators' AdamW.
+        adam_betas: of the discriminators' AdamW.
+        weight: of the generator's loss, times |grad MSE| / (|grad GAN| + 1e-4) at the last head's weight.
+        max_ratio: largest value of that ratio.
+        warmup_steps: first updates in which only the discriminators learn of the other side (weight 0).
+        r1: weight of the squared gradient of the real data's logits at the heads' inputs (Mescheder et al. 2018); 0: none.
+        feature_matching: weight of the squared distance of the mean hidden features (Salimans et al. 2016), beside the logits.
+    """
+
+    real: str = "digits"
+    flips: bool = False
+    noise_levels: tuple[float, float] = (0.0, 0.5)
+    blocks: tuple[int, ...] | None = None
+    width: int = 64
+    depth: int = 1
+    kernel_size: int = 9
+    virtual_batch: int = 8
+    learning_rate: float = 1e-3
+    adam_betas: tuple[float, float] = (0.0, 0.99)
+    weight: float = 10.0
+    max_ratio: float = 1e4
+    warmup_steps: int = 3000
+    r1: float = 0.0
+    feature_matching: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("noise_levels", "blocks", "adam_betas"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        low, high = self.noise_levels
+        if not 0 <= low <= high <= 1:
+            raise InputError(f"adversarial: noise_levels is {self.noise_levels}; expected two rising shares between 0 and 1")
+        if self.blocks is not None and (not self.blocks or len(set(self.blocks)) < len(self.blocks) or min(self.blocks) < 0):
+            raise InputError(f"adversarial: blocks is {self.blocks}; expected different numbers from 0 on")
+        for name, least in (("width", 1), ("depth", 0), ("virtual_batch", 1), ("warmup_steps", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"adversarial: {name} is {getattr(self, name)}; expected at least {least}")
+        for name in ("weight", "r1", "feature_matching"):
+            if getattr(self, name) < 0:
+                raise InputError(f"adversarial: {name} is {getattr(self, name)}; expected at least 0")
+        if not self.learning_rate > 0 or not self.max_ratio > 0:
+            raise InputError("adversarial: learning_rate and max_ratio; expected more than 0")

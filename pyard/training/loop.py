@@ -1,0 +1,173 @@
+"""The training loop that every stage shares: batches, skipped updates, log, checkpoints, signals, progress."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from pyard.errors import InputError
+from pyard.models.student import Student
+from pyard.training.config import TrainConfig
+from pyard.training.flops import peak_tflops, update_flops
+from pyard.training.processes import Preempted, Processes, memory_advice, preemption, seed_of
+from pyard.training.regression import Measured, Stage
+from pyard.training.state import Checkpoints, TrainingLog
+from pyard.trajectories import TrajectoryReader
+
+Watch = Callable[[int, Measured], None]
+
+
+def train_stage(
+    stage: Stage,
+    student: Student,
+    reader: TrajectoryReader,
+    config: TrainConfig,
+    processes: Processes,
+    watch: Watch,
+) -> None:
+    """Update until `max_steps` are done, from the last checkpoint on.
+
+    Args:
+        stage: what an update computes.
+        student: who learns; for messages and FLOPs.
+        reader: this process's batches.
+        config: settings.
+        processes: who trains.
+        watch: called after each logged update and each `evaluate_every`th, on every process.
+
+    Raises:
+        InputError: updates that are not finite, out of memory, a checkpoint that cannot be read or written.
+        Preempted: SIGTERM or SIGUSR1 arrived; a checkpoint has been written.
+    """
+    checkpoints = _checkpoints(student, config, processes)
+    begin = max(checkpoints.steps(), default=0)
+    skipped = in_a_row = 0
+    if begin:
+        state = checkpoints.load(begin, stage.parts)
+        reader.load_state_dict(state["reader"])
+        skipped, in_a_row = state["skipped"], state["in_a_row"]
+    # Nobody may write a checkpoint of a later step before all have chosen theirs.
+    processes.wait()
+    log = TrainingLog(config.out / "log.jsonl", begin) if processes.is_main else None
+    meter = Meter(config, student, processes)
+    advice = memory_advice(
+        reader.batch_size // config.gradient_accumulation,
+        student.num_steps,
+        student.config.network.tokens_per_step,
+        config.gradient_accumulation,
+    )
+
+    def save(step: int) -> None:
+        counts = {"skipped": skipped, "in_a_row": in_a_row}
+        state: dict[str, Any] = {
+            **counts,
+            "reader": reader.state_dict(),
+            "student": student.config.to_json(),
+            "lora_rank": config.lora_rank,
+        }
+        if processes.sharded:
+            checkpoints.save(step, stage.parts, state)
+            return
+        with processes.main_first():
+            if processes.is_main:
+                checkpoints.save(step, stage.parts, state)
+
+    with (
+        tqdm(
+            total=config.max_steps, initial=begin, desc=f"training {config.out.name}", unit="step",
+            disable=not (config.progress and processes.is_main),
+        ) as bar,
+        preemption() as asked,
+        advice,
+    ):  # fmt: skip
+        for step in range(begin + 1, config.max_steps + 1):
+            # Whatever draws from torch's generators, dropout say, draws the same after a resume.
+            torch.manual_seed(seed_of(config.seed, step, processes.rank))
+            measured = stage.compute(step, next(reader))
+            if measured.finite():
+                stage.apply()
+                in_a_row = 0
+            else:
+                stage.skip()
+                skipped, in_a_row = skipped + 1, in_a_row + 1
+                if processes.is_main:
+                    bar.write(
+                        f"step {step}: loss {measured.loss:g}, gradient norm {measured.grad_norm:g}: skipped "
+                        f"({in_a_row} in a row, {skipped} in all)",
+                        file=sys.stderr,
+                    )
+            meter.count()
+            last = step == config.max_steps
+            if (step % config.log_every == 0 or last) and in_a_row == 0:
+                if log is not None:
+                    log.write(
+                        step=step,
+                        loss=float(measured.loss),
+                        loss_per_step=measured.per_step.tolist(),
+                        grad_norm=float(measured.grad_norm),
+                        **{name: float(value) for name, value in measured.more.items()},
+                        **({"skipped": skipped} if skipped else {}),
+                    )
+                bar.set_postfix(loss=f"{float(measured.loss):.4f}", **meter.rates(), refresh=False)
+            watch(step, measured)
+            bar.update()
+            if in_a_row >= config.max_skipped_in_a_row:
+                steps = checkpoints.steps()
+                raise InputError(
+                    f"{in_a_row} updates in a row, up to step {step}, had a loss or gradient that is not finite; lower "
+                    f"--learning_rate (now {config.learning_rate:g}) or --grad_clip, or use bf16 in place of fp16; "
+                    + (f"the checkpoint of step {steps[-1]} is intact" if steps else "no checkpoint had been written yet")
+                )
+            (stop,) = processes.largest(float(asked.is_set()))
+            if step % config.save_every == 0 or last or stop:
+                save(step)
+            if stop and not last:
+                if processes.is_main:
+                    bar.write(f"asked to end: checkpoint of step {step} written; the same command resumes", file=sys.stderr)
+                raise Preempted(step)
+    if log is not None:
+        log.close()
+
+
+def _checkpoints(student: Student, config: TrainConfig, processes: Processes) -> Checkpoints:
+    path = config.out / "checkpoints"
+    if not processes.sharded:
+        return Checkpoints(path, config.keep_last, config.keep_every)
+    from pyard.training.sharded import ShardedCheckpoints
+
+    return ShardedCheckpoints(path, config.keep_last, config.keep_every, student, processes)
+
+
+class Meter:
+    """How fast training is: samples a second, and the share of the device's peak that the model's own FLOPs make up.
+
+    Args:
+        config: settings; `peak_tflops` overrides the data sheet.
+        student: whose FLOPs are counted.
+        processes: who shares the work.
+    """
+
+    def __init__(self, config: TrainConfig, student: Student, processes: Processes):
+        name = torch.cuda.get_device_name(processes.device) if processes.device.type == "cuda" else "cpu"
+        self._peak = config.peak_tflops or peak_tflops(name, config.mixed_precision)
+        self._flops = update_flops(student.config, config.batch_size) / processes.world
+        self._batch_size = config.batch_size
+        self._since, self._updates = time.perf_counter(), 0
+
+    def count(self) -> None:
+        """An update is done."""
+        self._updates += 1
+
+    def rates(self) -> dict[str, str]:
+        """The rates since they were last asked for: samples/s, and MFU, or TFLOP/s of a device without a known peak."""
+        now = time.perf_counter()
+        rate = self._updates / max(now - self._since, 1e-9)
+        self._since, self._updates = now, 0
+        tflops = rate * self._flops / 1e12
+        use = {"MFU": f"{100 * tflops / self._peak:.1f}%"} if self._peak else {"TFLOP/s": f"{tflops:.3g}"}
+        return {"samples/s": f"{rate * self._batch_size:.{0 if rate * self._batch_size >= 100 else 2}f}", **use}

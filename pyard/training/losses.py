@@ -1,0 +1,60 @@
+"""What a prediction is charged for, step by step.
+
+B batch · S steps · C, H, W sample shape
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from pyard.models.student import StudentConfig
+from pyard.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class RegressionLoss:
+    """The loss of the S predictions of a batch.
+
+    Args:
+        kind: `mse`, the mean of d^2; `pseudo_huber`, sqrt(|d|^2 + c^2) - c with |d| over a sample's C*H*W numbers.
+        huber_c: c.
+        step_weights: S weights, mean 1.
+    """
+
+    kind: str
+    huber_c: float
+    step_weights: tuple[float, ...]
+
+    @classmethod
+    def of(cls, config: TrainConfig, student: StudentConfig) -> RegressionLoss:
+        """The loss that a configuration asks for."""
+        numbers = math.prod(student.network.sample_shape)
+        huber_c = 0.00054 * math.sqrt(numbers) if config.huber_c is None else config.huber_c
+        if config.step_weights == "uniform":
+            weights = [1.0] * student.grid.num_steps
+        elif config.step_weights == "min_snr":
+            # Clean data, where a trajectory ends, has an infinite ratio of signal to noise.
+            weights = [min(_snr(student, time), config.min_snr_gamma) for time in student.grid.times[1:]]
+        else:
+            weights = [float(weight) for weight in config.step_weights]
+        mean = sum(weights) / len(weights)
+        return cls(config.loss, huber_c, tuple(weight / mean for weight in weights))
+
+    def per_step(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:  # [B,S,C,H,W] twice -> [S]
+        """The mean loss of each step, not weighted, in float32."""
+        squares = (prediction.float() - target.float()).square()
+        if self.kind == "mse":
+            return squares.mean(dim=(0, 2, 3, 4))
+        return ((squares.sum(dim=(2, 3, 4)) + self.huber_c**2).sqrt() - self.huber_c).mean(dim=0)
+
+    def total(self, per_step: torch.Tensor) -> torch.Tensor:  # [S] -> []
+        """The weighted mean over the steps."""
+        return (per_step * torch.tensor(self.step_weights, device=per_step.device)).mean()
+
+
+def _snr(student: StudentConfig, time: float) -> float:
+    alpha, sigma = student.schedule.alpha(time), student.schedule.sigma(time)
+    return math.inf if sigma == 0 else (alpha / sigma) ** 2

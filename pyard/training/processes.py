@@ -1,0 +1,185 @@
+"""The processes of a run: who they are, how they agree, and how signals and errors reach all of them.
+
+Accelerate finds and joins them (one process, `torchrun`, `accelerate launch`). Autocast, loss scaling and DDP are torch's own:
+an `Accelerator` fixes the precision once for a whole Python process, in which `train` may be called twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from pyard.errors import InputError
+
+# sysexits.h: EX_TEMPFAIL, "the user is invited to retry".
+PREEMPTED_STATUS = 75
+PREEMPTING = (signal.SIGTERM, signal.SIGUSR1)
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Preempted(SystemExit):
+    """A signal asked a run to end; it has saved a checkpoint and ends the process with status 75."""
+
+    def __init__(self, step: int):
+        super().__init__(PREEMPTED_STATUS)
+        self.step = step
+
+
+class Processes:
+    """The processes that train together.
+
+    Args:
+        mixed_precision: no | bf16 | fp16.
+        parallel: `ddp`, or `fsdp` on several processes.
+    """
+
+    def __init__(self, mixed_precision: str = "no", parallel: str = "ddp"):
+        from accelerate import PartialState
+
+        # Without `cpu`, Accelerate runs processes without a GPU side by side, each as if it were alone.
+        state = PartialState(cpu=not torch.accelerator.is_available())
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        if state.num_processes != launched:
+            raise InputError(
+                f"training: WORLD_SIZE says {launched} processes, but Accelerate joined {state.num_processes}; start them with "
+                "torchrun or accelerate launch, before anything else in the process uses Accelerate"
+            )
+        self.rank: int = state.process_index
+        self.world: int = state.num_processes
+        self.is_main = self.rank == 0
+        self.device: torch.device = state.device
+        if mixed_precision == "fp16" and self.device.type == "cpu":
+            raise InputError("training: mixed_precision 'fp16' needs a GPU; use 'bf16' or 'no'")
+        if parallel == "fsdp" and (self.world == 1 or mixed_precision == "fp16"):
+            raise InputError(
+                f"training: parallel 'fsdp' on {self.world} processes in {mixed_precision}; expected several processes "
+                "(torchrun), and 'bf16' or 'no', for its loss scaling knows no shards"
+            )
+        self.sharded = parallel == "fsdp"
+        self._dtype = _DTYPES.get(mixed_precision)
+        # Rank 0 may compute trajectories for hours; in training, a wait that long is a hang that has to be noticed.
+        self._patient = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if self.world > 1 else None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=mixed_precision == "fp16")
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Mixed precision for a forward pass."""
+        return nullcontext() if self._dtype is None else torch.autocast(self.device.type, self._dtype)
+
+    def data_parallel(self, module: torch.nn.Module) -> torch.nn.Module:
+        """The module, whose gradients are averaged over the processes in its backward pass."""
+        if self.world == 1 or self.sharded:
+            return module
+        devices = [self.device] if self.device.type == "cuda" else None
+        # The only buffers are constants.
+        return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """The mean of a tensor over the processes, on all of them."""
+        if self.world == 1:
+            return value
+        value = value.detach().clone()
+        dist.all_reduce(value)
+        return value / self.world
+
+    def largest(self, *values: float) -> list[float]:
+        """The largest of each number over the processes, on all of them."""
+        if self.world == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        if self.world > 1:
+            dist.barrier()
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 runs the block alone, then the others do; an error of rank 0 is an error of all.
+
+        Raises:
+            InputError: on the others, what rank 0 says.
+        """
+        if self.world == 1:
+            yield
+            return
+        error: list[str | None] = [None]
+        if self.is_main:
+            try:
+                yield
+            except BaseException as raised:
+                error = [f"rank 0: {raised}"]
+                dist.broadcast_object_list(error, src=0, group=self._patient)
+                raise
+            dist.broadcast_object_list(error, src=0, group=self._patient)
+        else:
+            dist.broadcast_object_list(error, src=0, group=self._patient)
+            if error[0] is not None:
+                raise InputError(error[0])
+            yield
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed for torch that is a function of all the numbers: what is drawn then depends on no earlier draw."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "little")
+
+
+@contextmanager
+def own_random_state(device: torch.device) -> Iterator[None]:
+    """Leave the caller's random state as it was."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+@contextmanager
+def preemption() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGUSR1 set while the block runs; without one where Python forbids handlers (threads)."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        asked.set()
+
+    earlier = {number: signal.signal(number, remember) for number in PREEMPTING}
+    try:
+        yield asked
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def memory_advice(batch: int, num_steps: int, tokens: int, gradient_accumulation: int) -> Iterator[None]:
+    """Turn running out of memory into an InputError that says what to lower.
+
+    Args:
+        batch: samples of a micro-batch of this process.
+        num_steps: S.
+        tokens: T, tokens a step.
+        gradient_accumulation: as it is now.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # The CPU's allocator raises a plain RuntimeError.
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise InputError(
+            f"out of memory with a micro-batch of {batch} samples a process, S = {num_steps} steps and T = {tokens} tokens a "
+            f"step; two settings help: --gradient_accumulation (now {gradient_accumulation}; twice that halves the "
+            f"micro-batch), and --activation_checkpointing true. ({str(error).splitlines()[0]})"
+        ) from error

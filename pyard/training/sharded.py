@@ -1,0 +1,183 @@
+"""Students in shards: FSDP2 by torch's own `fully_shard`, checkpoints that each process writes its part of, and consolidation.
+
+Accelerate is in the way here: on a CPU it falls back to DDP without a word, and it has no say in what `fully_shard` does.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import AveragedModel
+
+from pyard.errors import InputError
+from pyard.models.lora import add_lora, merge_lora
+from pyard.models.student import Student, StudentConfig
+from pyard.training.state import Checkpoints, Stateful
+
+if TYPE_CHECKING:
+    from pyard.training.processes import Processes
+
+_SHARDS = "shards"  # the part of a checkpoint that all processes write
+
+
+def shard(student: Student, processes: Processes) -> None:
+    """Split a student's parameters over the processes, block by block; they become DTensors."""
+    mesh = init_device_mesh(processes.device.type, (processes.world,))
+    for block in student.trunk.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(student, mesh=mesh)
+    # Sampling enters the student by `step`, where its own parameters have to be gathered too.
+    register_fsdp_forward_method(student, "step")
+    plain = [name for name, parameter in student.named_parameters() if not isinstance(parameter, DTensor)]
+    if plain:
+        raise RuntimeError(f"parameters that fully_shard left whole: {plain}")
+
+
+def whole_student(student: nn.Module, config: StudentConfig, processes: Processes) -> Student | None:
+    """The student in one piece, on rank 0; None on the others. All processes must call it."""
+    tensors = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not processes.is_main:
+        return None
+    whole = Student(config)
+    whole.load_state_dict(tensors)
+    return whole.eval()
+
+
+class ShardedCheckpoints(Checkpoints):
+    """Checkpoints whose modules and optimizer are written by all processes, each its shards; all of them call `save`.
+
+    Args:
+        path, keep_last, keep_every: as in `Checkpoints`.
+        model: whose optimizer it is.
+        processes: who writes.
+    """
+
+    def __init__(self, path: Path, keep_last: int, keep_every: int | None, model: nn.Module, processes: Processes):
+        super().__init__(path, keep_last, keep_every)
+        self.model, self.processes = model, processes
+
+    def save(self, step: int, parts: Mapping[str, Stateful], state: Mapping[str, Any] | None = None) -> None:
+        shards = self.path / f".{self.folder(step).name}.{_SHARDS}"
+        with self.processes.main_first():
+            if self.processes.is_main:
+                shutil.rmtree(shards, ignore_errors=True)
+                shards.mkdir(parents=True)
+        try:
+            save_shards(self._sharded(parts), checkpoint_id=shards)
+        except Exception as error:
+            with self.processes.main_first():
+                if self.processes.is_main:
+                    shutil.rmtree(shards, ignore_errors=True)
+            raise self.unwritable(step, error) from error
+        with self.processes.main_first():
+            if self.processes.is_main:
+                try:
+                    self._shards = shards
+                    super().save(step, parts, state)
+                finally:
+                    shutil.rmtree(shards, ignore_errors=True)
+
+    def _write(self, folder: Path, parts: Mapping[str, Stateful]) -> None:
+        self._shards.rename(folder / _SHARDS)
+        super()._write(folder, {name: part for name, part in parts.items() if not self._is_sharded(part)})
+
+    def _read(self, folder: Path, parts: Mapping[str, Stateful]) -> None:
+        super()._read(folder, {name: part for name, part in parts.items() if not self._is_sharded(part)})
+        tensors = self._sharded(parts)
+        load_shards(tensors, checkpoint_id=folder / _SHARDS)
+        for name, part in parts.items():
+            if not self._is_sharded(part):
+                continue
+            if isinstance(part, torch.optim.Optimizer):
+                set_optimizer_state_dict(self.model, part, optim_state_dict=tensors[name])
+            else:
+                set_model_state_dict(_module(part), tensors[name])
+
+    def _sharded(self, parts: Mapping[str, Stateful]) -> dict[str, Any]:
+        return {
+            name: get_optimizer_state_dict(self.model, part)
+            if isinstance(part, torch.optim.Optimizer)
+            else get_model_state_dict(_module(part))
+            for name, part in parts.items()
+            if self._is_sharded(part)
+        }
+
+    def _is_sharded(self, part: Stateful) -> bool:
+        if isinstance(part, torch.optim.Optimizer):
+            return any(isinstance(p, DTensor) for group in part.param_groups for p in group["params"])
+        return isinstance(part, nn.Module) and any(isinstance(p, DTensor) for p in part.parameters())
+
+
+def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str = "ema") -> Student:
+    """Make one student's folder of a checkpoint, sharded or not.
+
+    Example: pyard consolidate --run runs/xl2 --out runs/xl2-step-100000 --step 100000
+
+    Args:
+        run: the run folder.
+        out: the student's folder to write.
+        step: updates done at the checkpoint; none: the newest.
+        weights: `ema` for the averaged weights, `ema-DECAY` for a further average, `model` for the weights themselves.
+
+    Returns:
+        The student.
+
+    Raises:
+        InputError: no such checkpoint, or no such weights in it.
+    """
+    checkpoints = Checkpoints(run / "checkpoints")
+    steps = checkpoints.steps()
+    if not steps or (step is not None and step not in steps):
+        raise InputError(f"{run}: checkpoints of steps {steps}; expected {'any' if step is None else step}")
+    folder = checkpoints.folder(steps[-1] if step is None else step)
+    state = json.loads((folder / "state.json").read_text())
+    student = Student(StudentConfig.from_json(state["student"]))
+    if state["lora_rank"] is not None:
+        add_lora(student, state["lora_rank"])
+    names = [file.stem for file in folder.glob("*.safetensors")]
+    if (folder / _SHARDS).is_dir():
+        entries = FileSystemReader(folder / _SHARDS).read_metadata().state_dict_metadata
+        names += sorted(
+            {entry.split(".")[0] if not entry.startswith("ema-") else _average_of(entry, student) for entry in entries}
+        )
+    if weights not in names:
+        raise InputError(f"{folder}: no weights {weights!r}; there are {', '.join(n for n in names if n != 'optimizer')}")
+    if (folder / f"{weights}.safetensors").exists():
+        tensors = load_file(folder / f"{weights}.safetensors")
+    else:
+        tensors = {name: torch.empty_like(tensor) for name, tensor in student.state_dict().items()}
+        load_shards({weights: tensors}, checkpoint_id=folder / _SHARDS, no_dist=True)
+    student.load_state_dict(tensors)
+    merge_lora(student)
+    student.save_pretrained(out)
+    return student.eval()
+
+
+def _average_of(entry: str, student: Student) -> str:
+    """`ema-0.99.trunk.pos_embed` -> `ema-0.99`: a decay has a dot of its own."""
+    return next(entry.removesuffix("." + name) for name in student.state_dict() if entry.endswith("." + name))
+
+
+def _module(part: Any) -> nn.Module:
+    module: nn.Module = part.module if isinstance(part, AveragedModel) else part
+    return module

@@ -1,0 +1,166 @@
+"""What is watched while a student trains: its samples from fixed noise, and the exposure-bias curve, in TensorBoard or W&B.
+
+The curve is what ARD is about: the error to the teacher at each step when the student reads the teacher's history (teacher
+forcing) and when it reads its own (rollout). The gap between the two is the exposure bias.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyard.errors import InputError
+from pyard.models.history import ConcatenatingCache
+from pyard.models.student import Student
+from pyard.noise import standard_normal
+from pyard.pictures import tiles
+from pyard.training.config import TrainConfig
+from pyard.training.regression import Measured
+from pyard.training.state import TrainingLog
+from pyard.trajectories import TrajectoryBatch, TrajectoryReader, TrajectoryStore
+
+CURVES_NAME = "exposure_bias.jsonl"
+_GRID_SAMPLES = 20
+
+
+@dataclass(frozen=True)
+class ExposureBias:
+    """Errors to the teacher at each step.
+
+    Args:
+        times: S, the grid times that the predictions belong to (tau_{S-1} ... tau_0).
+        teacher_forced: S mean squared errors on the teacher's history.
+        rollout: S mean squared errors on the student's own.
+    """
+
+    times: tuple[float, ...]
+    teacher_forced: tuple[float, ...]
+    rollout: tuple[float, ...]
+
+
+@torch.no_grad()
+def exposure_bias(student: Student, batches: Iterable[TrajectoryBatch]) -> ExposureBias:
+    """Measure a student against trajectories of its teacher.
+
+    Args:
+        student: in evaluation mode.
+        batches: trajectories with the student's grid and target.
+    """
+    device = student.embed_times.device
+    errors = np.zeros((2, student.num_steps))
+    count = 0
+    for batch in batches:
+        history, target, labels = (t.to(device) for t in (batch.history, batch.target, batch.condition))
+        own = torch.stack(list(student.rollout(history[:, 0], labels, ConcatenatingCache())), dim=1)
+        for row, prediction in enumerate((student(history, labels), own)):
+            squares = (prediction.float() - target).square().mean(dim=(2, 3, 4)).sum(dim=0)  # [S]
+            errors[row] += squares.double().cpu().numpy()
+        count += len(labels)
+    if not count:
+        raise InputError("exposure bias: no trajectories; expected at least one batch")
+    forced, rolled = (tuple(float(e) for e in row / count) for row in errors)
+    return ExposureBias(student.config.grid.times[1:], forced, rolled)
+
+
+class Watcher:
+    """Sends the log's numbers to trackers and, every `evaluate_every` updates, draws and measures the averaged student.
+
+    Args:
+        config: settings.
+        student: the averaged one.
+        held_out: trajectories that are not trained on; None: no curve.
+        resume_step: what was recorded of later steps is dropped.
+        records: False: compute all, for a student in shards needs it, and record nothing.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        student: Student,
+        held_out: TrajectoryStore | None,
+        resume_step: int,
+        *,
+        records: bool = True,
+    ):
+        self.config, self.student, self.held_out = config, student, held_out
+        self.trackers = _trackers(config, resume_step) if records else []
+        self.curves = TrainingLog(config.out / CURVES_NAME, resume_step) if held_out and records else None
+        labels = np.arange(_GRID_SAMPLES) % student.num_classes
+        noise = standard_normal(config.seed, np.arange(_GRID_SAMPLES), student.sample_shape)
+        self._noise, self._labels = torch.from_numpy(noise), torch.from_numpy(labels)
+
+    def __call__(self, step: int, measured: Measured) -> None:
+        """Look at the run after an update."""
+        last = step == self.config.max_steps
+        if self.trackers and (step % self.config.log_every == 0 or last):
+            values = {"loss": float(measured.loss), "grad_norm": float(measured.grad_norm)}
+            values |= {f"loss_step/{s}": value for s, value in enumerate(measured.per_step.tolist())}
+            values |= {name: float(value) for name, value in measured.more.items()}
+            self._log(values, step)
+        if self.config.evaluate_every and (step % self.config.evaluate_every == 0 or last):
+            self._evaluate(step)
+
+    def finish(self) -> None:
+        """Close the trackers' files."""
+        for tracker in self.trackers:
+            tracker.finish()
+        if self.curves is not None:
+            self.curves.close()
+
+    @torch.no_grad()
+    def _evaluate(self, step: int) -> None:
+        student, device = self.student.eval(), self.student.embed_times.device
+        *_, samples = student.rollout(self._noise.to(device), self._labels.to(device), ConcatenatingCache())
+        picture = tiles(samples.float().cpu().numpy(), columns=_GRID_SAMPLES // 2)  # [rows, columns, 3]
+        for tracker in self.trackers:
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": picture[None]}, step=step, **options)
+        if self.held_out is not None:
+            curve = exposure_bias(student, in_order(self.held_out, self.config))
+            if self.curves is not None:
+                self.curves.write(step=step, **asdict(curve))
+            values = {f"teacher_forced/{s}": error for s, error in enumerate(curve.teacher_forced)}
+            values |= {f"rollout/{s}": error for s, error in enumerate(curve.rollout)}
+            self._log({f"exposure_bias/{name}": value for name, value in values.items()}, step)
+
+    def _log(self, values: dict[str, float], step: int) -> None:
+        for tracker in self.trackers:
+            tracker.log(values, step=step)
+
+
+def in_order(store: TrajectoryStore, config: TrainConfig) -> Iterable[TrajectoryBatch]:
+    """All trajectories of a store once, in their order, in batches of the training's size."""
+    size = min(config.batch_size, store.count)
+    reader = TrajectoryReader(store, size, target=config.target)
+    for first in range(0, store.count, size):
+        yield reader.gather(np.arange(first, min(first + size, store.count)))
+
+
+def _trackers(config: TrainConfig, resume_step: int) -> list[Any]:
+    wanted = config.trackers
+    if wanted == "auto":
+        wanted = "tensorboard" if config.evaluate_every and importlib.util.find_spec("tensorboard") else "none"
+    if wanted == "none":
+        return []
+    if importlib.util.find_spec(wanted) is None:
+        raise InputError(f"training: trackers is {wanted!r}, which is not installed: pip install {wanted}, or --trackers none")
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
+
+    folder = str(Path(config.out).resolve())
+    tracker: Any
+    if wanted == "tensorboard":
+        # Points after the checkpoint that a run resumes from are hidden, for they come again.
+        tracker = TensorBoardTracker(wanted, folder, purge_step=resume_step + 1)
+    else:
+        tracker = WandBTracker(
+            "pyard", dir=folder, name=config.out.name, config=json.loads(json.dumps(asdict(config), default=str))
+        )
+    tracker.start()
+    return [tracker]

@@ -1,0 +1,234 @@
+"""The adversarial stage against plain autograd, which needs no trick."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+from pathlib import Path
+
+import factories
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from training_runs import assert_same_run, kill_and_resume, start, teacher_and_store, train_in, wait
+
+from pyard.errors import InputError
+from pyard.models.student import Student
+from pyard.noise_schedule import NoiseSchedule
+from pyard.teachers.dit import DiTTeacher
+from pyard.time_grid import TimeGrid
+from pyard.training import AdversarialConfig, TrainConfig
+from pyard.training.adversarial import Adversarial
+from pyard.training.processes import Processes
+from pyard.training.real_data import RealData, RealReader
+from pyard.training.regression import Regression
+from pyard.training.state import read_log
+from pyard.trajectories import TrajectoryBatch
+
+S, B = 3, 8
+SMALL = dict(virtual_batch=4, width=8, warmup_steps=0, flips=True)
+
+
+def teacher(kind: str = "flow") -> DiTTeacher:
+    return factories.tiny_teacher(NoiseSchedule(kind="flow", prediction="velocity") if kind == "flow" else NoiseSchedule())
+
+
+def stage(kind: str = "flow", student: dict | None = None, **settings) -> Adversarial:
+    made = teacher(kind)
+    grid = TimeGrid.build(made.schedule, S, 6)
+    model = Student.from_teacher(made, grid, **{"history_layers": 2, "target": "state", **(student or {})})
+    factories.randomise(model, 1)
+    config = TrainConfig(
+        teacher="", out=Path(), num_steps=S, batch_size=B, grad_clip=1e9, stage="adversarial", student="x",
+        adversarial=AdversarialConfig(**{**SMALL, **settings}),
+    )  # fmt: skip
+    data = RealData(({"images": torch.randn(20, 2, 8, 8), "labels": torch.arange(20) % 5},))
+    return Adversarial(config, model, Processes(), made, RealReader(data, B, seed=5, flips=True))
+
+
+def batch() -> TrajectoryBatch:
+    history, target = torch.randn(2, B, S, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    return TrajectoryBatch(history, target, torch.arange(B) % 5)
+
+
+def losses(made: Adversarial, data: TrajectoryBatch) -> dict[str, torch.Tensor]:
+    """Everything an update minimises, as one plain graph, with the draws of update 1."""
+    prediction = made.student(data.history, data.condition)
+    sides = made._draw(1, data.target[:, -1])
+    real, labels = next(made.real)
+    fake_seen, fake_condition = made.features(prediction[:, -1], sides.fake_noise, sides.times, data.condition)
+    real_seen, real_condition = made.features(real, sides.real_noise, sides.times, labels)
+    fake_logits, fake_hidden = made.discriminator(fake_seen, fake_condition)
+    real_seen = [x.detach().requires_grad_() for x in real_seen]
+    real_logits, real_hidden = made.discriminator(real_seen, real_condition)
+    slopes = torch.autograd.grad(real_logits.sum(), real_seen, create_graph=True)
+    groups = [torch.stack([g.mean(dim=(0, 2)) for g in h.split(4)]) for h in (*fake_hidden, *real_hidden)]
+    K = len(fake_hidden)
+    detached, _ = made.discriminator([x.detach() for x in fake_seen], fake_condition.detach())
+    return {
+        "mse": (prediction - data.target).square().mean(),
+        "gan": -fake_logits.mean(),
+        "match": torch.stack([(groups[k] - groups[K + k].detach()).square().mean() for k in range(K)]).mean(),
+        "hinge": (1 - real_logits).clamp(min=0).mean() + (1 + detached).clamp(min=0).mean(),
+        "r1": torch.stack([(s**2).sum(dim=(1, 2)).mean() for s in slopes]).mean(),
+    }
+
+
+@pytest.mark.parametrize("student", [
+    dict(), dict(heads="shared"), dict(output="jump"), dict(output="jump", heads="shared"), dict(history_layers=0),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("kind", ["flow", "ddpm"])
+def test_gradients_are_those_of_the_plain_losses(kind, student):
+    made = stage(kind, student, r1=0.3, feature_matching=0.7, weight=2.0, max_ratio=1e9)
+    made.discriminator.eval()  # the power iteration stands still, so that both see the same weights
+    plain = copy.deepcopy(made)
+    measured = made.compute(1, batch())
+
+    of = losses(plain, batch())
+    last = plain.student.heads[-1].linear.weight
+    gan = of["gan"] + 0.7 * of["match"]
+    norms = [
+        torch.autograd.grad(of[name] if name == "mse" else gan, last, retain_graph=True)[0].norm() for name in ("mse", "gan")
+    ]
+    weight = 2.0 * norms[0] / (norms[1] + 1e-4)
+    torch.testing.assert_close(measured.more["generator_weight"], weight.detach(), rtol=1e-3, atol=0)
+    parameters = dict(plain.student.named_parameters())
+    expected = torch.autograd.grad(of["mse"] + weight.detach() * gan, list(parameters.values()), retain_graph=True)
+    for (name, _), gradient in zip(parameters.items(), expected, strict=True):
+        ours = made.student.get_parameter(name).grad
+        torch.testing.assert_close(ours, gradient, rtol=2e-3, atol=1e-4 * float(gradient.abs().max()), msg=name)
+    heads = dict(plain.discriminator.named_parameters())
+    expected = torch.autograd.grad(of["hinge"] + 0.3 * of["r1"], list(heads.values()))
+    for (name, _), gradient in zip(heads.items(), expected, strict=True):
+        ours = made.discriminator.get_parameter(name).grad
+        torch.testing.assert_close(ours, gradient, rtol=1e-3, atol=1e-5, msg=name)
+    for name, key in (("generator", "gan"), ("discriminator", "hinge"), ("r1", "r1"), ("feature_distance", "match")):
+        torch.testing.assert_close(measured.more[name], of[key].detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(measured.loss, of["mse"].detach(), rtol=1e-5, atol=0)
+
+
+def test_who_trains_and_who_does_not():
+    made = stage()
+    frozen = {name: value.clone() for name, value in made.features.teacher.network.state_dict().items()}
+    before = [{name: p.detach().clone() for name, p in m.named_parameters()} for m in (made.student, made.discriminator)]
+    for step in (1, 2):
+        made.compute(step, batch())
+        made.apply()
+    # Virtual batch norm takes away whatever a bias before it adds.
+    idle = {"trunk.label_embed.weight"} | {n for n in before[1] if n.endswith("conv.bias")}
+    for module, old in zip((made.student, made.discriminator), before, strict=True):
+        still = {name for name, p in module.named_parameters() if torch.equal(p, old[name])}
+        assert still <= idle, still
+    assert all(torch.equal(value, frozen[name]) for name, value in made.features.teacher.network.state_dict().items())
+    assert all(p.grad is None for p in made.features.teacher.network.parameters())
+
+
+def test_weight_is_0_while_warming_up_and_clamped_after():
+    plain = Regression.compute(stage(), 1, batch())
+    for step in (1, 2):
+        measured = stage(warmup_steps=2).compute(step, batch())
+        assert float(measured.more["generator_weight"]) == 0
+        assert float(measured.grad_norm) == pytest.approx(float(plain.grad_norm), rel=1e-5)
+    assert float(stage(warmup_steps=2).compute(3, batch()).more["generator_weight"]) > 0
+    clamped = stage(max_ratio=1e-3, weight=10.0)
+    assert float(clamped.compute(1, batch()).more["generator_weight"]) == pytest.approx(1e-2)
+
+
+def test_discriminators_learn_to_tell_apart():
+    made = stage(weight=0.0, learning_rate=1e-2, noise_levels=(0.0, 0.1))
+    made.real.data.shards[0]["images"][:] = 2 * torch.randn(20, 2, 1, 1)  # flat images, which the student's are not
+    hinges = []
+    for step in range(1, 41):
+        hinges.append(float(made.compute(step, batch()).more["discriminator"]))
+        made.apply()
+    assert hinges[0] == pytest.approx(2.0, abs=0.3)
+    assert sum(hinges[-5:]) / 5 < 1.4
+
+
+def test_noise_levels_and_blocks():
+    made = stage("ddpm", noise_levels=(0.25, 0.5), blocks=(2, 0))
+    times = made.features.draw_times(500, torch.Generator().manual_seed(0))
+    assert min(times) >= 249
+    assert max(times) <= 500
+    assert len(set(times)) > 150
+    assert all(time == int(time) for time in times)
+    features, _ = made.features(torch.randn(4, 2, 8, 8), torch.randn(4, 2, 8, 8), times[:4], torch.arange(4))
+    assert len(features) == 2
+    # The last block's output, put through the teacher's head, is the teacher's own prediction.
+    every = stage("ddpm").features
+    clean, noise = torch.randn(2, 3, 2, 8, 8)
+    seen, condition = every(clean, noise, [500.0] * 3, torch.arange(3))
+    network, schedule = every.teacher.network, every.teacher.schedule
+    x = schedule.alpha(500.0) * clean + schedule.sigma(500.0) * noise
+    from pyard.models.dit import unpatchify
+
+    ours = unpatchify(network.head(seen[-1][:, None], condition[:, None]), 2, 2)[:, 0]
+    torch.testing.assert_close(ours, every.teacher.predict(x, 500.0, torch.arange(3)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    (dict(blocks=(3,)), "the teacher has 3, numbered from 0"), (dict(virtual_batch=3), "a multiple of virtual_batch 3"),
+    (dict(noise_levels=(0.5, 0.2)), "noise_levels"), (dict(blocks=(0, 0)), "blocks"), (dict(r1=-1.0), "r1 is -1"),
+    (dict(width=0), "width is 0"), (dict(learning_rate=0.0), "learning_rate"),
+], ids=str)  # fmt: skip
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises(InputError, match=message):
+        stage(**settings)
+
+
+def test_stage_and_student_go_together(tmp_path):
+    config = dict(teacher="", out=tmp_path)
+    for settings in (dict(stage="adversarial"), dict(student="x"), dict(stage="regression", student="x")):
+        with pytest.raises(InputError, match="starts from a student"):
+            TrainConfig(**config, **settings)
+    for settings in (dict(gradient_accumulation=2), dict(rollout_probability=0.5)):
+        with pytest.raises(InputError, match="knows neither"):
+            TrainConfig(**config, stage="adversarial", student="x", **settings)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    teacher_and_store(tmp_path)
+    images = torch.randn(30, 2, 8, 8, generator=torch.Generator().manual_seed(3))
+    save_file({"images": images, "labels": torch.arange(30) % 5}, tmp_path / "real.safetensors")
+    train_in(tmp_path, "first", max_steps=2)
+    return tmp_path
+
+
+def settings_in(folder: Path, **changes) -> dict:
+    adversarial = {**SMALL, "real": str(folder / "real.safetensors"), "warmup_steps": 4, "r1": 0.1, "feature_matching": 0.5}
+    return dict(stage="adversarial", student=str(folder / "first"), adversarial={**adversarial, **changes})
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_and_resumed_is_bitwise_the_same(folder, world):
+    settings = {**settings_in(folder), "max_steps": 24}
+    assert set(wait(start(folder, "whole", world, **settings))) == {0}
+    settings["save_every"] = 3
+    assert len(kill_and_resume(folder, world, 3, random.randrange(2**32), settings)) == 3
+    assert_same_run(folder / "whole", folder / "killed")
+    newest = folder / "whole" / "checkpoints" / "step-0000024"
+    assert {"discriminator.safetensors", "discriminator-optimizer.pt", "real.pt"} <= {file.name for file in newest.iterdir()}
+    assert torch.load(newest / "real.pt", weights_only=True) == {"position": 24 * 8}
+
+
+def test_one_process_and_two_see_the_same_losses(folder):
+    settings = {**settings_in(folder, warmup_steps=2), "max_steps": 6}
+    train_in(folder, "one", **settings)
+    assert set(wait(start(folder, "two", 2, **settings))) == {0}
+    one, two = (read_log(folder / name / "log.jsonl") for name in ("one", "two"))
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        for name in ("loss", "generator", "discriminator", "r1", "feature_distance", "generator_weight", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=5e-3, abs=1e-5), (a["step"], name)
+    heads = [load_file(folder / name / "checkpoints" / "step-0000006" / "discriminator.safetensors") for name in ("one", "two")]
+    assert max((heads[0][key] - heads[1][key]).abs().max() for key in heads[0]) < 2e-3
+
+
+def test_student_of_another_teacher_is_refused(folder):
+    student = Student.from_pretrained(folder / "first")
+    student.config = dataclasses.replace(student.config, teacher_fingerprint="0" * 64)
+    student.save_pretrained(folder / "other" / "student")
+    with pytest.raises(InputError, match="was made from teacher 0000"):
+        train_in(folder, "run", **{**settings_in(folder), "student": str(folder / "other")})

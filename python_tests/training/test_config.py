@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from factories import tiny_teacher
+
+from pyard.__main__ import main
+from pyard.errors import InputError
+from pyard.noise_schedule import NoiseSchedule
+from pyard.training import TrainConfig, train
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def parsed(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
+    """What the command line hands to training."""
+    seen: list[TrainConfig] = []
+    monkeypatch.setattr("pyard.training.train_command", lambda config: seen.append(config))
+    assert main(["train", *argv]) == 0
+    return seen[0]
+
+
+def test_there_are_recipes():
+    assert [recipe.stem for recipe in RECIPES] == [
+        "digits", "imagenet256-dit-xl2", "imagenet256-sit-xl2", "imagenet512-dit-xl2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_parse_and_flags_override_them(recipe, tmp_path, monkeypatch):
+    config = parsed(["--config", str(recipe), "--out", str(tmp_path), "--max-steps", "7"], monkeypatch)
+    assert (config.max_steps, config.out) == (7, tmp_path)
+    assert config.num_steps == 4
+    if "imagenet" in recipe.stem:
+        assert (config.history_layers, config.batch_size, config.learning_rate, config.ema_decays) == (6, 64, 1e-4, (0.9999,))
+
+
+def test_yaml_flags_and_python_say_the_same(tmp_path, monkeypatch):
+    config = TrainConfig(
+        teacher="t", out=tmp_path, ema_decay=(0.9, 0.99), num_steps=3, step_weights=(1.0, 2.0, 3.0), huber_c=0.1, compile=True
+    )
+    file = tmp_path / "settings.yaml"
+    file.write_text(config.to_yaml())
+    assert parsed(["--config", str(file)], monkeypatch) == config
+    flags = ["--ema-decay", "[0.9, 0.99]", "--num-steps=3", "--step-weights", "[1, 2, 3]", "--huber-c", "0.1", "--compile"]
+    assert parsed(["--teacher", "t", "--out", str(tmp_path), *flags], monkeypatch) == config
+
+
+def test_settings_are_stored_resolved_and_make_the_same_run(tmp_path, monkeypatch):
+    teacher = tiny_teacher(NoiseSchedule(kind="flow", prediction="velocity"))
+    teacher.save_pretrained(tmp_path / "teacher")
+    small = dict(num_steps=2, num_trajectories=16, teacher_steps=4, max_steps=2, batch_size=4, progress=False)
+    train(tmp_path / "teacher", out=tmp_path / "run", **small)
+    stored = parsed(["--config", str(tmp_path / "run" / "settings.yaml")], monkeypatch)
+    assert stored.history_layers == 1  # resolved from the teacher's depth
+    changed = tmp_path / "run" / "student" / "model.safetensors"
+    before = changed.read_bytes()
+    train(dataclasses.replace(stored, progress=False))  # the run folder accepts them as its own
+    assert changed.read_bytes() == before
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    (dict(ema_decy=0.9), "no setting 'ema_decy'; did you mean 'ema_decay'"),
+    (dict(step_weights=[1.0, 2.0]), "expected 4 numbers"),
+    (dict(step_weights=[0.0, 0.0, 0.0, 0.0]), "expected 4 numbers"),
+    (dict(ema_decay=[0.9, 0.9]), "decays that differ"),
+    (dict(rollout_probability=1.5), "rollout_probability is 1.5"),
+    (dict(trajectory_keep="state"), "keep that, or both"),
+    (dict(loss="l1"), "loss is 'l1'; expected one of mse, pseudo_huber"),
+    (dict(keep_every=0), "keep_every is 0"),
+    (dict(warmup_steps=5, lr_schedule="constant"), "has no warm-up"),
+    (dict(gradient_accumulation=0), "gradient_accumulation is 0"),
+])  # fmt: skip
+def test_wrong_settings_are_named(settings, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        train("digits", out=tmp_path / "run", **settings)
+
+
+def test_a_config_comes_alone(tmp_path):
+    with pytest.raises(InputError, match="comes alone"):
+        train(TrainConfig(teacher="digits", out=tmp_path), max_steps=3)
+    with pytest.raises(InputError, match="out is missing"):
+        train("digits")

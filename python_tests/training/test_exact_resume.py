@@ -1,0 +1,109 @@
+"""Killed at any moment, a run ends as one that was left alone: bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import assert_same_run, kill_and_resume, signal_at, start, teacher_and_store, train_in, wait
+
+from pyard.training.processes import PREEMPTED_STATUS
+from pyard.training.state import Checkpoints, read_log
+from pyard.trajectories import TrajectoryStore
+
+# Several of everything that a checkpoint has to remember.
+EVERYTHING = dict(ema_decay=[0.9, 0.99], gradient_accumulation=2, rollout_probability=0.5, history_bias=-1.0, warmup_steps=3)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    teacher_and_store(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_three_times_and_resumed_is_bitwise_the_same(folder, world):
+    settings = {**EVERYTHING, "max_steps": 24}
+    assert set(wait(start(folder, "whole", world, **settings))) == {0}
+    settings["save_every"] = 3
+    kills = kill_and_resume(folder, world, 3, seed=random.randrange(2**32), settings=settings)
+    assert len(kills) == 3, kills
+    assert_same_run(folder / "whole", folder / "killed")
+
+
+def test_one_process_and_two_see_the_same_losses(folder):
+    settings = {**EVERYTHING, "max_steps": 6, "step_weights": "min_snr"}
+    train_in(folder, "one", **{**settings, "gradient_accumulation": 1})
+    assert set(wait(start(folder, "two", 2, **settings))) == {0}
+    one, two = (read_log(folder / name / "log.jsonl") for name in ("one", "two"))
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-5)
+        assert a["loss_per_step"] == pytest.approx(b["loss_per_step"], rel=2e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-4)
+    weights = [load_file(folder / name / "student" / "model.safetensors") for name in ("one", "two")]
+    assert max((weights[0][key] - weights[1][key]).abs().max() for key in weights[0]) < 2e-4
+
+
+def test_two_processes_generate_trajectories_once(folder):
+    changes = dict(store=None, num_trajectories=16, teacher_steps=6, max_steps=2, evaluate_every=1, evaluation_trajectories=8)
+    assert set(wait(start(folder, "run", 2, **changes))) == {0}
+    store = TrajectoryStore.open(folder / "run" / "trajectories")
+    store.verify()
+    assert store.count == 16
+    assert len(read_log(folder / "run" / "exposure_bias.jsonl")) == 2
+
+
+def test_an_error_of_rank_0_ends_both(folder):
+    (folder / "file").write_text("in the way")
+    assert set(wait(start(folder, "file", 2))) == {1}
+    assert (folder / "file.error-0").read_text().startswith("FileExistsError")
+    assert (folder / "file.error-1").read_text().startswith("InputError: rank 0: ")
+
+
+@pytest.mark.parametrize(("world", "number"), [(1, signal.SIGUSR1), (2, signal.SIGTERM)], ids=["one, USR1", "two, TERM"])
+def test_signals_write_a_checkpoint_and_end_with_a_code_of_their_own(folder, world, number):
+    settings = dict(max_steps=40, save_every=1000)
+    processes = start(folder, "killed", world, **settings)
+    # The scheduler of a cluster may signal any one of the processes.
+    step = signal_at(processes[-1:], folder / "killed" / "log.jsonl", 3, number)
+    assert step >= 3
+    assert set(wait(processes)) == {PREEMPTED_STATUS}
+    (saved,) = Checkpoints(folder / "killed" / "checkpoints").steps()
+    assert saved >= step
+    assert set(wait(start(folder, "killed", world, **settings))) == {0}
+    assert set(wait(start(folder, "whole", world, **settings))) == {0}
+    assert_same_run(folder / "whole", folder / "killed")
+
+
+def test_handlers_are_put_back(folder):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+    state = torch.get_rng_state()
+    train_in(folder, "run", max_steps=1)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_fifty_times(folder, world):
+    """PYARD_KILL_LOG=FILE keeps what was done."""
+    settings = {**EVERYTHING, "max_steps": 600, "save_every": 3}
+    assert set(wait(start(folder, "whole", world, **settings))) == {0}
+    seed = int(os.environ.get("PYARD_KILL_SEED", random.randrange(2**32)))
+    kills = kill_and_resume(folder, world, 50, seed, settings)
+    assert len(kills) == 50
+    assert_same_run(folder / "whole", folder / "killed")
+    if file := os.environ.get("PYARD_KILL_LOG"):
+        lines = [
+            f"{world} process(es), seed {seed}, {settings['max_steps']} updates, a checkpoint every {settings['save_every']}"
+        ]
+        lines += [f"kill {i}: {kill}" for i, kill in enumerate(kills, start=1)]
+        lines += ["log, weights, averages, optimizer and schedule are bitwise those of a run that was not killed", ""]
+        with open(file, "a") as out:
+            out.write("\n".join(lines))

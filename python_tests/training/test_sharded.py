@@ -1,0 +1,127 @@
+"""FSDP2 on two gloo processes: really in shards, equal to DDP, resumed exactly, consolidated to one folder."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from training_runs import kill_and_resume, signal_at, start, teacher_and_store, train_in, wait
+
+from pyard.__main__ import main
+from pyard.errors import InputError
+from pyard.models.student import Student
+from pyard.training.regression import Regression
+from pyard.training.sharded import consolidate
+from pyard.training.state import read_log
+
+FSDP = dict(parallel="fsdp", ema_decay=[0.9, 0.99], gradient_accumulation=2, rollout_probability=0.5, history_bias=-1.0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    teacher_and_store(tmp_path)
+    images = torch.randn(30, 2, 8, 8, generator=torch.Generator().manual_seed(3))
+    save_file({"images": images, "labels": torch.arange(30) % 5}, tmp_path / "real.safetensors")
+    return tmp_path
+
+
+def assert_in_shards() -> None:
+    """In each process: what is trained and averaged are DTensors, of which this process holds a part."""
+    apply = Regression.apply
+
+    def checked(self: Regression) -> None:
+        for module in (self.student, *self.averages):
+            assert isinstance(module, FSDPModule)
+            for name, parameter in module.named_parameters():
+                assert isinstance(parameter, DTensor), name
+                assert parameter.to_local().numel() < parameter.numel(), name
+        assert all(isinstance(p.grad, DTensor) for p in self.student.parameters())
+        apply(self)
+
+    Regression.apply = checked  # type: ignore[method-assign]
+
+
+def assert_near(one: Path, two: Path, names: list[str], rel: float) -> None:
+    a, b = read_log(one / "log.jsonl"), read_log(two / "log.jsonl")
+    assert len(a) == len(b) > 0
+    for x, y in zip(a, b, strict=True):
+        for name in names:
+            assert x[name] == pytest.approx(y[name], rel=rel, abs=1e-5), (x["step"], name)
+    weights = [load_file(run / "student" / "model.safetensors") for run in (one, two)]
+    assert weights[0].keys() == weights[1].keys()
+    assert max((weights[0][key] - weights[1][key]).abs().max() for key in weights[0]) < 1e-3
+
+
+def test_equal_to_ddp_and_consolidated(folder, capsys):
+    settings = {**FSDP, "max_steps": 6, "save_every": 3, "evaluate_every": 3, "evaluation_trajectories": 8}
+    assert set(wait(start(folder, "ddp", 2, **{**settings, "parallel": "ddp"}))) == {0}
+    assert set(wait(start(folder, "fsdp", 2, assert_in_shards, **settings))) == {0}
+    assert_near(folder / "ddp", folder / "fsdp", ["loss", "grad_norm"], 1e-4)
+    curves = [read_log(folder / name / "exposure_bias.jsonl") for name in ("ddp", "fsdp")]
+    for a, b in zip(*curves, strict=True):
+        assert a["rollout"] == pytest.approx(b["rollout"], rel=1e-4)
+        assert a["teacher_forced"] == pytest.approx(b["teacher_forced"], rel=1e-4)
+    # One folder of a checkpoint in shards, by the command.
+    newest = folder / "fsdp" / "checkpoints" / "step-0000006"
+    assert len(list((newest / "shards").glob("*.distcp"))) == 2
+    assert main(["consolidate", "--run", str(folder / "fsdp"), "--out", str(folder / "whole")]) == 0
+    ours, theirs = (load_file(path / "model.safetensors") for path in (folder / "whole", folder / "fsdp" / "student"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    Student.from_pretrained(folder / "whole")
+    slow = consolidate(folder / "fsdp", folder / "slow", weights="ema-0.99").state_dict()
+    second = load_file(folder / "fsdp" / "student-ema-0.99" / "model.safetensors")
+    assert all(torch.equal(slow[key], second[key]) for key in second)
+    early = consolidate(folder / "fsdp", folder / "early", step=3, weights="model").state_dict()
+    ddp = consolidate(folder / "ddp", folder / "early-ddp", step=3, weights="model").state_dict()
+    assert max((early[key] - ddp[key]).abs().max() for key in ddp) < 1e-3
+    with pytest.raises(InputError, match=r"no weights 'emma'; there are.*ema-0\.99"):
+        consolidate(folder / "fsdp", folder / "x", weights="emma")
+    with pytest.raises(InputError, match=r"checkpoints of steps \[3, 6\]; expected 4"):
+        consolidate(folder / "fsdp", folder / "x", step=4)
+
+
+def assert_same_shards(a: Path, b: Path) -> None:
+    """Bit for bit: log, result, and the weights, averages and optimizer of the last checkpoints."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    assert read_log(a / "log.jsonl") == read_log(b / "log.jsonl")
+    newest = [max((run / "checkpoints").glob("step-*")) for run in (a, b)]
+    assert newest[0].name == newest[1].name
+    states = []
+    for i, checkpoint in enumerate(newest):
+        dcp_to_torch_save(checkpoint / "shards", a / f"{i}.pt")
+        states.append(torch.load(a / f"{i}.pt", weights_only=True))
+    leaves = [torch.utils._pytree.tree_leaves(state) for state in states]
+    assert len(leaves[0]) == len(leaves[1]) > 100
+    assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(*leaves, strict=True))
+
+
+def test_killed_and_resumed_is_bitwise_the_same(folder):
+    settings = {**FSDP, "max_steps": 16}
+    assert set(wait(start(folder, "whole", 2, **settings))) == {0}
+    settings["save_every"] = 3
+    assert kill_and_resume(folder, 2, 2, random.randrange(2**32), settings)
+    assert_same_shards(folder / "whole", folder / "killed")
+
+
+def test_adversarial_stage_is_equal_to_ddp_and_resumes(folder):
+    train_in(folder, "first", max_steps=2)
+    adversarial = dict(real=str(folder / "real.safetensors"), virtual_batch=4, width=8, warmup_steps=2, r1=0.1, flips=True)
+    settings = dict(stage="adversarial", student=str(folder / "first"), adversarial=adversarial, max_steps=6, save_every=2)
+    assert set(wait(start(folder, "ddp", 2, **settings))) == {0}
+    processes = start(folder, "fsdp", 2, assert_in_shards, parallel="fsdp", **settings)
+    signal_at(processes, folder / "fsdp" / "log.jsonl", 3)
+    wait(processes)
+    assert set(wait(start(folder, "fsdp", 2, assert_in_shards, parallel="fsdp", **settings))) == {0}
+    names = ["loss", "grad_norm", "generator", "generator_weight", "discriminator", "r1"]
+    assert_near(folder / "ddp", folder / "fsdp", names, 5e-3)
+
+
+def test_one_process_is_refused(folder):
+    with pytest.raises(InputError, match="expected several processes"):
+        train_in(folder, "run", parallel="fsdp")

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from factories import tiny_student
+from training_runs import teacher_and_store, train_in
+
+from pyard.errors import InputError
+from pyard.models.student import Student
+from pyard.training.loop import Meter
+from pyard.training.processes import Processes
+from pyard.training.state import read_log
+from pyard.training.watch import exposure_bias, in_order
+from pyard.trajectories import TrajectoryBatch, TrajectoryStore
+
+
+def test_exposure_bias_of_known_errors():
+    """A student that is given its own rollout as the teacher's trajectory has no error, and known ones when that is shifted."""
+    student = tiny_student(3, history_layers=2)
+    noise, labels = torch.randn(6, 2, 8, 8), torch.arange(6) % 5
+    rolled = torch.stack(list(student.rollout(noise, labels)), dim=1).detach()
+    history = torch.cat([noise[:, None], rolled[:, :-1]], dim=1)
+    batches = [TrajectoryBatch(history[:4], rolled[:4], labels[:4]), TrajectoryBatch(history[4:], rolled[4:], labels[4:])]
+    curve = exposure_bias(student, batches)
+    assert curve.times == student.config.grid.times[1:]
+    assert max(curve.teacher_forced) < 1e-8
+    assert max(curve.rollout) < 1e-8
+    shifted = [
+        TrajectoryBatch(b.history, b.target + torch.tensor([1.0, 2.0, 3.0])[:, None, None, None], b.condition) for b in batches
+    ]
+    curve = exposure_bias(student, shifted)
+    assert curve.teacher_forced == pytest.approx((1, 4, 9), rel=1e-4)
+    assert curve.rollout == pytest.approx((1, 4, 9), rel=1e-4)
+
+
+def test_first_step_has_no_exposure_bias_and_later_ones_have(tmp_path: Path):
+    teacher_and_store(tmp_path)
+    run = train_in(tmp_path, "run", max_steps=2)
+    student = Student.from_pretrained(run)
+    store = TrajectoryStore.open(tmp_path / "store")
+    from pyard.training import TrainConfig
+
+    curve = exposure_bias(student, in_order(store, TrainConfig(teacher="", out=run, batch_size=16)))
+    assert curve.teacher_forced[0] == pytest.approx(curve.rollout[0], rel=1e-5)
+    assert curve.rollout[2] > 1.01 * curve.teacher_forced[2]
+    with pytest.raises(InputError, match="no trajectories"):
+        exposure_bias(student, [])
+
+
+def test_tensorboard_gets_numbers_pictures_and_curves_once_each(tmp_path: Path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    teacher_and_store(tmp_path)
+    settings = dict(evaluate_every=2, evaluation_trajectories=8, max_steps=6, save_every=2)
+    with pytest.MonkeyPatch.context() as patch:
+        # Ends after the evaluation of step 4 and before its checkpoint: on resuming, step 4 is watched again.
+        from pyard.training.state import Checkpoints
+
+        save = Checkpoints.save
+
+        def interrupted(self: Checkpoints, step: int, *rest: object) -> None:
+            if step == 4:
+                raise KeyboardInterrupt
+            save(self, step, *rest)  # type: ignore[arg-type]
+
+        patch.setattr(Checkpoints, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_in(tmp_path, "run", **settings)
+    run = train_in(tmp_path, "run", **settings)
+    curves = read_log(run / "exposure_bias.jsonl")
+    assert [curve["step"] for curve in curves] == [2, 4, 6]
+    assert all(len(curve["rollout"]) == 3 for curve in curves)
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    curves_of = {"exposure_bias/rollout/2", "exposure_bias/teacher_forced/0"}
+    assert {"loss", "grad_norm", "loss_step/2", *curves_of} <= set(tags["scalars"])
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("exposure_bias/rollout/2")] == [2, 4, 6]
+    log = {line["step"]: line["loss"] for line in read_log(run / "log.jsonl")}
+    assert {event.step: event.value for event in events.Scalars("loss")} == pytest.approx(log, rel=1e-5)
+    assert [event.step for event in events.Images("samples")] == [2, 4, 6]
+    # Held-out trajectories start from other noise than those trained on.
+    stores = [TrajectoryStore.open(folder) for folder in (run / "held-out", tmp_path / "store")]
+    first = [store.tensors(store.shards[0])["noise"][0] for store in stores]
+    assert (first[0] != first[1]).any()
+
+
+def test_watching_does_not_change_the_run(tmp_path: Path):
+    teacher_and_store(tmp_path)
+    plain = train_in(tmp_path, "plain", max_steps=4)
+    watched = train_in(tmp_path, "watched", max_steps=4, evaluate_every=1, evaluation_trajectories=8)
+    assert (plain / "student" / "model.safetensors").read_bytes() == (watched / "student" / "model.safetensors").read_bytes()
+    assert read_log(plain / "log.jsonl") == read_log(watched / "log.jsonl")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="W&B is installed")
+def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path):
+    teacher_and_store(tmp_path)
+    with pytest.raises(InputError, match="pip install wandb"):
+        train_in(tmp_path, "run", trackers="wandb")
+
+
+def test_progress_bar_shows_loss_rate_and_use_of_the_device(tmp_path: Path, capfd):
+    teacher_and_store(tmp_path)
+    train_in(tmp_path, "run", progress=True, peak_tflops=0.01)
+    err = capfd.readouterr().err
+    assert re.search(r"12/12 \[\d\d:\d\d<\d\d:\d\d", err)  # tqdm's time left
+    assert re.search(r"loss=\d\.\d{4}", err)
+    assert re.search(r"samples/s=\d+", err)
+    assert re.search(r"MFU=\d+\.\d%", err)
+
+
+def test_rates(monkeypatch):
+    from pyard.training import TrainConfig
+    from pyard.training.flops import update_flops
+
+    clock = iter([0.0, 2.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    student = tiny_student(2, history_layers=1)
+    meter = Meter(TrainConfig(teacher="", out=Path(), batch_size=8, peak_tflops=1e-3), student, Processes())
+    for _ in range(5):
+        meter.count()
+    mfu = 100 * 2.5 * update_flops(student.config, 8) / 1e9
+    assert meter.rates() == {"samples/s": "20.00", "MFU": f"{mfu:.1f}%"}

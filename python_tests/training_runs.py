@@ -1,0 +1,144 @@
+"""Training runs in processes of their own, which tests kill: forked from a server that has imported torch already."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from factories import tiny_teacher
+from safetensors.torch import load_file
+
+from pyard.noise_schedule import NoiseSchedule
+from pyard.training import train
+from pyard.training.state import Checkpoints, read_log
+from pyard.trajectories import generate_trajectories
+
+SETTINGS: dict[str, Any] = dict(
+    num_steps=3, history_layers=2, max_steps=12, batch_size=8, learning_rate=3e-3, save_every=4, log_every=1, progress=False
+)
+CONTEXT = multiprocessing.get_context("forkserver")
+# pyard itself is imported by each process: the server may find another copy.
+CONTEXT.set_forkserver_preload(["torch.distributed", "diffusers.optimization", "accelerate", "safetensors.torch"])
+
+
+def teacher_and_store(folder: Path, count: int = 40) -> None:
+    """`teacher/` and `store/`, tiny; a flow, for the trajectories of a random eps-prediction explode."""
+    teacher = tiny_teacher(NoiseSchedule(kind="flow", prediction="velocity"))
+    teacher.save_pretrained(folder / "teacher")
+    generate_trajectories(
+        teacher, folder / "store", count, num_steps=3, teacher_steps=6, batch_size=20, shard_size=20, progress=False
+    )
+
+
+def train_in(folder: Path, name: str, **changes: Any) -> Path:
+    """A run `folder`/`name` in this process."""
+    train(folder / "teacher", changes.pop("store", folder / "store"), out=folder / name, **{**SETTINGS, **changes})
+    return folder / name
+
+
+def child(rank: int, world: int, port: int, prepare: Callable[[], None] | None, folder: Path, name: str, changes: Any) -> None:
+    """What a process of `start` does; an error is left in `folder`/`name`.error-`rank`."""
+    torch.set_num_threads(1)
+    os.environ.update(OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR")
+    if world > 1:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )  # fmt: skip
+    if prepare is not None:
+        prepare()
+    try:
+        train_in(folder, name, **changes)
+    except Exception as error:
+        (folder / f"{name}.error-{rank}").write_text(f"{type(error).__name__}: {error}")
+        raise
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def start(
+    folder: Path, name: str, world: int = 1, prepare: Callable[[], None] | None = None, **changes: Any
+) -> list[ForkServerProcess]:
+    """Start the run `folder`/`name` in `world` gloo processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        CONTEXT.Process(target=child, args=(rank, world, port, prepare, folder, name, changes)) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def wait(processes: list[ForkServerProcess], seconds: float = 300) -> list[int | None]:
+    """Their exit codes."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        assert process.exitcode is not None, f"still running after {seconds} s"
+    return [process.exitcode for process in processes]
+
+
+def signal_at(processes: list[ForkServerProcess], log: Path, step: int, number: int = signal.SIGKILL) -> int:
+    """Send all of them a signal as soon as the log has a step; returns the last step logged, or -1 if the run had ended."""
+    deadline = time.monotonic() + 300
+    while all(process.is_alive() for process in processes):
+        lines = read_log(log)
+        if lines and lines[-1]["step"] >= step:
+            for process in processes:
+                assert process.pid is not None
+                os.kill(process.pid, number)
+            return lines[-1]["step"]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    return -1
+
+
+def kill_and_resume(folder: Path, world: int, kills: int, seed: int, settings: dict[str, Any]) -> list[dict[str, int]]:
+    """Kill the run `killed` at random moments until it has been killed so often; then let it end."""
+    choose, done = random.Random(seed), []
+    steps = settings["max_steps"]
+    log = folder / "killed" / "log.jsonl"
+    while len(done) < kills:
+        before = max(Checkpoints(folder / "killed" / "checkpoints").steps(), default=0)
+        # A run that has got far starts over, so that there is always something left to kill.
+        if before > steps - settings["save_every"] - 1:
+            break
+        processes = start(folder, "killed", world, **settings)
+        at = choose.randint(before, min(before + 2 * settings["save_every"], steps - 1))
+        time.sleep(choose.random() * 0.01)
+        killed = signal_at(processes, log, at)
+        codes = wait(processes)
+        if killed >= 0:
+            assert set(codes) == {-signal.SIGKILL}
+            done.append({"resumed_from": before, "killed_after_step": killed, "asked_step": at})
+    assert set(wait(start(folder, "killed", world, **settings))) == {0}
+    return done
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Bit for bit: log, result, and every tensor of the last checkpoints."""
+    assert read_log(a / "log.jsonl") == read_log(b / "log.jsonl")
+    newest = [max((run / "checkpoints").glob("step-*")) for run in (a, b)]
+    assert newest[0].name == newest[1].name
+    names = sorted(path.name for path in newest[0].iterdir())
+    assert names == sorted(path.name for path in newest[1].iterdir())
+    files = [f"checkpoints/{newest[0].name}/{name}" for name in names if name.endswith(".safetensors")]
+    for file in [*files, "student/model.safetensors"]:
+        ours, theirs = (load_file(run / file) for run in (a, b))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), file
+    for name in (name for name in names if name.endswith(".pt")):
+        ours, theirs = (torch.load(folder / name, weights_only=True) for folder in newest)
+        for x, y in zip(torch.utils._pytree.tree_leaves(ours), torch.utils._pytree.tree_leaves(theirs), strict=True):
+            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, name
