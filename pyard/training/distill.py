@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from pyard.errors import InputError
 from pyard.models.lora import add_lora, merge_lora
-from pyard.models.student import Heads, Output, Student
+from pyard.models.student import Heads, Output, Student, default_output
 from pyard.ops.masks import Mask
 from pyard.teachers import load_teacher
 from pyard.time_grid import Target
@@ -33,7 +33,7 @@ def train(
     mask: Mask = "causal",
     window: int | None = None,
     target: Target = "denoised",
-    output: Output = "direct",
+    output: Output | None = None,
     heads: Heads = "per_step",
     history_bias: float | None = None,
     lora_rank: int | None = None,
@@ -72,7 +72,8 @@ def train(
         mask: which earlier steps they see: diagonal | window | anchor | causal.
         window: steps seen with the `window` mask, own one included.
         target: what a step predicts: the teacher's `denoised` prediction (as published) or the ODE `state`.
-        output: `direct` as published, or `jump` (needs `state` targets): start as the teacher's own DDIM/Euler sampler.
+        output: `direct` as published, or `jump` (needs `state` targets): start as the teacher's own DDIM/Euler sampler; none:
+            `jump` for `state` targets, else `direct`.
         heads: an output head `per_step`, or one `shared`.
         history_bias: start value of a learned bias on the attention to earlier steps; none: no bias.
         lora_rank: train low-rank additions to the blocks (PEFT) and the heads, not all weights; the result has them added in.
@@ -106,6 +107,7 @@ def train(
         teacher = load_teacher(teacher)
     if history_layers is None:
         history_layers = math.ceil(teacher.network.config.depth / 4)
+    output = output or default_output(target)
     store = _open_store(teacher, trajectories, out, num_steps, num_trajectories, seed, progress)
     config = TrainConfig(
         history_layers=history_layers,
