@@ -109,8 +109,8 @@ class StudentConfig:
 def default_output(target: Target) -> Output:
     """`jump` for state targets, where it starts as the teacher's sampler and ends far closer to it; `direct` as published else.
 
-    On the built-in digits (S = 4, N = 1, 600 updates of 64) the squared error of the endpoints was 0.003 with `jump` and 0.017
-    with `direct`.
+    On the built-in digits (S = 4, N = 1, 600 updates of 64, two seeds) the endpoints' squared error was 0.0030 with `jump` and
+    0.0168 with `direct`.
     """
     return "jump" if target == "state" else "direct"
 
