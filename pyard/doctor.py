@@ -30,6 +30,7 @@ class Report:
     versions: dict[str, str | None] = field(default_factory=dict)
     native: dict[str, Any] = field(default_factory=dict)
     backend: str = "auto"
+    trajectory_reader: str = "python"  # native | python
     operators: dict[str, dict[str, str]] = field(default_factory=dict)  # operator -> device -> native | reference
     self_test: dict[str, float] = field(default_factory=dict)  # operator -> largest difference from its twin
     onnxruntime_providers: list[str] = field(default_factory=list)
@@ -61,6 +62,7 @@ def examine() -> Report:
     _examine_versions(report)
     if report.versions["torch"] is not None:
         _examine_operators(report)
+        _examine_trajectory_reader(report)
     _examine_onnxruntime(report)
     return report
 
@@ -80,7 +82,15 @@ def as_text(report: Report) -> str:
         places = ", ".join(f"{device}: {implementation}" for device, implementation in by_device.items())
         difference = report.self_test.get(operator)
         lines.append(f"  {operator:<22} {places}" + ("" if difference is None else f" (differs by {difference:.1e})"))
-    lines += ["", "onnxruntime providers", f"  {', '.join(report.onnxruntime_providers) or 'none'}", ""]
+    lines += [
+        "",
+        "trajectory reader",
+        f"  {report.trajectory_reader}",
+        "",
+        "onnxruntime providers",
+        f"  {', '.join(report.onnxruntime_providers) or 'none'}",
+        "",
+    ]
     if not report.problems:
         return "\n".join([*lines, "no problems found"])
     for problem in report.problems:
@@ -129,6 +139,16 @@ def _examine_operators(report: Report) -> None:
     for operator in backend.OPERATORS:
         taken = {device: backend.has_kernel(operator, device) for device in devices}
         report.operators[operator] = {device: "native" if native else "reference" for device, native in taken.items()}
+
+
+def _examine_trajectory_reader(report: Report) -> None:
+    from pyard.trajectories.gather import native_module
+
+    module, reason = native_module()
+    report.trajectory_reader = "python" if module is None else "native"
+    if module is None:
+        remedy = "`pip install -e .` or `pip install .` again, where a C++17 compiler and pybind11 are found"
+        report.problems.append(Problem(f"trajectories are read in plain Python, slowly: {reason}", remedy))
 
 
 def _missing_operators(reason: str) -> Problem:

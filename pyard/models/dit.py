@@ -166,7 +166,7 @@ class Block(nn.Module):
         self.eps, self.mlp_eps = config.norm_eps, config.mlp_norm_eps
         self.modulation = nn.Linear(config.hidden_size, 6 * config.hidden_size)
         self.attention = Attention(config)
-        mlp_size = int(config.hidden_size * config.mlp_ratio)
+        mlp_size = round(config.hidden_size * config.mlp_ratio)
         self.fc1 = nn.Linear(config.hidden_size, mlp_size)
         self.fc2 = nn.Linear(mlp_size, config.hidden_size)
 
