@@ -11,7 +11,7 @@ LINTERS := $(VENV)/.pyard-linters
 # All pins but torch's own: a TORCH of another version, or one that was there before, must not conflict with it.
 PINS := $(VENV)/.pyard-pins.txt
 NATIVE_SOURCES := $(shell find csrc -type f)
-BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard build_backend/*.py) $(NATIVE_SOURCES)
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard build_backend/*.py cmake/*.cmake) $(NATIVE_SOURCES)
 FUZZ_CXX ?= clang++
 FUZZ_SECONDS ?= 60
 FUZZ_SOURCES := $(addprefix csrc/trajectory/,fuzz_shard.cpp shard.cpp json.cpp)

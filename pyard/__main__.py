@@ -45,6 +45,7 @@ COMMANDS = {
     "describe": Command("pyard.description", "describe", "say what a student costs: parameters, FLOPs, cache, history"),
     "evaluate": Command("pyard.evaluation", "evaluate", "measure a student against its teacher and real data"),
     "export": Command("pyard.export", "export", "write a student as one ONNX file and check it", bare=("--onnx",)),
+    "bench onnx": Command("pyard.bench.onnx", "bench_onnx", "time students in PyTorch and onnxruntime"),
     "doctor": Command("pyard.doctor", "doctor", "say what is built, for what, and what to do about what is not"),
 }
 
@@ -68,13 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         width = max(map(len, COMMANDS))
         print(OVERVIEW.format(commands="\n".join(f"  {name:<{width}}  {c.summary}" for name, c in COMMANDS.items())))
         return 0 if argv else 2
-    name, *argv = argv
-    if f"{name} {argv[:1] and argv[0]}" in COMMANDS:
-        name, argv = f"{name} {argv[0]}", argv[1:]
+    name = next((words for words in (" ".join(argv[:2]), argv[0]) if words in COMMANDS), argv[0])
     if name not in COMMANDS:
         print(f"pyard: error: unknown command {name!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return run(name, COMMANDS[name], argv)
+    return run(name, COMMANDS[name], argv[len(name.split()) :])
 
 
 def run(name: str, command: Command, argv: Sequence[str]) -> int:

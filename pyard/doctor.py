@@ -75,6 +75,7 @@ def as_text(report: Report) -> str:
     if report.native.get("path"):
         lines.append("  built for {instruction_sets}; this processor takes {active_instruction_set}".format(**report.native))
         lines.append("  with torch {built_with_torch} headers and compiler {compiler}".format(**report.native))
+        lines.append(f"  CUDA kernels: {report.native['cuda_architectures'] or 'not compiled (PYARD_CUDA=1 compiles them)'}")
     else:
         lines.append("  not built")
     for operator, by_device in report.operators.items():
@@ -131,12 +132,13 @@ def _examine_operators(report: Report) -> None:
             "compiler": library.compiler,
             "instruction_sets": " ".join(library.instruction_sets),
             "active_instruction_set": library.active_instruction_set,
+            "cuda_architectures": " ".join(library.cuda_architectures),
         }
         _run_self_test(report)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for operator in backend.OPERATORS:
-        compiled = backend.KERNELS.get(operator, frozenset()) if library and report.backend != "reference" else frozenset()
-        report.operators[operator] = {device: "native" if device in compiled else "reference" for device in devices}
+        taken = {device: backend.has_kernel(operator, device) for device in devices}
+        report.operators[operator] = {device: "native" if native else "reference" for device, native in taken.items()}
 
 
 def _examine_trajectory_reader(report: Report) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from pyard.device_buffers import FixedBuffers, run_on_device
 from pyard.errors import InputError
 from pyard.noise import check_labels, standard_normal
 
@@ -32,9 +33,11 @@ class OnnxStudentInfo:
         num_steps: S.
         history_layers: N.
         num_classes: labels are 0 ... num_classes - 1.
-        sample_shape: (C, H, W).
+        sample_shape: (C, H, W) of the noise, and of a sample that is no picture.
+        output_shape: of what `sample` returns for each label: `sample_shape`, or (height, width, 3) of a picture.
         times: the S + 1 grid times, in the teacher's time.
-        precision: `fp32`, of weights and arithmetic.
+        precision: `fp32`, `fp16`, `int8` or `int8-static`, of weights and products.
+        pictures: whether a decoder turns samples into pictures, uint8.
         pyard_version: of the exporter.
         weights_sha256: of the student's weights, equal in every export of the same student.
         teacher_fingerprint: of the teacher that the student was distilled from.
@@ -47,8 +50,10 @@ class OnnxStudentInfo:
     history_layers: int
     num_classes: int
     sample_shape: tuple[int, int, int]
+    output_shape: tuple[int, int, int]
     times: tuple[float, ...]
     precision: str
+    pictures: bool
     pyard_version: str
     weights_sha256: str
     teacher_fingerprint: str
@@ -64,6 +69,10 @@ class OnnxStudent:
         providers: onnxruntime execution providers, best first; None takes CUDA where the installed onnxruntime and the
             machine have it, else the CPU.
         threads: CPU threads of one call; None leaves the choice to onnxruntime (one for each physical core).
+        cuda_graphs: on CUDA, record the whole sampler once for each batch size and replay it; calls of several threads then
+            wait for each other.
+
+    `repr(student)` says in one line what it is and where it runs.
 
     Raises:
         InputError: no such file, a damaged one, a model that is not pyard's, an unknown provider.
@@ -73,10 +82,24 @@ class OnnxStudent:
         images = student.sample([3, 1, 4], seed=0)  # float32 [3, C, H, W], -1 black, 1 white
     """
 
-    def __init__(self, path: str | Path, providers: Sequence[str] | None = None, threads: int | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        providers: Sequence[str] | None = None,
+        threads: int | None = None,
+        *,
+        cuda_graphs: bool = False,
+    ):
         self.path = Path(path)
-        self._session = _open_session(self.path, _choose_providers(providers), threads)
+        self._session = _open_session(self.path, _choose_providers(providers), threads, cuda_graphs)
         self.info = _read_info(self.path, self._session)
+        self._device = "cuda" if self.info.provider == "CUDAExecutionProvider" else "cpu"
+        self._fixed = None
+        if cuda_graphs:
+            if self.info.form != "sampler":
+                raise InputError(f"{self.path} is of the form {self.info.form!r}; cuda_graphs needs the form 'sampler'")
+            dtype = np.uint8 if self.info.pictures else np.float32
+            self._fixed = FixedBuffers(self._session, "sample", self.info.output_shape, dtype, self._device)
 
     def sample(
         self,
@@ -85,7 +108,7 @@ class OnnxStudent:
         batch_size: int | None = None,
         *,
         noise: NDArray[np.float32] | None = None,
-    ) -> NDArray[np.float32]:
+    ) -> NDArray[Any]:
         """Draw one sample for each label.
 
         Sample i starts from `pyard.noise.standard_normal(seed, [i], sample_shape)` whatever the batch size, as it
@@ -98,7 +121,7 @@ class OnnxStudent:
             noise: float32 [n, C, H, W] to start from instead of the seed's.
 
         Returns:
-            float32 [n, C, H, W], in the range of the training data.
+            float32 [n, C, H, W], in the range of the training data; uint8 [n, height, width, 3] from a file with a decoder.
 
         Raises:
             InputError: labels, noise, seed or batch size out of range or of the wrong shape or type.
@@ -108,14 +131,16 @@ class OnnxStudent:
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected at least 1, or None for all at once")
         rows = batch_size or max(count, 1)
-        samples = np.empty((count, *shape), dtype=np.float32)
+        samples = np.empty((count, *self.info.output_shape), dtype=np.uint8 if self.info.pictures else np.float32)
         for start in range(0, count, rows):
             index = np.arange(start, min(start + rows, count))
             start_noise = standard_normal(seed, index, shape) if noise is None else noise[index]
-            if self.info.form == "sampler":
+            if self._fixed is not None:
+                samples[index] = self._fixed.run({"noise": start_noise, "label": classes[index]})
+            elif self.info.form == "sampler":
                 samples[index] = self._session.run(["sample"], {"noise": start_noise, "label": classes[index]})[0]
             else:
-                *_, samples[index] = self._steps(start_noise, classes[index])
+                *_, (_, samples[index]) = self.run_steps(start_noise, classes[index])
         return samples
 
     def stream(
@@ -124,14 +149,14 @@ class OnnxStudent:
         seed: int = 0,
         *,
         noise: NDArray[np.float32] | None = None,
-    ) -> Iterator[NDArray[np.float32]]:
+    ) -> Iterator[NDArray[Any]]:
         """Draw one sample for each label and show it while it forms: the S predictions one by one, coarse ones first.
 
         Args:
             labels, seed, noise: as for `sample`.
 
         Returns:
-            An iterator over S arrays float32 [n, C, H, W]; each is computed when it is asked for, the last is the sample.
+            An iterator over S arrays like those of `sample`; each is computed when it is asked for, the last is the sample.
 
         Raises:
             InputError: as for `sample`; the file is of the form `sampler`, which computes all steps in one go.
@@ -144,20 +169,31 @@ class OnnxStudent:
         classes = self._check(labels, noise)
         if noise is None:
             noise = standard_normal(seed, np.arange(len(classes)), self.info.sample_shape)
-        return self._steps(noise, classes)
+        return (prediction for _, prediction in self.run_steps(noise, classes))
 
-    def _steps(self, noise: NDArray[np.float32], classes: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
-        latest = noise
-        past = {
+    def run_steps(
+        self, noise: NDArray[np.float32], classes: NDArray[np.int64]
+    ) -> Iterator[tuple[dict[str, Any], NDArray[Any]]]:
+        """What each step of the form `step` is fed with, and its prediction (a picture where the file has a decoder).
+
+        Keys, values and latents stay on the device from one step to the next.
+        """
+        latest: Any = np.ascontiguousarray(noise)
+        past: dict[str, Any] = {
             tensor.name: np.zeros([len(noise), tensor.shape[1], 0, tensor.shape[3]], dtype=_NUMPY_TYPES[tensor.type])
             for tensor in self._session.get_inputs()
             if tensor.name.startswith("past")
         }
         for step in range(self.info.num_steps):
             inputs = {"latent": latest, "label": classes, "step": np.array(step, dtype=np.int64), **past}
-            latest, *present = self._session.run(None, inputs)
-            past = dict(zip(past, present, strict=True))
-            yield latest
+            outputs = run_on_device(self._session, inputs, self._device)
+            past = {name: outputs[name.replace("past_key_values", "present")] for name in past}
+            latest = outputs["prediction"]
+            yield inputs, outputs["image" if self.info.pictures else "prediction"].numpy()
+
+    def __repr__(self) -> str:
+        info = self.info
+        return f"{self.path}: {info.form} of {info.num_steps} steps, {info.precision}, on {info.provider}"
 
     def _check(self, labels: object, noise: NDArray[np.float32] | None) -> NDArray[np.int64]:
         classes = check_labels(labels, self.info.num_classes)
@@ -166,7 +202,7 @@ class OnnxStudent:
         return classes
 
 
-def _open_session(path: Path, providers: list[str], threads: int | None) -> onnxruntime.InferenceSession:
+def _open_session(path: Path, providers: list[str], threads: int | None, cuda_graphs: bool) -> onnxruntime.InferenceSession:
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a student.onnx written by python -m pyard.export")
     if threads is not None and threads < 1:
@@ -175,8 +211,9 @@ def _open_session(path: Path, providers: list[str], threads: int | None) -> onnx
     options.log_severity_level = 3  # its warnings are about its own graph optimisations
     if threads is not None:
         options.intra_op_num_threads = threads
+    graphs = {"CUDAExecutionProvider": {"enable_cuda_graph": "1"}} if cuda_graphs else {}
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+        return onnxruntime.InferenceSession(str(path), options, providers=[(name, graphs.get(name, {})) for name in providers])
     # onnxruntime's own exceptions share no base class but Exception.
     except Exception as error:
         size = path.stat().st_size
@@ -207,12 +244,15 @@ def _read_info(path: Path, session: onnxruntime.InferenceSession) -> OnnxStudent
             f"{path} has format version {metadata['format_version']}, written by pyard {metadata['pyard_version']}; "
             f"this pyard reads version {FORMAT_VERSION}: export the student again"
         )
+    outputs, pictures = session.get_outputs(), metadata.get("pictures", False)
     return OnnxStudentInfo(
         form=metadata["form"],
         num_steps=metadata["num_steps"],
         history_layers=metadata["history_layers"],
         num_classes=metadata["num_classes"],
         sample_shape=tuple(metadata["sample_shape"]),
+        output_shape=tuple(outputs[-1 if pictures and metadata["form"] == "step" else 0].shape[1:]),
+        pictures=pictures,
         times=tuple(metadata["config"]["grid"]["times"]),
         precision=metadata["precision"],
         pyard_version=metadata["pyard_version"],

@@ -219,3 +219,80 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         export.export_onnx(student, tmp_path / "student.onnx", form="steps")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="is a folder"):
         export.export_onnx(student, tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int8-static"])
+def test_precisions(precision: export.Precision, tmp_path: Path) -> None:
+    student, path = tiny_student(3, history_layers=1, target="state", output="jump"), tmp_path / "student.onnx"
+    exact = export.export_onnx(student, tmp_path / "exact.onnx")
+    parity = export.export_onnx(student, path, precision=precision, calibration=9)
+    assert all(exact[size] < error < export.PARITY_BOUND[precision] for size, error in parity.items())
+    info = OnnxStudent(path).info
+    assert info.precision == precision
+    # A table of labels, norms and the like stay as they were in int8, and half of a tiny student are adaLN's.
+    assert path.stat().st_size < 0.8 * (tmp_path / "exact.onnx").stat().st_size
+    model = onnx.load(path)
+    operators = [node.op_type for node in model.graph.node]
+    types = {tensor.data_type for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    if precision == "fp16":
+        assert types == {onnx.TensorProto.FLOAT16}
+        assert all(tensor.data_type == onnx.TensorProto.FLOAT for tensor in _jump_coefficients(model))
+    else:
+        assert onnx.TensorProto.INT8 in types
+        products = 3 * student.config.network.depth * 6  # q, k, v, proj, fc1, fc2 of every pass
+        of_all_steps = student.config.network.depth  # the modulations
+        found = operators.count("MatMulInteger") + operators.count("DequantizeLinear") // 2
+        assert found >= products + of_all_steps if precision == "int8" else found > 0
+
+
+def _jump_coefficients(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    scalars = [
+        constants[name] for node in model.graph.node if node.op_type == "Mul" for name in node.input if name in constants
+    ]
+    assert len(scalars) == 6, "two for each of three jumps"
+    return scalars
+
+
+def test_a_deviation_of_each_precision_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for precision in ("fp16", "int8"):
+        monkeypatch.setitem(export.PARITY_BOUND, precision, 1e-6)
+        with pytest.raises(RuntimeError, match=r"was not written.*expected at most 1e-06"):
+            export.export_onnx(tiny_student(2, history_layers=1), tmp_path / "student.onnx", precision=precision)
+        assert list(tmp_path.iterdir()) == []
+
+
+def tiny_vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    blocks = dict(
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, block_out_channels=[8, 8]
+    )
+    return AutoencoderKL(**blocks, norm_num_groups=4, latent_channels=2, sample_size=16, layers_per_block=1, scaling_factor=0.3)
+
+
+@pytest.mark.slow
+def test_a_decoder_turns_samples_into_pictures(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    vae, student = tiny_vae(), tiny_student(2, history_layers=1)
+    vae.save_pretrained(tmp_path / "vae")
+    (tmp_path / "out").mkdir()
+    latents = pyard.sample(student, [0, 3], seed=4)
+    with torch.no_grad():
+        decoded = vae.decode(latents / 0.3, return_dict=False)[0]
+    expected = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()
+    assert expected.std() > 0
+    for form in ("sampler", "step"):
+        export.export_onnx(student, tmp_path / "out" / "student.onnx", form=form, vae=tmp_path / "vae")
+        exported = OnnxStudent(tmp_path / "out" / "student.onnx")
+        assert exported.info.output_shape == (16, 16, 3)
+        pictures = exported.sample([0, 3], seed=4, batch_size=1)
+        assert pictures.dtype == np.uint8
+        assert np.abs(pictures - expected).max() <= 1
+    first, last = exported.stream([0, 3], seed=4)
+    assert first.shape == last.shape == (2, 16, 16, 3)
+    np.testing.assert_array_equal(last, exported.sample([0, 3], seed=4))
+    with pytest.raises(InputError, match="latents of 2 channels; the student draws 1"):
+        export.load_decoder(vae, (1, 8, 8))
+    with pytest.raises(InputError, match="expected a folder with diffusers' AutoencoderKL"):
+        export.load_decoder(tmp_path / "nowhere", (2, 8, 8))

@@ -91,6 +91,9 @@ def test_half_precision_is_asked_for_as_in_diffusers(student, tmp_path: Path):
     rough = pipe(class_labels=[0, 1], latents=noise, output_type="latent").images
     exact = ARDPipeline(student)(class_labels=[0, 1], latents=noise, output_type="latent").images
     assert relative_error(rough, exact) < 3e-2
+    assert pipe.vae.dtype == torch.bfloat16
+    images = pipe(class_labels=[0, 1], latents=noise, output_type="pt").images
+    assert relative_error(images, ARDPipeline(student)(class_labels=[0, 1], latents=noise, output_type="pt").images) < 3e-2
 
 
 def test_latents_without_a_vae_are_no_images(tmp_path: Path):

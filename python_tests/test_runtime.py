@@ -62,6 +62,19 @@ def test_sixteen_threads_draw_what_one_draws(student: OnnxStudent) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+def test_fixed_buffers_give_the_same_samples(path: Path, student: OnnxStudent) -> None:
+    fixed = OnnxStudent(path, providers=["CPUExecutionProvider"], threads=1, cuda_graphs=True)
+    for labels, seed in (([1, 2, 3], 0), ([4], 1), ([0, 0, 4], 2)):
+        np.testing.assert_array_equal(fixed.sample(labels, seed=seed), student.sample(labels, seed=seed))
+    first = fixed.sample([1, 2, 3], seed=0)
+    fixed.sample([0, 0, 4], seed=2)
+    np.testing.assert_array_equal(first, student.sample([1, 2, 3], seed=0))
+
+
+def test_repr_says_where_it_runs(student: OnnxStudent) -> None:
+    assert repr(student).endswith("student.onnx: sampler of 2 steps, fp32, on CPUExecutionProvider")
+
+
 def test_a_sampler_cannot_stream(student: OnnxStudent) -> None:
     with pytest.raises(InputError, match=r"form 'sampler'.*--form step"):
         student.stream([0])

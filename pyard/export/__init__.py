@@ -10,6 +10,8 @@ import copy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import onnx
@@ -17,6 +19,7 @@ import torch
 
 from pyard.errors import InputError
 from pyard.export.assembly import Form, assemble
+from pyard.export.decoder import Decoder, load_decoder
 from pyard.export.files import (
     LARGEST_SINGLE_FILE,
     check_target,
@@ -27,12 +30,17 @@ from pyard.export.files import (
     weight_bytes,
     write_metadata,
 )
+from pyard.export.quantise import quantise
 from pyard.models.folder import CONFIG_NAME
 from pyard.models.student import Student
 from pyard.noise import standard_normal, uniform_labels
 from pyard.runtime import OnnxStudent
 
-PARITY_BOUND = {"fp32": 1e-4}  # of the largest value of the sample, by precision
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+Precision = Literal["fp32", "fp16", "int8", "int8-static"]
+PARITY_BOUND = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.25, "int8-static": 0.25}  # of the largest value of the sample
 PARITY_BATCH_SIZES = (1, 3)
 OPSETS = (20, 21, 22, 23)
 FORMS = ("sampler", "step")
@@ -44,6 +52,9 @@ def export(
     *,
     form: Form = "sampler",
     opset: int = 23,
+    precision: Precision = "fp32",
+    calibration: int = 64,
+    vae: Path | None = None,
     external_data: bool | None = None,
 ) -> None:
     """Write a student as one ONNX file and check it against PyTorch.
@@ -56,13 +67,18 @@ def export(
         form: `sampler`, all steps in one call; `step`, one step a call with keys and values in and out, for previews.
         opset: version of the ONNX operators, 20 to 23: an attention is one node, of ONNX itself in 23 (onnxruntime 1.23 or
             newer), of onnxruntime's own before.
+        precision: of weights and products: `fp32`; `fp16`, half the size, for GPUs; `int8`, a quarter, ranges measured in every
+            call; `int8-static`, ranges fixed by calibration.
+        calibration: samples that `int8-static` is calibrated with.
+        vae: folder of a diffusers AutoencoderKL, whose decoder is appended: the samples become 8-bit pictures.
         external_data: weights in a second file, FILE.data; none: where one file cannot hold them (2 GB).
     """
     folder = Path(student)
     model = Student.from_pretrained(folder)
     if onnx is None:
         onnx = (folder / "student" if (folder / "student").is_dir() else folder) / "student.onnx"
-    parity = export_onnx(model, onnx, form=form, opset=opset, external_data=external_data)
+    settings = dict(form=form, opset=opset, precision=precision, calibration=calibration, vae=vae)
+    parity = export_onnx(model, onnx, **settings, external_data=external_data)  # type: ignore[arg-type]
     errors = ", ".join(f"{error:.1e} at batch {size}" for size, error in parity.items())
     files = [file for file in (onnx, onnx.with_name(f"{onnx.name}.data")) if file.exists()]
     megabytes = sum(file.stat().st_size for file in files) / 1e6
@@ -76,6 +92,9 @@ def export_onnx(
     *,
     form: Form = "sampler",
     opset: int = 23,
+    precision: Precision = "fp32",
+    calibration: int = 64,
+    vae: str | Path | AutoencoderKL | None = None,
     external_data: bool | None = None,
 ) -> dict[int, float]:
     """Write a student as one ONNX file, of the form `sampler`, noise [B, C, H, W], label [B] -> sample [B, C, H, W], or `step`,
@@ -90,6 +109,10 @@ def export_onnx(
         form: see above. `step` counts from 0, and its present keys and values are the next step's past; step 0 takes K = 0.
         opset: version of the ONNX operators, 20 to 23: an attention is one node, of ONNX itself in 23 (onnxruntime 1.23 or
             newer), of onnxruntime's own (com.microsoft) before.
+        precision: of weights and products: `fp32`; `fp16`; `int8`, with ranges of the activations measured in every call;
+            `int8-static`, with ranges fixed by `calibration` samples. Latents, jumps and predictions are float32 in all.
+        calibration: samples whose trajectories calibrate `int8-static`.
+        vae: a diffusers AutoencoderKL, or its folder: its decoder is appended, and samples are uint8 [B, height, width, 3].
         external_data: weights in a second file, `<path>.data`; None: where one file cannot hold them (2 GB).
 
     Returns:
@@ -104,26 +127,40 @@ def export_onnx(
         raise InputError(f"opset is {opset}; expected {OPSETS[0]} to {OPSETS[-1]}")
     if form not in FORMS:
         raise InputError(f"form is {form!r}; expected {' or '.join(FORMS)}")
+    if precision not in PARITY_BOUND:
+        raise InputError(f"precision is {precision!r}; expected {', '.join(PARITY_BOUND)}")
+    if calibration < 1:
+        raise InputError(f"calibration is {calibration}; expected at least 1 sample")
     check_target(path)
     if not isinstance(student, Student):
         student = Student.from_pretrained(student)
     student = copy.deepcopy(student).to("cpu", torch.float32).eval().requires_grad_(False)
-    model = assemble(student, form, opset)
+    decoder = None if vae is None else load_decoder(vae, student.sample_shape)
+    model = assemble(student, form, opset, torch.float16 if precision == "fp16" else torch.float32, decoder)
     external = weight_bytes(model) > LARGEST_SINGLE_FILE if external_data is None else external_data
-    facts = describe(student, form=form, precision="fp32", opset=opset, parity={})
+    facts = describe(student, form=form, precision=precision, opset=opset, pictures=vae is not None, parity={})
     with new_files(path) as building:
-        save_model(model, building, external_data=external)
+        if precision.startswith("int8"):
+            with TemporaryDirectory(dir=building.parent) as folder:
+                source = Path(folder) / path.name
+                save_model(model, source, external_data=external)
+                write_metadata(source, facts)
+                samples = calibration if precision == "int8-static" else None
+                quantise(source, building, calibration=samples, external_data=external)
+        else:
+            save_model(model, building, external_data=external)
         del model
         write_metadata(building, facts)
         onnx.checker.check_model(str(building), full_check=True)
-        parity = measure_parity(student, OnnxStudent(building, providers=["CPUExecutionProvider"]))
-        check_parity(parity, PARITY_BOUND["fp32"], path)
+        parity = measure_parity(student, OnnxStudent(building, providers=["CPUExecutionProvider"]), decoder)
+        # A picture's levels are whole numbers, so the smallest difference may round to one of 255.
+        check_parity(parity, PARITY_BOUND[precision] + (0.0 if decoder is None else 1.01 / 255), path)
         write_metadata(building, {**facts, "parity": {str(size): error for size, error in parity.items()}})
         building.with_name(CONFIG_NAME).write_text(config_text(student))
     return parity
 
 
-def measure_parity(student: Student, exported: OnnxStudent) -> dict[int, float]:
+def measure_parity(student: Student, exported: OnnxStudent, decoder: Decoder | None = None) -> dict[int, float]:
     """The largest error of an exported student relative to the largest value of PyTorch's sample, by batch size."""
     parity = {}
     for size in PARITY_BATCH_SIZES:
@@ -132,7 +169,7 @@ def measure_parity(student: Student, exported: OnnxStudent) -> dict[int, float]:
         noise = standard_normal(1, index, student.sample_shape)
         with torch.inference_mode():
             *_, last = student.rollout(torch.from_numpy(noise), torch.from_numpy(labels))
-        expected = last.numpy()
+            expected = (last if decoder is None else decoder(last)).float().numpy()
         error = np.abs(exported.sample(labels, noise=noise) - expected).max() / np.abs(expected).max()
         parity[size] = float(error)
     return parity

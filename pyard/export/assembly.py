@@ -16,7 +16,8 @@ import onnx_ir as ir
 import torch
 
 import pyard
-from pyard.export.parts import block_weights, embed_weights, head_weights, trace
+from pyard.export.decoder import Decoder, trace_decoder
+from pyard.export.parts import TracedPart, block_weights, embed_weights, head_weights, trace
 from pyard.models.student import Student
 from pyard.ops import use_backend
 
@@ -27,7 +28,9 @@ IR_VERSION = {20: 10, 21: 10, 22: 10, 23: 11}
 Cache = list[tuple[ir.Value, ir.Value]]  # keys and values of each layer that remembers, [B, H, K, Dh]
 
 
-def assemble(student: Student, form: Form, opset: int, dtype: torch.dtype = torch.float32) -> ir.Model:
+def assemble(
+    student: Student, form: Form, opset: int, dtype: torch.dtype = torch.float32, decoder: Decoder | None = None
+) -> ir.Model:
     """The ONNX model of a student.
 
     Args:
@@ -35,8 +38,10 @@ def assemble(student: Student, form: Form, opset: int, dtype: torch.dtype = torc
         form: `sampler` or `step`.
         opset: version of the ONNX operators.
         dtype: of weights, arithmetic and keys and values; latents, jumps and predictions are float32 whatever it is.
+        decoder: turns the sample, or each prediction, into pictures, in float32 (half precision overflows in many of them).
     """
     assembly = _Assembly(student, opset, dtype)
+    assembly.decoder = decoder
     inputs, outputs = assembly.sampler() if form == "sampler" else assembly.step()
     imports = {"": opset, **({"com.microsoft": 1} if any(node.domain for node in assembly.nodes) else {})}
     graph = ir.Graph(inputs, outputs, nodes=assembly.nodes, opset_imports=imports, name=f"pyard_{form}")
@@ -67,6 +72,8 @@ class _Assembly:
         self.onnx_dtype = ir.DataType.FLOAT if dtype == torch.float32 else ir.DataType.FLOAT16
         self.known: dict[tuple[str, tuple[int, ...], bytes], str] = {}  # constants without a name of their own
         self.blocks: dict[int, dict[str, ir.Value]] = {}
+        self.decoder: Decoder | None = None
+        self.opset = opset
         self.scope = ""
 
     def sampler(self) -> tuple[list[ir.Value], list[ir.Value]]:
@@ -84,7 +91,8 @@ class _Assembly:
                 a, b = (self._constant(np.float32(c)) for c in self.student.jumps[step])
                 output = self._jump(latent, output, a, b)
             latent = output
-        return [noise, label], [self._output(latent, "sample", ["batch", *self.student.sample_shape])]
+        self.scope = ""
+        return [noise, label], [self._picture(latent, "sample") if self.decoder else self._sample(latent, "sample")]
 
     def step(self) -> tuple[list[ir.Value], list[ir.Value]]:
         student, config = self.student, self.config
@@ -108,11 +116,13 @@ class _Assembly:
             table = np.asarray(student.jumps, dtype=np.float32)
             a, b = (self._op("Gather", self._constant(column.copy()), number, axis=0) for column in table.T)
             output = self._jump(latent, output, a, b)
-        outputs = [self._output(output, "prediction", ["batch", *student.sample_shape])]
+        outputs = [self._sample(output, "prediction")]
         shape = ["batch", config.num_heads, "present", config.head_dim]
         for layer, pair in enumerate(cache):
             kinds = zip(pair, ("key", "value"), strict=True)
-            outputs += [self._output(value, f"present.{layer}.{kind}", shape) for value, kind in kinds]
+            outputs += [self._output(value, f"present.{layer}.{kind}", shape, self.onnx_dtype) for value, kind in kinds]
+        if self.decoder:
+            outputs.append(self._picture(output, "image"))
         return [latent, label, number, *(value for pair in past for value in pair)], outputs
 
     def _times(self) -> ir.Value:  # [S, D]
@@ -193,14 +203,16 @@ class _Assembly:
         """Copy a part's nodes onto new inputs and weights."""
         part = self.parts[name]
         prefix = {"first_block": "block", "later_block": "block"}.get(name, name)
-        new: dict[ir.Value, ir.Value] = dict(zip(part.inputs, inputs, strict=True))
-        for weight, value in weights.items():
-            if f"{prefix}.{weight}" in self.traced_constants:
-                new[self.traced_constants[f"{prefix}.{weight}"]] = value
+        traced = self.traced_constants
+        replaced = {traced[f"{prefix}.{n}"]: value for n, value in weights.items() if f"{prefix}.{n}" in traced}
+        return self._copy(part, inputs, replaced)
+
+    def _copy(self, part: TracedPart, inputs: Sequence[ir.Value], weights: Mapping[ir.Value, ir.Value]) -> list[ir.Value]:
+        new: dict[ir.Value, ir.Value] = {**weights, **dict(zip(part.inputs, inputs, strict=True))}
         for node in part.nodes:
             for source in node.inputs:
                 if source is not None and source not in new:
-                    assert source.const_value is not None, f"{name}: {source.name} is no input, weight or constant"
+                    assert source.const_value is not None, f"{source.name} is no input, weight or constant"
                     new[source] = self._constant(source.const_value.numpy())
             copied = self._node(
                 node.op_type,
@@ -248,10 +260,23 @@ class _Assembly:
     def _label(self) -> ir.Value:
         return self._input("label", ["batch"], ir.DataType.INT64)
 
-    def _output(self, value: ir.Value, name: str, shape: list[Any]) -> ir.Value:
+    def _sample(self, value: ir.Value, name: str) -> ir.Value:
+        return self._output(value, name, ["batch", *self.student.sample_shape], ir.DataType.FLOAT)
+
+    def _picture(self, latent: ir.Value, name: str) -> ir.Value:  # [B, C, H, W] -> uint8 [B, height, width, 3]
+        assert self.decoder is not None
+        part, weights = trace_decoder(self.decoder, self.student.sample_shape, self.opset)
+        for weight, value in weights.items():
+            assert value.const_value is not None
+            self._store(f"vae.{weight}", value.const_value.numpy())
+        (picture,) = self._copy(part, [latent], {value: self.constants[f"vae.{n}"] for n, value in weights.items()})
+        sizes = part.outputs[0].shape
+        assert sizes is not None
+        return self._output(picture, name, ["batch", *list(sizes)[1:]], ir.DataType.UINT8)
+
+    def _output(self, value: ir.Value, name: str, shape: list[Any], dtype: ir.DataType) -> ir.Value:
         named = self._op("Identity", value)
-        named.name, named.shape = name, ir.Shape(shape)
-        named.type = ir.TensorType(self.onnx_dtype if name.startswith("present") else ir.DataType.FLOAT)
+        named.name, named.shape, named.type = name, ir.Shape(shape), ir.TensorType(dtype)
         return named
 
 

@@ -249,6 +249,25 @@ def trace(config: DiTConfig, dtype: torch.dtype, opset: int, biased: bool) -> tu
         "past_value": (keys.clone(), {0: batch, 2: past}),
         "head_modulation": (torch.zeros(2, 2 * config.hidden_size, dtype=dtype), {0: batch}),
     }
+    ends = [name for _, outputs in SIGNATURES.values() for name in outputs]
+    graph = run_exporter(Parts(config, dtype, opset, biased), arguments, ends, opset)
+    values = {value.name: value for value in (*graph.inputs, *graph.outputs)}
+    parts = {}
+    for name, (inputs, outputs) in SIGNATURES.items():
+        last = tuple(values[output] for output in outputs)
+        parts[name] = TracedPart(tuple(values[i] for i in inputs), last, _nodes_behind(graph, last))
+    return parts, {str(name): value for name, value in graph.initializers.items()}
+
+
+def run_exporter(module: nn.Module, arguments: dict[str, tuple[torch.Tensor, Any]], outputs: list[str], opset: int) -> ir.Graph:
+    """torch's dynamo exporter, quietly.
+
+    Args:
+        module: to trace.
+        arguments: name of each input to an example of it and its free sizes.
+        outputs: their names.
+        opset: version of the ONNX operators.
+    """
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
     try:
@@ -256,10 +275,10 @@ def trace(config: DiTConfig, dtype: torch.dtype, opset: int, biased: bool) -> tu
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about itself
             program = torch.onnx.export(
-                Parts(config, dtype, opset, biased),
+                module,
                 tuple(tensor for tensor, _ in arguments.values()),
                 input_names=list(arguments),
-                output_names=[name for _, outputs in SIGNATURES.values() for name in outputs],
+                output_names=outputs,
                 dynamic_shapes=tuple(sizes for _, sizes in arguments.values()),
                 opset_version=opset,
                 dynamo=True,
@@ -270,13 +289,7 @@ def trace(config: DiTConfig, dtype: torch.dtype, opset: int, biased: bool) -> tu
     assert program is not None
     # The exporter notes the source lines of every node: paths of this machine, and more bytes than a small student has.
     ClearMetadataAndDocStringPass()(program.model)
-    graph = program.model.graph
-    values = {value.name: value for value in (*graph.inputs, *graph.outputs)}
-    parts = {}
-    for name, (inputs, outputs) in SIGNATURES.items():
-        ends = tuple(values[output] for output in outputs)
-        parts[name] = TracedPart(tuple(values[i] for i in inputs), ends, _nodes_behind(graph, ends))
-    return parts, {str(name): value for name, value in graph.initializers.items()}
+    return program.model.graph
 
 
 def _nodes_behind(graph: ir.Graph, outputs: tuple[ir.Value, ...]) -> tuple[ir.Node, ...]:

@@ -6,8 +6,9 @@ B batch · S steps · C channels · N history layers · H heads · T tokens per 
 from __future__ import annotations
 
 import copy
-import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -93,9 +94,11 @@ def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    if "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 4 << 30  # no portable question; little enough for any machine that trains
+    try:
+        available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        available = None
+    return int(available[1]) << 10 if available else 4 << 30  # elsewhere there is no portable question
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -56,16 +56,16 @@ class LatentCodec:
         """Latents [n, C, h, w] to images [n, 3, H, W] float32, about -1 to 1: z / scaling_factor + shift_factor, decoded."""
         vae = self.vae.to(latents.device)
         scaling, shift = self._scaling()
-        parts = [vae.decode(part.float() / scaling + shift).sample for part in latents.split(batch_size)]
-        return torch.cat(parts)
+        parts = [vae.decode((part.float() / scaling + shift).to(vae.dtype)).sample for part in latents.split(batch_size)]
+        return torch.cat(parts).float()
 
     @torch.inference_mode()
     def encode(self, images: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
         """Images [n, 3, H, W], -1 to 1, to latents [n, C, h, w] float32: (mode of the posterior - shift_factor) * scaling."""
         vae = self.vae.to(images.device)
         scaling, shift = self._scaling()
-        parts = [(vae.encode(part.float()).latent_dist.mode() - shift) * scaling for part in images.split(batch_size)]
-        return torch.cat(parts)
+        modes = [vae.encode(part.to(vae.dtype)).latent_dist.mode() for part in images.split(batch_size)]
+        return (torch.cat(modes).float() - shift) * scaling
 
     def save(self, folder: Path) -> None:
         """Write the VAE into the sub-folder `vae`."""

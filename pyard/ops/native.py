@@ -28,6 +28,7 @@ class NativeLibrary:
     compiler: str
     instruction_sets: tuple[str, ...]  # that it was compiled for
     active_instruction_set: str  # that this processor gets
+    cuda_architectures: tuple[str, ...]  # empty: no CUDA kernels were compiled
 
 
 def load() -> tuple[NativeLibrary | None, str]:
@@ -73,4 +74,5 @@ def _describe() -> NativeLibrary:
         compiler=text("pyard_compiler"),
         instruction_sets=tuple(text("pyard_built_instruction_sets").split()),
         active_instruction_set=text("pyard_active_instruction_set"),
+        cuda_architectures=tuple(text("pyard_built_cuda_architectures").split()),
     )

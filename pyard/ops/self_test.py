@@ -33,7 +33,7 @@ def self_test(device: str = "cpu") -> dict[str, float]:
         "block_attention": _block_attention,
         "gather_trajectories": _gather_trajectories,
     }
-    return {operator: tested[operator](device) for operator, devices in KERNELS.items() if device in devices}
+    return {operator: test(device) for operator, test in tested.items() if device in KERNELS[operator]}
 
 
 def _modulated_layer_norm(device: str) -> float:

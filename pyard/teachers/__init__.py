@@ -56,6 +56,7 @@ def load_teacher(
     num_heads: int | None = None,
     num_classes: int | None = None,
     schedule: NoiseSchedule | None = None,
+    vae: str | Path | None = None,
 ) -> DiTTeacher:
     """Load a teacher.
 
@@ -67,6 +68,7 @@ def load_teacher(
         num_heads: for a `.pt` or `.safetensors` of another width than the published models: attention heads.
         num_classes: for a `.pt` or `.safetensors` whose label table has no row for "no class".
         schedule: overrides the noise schedule that the source comes with; needed where it comes with none.
+        vae: folder of the diffusers `AutoencoderKL` of a teacher in latent space that comes without one, as `.pt` files do.
 
     Returns:
         The teacher, ready for `generate_trajectories` and `train`.
@@ -74,6 +76,24 @@ def load_teacher(
     Raises:
         InputError: nothing there that pyard knows how to read, or that it would not reproduce.
     """
+    teacher = _load(source, family, num_heads, num_classes, schedule)
+    if vae is not None:
+        from pyard.models.latents import LatentCodec
+
+        teacher.codec = LatentCodec(vae)
+        channels = teacher.codec.vae.config.latent_channels
+        if channels != teacher.sample_shape[0]:
+            raise InputError(f"{vae} makes latents of {channels} channels; the teacher has {teacher.sample_shape[0]}")
+    return teacher
+
+
+def _load(
+    source: str | Path,
+    family: Family | None,
+    num_heads: int | None,
+    num_classes: int | None,
+    schedule: NoiseSchedule | None,
+) -> DiTTeacher:
     from pyard.teachers.dit import DiTTeacher
 
     path = Path(source)

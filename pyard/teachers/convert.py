@@ -17,6 +17,7 @@ def convert(
     family: Family | None = None,
     num_heads: int | None = None,
     num_classes: int | None = None,
+    vae: Path | None = None,
 ) -> None:
     """Turn a checkpoint into a teacher's folder that needs no more flags, or write a teacher for other programs.
 
@@ -29,8 +30,9 @@ def convert(
         family: of a `.pt` or `.safetensors` whose name does not say it.
         num_heads: attention heads of a `.pt` or `.safetensors` of another width than the published models.
         num_classes: of a `.pt` or `.safetensors` without a row for "no class".
+        vae: folder of the diffusers AutoencoderKL that belongs to the source, where it comes without; it goes along.
     """
-    teacher = load_teacher(source, family=family, num_heads=num_heads, num_classes=num_classes)
+    teacher = load_teacher(source, family=family, num_heads=num_heads, num_classes=num_classes, vae=vae)
     if to == "pyard":
         teacher.save_pretrained(out)
     elif to == "diffusers":

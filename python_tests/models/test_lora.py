@@ -26,7 +26,7 @@ def test_fresh_additions_change_nothing_and_merged_ones_stay():
         before = student(history, labels)
         names = set(student.state_dict())
         add_lora(student, 4)
-        assert torch.equal(student(history, labels), before)
+        assert relative_error(student(history, labels), before) < 1e-6
         trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
         assert all("lora_" in name or name.startswith("heads.") or name == "history_bias" for name in trained)
         # Two matrices for each of qkv, proj, fc1, fc2, modulation of 3 blocks.

@@ -1,4 +1,4 @@
-"""gated_residual and timestep_embedding."""
+"""gated_residual, gelu_tanh, timestep_embedding and gather_trajectories."""
 
 from __future__ import annotations
 
@@ -6,9 +6,125 @@ import math
 
 import pytest
 import torch
+from ops.tolerance import assert_as_exact_as_plain
+from torch import Tensor
 
 from pyard.errors import InputError
-from pyard.ops import gated_residual, timestep_embedding
+from pyard.ops import (
+    Backend,
+    gated_residual,
+    gather_trajectories,
+    gelu_tanh,
+    reference,
+    timestep_embedding,
+    use_backend,
+)
+from pyard.ops.backend import library
+
+needs_native = pytest.mark.skipif(library is None, reason="the native operators are not built")
+BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# B, S, T, D: no batch, one token, no multiple of any vector, more rows than one task takes.
+SIZES = [(0, 2, 3, 8), (1, 1, 1, 2), (2, 3, 1, 5), (2, 2, 65, 72), (1, 2, 257, 37)]
+
+
+def numbers(*shape: int, dtype: torch.dtype) -> Tensor:
+    return (2 * torch.randn(shape, dtype=torch.float64)).to(dtype).requires_grad_()
+
+
+def with_gradients(out: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    direction = torch.cos(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape)
+    return [out, *torch.autograd.grad(out, inputs, direction.to(out.dtype))]
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_gated_residual_is_as_exact_as_plain_pytorch(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    B, S, T, D = size
+    # A slice of a fused modulation, and a branch whose tokens are transposed.
+    fused, x, by_token = numbers(B, S, 3 * D, dtype=dtype), numbers(*size, dtype=dtype), numbers(T, B, S, D, dtype=dtype)
+    gate, branch = fused[..., D : 2 * D], by_token.permute(1, 2, 0, 3)
+    inputs = (x, gate, branch)
+    with use_backend("native"):
+        ours = with_gradients(gated_residual(*inputs), inputs)
+    plain = with_gradients(reference.gated_residual(*inputs), inputs)
+    exact = with_gradients(x.double() + gate.double()[:, :, None] * branch.double(), inputs)
+    for a, b, c in zip(ours, plain, exact, strict=True):
+        assert_as_exact_as_plain(a, b, c.double())
+
+
+def gelu_closed_form(z: Tensor) -> Tensor:
+    return 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(0, 8), (1,), (3, 5), (2, 2, 65, 72), (257, 37)], ids=str)
+def test_gelu_tanh_is_as_exact_as_plain_pytorch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    inputs = (numbers(*shape, dtype=dtype), numbers(shape[-1], dtype=dtype))
+    with use_backend("native"):
+        ours = with_gradients(gelu_tanh(*inputs), inputs)
+    plain = with_gradients(reference.gelu_tanh(*inputs), inputs)
+    exact = with_gradients(gelu_closed_form(inputs[0].double() + inputs[1].double()), inputs)
+    for a, b, c in zip(ours, plain, exact, strict=True):
+        assert_as_exact_as_plain(a, b, c.double())
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gelu_tanh_has_its_limits_far_out(dtype: torch.dtype) -> None:
+    x = torch.tensor([-1e30, -1e4, -60.0, 60.0, 1e4, 1e30, math.nan], dtype=dtype, requires_grad=True)
+    out = gelu_tanh(x, torch.zeros(7, dtype=dtype))
+    slope = torch.autograd.grad(out.sum(), x)[0]
+    torch.testing.assert_close(out[1:6].detach(), x[1:6].detach().clamp(min=0), atol=1e-12, rtol=0)
+    torch.testing.assert_close(slope[1:5], torch.tensor([0.0, 0, 1, 1], dtype=dtype), atol=1e-12, rtol=0)
+    assert out[6].isnan()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("steps_shape", "batch"), [((6, 3, 2, 5, 5), 4), ((1, 1, 1, 3, 3), 2), ((9, 8, 4, 8, 8), 0)])
+def test_gather_trajectories_takes_rows_and_converts(
+    steps_shape: tuple[int, ...], batch: int, dtype: torch.dtype, out_dtype: torch.dtype, backend: Backend
+) -> None:
+    steps = torch.randn(steps_shape).to(dtype)
+    noise = torch.randn(steps_shape[0], *steps_shape[2:])
+    indices = torch.randint(steps_shape[0], (batch,))
+    with use_backend(backend):
+        history, target = gather_trajectories(noise, steps, indices, out_dtype)
+    assert history.dtype == target.dtype == out_dtype
+    assert history.shape == target.shape == (batch, *steps_shape[1:])
+    for row, index in enumerate(indices.tolist()):
+        assert torch.equal(target[row], steps[index].to(out_dtype))
+        assert torch.equal(history[row, 0], noise[index].to(out_dtype))
+        assert torch.equal(history[row, 1:], steps[index, :-1].to(out_dtype))
+
+
+@needs_native
+def test_gather_trajectories_rounds_and_refuses_like_plain_pytorch() -> None:
+    special = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, 65519.0, 65520.0, 3.4e38, 1 + 2**-9, 1 + 3 * 2**-9]
+    steps = torch.tensor(special).view(1, 1, -1)
+    for dtype in (torch.bfloat16, torch.float16):
+        _, target = gather_trajectories(steps[:, 0], steps, torch.tensor([0]), dtype)
+        torch.testing.assert_close(target, steps.to(dtype), rtol=0, atol=0, equal_nan=True)
+    with use_backend("native"), pytest.raises(RuntimeError, match="index 1 at place 1, expected 0 to n - 1 = 0"):
+        gather_trajectories(steps[:, 0], steps, torch.tensor([0, 1]))
+    learned = steps.clone().requires_grad_()
+    assert gather_trajectories(steps[:, 0], learned, torch.tensor([0]))[1].requires_grad
+
+
+def test_gelu_tanh_and_gather_trajectories_name_wrong_input() -> None:
+    with pytest.raises(InputError, match=r"x has shape \[2, 3\] and dtype torch.float32, bias \[2\]"):
+        gelu_tanh(torch.zeros(2, 3), torch.zeros(2))
+    noise, steps, indices = torch.zeros(2, 3), torch.zeros(2, 4, 3), torch.tensor([0])
+    with pytest.raises(InputError, match=r"noise and steps have shapes \[2, 4\] and \[2, 4, 3\]"):
+        gather_trajectories(steps[..., 0], steps, indices)
+    with pytest.raises(InputError, match=r"indices has shape \[1\] and dtype torch.float32"):
+        gather_trajectories(noise, steps, indices.float())
+    with pytest.raises(InputError, match=r"dtype are torch\.float32, torch\.float32 and torch\.int32"):
+        gather_trajectories(noise, steps, indices, torch.int32)
 
 
 def test_gated_residual_is_its_formula() -> None:

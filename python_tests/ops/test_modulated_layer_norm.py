@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -208,23 +206,3 @@ def test_the_operator_itself_names_wrong_input() -> None:
 def test_the_instruction_set_is_the_one_asked_for() -> None:
     assert library is not None
     assert library.active_instruction_set == os.environ["PYARD_CPU_ISA"]
-
-
-@pytest.mark.skipif(library is None or len(library.instruction_sets) == 1, reason="one instruction set was compiled")
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_every_instruction_set_passes(isa: str) -> None:
-    """The choice is made once in a process, so the narrower sets are tested in one of their own."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "closed_form or digits or taken or asked_for",
-    ]
-    environment = {**os.environ, "PYARD_CPU_ISA": isa, "OMP_NUM_THREADS": "2"}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-2000:]

@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from factories import tiny_teacher
+from golden import relative_error
 
 from pyard import load_teacher
 from pyard.__main__ import main
 from pyard.noise_schedule import NoiseSchedule
+from pyard.teachers.checkpoint import save_checkpoint
 
 
 def run(*words: str | Path) -> int:
@@ -42,6 +45,32 @@ def test_what_diffusers_cannot_hold_is_one_line(tmp_path: Path, capsys):
     tiny_teacher(frequency_size=256, freq_shift=1.0).save_pretrained(tmp_path / "second")
     assert run("convert", "--source", tmp_path / "second", "--to", "diffusers", "--out", tmp_path / "out") == 0
     assert load_teacher(tmp_path / "out" / "transformer").fingerprint == load_teacher(tmp_path / "second").fingerprint
+
+
+def test_a_vae_can_be_given_to_a_checkpoint_that_comes_without(tmp_path: Path, capsys):
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=2)
+    vae.save_pretrained(tmp_path / "vae")
+    save_checkpoint(tiny_teacher(frequency_size=256), tmp_path / "DiT.pt")
+    words = (
+        "convert",
+        "--source",
+        tmp_path / "DiT.pt",
+        "--num_heads",
+        "2",
+        "--vae",
+        tmp_path / "vae",
+        "--out",
+        tmp_path / "out",
+    )
+    assert run(*words) == 0
+    codec = load_teacher(tmp_path / "out").codec
+    assert codec is not None
+    latents = torch.randn(1, 2, 8, 8)
+    with torch.inference_mode():
+        assert relative_error(codec.decode(latents), vae.eval().decode(latents / 0.18215).sample) < 1e-6
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).save_pretrained(tmp_path / "vae")
+    assert run(*words) == 2
+    assert "latents of 4 channels; the teacher has 2" in capsys.readouterr().err
 
 
 def test_names_and_precision_reach_the_sampler_from_the_command_line(tmp_path: Path, capsys):

@@ -12,10 +12,10 @@ namespace {
 constexpr double kCubic = 0.044715;
 constexpr double kSlope = -2.0 * 0.7978845608028654 * kLog2E;  // of -2u / ln(2) at zero
 
-// exp(-2u), held below infinity so that no product with it is NaN.
+// exp(-2u), held so far below infinity that its reciprocal is not zero.
 template <typename A>
 inline Vec<A> decay(Vec<A> z) {
-  constexpr A largest = sizeof(A) == 4 ? static_cast<A>(60) : static_cast<A>(500);
+  constexpr A largest = sizeof(A) == 4 ? static_cast<A>(126) : static_cast<A>(1022);
   const Vec<A> exponent = z * (z * z * static_cast<A>(kSlope * kCubic) + static_cast<A>(kSlope));
   return exp2<A>(exponent > largest ? Vec<A>{} + largest : exponent);
 }

@@ -1,0 +1,248 @@
+"""How fast a student draws in PyTorch and in onnxruntime, beside the rate of bare matrix products: `pyard bench onnx`."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import pyard
+from pyard.errors import InputError
+from pyard.export import export_onnx
+from pyard.models.dit import DiT, DiTConfig
+from pyard.models.student import Student
+from pyard.noise import standard_normal, uniform_labels
+from pyard.noise_schedule import NoiseSchedule
+from pyard.teachers.dit import DiTTeacher
+from pyard.time_grid import TimeGrid
+
+# Peebles & Xie 2023, table 1: depth, hidden size, heads; latents of 32 x 32 x 4 in patches of 2 are 256 tokens.
+MODELS = {"DiT-S/2": (12, 384, 6), "DiT-B/2": (12, 768, 12), "DiT-L/2": (24, 1024, 16), "DiT-XL/2": (28, 1152, 16)}
+NUM_STEPS = 4
+KINDS = {
+    "PyTorch eager": "eager",
+    "torch.compile": "compile",
+    "ONNX fp32": "onnx",
+    "ONNX int8": "onnx",
+    "ONNX int8-static": "onnx",
+}
+
+
+def bench_onnx(
+    models: list[str] | None = None,
+    batch_sizes: list[int] | None = None,
+    *,
+    ways: list[str] | None = None,
+    rounds: int = 5,
+    threads: int = 2,
+    out: Path = Path("benchmarks/results"),
+    progress: bool = True,
+) -> None:
+    """Time students with random weights in PyTorch and onnxruntime; write a JSON file and a Markdown table.
+
+    Every way of drawing is a process of its own. They take turns, and every turn also times bare matrix products, so that
+    ratios stand even where other programs disturb the machine.
+
+    Example: pyard bench onnx --models '[DiT-S/2]' --batch-sizes '[1]'
+
+    Args:
+        models: of DiT-S/2, DiT-B/2, DiT-L/2, DiT-XL/2; none: the first two.
+        batch_sizes: samples of one call; none: 1 and 8.
+        ways: of drawing; none: PyTorch eager, torch.compile, ONNX fp32, ONNX int8, ONNX int8-static.
+        rounds: timed calls of each.
+        threads: CPU threads of each.
+        out: folder of `onnx.json` and `onnx.md`.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: an unknown model or way.
+    """
+    models, batch_sizes, ways = models or list(MODELS)[:2], batch_sizes or [1, 8], ways or list(KINDS)
+    for names, known in ((models, list(MODELS)), (ways, list(KINDS))):
+        for name in names:
+            if name not in known:
+                raise InputError(f"bench onnx: unknown {name!r}; expected some of {', '.join(known)}")
+    rows: list[dict[str, Any]] = []
+    for model in models:
+        rows += _bench_model(model, batch_sizes, ways, rounds, threads, progress)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "onnx.json").write_text(json.dumps({"machine": _machine(threads), "rows": rows}, indent=1) + "\n")
+        (out / "onnx.md").write_text(table(rows, _machine(threads)))
+    print(table(rows, _machine(threads)))
+
+
+def random_student(depth: int, hidden_size: int, num_heads: int) -> Student:
+    """A DiT student of S = 4, N = L / 4 and 1000 classes whose parameters are all random."""
+    torch.manual_seed(0)
+    config = DiTConfig(
+        input_size=32, in_channels=4, patch_size=2, hidden_size=hidden_size, depth=depth, num_heads=num_heads, num_classes=1000
+    )
+    teacher = DiTTeacher(DiT(config), NoiseSchedule())
+    student = Student.from_teacher(teacher, TimeGrid.build(teacher.schedule, NUM_STEPS), history_layers=depth // 4)
+    for parameter in student.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return student.eval()
+
+
+def floating_point_operations(student: Student) -> float:
+    """Of the matrix products of one sample, attention to the history included."""
+    config, steps, layers = student.config.network, student.num_steps, student.config.history_layers
+    T, D, L = config.tokens_per_step, config.hidden_size, config.depth
+    linear = 2 * T * D * (4 + 2 * config.mlp_ratio) * D
+    attention = 4 * T * T * D
+    ends = 2 * T * D * config.patch_size**2 * 2 * config.in_channels
+    modulation = 2 * D * (6 * L + 2) * D
+    earlier_steps = attention * layers * steps * (steps - 1) / 2
+    return steps * (L * (linear + attention) + ends + modulation) + earlier_steps
+
+
+class _Worker:
+    """A child process that answers one line to each line."""
+
+    def __init__(self, stack: ExitStack, kind: str, path: str, threads: int):
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        command = [sys.executable, "-m", "pyard.bench.worker", kind, path, str(threads)]
+        pipe = subprocess.PIPE
+        self.process = stack.enter_context(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment))
+        stack.callback(self.process.kill)
+        self.load_seconds = float(self._read()["seconds"])
+
+    def ask(self, **request: str) -> dict[str, float]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, float]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError("a benchmark process ended early; its message is above")
+        answer: dict[str, float] = json.loads(line)
+        return answer
+
+
+def _bench_model(
+    model: str, batch_sizes: list[int], ways: list[str], rounds: int, threads: int, progress: bool
+) -> list[dict[str, Any]]:
+    student = random_student(*MODELS[model])
+    operations = floating_point_operations(student)
+    rows = []
+    with TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        student.save_pretrained(folder / "student")
+        files = {way: _file(student, way, folder) for way in ways}
+        width = student.config.network.hidden_size
+        # The size of the MLP's first product at batch 8, where bare products are at their fastest.
+        sgemm = _Worker(stack, "sgemm", json.dumps([8 * student.config.network.tokens_per_step, width, 4 * width]), threads)
+        workers = {way: _Worker(stack, KINDS[way], str(files[way]), threads) for way in ways}
+        bar = tqdm(total=len(batch_sizes) * len(ways) * (rounds + 1), desc=model, disable=not progress)
+        for size in batch_sizes:
+            inputs = folder / f"inputs{size}.npz"
+            index = np.arange(size)
+            noise, labels = standard_normal(0, index, student.sample_shape), uniform_labels(0, index, 1000)
+            np.savez(inputs, noise=noise, labels=labels)
+            seconds: dict[str, list[float]] = {way: [] for way in ways}
+            rates, peak, first = [], {}, {}
+            for turn in range(rounds + 1):
+                rates += [sgemm.ask()["rate"]]
+                for way, worker in workers.items():
+                    answer = worker.ask(inputs=str(inputs), samples=str(folder / f"{way} {size}.npy"))
+                    bar.update()
+                    if turn == 0:  # what is compiled or packed in the first call is no part of a call
+                        first[way] = answer["seconds"]
+                        continue
+                    seconds[way].append(answer["seconds"])
+                    peak[way] = answer["peak_bytes"]
+            exact = np.load(folder / f"{ways[0]} {size}.npy")
+            for way in ways:
+                found = np.load(folder / f"{way} {size}.npy")
+                floors = [operations * size / rate for rate in rates[1:]]
+                rows.append(
+                    dict(
+                        model=model,
+                        batch_size=size,
+                        way=way,
+                        seconds_per_image=statistics.median(seconds[way]) / size,
+                        speed_over_first=_median_ratio(seconds[ways[0]], seconds[way]),
+                        fraction_of_sgemm=_median_ratio(floors, seconds[way]),
+                        best_fraction_of_sgemm=operations * size / max(rates) / min(seconds[way]),
+                        peak_megabytes=peak[way] / 1e6,
+                        file_megabytes=_size(files[way]) / 1e6,
+                        load_seconds=workers[way].load_seconds,
+                        first_call_seconds=first[way],
+                        max_error=float(np.abs(found - exact).max() / np.abs(exact).max()),
+                        calls_seconds=seconds[way],
+                        sgemm_gigaflops=[rate / 1e9 for rate in rates],
+                    )
+                )
+        bar.close()
+    return rows
+
+
+def _file(student: Student, way: str, folder: Path) -> Path:
+    if KINDS[way] != "onnx":
+        return folder / "student"
+    precision = way.removeprefix("ONNX ")
+    path = folder / precision / "student.onnx"
+    export_onnx(student, path, precision=precision, calibration=8)  # type: ignore[arg-type]
+    return path
+
+
+def _size(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size + (data.stat().st_size if (data := path.with_name(f"{path.name}.data")).exists() else 0)
+    return (path / "model.safetensors").stat().st_size
+
+
+def _median_ratio(numerators: list[float], denominators: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def _machine(threads: int) -> dict[str, Any]:
+    import onnxruntime
+
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    versions = {"pyard": pyard.__version__, "torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": threads, "load_average": load, "versions": versions}
+
+
+def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    calls, load = len(rows[0]["calls_seconds"]), machine["load_average"]
+    text = (
+        f"`pyard bench onnx`: {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, load average at the "
+        f"end {load} (the benchmark itself is about {machine['threads']}); {versions}. Random weights, 256 tokens, "
+        f"S = {NUM_STEPS}, N = L/4. Medians of {calls} calls taken in turns; ratios are medians of each turn's own ratio. "
+        "Fraction of sgemm: time that bare products with the same number of operations take, over the time taken."
+    )
+    lines = [
+        text,
+        "",
+        "| model | batch | | s/image | over eager | fraction of sgemm | peak MB | file MB | load s | max error |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['model']} | {row['batch_size']} | {row['way']} | {row['seconds_per_image']:.3f} "
+            f"| {row['speed_over_first']:.2f}x | {row['fraction_of_sgemm']:.0%} | {row['peak_megabytes']:.0f} "
+            f"| {row['file_megabytes']:.0f} | {row['load_seconds']:.2f} | {row['max_error']:.1e} |"
+        )
+    return "\n".join(lines) + "\n"
