@@ -48,7 +48,12 @@ def load() -> tuple[NativeLibrary | None, str]:
         reason = f"{LIBRARY.name} does not load with torch {torch.__version__}: {error}"
         _warn(reason)
         return None, reason
-    derivatives.register()
+    try:
+        derivatives.register()
+    except RuntimeError as error:  # sources that were updated after the library was built
+        reason = f"{LIBRARY.name} is older than pyard's sources, run `pip install -e .` again: {error}"
+        _warn(reason)
+        return None, reason
     return _describe(), ""
 
 
