@@ -11,14 +11,14 @@ LINTERS := $(VENV)/.pyard-linters
 # All pins but torch's own: a TORCH of another version, or one that was there before, must not conflict with it.
 PINS := $(VENV)/.pyard-pins.txt
 NATIVE_SOURCES := $(shell find csrc -type f)
-BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard build_backend/*.py) $(NATIVE_SOURCES)
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard build_backend/*.py cmake/*.cmake) $(NATIVE_SOURCES)
 FUZZ_CXX ?= clang++
 FUZZ_SECONDS ?= 60
 FUZZ_SOURCES := $(addprefix csrc/trajectory/,fuzz_shard.cpp shard.cpp json.cpp)
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE_SOURCES))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint fuzz format clean
+.PHONY: help install demo test lint fuzz sanitize format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/:[^#]*## /: /' | sort
@@ -45,6 +45,22 @@ fuzz: build/fuzz_shard ## Fuzz the shard parser under AddressSanitizer for FUZZ_
 build/fuzz_shard: $(FUZZ_SOURCES) $(wildcard csrc/trajectory/*.h)
 	@mkdir -p build
 	@$(FUZZ_CXX) -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Icsrc $(FUZZ_SOURCES) -o $@
+
+# A copy of the package with a library of its own; PYTHONPATH leads to it. gcc's runtimes must be loaded before Python.
+SANITIZED := build/sanitized
+SANITIZER_TESTS := $(addprefix python_tests/ops/test_,block_attention.py elementwise.py modulated_layer_norm.py)
+SANITIZER_ENV = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED)/package
+
+sanitize: $(INSTALLED) ## Run the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer (needs gcc)
+	@cmake -S . -B $(SANITIZED) -G Ninja -DPYARD_SANITIZE=ON -DCMAKE_CXX_COMPILER=g++ \
+		-DPYARD_TORCH_DIR=$$($(VENV)/bin/python -c 'import torch; print(torch.__path__[0])') > /dev/null
+	@cmake --build $(SANITIZED) --target pyard_ops
+	@mkdir -p $(SANITIZED)/package
+	@cp -r pyard $(SANITIZED)/package
+	@cp $(SANITIZED)/libpyard_ops.* $(SANITIZED)/package/pyard
+	@$(SANITIZER_ENV) $(VENV)/bin/python -P -m pytest -q -p no:cacheprovider $(SANITIZER_TESTS)
+	@$(SANITIZER_ENV) PYARD_CPU_ISA=avx2 $(VENV)/bin/python -P -m pytest -q -p no:cacheprovider $(SANITIZER_TESTS) -k "exact or closed_form"
 
 format: $(LINTERS) ## Format Python and C++ in place
 	@$(RUN) ruff check --fix

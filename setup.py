@@ -1,7 +1,8 @@
 """Builds the native operators and the trajectory reader with CMake; everything else about the package is in pyproject.toml.
 
 Environment: PYARD_NATIVE=auto|0|1 (auto: build if it can be built, otherwise install without; 1: a failed build is an
-error), CXX, CXXFLAGS, MAX_JOBS.
+error), CXX, CXXFLAGS, MAX_JOBS; PYARD_CUDA=auto|0|1 (auto: compile the CUDA kernels if nvcc is found and torch has CUDA;
+1: without a CUDA torch, too, and a failure is an error), TORCH_CUDA_ARCH_LIST, CUDACXX.
 """
 
 from __future__ import annotations
@@ -56,10 +57,12 @@ class CMakeBuild(build_ext):
             torch = find_torch()
             if torch is None:
                 raise NativeBuildError(f"{TORCH_REQUIREMENT} was not found when pyard was installed")
-            shutil.copyfile(_run_cmake(torch, READER if ext.name.endswith(READER) else LIBRARY), target)
-            record = {"built": True, "torch": torch.version}
+            name = READER if ext.name.endswith(READER) else LIBRARY
+            library, cuda_note = _build(torch, name)
+            shutil.copyfile(library, target)
+            record = {"built": True, "torch": torch.version, "cuda": cuda_note}
         except NativeBuildError as error:
-            if mode == "1":
+            if mode == "1" or (os.environ.get("PYARD_CUDA") == "1" and not ext.name.endswith(READER)):
                 raise
             record["reason"] = str(error)
             what = "native trajectory reader" if ext.name.endswith(READER) else "native operators"
@@ -86,7 +89,40 @@ class CMakeBuild(build_ext):
         return {}
 
 
-def _run_cmake(torch: TorchLocation, library: str) -> Path:
+def _build(torch: TorchLocation, library: str) -> tuple[Path, str]:
+    """Builds with CUDA where PYARD_CUDA asks for it; returns the library and whether, or why not, it has CUDA kernels."""
+    mode = os.environ.get("PYARD_CUDA", "auto")
+    if mode not in {"auto", "0", "1"}:
+        raise NativeBuildError(f"PYARD_CUDA must be auto, 0 or 1, not {mode!r}")
+    nvcc = _nvcc()
+    if mode == "1" and nvcc is None:
+        raise NativeBuildError("PYARD_CUDA=1, but nvcc was not found: put it on the PATH, or set CUDACXX or CUDA_HOME")
+    if mode == "0":
+        return _run_cmake(torch, library, None), "PYARD_CUDA=0 was set when pyard was installed"
+    if nvcc is None:
+        return _run_cmake(torch, library, None), "nvcc was not found when pyard was installed"
+    if mode == "auto" and torch.cuda is None:
+        return _run_cmake(torch, library, None), f"torch {torch.version} has no CUDA"
+    try:
+        return _run_cmake(torch, library, nvcc), "built"
+    except NativeBuildError as error:
+        if mode == "1":
+            raise
+        warnings.warn(f"pyard installs without CUDA kernels: {error}", stacklevel=2)
+        return _run_cmake(torch, library, None), str(error)
+
+
+def _nvcc() -> str | None:
+    named = os.environ.get("CUDACXX")
+    if named:
+        return shutil.which(named)
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    folders = [str(Path(home) / "bin") for home in homes]
+    found = shutil.which("nvcc", path=os.pathsep.join(folders)) if folders else None
+    return found or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def _run_cmake(torch: TorchLocation, library: str, nvcc: str | None) -> Path:
     """Configures and builds in build/native/, which stays for the next, incremental build; returns the library asked for."""
     cmake, ninja = _tool("cmake"), _tool("ninja")
     build = ROOT / "build" / "native"
@@ -97,6 +133,8 @@ def _run_cmake(torch: TorchLocation, library: str) -> Path:
         f"-DPYARD_TORCH_DIR={torch.folder}",
         f"-DPYARD_PYTHON_INCLUDE={sysconfig.get_path('include')}",
         f"-DPYARD_PYBIND11_INCLUDE={_pybind11_include() or ''}",
+        f"-DPYARD_CUDA={'OFF' if nvcc is None else 'ON'}",
+        *([] if nvcc is None else [f"-DCMAKE_CUDA_COMPILER={nvcc}"]),
     ]
     target = "pyard_ops"
     if library == READER:
@@ -108,7 +146,10 @@ def _run_cmake(torch: TorchLocation, library: str) -> Path:
         shutil.rmtree(build)
     _call(configure, "configuring")
     jobs = os.environ.get("MAX_JOBS")
-    _call([cmake, "--build", str(build), "--target", target, *(["--parallel", jobs] if jobs else [])], "compiling")
+    output = _call([cmake, "--build", str(build), "--target", target, *(["--parallel", jobs] if jobs else [])], "compiling")
+    if "ptxas info" in output:
+        # For csrc/cuda/check_spills.py; a build that compiled no kernel says nothing about them.
+        (build / "ptxas.log").write_text(output, encoding="utf-8")
     return build / (library + (".dylib" if sys.platform == "darwin" and library == LIBRARY else ".so"))
 
 
@@ -127,12 +168,13 @@ def _tool(name: str) -> str:
     return found
 
 
-def _call(command: list[str], what: str) -> None:
+def _call(command: list[str], what: str) -> str:
     finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     print(finished.stdout, flush=True)
     if finished.returncode != 0:
         tail = "\n".join(finished.stdout.strip().splitlines()[-15:])
         raise NativeBuildError(f"{what} the operators failed (a C++17 compiler is needed; set CXX):\n{tail}")
+    return finished.stdout
 
 
 setup(

@@ -163,7 +163,7 @@ def attention_cached(H: int, head_dim: int) -> Case:
 
 
 def embedding() -> Case:
-    times = torch.rand(B, S, dtype=torch.float64)
+    times = torch.rand(B, S)
     return Measurement("timestep_embedding 16 times, 256 features", "pyard"), {
         "pyard": lambda: torch.ops.pyard.timestep_embedding(times, 256, 1e4, 0.0),
         "composed": lambda: reference.timestep_embedding(times, 256, 1e4, 0.0),

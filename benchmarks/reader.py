@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small store and few repetitions")
     parser.add_argument("--batch-size", type=int, default=64)
     arguments = parser.parse_args()
-    count, npz_count, repeats = (1024, 128, 5) if arguments.quick else (8192, 1024, 101)
+    count, npz_count, repeats = (1024, 128, 5) if arguments.quick else (8192, 1024, 61)
     batches = min(count // arguments.batch_size, 32)  # of one turn: some 20 ms
     threads_tried = sorted({1, len(os.sched_getaffinity(0))})
     rows = []
@@ -180,8 +180,10 @@ def main() -> None:
         for dtype in ("float32", "bfloat16"):
             store = synthetic_store(Path(folder) / dtype, count, dtype)
             for threads in threads_tried:
-                memcpy = MemcpyRate(count, arguments.batch_size, threads, buffers=4)
-                reader = TrajectoryReader(store, arguments.batch_size, target="denoised", backend="native", num_threads=threads)
+                memcpy = MemcpyRate(count, arguments.batch_size, threads, buffers=6)
+                reader = TrajectoryReader(
+                    store, arguments.batch_size, target="denoised", backend="native", num_threads=threads, prefetch=4
+                )
                 memcpy(batches), reader_rate(reader, 3 * count // arguments.batch_size)  # warm: page tables and cache
                 pairs = [(memcpy(batches), reader_rate(reader, batches)) for _ in range(repeats)]
                 python = TrajectoryReader(store, arguments.batch_size, target="denoised", backend="python")

@@ -23,6 +23,18 @@ STABLE_TORCH_LIBRARY(pyard, m) {
   m.def(
       "gather_trajectories(Tensor noise, Tensor steps, Tensor indices, ScalarType dtype) -> (Tensor history, Tensor "
       "target)");
+
+  // CUDA alone; elsewhere pyard.ops composes them.
+  m.def(
+      "gated_residual_modulated_layer_norm(Tensor x, Tensor gate, Tensor branch, Tensor shift, Tensor scale, float "
+      "eps) -> (Tensor residual, Tensor normal)");
+  m.def(
+      "gated_residual_modulated_layer_norm_backward(Tensor grad_residual, Tensor grad_normal, Tensor residual, Tensor "
+      "gate, Tensor branch, Tensor scale, float eps) -> (Tensor dx, Tensor dgate, Tensor dbranch, Tensor dshift, "
+      "Tensor dscale)");
+  m.def(
+      "block_attention_backward_unordered(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sum_exp, "
+      "int tokens_per_step, str mask, int? window, Tensor? bias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyard, CPU, m) {
@@ -48,4 +60,12 @@ __attribute__((visibility("default"))) const char* pyard_active_instruction_set(
   return pyard::cpu::name(pyard::cpu::active_instruction_set());
 }
 __attribute__((visibility("default"))) const char* pyard_compiler() { return __VERSION__; }
+// Empty where the CUDA kernels were not compiled.
+__attribute__((visibility("default"))) const char* pyard_built_cuda_architectures() {
+#ifdef PYARD_HAS_CUDA
+  return PYARD_CUDA_ARCHS;
+#else
+  return "";
+#endif
+}
 }

@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor> gelu_tanh_backward(const Tensor& grad,   // [..., D]
                                               const Tensor& bias);  // [D]
 
 // cos(t f_i), then sin(t f_i), f_i = max_period^(-i / (dim // 2 - freq_shift)); an odd dim ends in a zero.
-Tensor timestep_embedding(const Tensor& times,                                 // [...] float64
+Tensor timestep_embedding(const Tensor& times,                                 // [...] float32
                           int64_t dim, double max_period, double freq_shift);  // returns [..., dim] float32
 
 // Trajectories `indices` as (history [B, S, ...] = [noise, steps[:-1]], target [B, S, ...] = steps), in `dtype`.

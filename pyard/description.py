@@ -105,7 +105,7 @@ def flops_of_pass(config: StudentConfig, step: int) -> int:
     biased = config.history_bias is not None and seen > tokens
     history = config.history_layers * _attention(network, seen, bias=biased)
     rest = (network.depth - config.history_layers) * _attention(network, tokens, bias=False)
-    mlp_size = int(hidden * network.mlp_ratio)
+    mlp_size = round(hidden * network.mlp_ratio)
     block = 2 * tokens * hidden * (3 * hidden + hidden + 2 * mlp_size) + 2 * hidden * 6 * hidden
     patch = network.patch_size**2 * network.in_channels
     embed = 2 * tokens * patch * hidden + 2 * hidden * (network.frequency_size + hidden)

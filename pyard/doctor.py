@@ -30,6 +30,7 @@ class Report:
     versions: dict[str, str | None] = field(default_factory=dict)
     native: dict[str, Any] = field(default_factory=dict)
     backend: str = "auto"
+    trajectory_reader: str = "python"  # native | python
     operators: dict[str, dict[str, str]] = field(default_factory=dict)  # operator -> device -> native | reference
     self_test: dict[str, float] = field(default_factory=dict)  # operator -> largest difference from its twin
     onnxruntime_providers: list[str] = field(default_factory=list)
@@ -61,6 +62,7 @@ def examine() -> Report:
     _examine_versions(report)
     if report.versions["torch"] is not None:
         _examine_operators(report)
+        _examine_trajectory_reader(report)
     _examine_onnxruntime(report)
     return report
 
@@ -73,13 +75,22 @@ def as_text(report: Report) -> str:
     if report.native.get("path"):
         lines.append("  built for {instruction_sets}; this processor takes {active_instruction_set}".format(**report.native))
         lines.append("  with torch {built_with_torch} headers and compiler {compiler}".format(**report.native))
+        lines.append(f"  CUDA kernels: {report.native['cuda_architectures'] or 'not compiled (PYARD_CUDA=1 compiles them)'}")
     else:
         lines.append("  not built")
     for operator, by_device in report.operators.items():
         places = ", ".join(f"{device}: {implementation}" for device, implementation in by_device.items())
         difference = report.self_test.get(operator)
         lines.append(f"  {operator:<22} {places}" + ("" if difference is None else f" (differs by {difference:.1e})"))
-    lines += ["", "onnxruntime providers", f"  {', '.join(report.onnxruntime_providers) or 'none'}", ""]
+    lines += [
+        "",
+        "trajectory reader",
+        f"  {report.trajectory_reader}",
+        "",
+        "onnxruntime providers",
+        f"  {', '.join(report.onnxruntime_providers) or 'none'}",
+        "",
+    ]
     if not report.problems:
         return "\n".join([*lines, "no problems found"])
     for problem in report.problems:
@@ -121,12 +132,23 @@ def _examine_operators(report: Report) -> None:
             "compiler": library.compiler,
             "instruction_sets": " ".join(library.instruction_sets),
             "active_instruction_set": library.active_instruction_set,
+            "cuda_architectures": " ".join(library.cuda_architectures),
         }
         _run_self_test(report)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for operator in backend.OPERATORS:
-        compiled = backend.KERNELS.get(operator, frozenset()) if library and report.backend != "reference" else frozenset()
-        report.operators[operator] = {device: "native" if device in compiled else "reference" for device in devices}
+        taken = {device: backend.has_kernel(operator, device) for device in devices}
+        report.operators[operator] = {device: "native" if native else "reference" for device, native in taken.items()}
+
+
+def _examine_trajectory_reader(report: Report) -> None:
+    from pyard.trajectories.gather import native_module
+
+    module, reason = native_module()
+    report.trajectory_reader = "python" if module is None else "native"
+    if module is None:
+        remedy = "`pip install -e .` or `pip install .` again, where a C++17 compiler and pybind11 are found"
+        report.problems.append(Problem(f"trajectories are read in plain Python, slowly: {reason}", remedy))
 
 
 def _missing_operators(reason: str) -> Problem:

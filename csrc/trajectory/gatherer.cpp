@@ -10,7 +10,7 @@ namespace pyard::trajectory {
 namespace {
 
 // What a thread takes at a time: long enough to make the lock cheap, short enough to share a batch.
-constexpr uint64_t kBytesAtOnce = 128 * 1024;
+constexpr uint64_t kBytesAtOnce = 512 * 1024;
 
 // Mapped pages count as the process's memory. A store larger than this lets go of them now and then, so that the count
 // stays bounded; more often would cost page faults.

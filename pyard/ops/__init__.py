@@ -23,6 +23,7 @@ __all__ = [
     "check_mask",
     "current_backend",
     "gated_residual",
+    "gated_residual_modulated_layer_norm",
     "gather_trajectories",
     "gelu_tanh",
     "modulated_layer_norm",
@@ -95,6 +96,45 @@ def gated_residual(
     return reference.gated_residual(x, gate, branch)
 
 
+def gated_residual_modulated_layer_norm(
+    x: Tensor,  # [B, S, T, D]
+    gate: Tensor,  # [B, S, D]
+    branch: Tensor,  # [B, S, T, D]
+    shift: Tensor,  # [B, S, D]
+    scale: Tensor,  # [B, S, D]
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:  # [B, S, T, D] twice
+    """`residual = gated_residual(x, gate, branch)` and `modulated_layer_norm(residual, shift, scale, eps)`, in one pass
+    over memory where there is a kernel for it.
+
+    Args:
+        x: [B, S, T, D], floating point: the residual stream.
+        gate: [B, S, D]; this and all that follow are converted to the dtype of x.
+        branch: [B, S, T, D].
+        shift: [B, S, D].
+        scale: [B, S, D].
+        eps: Added to the variance.
+
+    Returns:
+        (residual, normal), each [B, S, T, D] in the dtype of x.
+
+    Raises:
+        InputError: If the shapes do not fit.
+    """
+    operator = "gated_residual_modulated_layer_norm"
+    if not takes_native(operator, x):
+        residual = gated_residual(x, gate, branch)
+        return residual, modulated_layer_norm(residual, shift, scale, eps)
+    _check_tokens(operator, "x", x)
+    if branch.shape != x.shape:
+        raise InputError(f"{operator}: branch has shape {list(branch.shape)}, expected that of x, {list(x.shape)}")
+    for name, value in (("gate", gate), ("shift", shift), ("scale", scale)):
+        _check_per_step(operator, name, value, x)
+    gate, branch, shift, scale = (tensor.to(x.dtype) for tensor in (gate, branch, shift, scale))
+    fused: tuple[Tensor, Tensor] = torch.ops.pyard.gated_residual_modulated_layer_norm(x, gate, branch, shift, scale, eps)
+    return fused
+
+
 def gelu_tanh(
     x: Tensor,  # [..., D]
     bias: Tensor,  # [D]
@@ -147,7 +187,8 @@ def timestep_embedding(
     """
     if dim < 2 or dim // 2 <= freq_shift:
         raise InputError(f"timestep_embedding: dim is {dim}, expected at least 2 and dim // 2 > freq_shift = {freq_shift}")
-    exact = times.double() if times.device.type == "cpu" else times
+    times = times.float()
+    exact = times.double() if times.is_cuda else times
     if takes_native("timestep_embedding", exact):
         out: Tensor = torch.ops.pyard.timestep_embedding(exact, dim, max_period, freq_shift)
         return out

@@ -26,8 +26,19 @@ OPERATORS = (
 )
 
 # Device types on which an operator has a kernel; what is not here runs as its twin everywhere.
-KERNELS: dict[str, frozenset[str]] = {operator: frozenset({"cpu"}) for operator in OPERATORS}
-DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+KERNELS: dict[str, frozenset[str]] = {
+    **{operator: frozenset({"cpu", "cuda"}) for operator in OPERATORS},
+    "gelu_tanh": frozenset({"cpu"}),
+    "gated_residual_modulated_layer_norm": frozenset({"cuda"}),
+}
+DTYPES: dict[str, frozenset[torch.dtype]] = {
+    "cpu": frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16}),
+    "cuda": frozenset({torch.float32, torch.bfloat16, torch.float16}),
+}
+# Of `timestep_embedding`, whose times are few: the CUDA kernel computes in float64, the CPU kernel rounds where DiT does.
+TIME_DTYPES = {"cpu": frozenset({torch.float32}), "cuda": frozenset({torch.float64})}
+# Where `auto` takes the kernels. Those of CUDA have been compiled and emulated, but never run on a GPU.
+AUTO_DEVICES = frozenset({"cpu"})
 
 
 def _checked(name: str, source: str) -> Backend:
@@ -51,7 +62,7 @@ def use_backend(name: Backend) -> Iterator[None]:
     """Runs the operators called inside the block, in every thread, with another backend.
 
     Args:
-        name: `auto` (native where there is a kernel for device and dtype, else the plain twin), `native` (the kernel of
+        name: `auto` (what is fastest: on the CPU the kernel where there is one, else the plain twin), `native` (the kernel of
             every operator that has one, or an error that says why not) or `reference` (plain PyTorch; what exporters
             want).
 
@@ -72,17 +83,39 @@ def takes_native(operator: str, x: Tensor) -> bool:
     Raises:
         InputError: If the backend is `native` and the operator's kernel cannot run.
     """
+    device = x.device.type
     if operator not in KERNELS or _choice == "reference" or torch.onnx.is_in_onnx_export():
         return False
-    possible = library is not None and x.device.type in KERNELS[operator] and x.dtype in DTYPES
-    if not possible and _choice == "native":
-        raise InputError(f"backend 'native' cannot run {operator} on {x.device.type} in {x.dtype}: {_obstacle(operator)}")
-    return possible
+    if device in DTYPES and device not in KERNELS[operator]:
+        return False  # no kernel was written for it there: `native` takes the twin, too
+    taken = has_kernel(operator, device) and x.dtype in _dtypes(operator, device)
+    if not taken and _choice == "native":
+        raise InputError(f"backend 'native' cannot run {operator} on {device} in {x.dtype}: {_obstacle(operator, device)}")
+    return taken
 
 
-def _obstacle(operator: str) -> str:
+def has_kernel(operator: str, device: str) -> bool:
+    """Whether the backend in force takes a kernel of `operator` on a device type, for the dtypes that it has."""
+    chosen = _choice == "native" or (_choice == "auto" and device in AUTO_DEVICES)
+    return chosen and device in KERNELS.get(operator, ()) and _is_built(device)
+
+
+def _is_built(device: str) -> bool:
+    return library is not None and (device == "cpu" or bool(library.cuda_architectures))
+
+
+def _dtypes(operator: str, device: str) -> frozenset[torch.dtype]:
+    return (TIME_DTYPES if operator == "timestep_embedding" else DTYPES)[device]
+
+
+def _obstacle(operator: str, device: str) -> str:
     if library is None:
         return f"the operators are not built ({missing_reason}); use backend 'auto' or 'reference'"
-    devices = ", ".join(sorted(KERNELS[operator]))
-    dtypes = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in DTYPES))
-    return f"it has kernels for {devices} in {dtypes}; use backend 'auto' or 'reference'"
+    if device == "cuda" and not library.cuda_architectures:
+        return "the library was built without CUDA; install with PYARD_CUDA=1, or use backend 'auto' or 'reference'"
+    devices = sorted(name for name in KERNELS[operator] if _is_built(name))
+    kernels = "; ".join(
+        f"{name} in " + ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in _dtypes(operator, name)))
+        for name in devices
+    )
+    return f"it has kernels for {kernels}; use backend 'auto' or 'reference'"

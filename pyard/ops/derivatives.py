@@ -21,10 +21,9 @@ def register() -> None:
     _differentiate_as("pyard::modulated_layer_norm_backward", reference.modulated_layer_norm_backward)
     register_fake("pyard::block_attention", _attention_shapes)
     register_autograd("pyard::block_attention", _attention_backward, setup_context=_save_for_attention_backward)
-    register_fake("pyard::block_attention_backward", _attention_backward_shapes)
-    register_autograd(
-        "pyard::block_attention_backward", _attention_second_order, setup_context=_save_for_attention_second_order
-    )
+    for operator in ("pyard::block_attention_backward", "pyard::block_attention_backward_unordered"):
+        register_fake(operator, _attention_backward_shapes)
+        register_autograd(operator, _attention_second_order, setup_context=_save_for_attention_second_order)
     register_fake("pyard::gated_residual", lambda x, gate, branch: x.new_empty(x.shape))
     register_autograd("pyard::gated_residual", _residual_backward, setup_context=_save_for_residual_backward)
     register_fake("pyard::gated_residual_backward", _residual_backward_shapes)
@@ -36,6 +35,10 @@ def register() -> None:
     register_fake("pyard::timestep_embedding", _embedding_shapes)
     register_autograd("pyard::timestep_embedding", _embedding_backward, setup_context=_save_for_embedding_backward)
     register_fake("pyard::gather_trajectories", _gather_shapes)
+    fused = "pyard::gated_residual_modulated_layer_norm"
+    register_fake(fused, lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)))
+    register_autograd(fused, _fused_backward, setup_context=_save_for_fused_backward)
+    register_fake(f"{fused}_backward", _fused_backward_shapes)
 
 
 def _differentiate_as(operator: str, twin: Callable[..., tuple[Tensor, ...]]) -> None:
@@ -95,7 +98,10 @@ def _save_for_attention_backward(ctx: Any, inputs: tuple[Any, ...], output: tupl
 
 def _attention_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     q, k, v, bias, out, log_sum_exp = ctx.saved_tensors
-    dq, dk, dv, dbias = torch.ops.pyard.block_attention_backward(grad, q, k, v, out, log_sum_exp, *ctx.options, bias)
+    operator = torch.ops.pyard.block_attention_backward
+    if q.is_cuda and not torch.are_deterministic_algorithms_enabled():
+        operator = torch.ops.pyard.block_attention_backward_unordered
+    dq, dk, dv, dbias = operator(grad, q, k, v, out, log_sum_exp, *ctx.options, bias)
     return dq, dk, dv, None, None, None, None if bias is None else dbias
 
 
@@ -168,3 +174,22 @@ def _embedding_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Non
 def _gather_shapes(noise: Tensor, steps: Tensor, indices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     shape = (indices.shape[0], *steps.shape[1:])
     return steps.new_empty(shape, dtype=dtype), steps.new_empty(shape, dtype=dtype)
+
+
+def _save_for_fused_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, gate, branch, _, scale, ctx.eps = inputs
+    ctx.save_for_backward(output[0], gate, branch, scale)
+
+
+def _fused_backward(ctx: Any, grad_residual: Tensor, grad_normal: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.pyard.gated_residual_modulated_layer_norm_backward(
+        grad_residual, grad_normal, *ctx.saved_tensors, ctx.eps
+    )
+    return *grads, None
+
+
+def _fused_backward_shapes(
+    grad_residual: Tensor, grad_normal: Tensor, residual: Tensor, gate: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
+    tokens, per_step = residual.shape, gate.shape
+    return tuple(residual.new_empty(shape) for shape in (tokens, per_step, tokens, per_step, per_step))

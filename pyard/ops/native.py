@@ -28,6 +28,7 @@ class NativeLibrary:
     compiler: str
     instruction_sets: tuple[str, ...]  # that it was compiled for
     active_instruction_set: str  # that this processor gets
+    cuda_architectures: tuple[str, ...]  # empty: no CUDA kernels were compiled
 
 
 def load() -> tuple[NativeLibrary | None, str]:
@@ -47,7 +48,12 @@ def load() -> tuple[NativeLibrary | None, str]:
         reason = f"{LIBRARY.name} does not load with torch {torch.__version__}: {error}"
         _warn(reason)
         return None, reason
-    derivatives.register()
+    try:
+        derivatives.register()
+    except RuntimeError as error:  # sources that were updated after the library was built
+        reason = f"{LIBRARY.name} is older than pyard's sources, run `pip install -e .` again: {error}"
+        _warn(reason)
+        return None, reason
     return _describe(), ""
 
 
@@ -73,4 +79,5 @@ def _describe() -> NativeLibrary:
         compiler=text("pyard_compiler"),
         instruction_sets=tuple(text("pyard_built_instruction_sets").split()),
         active_instruction_set=text("pyard_active_instruction_set"),
+        cuda_architectures=tuple(text("pyard_built_cuda_architectures").split()),
     )

@@ -54,7 +54,8 @@ class TrainConfig:
         mask: which earlier steps they see: diagonal | window | anchor | causal.
         window: steps seen with the `window` mask, own one included.
         target: what a step predicts: the teacher's `denoised` prediction (as published) or the ODE `state`.
-        output: `direct` as published, or `jump` (needs `state` targets): start as the teacher's own DDIM/Euler sampler.
+        output: `direct` as published, or `jump` (needs `state` targets): start as the teacher's own DDIM/Euler sampler; none:
+            `jump` for `state` targets, else `direct`.
         heads: an output head `per_step`, or one `shared`.
         history_bias: start value of a learned bias on the attention to earlier steps; none: no bias.
         lora_rank: train low-rank additions to the blocks (PEFT) and the heads, not all weights; the result has them added in.
@@ -120,7 +121,7 @@ class TrainConfig:
     mask: Mask = "causal"
     window: int | None = None
     target: Target = "denoised"
-    output: Output = "direct"
+    output: Output | None = None
     heads: Heads = "per_step"
     history_bias: float | None = None
     lora_rank: int | None = None

@@ -13,7 +13,7 @@ from torch import nn
 
 from pyard.errors import InputError
 from pyard.models.lora import add_lora, merge_lora
-from pyard.models.student import Student, StudentConfig
+from pyard.models.student import Student, StudentConfig, default_output
 from pyard.teachers import load_teacher
 from pyard.training.config import TrainConfig
 from pyard.trajectories import TrajectoryReader, TrajectoryStore, generate_trajectories
@@ -118,6 +118,8 @@ def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Proces
         config = _like(config, earlier.config)
     if config.history_layers is None:
         config = dataclasses.replace(config, history_layers=math.ceil(teacher.network.config.depth / 4))
+    if config.output is None:
+        config = dataclasses.replace(config, output=default_output(config.target))
     teacher.to(processes.device)
     with processes.main_first():
         store = _open_store(teacher, trajectories, config)

@@ -84,6 +84,8 @@ class TrajectoryReader:
                 raise InputError(f"reader: {name} is {value!r}; expected one of {choices}")
         self.batch_size, self.target, self.seed, self.rank, self.world_size = batch_size, target, seed, rank, world_size
         self.drop_last = drop_last
+        # The store adds up its shards, of which there may be thousands.
+        self.count = self.store.count
         if self.batches_per_epoch == 0:
             raise InputError(
                 f"trajectories {self.store.path}: {self.store.count} trajectories are fewer than one batch of "
@@ -101,13 +103,13 @@ class TrajectoryReader:
         self._epoch = 0
         self._batch = 0  # batches of this epoch that were handed out
         self._begun: deque[Callable[[], TrajectoryBatch]] = deque()  # batches that follow those
-        self._order = epoch_order(self.store.count, seed, epoch=0)
+        self._order = epoch_order(self.count, seed, epoch=0)
         self._order_epoch = 0
 
     @property
     def batches_per_epoch(self) -> int:
         """Batches that each rank gets from an epoch."""
-        full, rest = divmod(self.store.count, self.batch_size * self.world_size)
+        full, rest = divmod(self.count, self.batch_size * self.world_size)
         return full + (not self.drop_last and rest >= self.world_size)
 
     def __iter__(self) -> Iterator[TrajectoryBatch]:
@@ -161,16 +163,19 @@ class TrajectoryReader:
     def _indices(self, epoch: int, batch: int) -> NDArray[np.int64]:
         """This rank's samples of a batch."""
         if epoch != self._order_epoch:
-            self._order, self._order_epoch = epoch_order(self.store.count, self.seed, epoch), epoch
+            self._order, self._order_epoch = epoch_order(self.count, self.seed, epoch), epoch
         global_size = self.batch_size * self.world_size
-        of_all_ranks = self._order[batch * global_size : (batch + 1) * global_size]
-        return np.array_split(of_all_ranks, self.world_size)[self.rank]
+        begin = batch * global_size
+        share, more = divmod(min(global_size, self.count - begin), self.world_size)
+        # The first `more` ranks get one sample more of a slice that is not full.
+        begin += self.rank * share + min(self.rank, more)
+        return self._order[begin : begin + share + (self.rank < more)]
 
     def _order_settings(self) -> dict[str, Any]:
         # Ranks may change as long as all of them together take the same samples in a step.
         return {
             "seed": self.seed,
-            "count": self.store.count,
+            "count": self.count,
             "global_batch_size": self.batch_size * self.world_size,
             "drop_last": self.drop_last,
             "manifest": self.store.manifest.digest,

@@ -26,7 +26,8 @@ def test_fresh_additions_change_nothing_and_merged_ones_stay():
         before = student(history, labels)
         names = set(student.state_dict())
         add_lora(student, 4)
-        assert relative_error(student(history, labels), before) < 1e-6
+        # Up to rounding: a linear layer that is no plain one any more adds its bias by itself.
+        torch.testing.assert_close(student(history, labels), before, rtol=1e-5, atol=1e-5)
         trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
         assert all("lora_" in name or name.startswith("heads.") or name == "history_bias" for name in trained)
         # Two matrices for each of qkv, proj, fc1, fc2, modulation of 3 blocks.

@@ -178,6 +178,12 @@ def test_config_survives_json():
     assert config.grid.embed_times == config.grid.times[:-1]
 
 
+def test_state_targets_jump_unless_told_otherwise():
+    assert tiny_student(2, history_layers=1, target="state").config.output == "jump"
+    assert tiny_student(2, history_layers=1, target="state", output="direct").config.output == "direct"
+    assert tiny_student(2, history_layers=1).config.output == "direct"
+
+
 def test_history_of_another_shape_is_refused():
     student = tiny_student(4, history_layers=1)
     with pytest.raises(InputError, match=r"expected \[B, 4, 2, 8, 8\]"):

@@ -103,6 +103,20 @@ def test_gather_trajectories_takes_rows_and_converts(
 
 
 @needs_native
+@pytest.mark.parametrize(("dim", "freq_shift"), [(256, 0.0), (33, 1.0)])
+def test_timestep_embedding_rounds_where_plain_pytorch_rounds(dim: int, freq_shift: float) -> None:
+    times = torch.cat([torch.linspace(0, 999, 41), 999 * torch.rand(20)])
+    with use_backend("native"):
+        ours = timestep_embedding(times, dim, freq_shift=freq_shift)
+    plain = reference.timestep_embedding(times, dim, 1e4, freq_shift)
+    half = dim // 2
+    frequencies = torch.exp(-math.log(1e4) * torch.arange(half, dtype=torch.float64) / (half - freq_shift))
+    angles = times.double()[:, None] * frequencies
+    exact = torch.cat([angles.cos(), angles.sin(), torch.zeros(len(times), dim % 2)], dim=-1)
+    assert_as_exact_as_plain(ours, plain, exact)
+
+
+@needs_native
 def test_gather_trajectories_rounds_and_refuses_like_plain_pytorch() -> None:
     special = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, 65519.0, 65520.0, 3.4e38, 1 + 2**-9, 1 + 3 * 2**-9]
     steps = torch.tensor(special).view(1, 1, -1)

@@ -125,6 +125,16 @@ def test_sizes_of_published_models_are_read_off_their_tensors(width, heads, patc
     assert read_config(tensors) == network.config
 
 
+def test_an_mlp_of_any_width_is_read(tmp_path: Path):
+    network = DiT(tiny_config(hidden_size=60, num_heads=2, mlp_ratio=123 / 60))  # 60 * (123 / 60) is below 123 in floats
+    randomise(network)
+    tensors = join_checkpoint(network.trunk.state_dict(), [network.head.state_dict()], network.config)
+    assert tensors["blocks.0.mlp.fc1.weight"].shape == (123, 60)
+    save_file(tensors, tmp_path / "dit.safetensors")
+    again = load_checkpoint(tmp_path / "dit.safetensors", num_heads=2).network
+    assert torch.equal(again.trunk.blocks[2].fc1.weight, network.trunk.blocks[2].fc1.weight)
+
+
 def test_what_tensors_cannot_say_must_be_given(tmp_path: Path):
     save_file(dit_tensors(), tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="give family='dit' or family='sit'"):

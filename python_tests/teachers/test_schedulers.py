@@ -49,6 +49,21 @@ def test_our_ddim_is_diffusers_with_leading_times(settings, num_steps):
         assert relative_error(denoised, step.pred_original_sample) < 1e-4
 
 
+@torch.inference_mode()
+def test_our_ddim_is_diffusers_from_pure_noise():
+    # Trailing times of a divisor of 1000 are evenly spaced, so diffusers' step lengths follow them; alpha is 0 at the first.
+    settings: dict[str, Any] = dict(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
+    scheduler = DDIMScheduler(clip_sample=False, **settings)
+    teacher = tiny_teacher(schedule_of(scheduler))
+    assert teacher.schedule.alpha(999) == 0
+    noise, labels = torch.randn(2, *teacher.sample_shape), torch.tensor([0, 3])
+    scheduler.set_timesteps(25)
+    x = noise
+    for t, (state, _) in zip(scheduler.timesteps, solve(teacher, noise, labels, 25), strict=True):
+        x = scheduler.step(teacher.predict(x, float(t), labels), int(t), x).prev_sample
+        assert relative_error(state, x) < 1e-4
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @torch.inference_mode()
 def test_our_euler_is_diffusers_for_flows(shift):

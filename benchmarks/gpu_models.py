@@ -1,0 +1,147 @@
+"""The whole DiT-XL/2 student on a GPU: a training step and 4-step sampling, with torch.compile and CUDA graphs.
+
+B batch, S num_steps, T tokens_per_step, D hidden size, L depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_timing import Results, median_ms, options
+from pyard import ops
+from pyard.models.dit import DiTConfig
+from pyard.models.student import Student, StudentConfig
+from pyard.noise_schedule import NoiseSchedule
+from pyard.time_grid import TimeGrid
+
+
+def new_student(device: str, smoke: bool) -> Student:
+    """A student whose every parameter is random: zeros would be quicker than life."""
+    network = DiTConfig(
+        input_size=8 if smoke else 32,
+        in_channels=4,
+        patch_size=2,
+        hidden_size=64 if smoke else 1152,
+        depth=3 if smoke else 28,
+        num_heads=2 if smoke else 16,
+        num_classes=1000,
+    )
+    schedule = NoiseSchedule()
+    history_layers = 2 if smoke else 6
+    student = Student(StudentConfig(network, TimeGrid.build(schedule, 4, 25), schedule, history_layers))
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.normal_(std=0.02)
+    return student.to(device, torch.bfloat16)
+
+
+def pass_flops(student: Student) -> float:
+    """Of one sample's S forward passes: linear layers and attention, a multiply-add counted as two."""
+    network, S = student.config.network, student.num_steps
+    T, D, L = network.tokens_per_step, network.hidden_size, network.depth
+    linear = S * T * L * 2 * (4 + 2 * network.mlp_ratio) * D * D
+    modulation = S * L * 2 * 6 * D * D
+    history = student.config.history_layers
+    blocks_seen = history * S * (S + 1) / 2 + (L - history) * S
+    return linear + modulation + blocks_seen * 4 * T * T * D
+
+
+def compile_blocks(student: Student, first: int) -> None:
+    """All blocks from `first` on are one function to the compiler, so it is compiled once, not L times."""
+    for block in student.trunk.blocks[first:]:
+        block.compile(dynamic=False)
+
+
+def training(results: Results, device: str, smoke: bool) -> None:
+    """Forward, backward and AdamW in bfloat16, teacher-forced, without gradient checkpointing."""
+    B = 2 if smoke else 16
+
+    def run(backend: ops.Backend, compiled: bool) -> dict[str, Any]:
+        torch.manual_seed(0)
+        student = new_student(device, smoke).train()
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.0, fused=device == "cuda")
+        history, target = (
+            torch.randn(B, student.num_steps, *student.sample_shape, device=device, dtype=torch.bfloat16) for _ in range(2)
+        )
+        labels = torch.randint(student.num_classes, (B,), device=device)
+        if compiled:
+            # Blocks with a history get a new closure each pass, which the compiler would take for a new function.
+            compile_blocks(student, student.config.history_layers)
+
+        def step() -> None:
+            loss = (student(history, labels).float() - target.float()).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with ops.use_backend(backend):
+            ms = median_ms(step, device, budget_s=2.0)
+        memory = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
+        return {"batch": B, "ms": ms, "tflop_per_s": 3 * B * pass_flops(student) / ms / 1e9, "peak_gb": memory}
+
+    for name, backend, compiled in _ways(smoke):
+        results.measure(name, partial(run, backend, compiled))
+
+
+def sampling(results: Results, device: str, smoke: bool) -> None:
+    """The S cached passes of a batch, queued by Python and replayed as one CUDA graph."""
+
+    def run(backend: ops.Backend, compiled: bool, B: int, graph: bool) -> dict[str, Any]:
+        torch.manual_seed(0)
+        student = new_student(device, smoke).eval()
+        noise = torch.randn(B, *student.sample_shape, device=device, dtype=torch.bfloat16)
+        labels = torch.randint(student.num_classes, (B,), device=device)
+        cache = student.new_cache(B)
+        if compiled:
+            compile_blocks(student, student.config.history_layers)
+
+        def rollout() -> torch.Tensor:
+            *_, sample = student.rollout(noise, labels, cache)
+            return sample
+
+        with torch.no_grad(), ops.use_backend(backend):
+            call: Callable[[], object] = rollout
+            if graph and device == "cuda":
+                stream = torch.cuda.Stream()
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    for _ in range(3):
+                        rollout()
+                torch.cuda.current_stream().wait_stream(stream)
+                recorded = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(recorded):
+                    rollout()
+                call = recorded.replay
+            ms = median_ms(call, device)
+        return {"batch": B, "ms": ms, "tflop_per_s": B * pass_flops(student) / ms / 1e9}
+
+    for B in (1, 2) if smoke else (1, 64):
+        for name, backend, compiled in _ways(smoke):
+            for graph in (False, True):
+                label = f"batch {B} {name}" + (", CUDA graph" if graph else "")
+                results.measure(label, partial(run, backend, compiled, B, graph))
+
+
+def _ways(smoke: bool) -> list[tuple[str, ops.Backend, bool]]:
+    ways: list[tuple[str, ops.Backend, bool]] = [("plain", "reference", False), ("native", "native", False)]
+    if not smoke:
+        ways += [("plain, compiled blocks", "reference", True), ("native, compiled blocks", "native", True)]
+    return ways
+
+
+def main() -> None:
+    """Runs both parts."""
+    arguments = options(__doc__ or "")
+    for step, part in (("sampling", sampling), ("training", training)):
+        path = arguments.out.with_name(f"{arguments.out.stem}_{step}.json")
+        part(Results(path, step), arguments.device, arguments.smoke)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""The CUDA kernels, twice: their own source on the emulated machine of cuda_emulator/, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import pytest
+import torch
+from ops.cuda_emulator.kernels import BlockMask, Kernels, compile_kernels, compiler
+from ops.device_kernels import DeviceKernels
+from ops.tolerance import assert_as_exact_as_plain
+from torch import Tensor
+
+from pyard.ops import MASKS, reference, visible
+
+AnyKernels = Kernels | DeviceKernels
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    if compiler() is None:
+        pytest.skip("no C++ compiler to compile the kernels with")
+    return Kernels(compile_kernels(tmp_path_factory.mktemp("emulated")))
+
+
+@pytest.fixture(scope="module", params=["emulated", pytest.param("cuda", marks=pytest.mark.cuda)])
+def kernels(request: pytest.FixtureRequest) -> AnyKernels:
+    return DeviceKernels() if request.param == "cuda" else request.getfixturevalue("emulated")
+
+
+def closed_form(q: Tensor, k: Tensor, v: Tensor, T: int, mask: str, window: int | None, bias: Tensor | None) -> Tensor:
+    """In float64, with a dense mask built from the predicate."""
+    query_steps, key_steps = q.shape[2] // T, k.shape[2] // T
+    steps = range(key_steps - query_steps, key_steps)
+    seen = torch.tensor([[visible(mask, step, kv_step, window) for kv_step in range(key_steps)] for step in steps])
+    earlier = torch.tensor([[kv_step != step for kv_step in range(key_steps)] for step in steps])
+    seen, earlier = (x.repeat_interleave(T, 0).repeat_interleave(T, 1) for x in (seen, earlier))
+    logits = q.double() @ k.double().transpose(2, 3) / math.sqrt(q.shape[3])
+    if bias is not None:
+        logits = logits + earlier * bias.double()[:, None, None]
+    return logits.masked_fill(~seen, -math.inf).softmax(-1) @ v.double()
+
+
+def check_attention(
+    kernels: AnyKernels,
+    dtype: torch.dtype,
+    T: int,
+    mask: str,
+    head_dim: int,
+    query_steps: int = 3,
+    key_steps: int = 3,
+    with_bias: bool = False,
+    deterministic: bool = True,
+    B: int = 1,
+    H: int = 1,
+) -> None:
+    # Slices of a fused projection, as the model passes them.
+    fused = torch.randn(B, key_steps * T, 3, H, head_dim).to(dtype)
+    q, k, v = fused.permute(2, 0, 3, 1, 4).unbind(0)
+    q = q[:, :, (key_steps - query_steps) * T :]
+    grad = torch.randn(B, query_steps * T, H, head_dim).to(dtype).transpose(1, 2)
+    bias = torch.randn(H) if with_bias else None
+    options = (T, mask, 2 if mask == "window" else None, bias)
+
+    out, lse = kernels.attention_forward(q, k, v, *options)
+    ours = (out, *kernels.attention_backward(grad, q, k, v, out, lse, *options, deterministic=deterministic))
+
+    def results(function: object, *tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        value = function(*leaves[:3], *options[:3], leaves[3] if with_bias else None)  # type: ignore[operator]
+        gradients = torch.autograd.grad(value, leaves, grad.to(value.dtype), allow_unused=True)
+        zeros = [torch.zeros_like(a) if b is None else b for a, b in zip(leaves, gradients, strict=True)]
+        return value.detach(), *zeros
+
+    learned = [] if bias is None else [bias]
+    exact = results(closed_form, *(tensor.double() for tensor in (q, k, v, *learned)))
+    plain = results(reference.block_attention, q, k, v, *learned)
+    for our, plain_one, exact_one in zip(ours[:4], plain, exact, strict=False):
+        assert_as_exact_as_plain(our, plain_one, exact_one)
+    if bias is not None:
+        # A sum over all rows, so its floor is that of a row's share; the inputs' dtype rounds every term.
+        rows = B * query_steps * T if dtype == torch.float32 else 1
+        of_bias = [(gradients[4].double() / rows).to(dtype) for gradients in (ours, plain)]
+        assert_as_exact_as_plain(*of_bias, exact[4] / rows)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("T", [1, 3, 17])
+def test_attention_with_every_mask_and_ragged_tiles(kernels: AnyKernels, T: int, mask: str) -> None:
+    for with_bias in (False, True):
+        check_attention(kernels, torch.bfloat16, T, mask, 72, with_bias=with_bias, deterministic=True, B=2, H=2)
+        check_attention(kernels, torch.float32, T, mask, 72, with_bias=with_bias, deterministic=False)
+    check_attention(kernels, torch.float16, T, mask, 64, 1, 4, with_bias=True)
+    check_attention(kernels, torch.float16, T, mask, 64, 2, 5, deterministic=False)
+
+
+@pytest.mark.parametrize("T", [255, 257])
+def test_attention_over_many_tiles(kernels: AnyKernels, T: int) -> None:
+    check_attention(kernels, torch.bfloat16, T, "causal", 72, 2, 2, with_bias=True)
+    check_attention(kernels, torch.bfloat16, T, "anchor", 72, 1, 3, with_bias=True, deterministic=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("T", [64, 255, 257])
+def test_attention_over_many_tiles_in_every_mask_and_dtype(kernels: AnyKernels, T: int, mask: str, dtype: torch.dtype) -> None:
+    for with_bias in (False, True):
+        for deterministic in (False, True):
+            check_attention(kernels, dtype, T, mask, 72, with_bias=with_bias, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 88, 96, 128])
+def test_attention_in_every_instantiation(kernels: AnyKernels, head_dim: int, dtype: torch.dtype) -> None:
+    for deterministic in (False, True):
+        check_attention(kernels, dtype, 66, "causal", head_dim, 1, 2, with_bias=True, deterministic=deterministic)
+
+
+def test_attention_refuses_what_it_was_not_compiled_for(kernels: AnyKernels) -> None:
+    q = torch.randn(1, 1, 4, 136)
+    with pytest.raises((AssertionError, RuntimeError), match="multiple of 8 from 8 to 128"):
+        kernels.attention_forward(q, q, q, 2, "causal")
+
+
+@pytest.mark.parametrize("tile_rows", [32, 64])
+@pytest.mark.parametrize("mask", MASKS)
+def test_tiles_cover_what_the_mask_shows_and_nothing_else(emulated: Kernels, mask: str, tile_rows: int) -> None:
+    tiles_of = emulated.library.emulated_tiles
+    found = (ctypes.c_int * 3000)()
+    for T in (1, 3, 17, 64, 255, 257):
+        for key_steps in range(1, 6):
+            for query_steps in range(1, key_steps + 1):
+                for window in (1, 2, 3, 9) if mask == "window" else (None,):
+                    block_mask = BlockMask(query_steps, key_steps, T, MASKS.index(mask), window or 1)
+                    offset = key_steps - query_steps
+                    for queries_of_keys in (False, True):
+                        for step in range(key_steps) if queries_of_keys else range(offset, key_steps):
+                            for join in (False, True):
+                                count = tiles_of(ctypes.byref(block_mask), step, queries_of_keys, join, tile_rows, found)
+                                seen: set[int] = set()
+                                for begin, rows, other in zip(*(found[i : 3 * count : 3] for i in range(3)), strict=True):
+                                    assert 1 <= rows <= tile_rows
+                                    block = begin // T + (offset if queries_of_keys else 0)
+                                    assert join or (block != step) == bool(other), "a tile is of the own block or of others"
+                                    assert join or other or (begin + rows - 1) // T == begin // T
+                                    assert seen.isdisjoint(range(begin, begin + rows))
+                                    seen.update(range(begin, begin + rows))
+                                if queries_of_keys:
+                                    blocks = [q - offset for q in range(offset, key_steps) if visible(mask, q, step, window)]
+                                else:
+                                    blocks = [k for k in range(key_steps) if visible(mask, step, k, window)]
+                                assert seen == {block * T + t for block in blocks for t in range(T)}
+
+
+def sample_rows(
+    size: tuple[int, int, int, int], dtype: torch.dtype, offset: float = 0.5
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, branch and, as slices of one projection, gate, shift, scale."""
+    B, S, T, D = size
+    x, branch = ((torch.randn(T, B, S, D) * 2 + offset).to(dtype).permute(1, 2, 0, 3) for _ in range(2))
+    gate, shift, scale = torch.randn(B, S, 3 * D).to(dtype).chunk(3, dim=-1)
+    return x, branch, gate, shift, scale
+
+
+EPS = 1e-6
+ROWS = [(1, 1, 1, 8), (2, 3, 1, 72), (1, 2, 33, 512), (2, 2, 37, 1152), (1, 2, 9, 2048), (1, 1, 2, 8192)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", ROWS, ids=str)
+@pytest.mark.parametrize(("has_gate", "has_norm"), [(True, False), (False, True), (True, True)])
+def test_residual_and_norm(
+    kernels: AnyKernels, size: tuple[int, int, int, int], dtype: torch.dtype, has_gate: bool, has_norm: bool
+) -> None:
+    x, branch, gate, shift, scale = sample_rows(size, dtype)
+    grad_residual, grad_normal = torch.randn(size).to(dtype), torch.randn(size).to(dtype)
+    gating, norming = (gate, branch) if has_gate else (None, None), (shift, scale) if has_norm else (None, None)
+    residual, normal = kernels.residual_norm_forward(x, *gating, *norming, EPS)
+    seen_by_norm = residual if has_gate else x
+    ours = kernels.residual_norm_backward(
+        grad_residual if has_gate else None,
+        grad_normal if has_norm else None,
+        seen_by_norm,
+        *gating,
+        norming[1],
+        EPS,
+    )
+
+    def results(*tensors: Tensor) -> dict[str, Tensor]:
+        leaves = dict(
+            zip(("x", "branch", "gate", "shift", "scale"), (t.detach().requires_grad_() for t in tensors), strict=True)
+        )
+        used = ["x", *(["branch", "gate"] if has_gate else []), *(["shift", "scale"] if has_norm else [])]
+        stream = reference.gated_residual(leaves["x"], leaves["gate"], leaves["branch"]) if has_gate else leaves["x"]
+        values, grads = ([stream], [grad_residual]) if has_gate else ([], [])
+        if has_norm:
+            values.append(reference.modulated_layer_norm(stream, leaves["shift"], leaves["scale"], EPS))
+            grads.append(grad_normal)
+        gradients = torch.autograd.grad(values, [leaves[name] for name in used], [g.to(tensors[0].dtype) for g in grads])
+        named = {f"d{name}": gradient for name, gradient in zip(used, gradients, strict=True)}
+        if not has_norm:
+            del named["dx"]  # that of x is grad_residual itself
+        return {**named, **({"residual": values[0]} if has_gate else {}), **({"normal": values[-1]} if has_norm else {})}
+
+    plain, exact = results(x, branch, gate, shift, scale), results(*(t.double() for t in (x, branch, gate, shift, scale)))
+    ours.update(residual=residual, normal=normal)
+    for name, exact_one in exact.items():
+        assert_as_exact_as_plain(ours[name], plain[name], exact_one.detach())
+
+
+def test_rows_far_from_zero_keep_their_digits(kernels: AnyKernels) -> None:
+    x, _, _, shift, scale = sample_rows((1, 2, 5, 96), torch.float32, offset=300.0)
+    normal = kernels.residual_norm_forward(x, None, None, shift, scale, EPS)[1]
+    plain = reference.modulated_layer_norm(x, shift, scale, EPS)
+    assert_as_exact_as_plain(normal, plain, reference.modulated_layer_norm(x.double(), shift.double(), scale.double(), EPS))
+
+
+@pytest.mark.parametrize(("dim", "freq_shift"), [(8, 0.0), (9, 0.0), (256, 1.0)])
+def test_timestep_embedding(kernels: AnyKernels, dim: int, freq_shift: float) -> None:
+    times = torch.tensor([0.0, 1.0, 249.75, 999.0], dtype=torch.float64)
+    out = kernels.timestep_embedding(times, dim, 10000.0, freq_shift)
+    half = dim // 2
+    angles = times[:, None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / (half - freq_shift))
+    exact = torch.cat([angles.cos(), angles.sin(), torch.zeros(4, dim % 2)], dim=1)
+    torch.testing.assert_close(out, exact.float(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gather_trajectories(kernels: AnyKernels, stored: torch.dtype, dtype: torch.dtype) -> None:
+    noise, steps = torch.randn(5, 72), torch.randn(5, 3, 72).to(stored)
+    index = torch.tensor([4, 0, 4, 2])
+    history, target = kernels.gather_trajectories(noise, steps, index, dtype)
+    assert torch.equal(target, steps[index].to(dtype))
+    assert torch.equal(history, torch.cat([noise[index, None].to(dtype), steps[index, :-1].to(dtype)], dim=1))
+
+
+def test_gather_of_an_index_outside_the_store_is_nan(kernels: AnyKernels) -> None:
+    noise, steps = torch.randn(5, 8), torch.randn(5, 2, 8)
+    history, target = kernels.gather_trajectories(noise, steps, torch.tensor([5, -1, 1]), torch.float32)
+    assert bool(history[:2].isnan().all())
+    assert bool(target[:2].isnan().all())
+    assert torch.equal(target[2], steps[1])
