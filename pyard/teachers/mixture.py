@@ -46,8 +46,8 @@ class GaussianMixture:
             object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype=np.float64))
         object.__setattr__(self, "sample_shape", tuple(int(size) for size in self.sample_shape))
         shapes = (self.means.shape, self.weights.shape, self.variances.shape, self.factors.shape)
-        lead, dim = self.means.shape[:-1], math.prod(self.sample_shape)
-        if len(lead) != 2 or shapes != ((*lead, dim), lead, lead, (*lead, dim, *self.factors.shape[3:])) or self.factors.ndim != 4:
+        lead, dim, rank = self.means.shape[:-1], math.prod(self.sample_shape), self.factors.shape[-1]
+        if len(lead) != 2 or shapes != ((*lead, dim), lead, lead, (*lead, dim, rank)):
             raise InputError(
                 f"mixture of samples {self.sample_shape}: means, weights, variances and factors have shapes {shapes}; "
                 f"expected [K, M, {dim}], [K, M], [K, M] and [K, M, {dim}, R]"
@@ -87,7 +87,9 @@ class GaussianMixture:
         for row, index in enumerate(indices):
             random = _random(seed, int(index), _SAMPLE_STREAM)
             uniform[row], normal[row] = random.random(2), random.standard_normal(normal.shape[1])
-        drawn = (uniform[:, 0] * self.num_classes).astype(np.int64) if labels is None else check_labels(labels, self.num_classes)
+        drawn = (
+            (uniform[:, 0] * self.num_classes).astype(np.int64) if labels is None else check_labels(labels, self.num_classes)
+        )
         if len(drawn) != len(indices):
             raise InputError(f"mixture: {len(drawn)} labels for {len(indices)} indices")
         chosen = tuple(torch.from_numpy(array) for array in (drawn, uniform[:, 1], normal))
@@ -147,7 +149,7 @@ class GaussianMixture:
 
     def classify(self, images: np.ndarray) -> np.ndarray:
         """The likeliest class of each x_0 (Bayes' rule): [n, C, H, W] to int64 [n]."""
-        x = torch.from_numpy(images)
+        x = torch.tensor(images)  # a copy, as what was read from a file may not be written to
         each = [
             self.log_density(x, 1.0, 0.0, torch.full((len(x),), label, dtype=torch.int64)) for label in range(self.num_classes)
         ]
@@ -190,7 +192,7 @@ class GaussianMixture:
         owner = torch.arange(self.num_classes, device=flat.device).repeat_interleave(self.means.shape[1])
         any_class = (labels == self.num_classes)[:, None]
         belongs = (owner == labels[:, None]) | any_class
-        log_weight = p.weights.log() + torch.where(any_class, 0.0, math.log(self.num_classes))
+        log_weight = p.weights.log() + math.log(self.num_classes) * (~any_class).double()
         return (log_density + log_weight).masked_fill(~belongs, -torch.inf)
 
     def _along_factors(self, flat: torch.Tensor, alpha: torch.Tensor, p: _Parameters) -> torch.Tensor:  # [B, D] -> [B, J, R]
@@ -250,23 +252,23 @@ def mixture_2d(seed: int = 0) -> GaussianMixture:
 
 
 def mixture_16(seed: int = 0) -> GaussianMixture:
-    """Smooth grey images, samples (1, 16, 16): 10 classes of 4 components each, whose covariances have rank 12 and a little noise.
+    """Smooth grey images, samples (1, 16, 16): 10 classes of 4 components each, and a little noise.
 
-    Means and factors are random fields of low spatial frequency; a component's mean has a part that its class shares.
+    Means and factors are random fields of low spatial frequency. The components of a class share a part of their means, and the
+    8 directions in which they vary.
     """
     random = _random(seed, 0, _PARAMETER_STREAM)
     shared = _smooth_fields(random, (10, 1), cycles=1.2)
     means = 0.34 * (shared + _smooth_fields(random, (10, 4), cycles=1.5)) / math.sqrt(2)
-    factors = _smooth_fields(random, (10, 4, 12), cycles=2.5)
-    # Spectrum as of natural images: the k-th direction has a variance of about 1 / k.
-    strengths = 1 / np.sqrt(np.arange(1, 13))
-    factors = 0.2 * factors * (strengths / np.linalg.norm(strengths))[:, None]
+    # Spectrum as of natural images: the k-th direction has a variance in proportion to 1 / k.
+    strengths = 1 / np.sqrt(np.arange(1, 9))
+    fields = 0.2 * _smooth_fields(random, (10, 8), cycles=2.5) * (strengths / np.linalg.norm(strengths))[:, None]
     return GaussianMixture(
         sample_shape=(1, 16, 16),
         means=means,
         weights=random.dirichlet(np.full(4, 5.0), 10),
-        variances=np.full((10, 4), 0.03**2),
-        factors=np.swapaxes(factors, 2, 3),
+        variances=np.full((10, 4), 0.04**2),
+        factors=np.broadcast_to(np.swapaxes(fields, 1, 2)[:, None], (10, 4, 256, 8)),
     )
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from pyard.errors import InputError
 from pyard.models.dit import DiT, DiTConfig
-from pyard.models.folder import load_folder, save_folder
+from pyard.models.folder import load_config, load_folder, save_folder
 from pyard.noise_schedule import NoiseSchedule
 from pyard.teachers.dit import DiTTeacher
 from pyard.teachers.fingerprint import fingerprint_of
@@ -75,6 +75,15 @@ class MixtureTeacher(DiTTeacher):
         except (KeyError, TypeError, RuntimeError) as error:
             raise InputError(f"{path}: config.json and weights do not fit each other: {error}") from None
         return cls(mixture, built, NoiseSchedule.from_json(config["schedule"]))
+
+
+def is_mixture_folder(path: Path) -> bool:
+    """True for a folder that `MixtureTeacher.save_pretrained` wrote."""
+    try:
+        load_config(path, kind="MixtureTeacher")
+    except InputError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ _Teacher = TypeVar("_Teacher", bound=DiTTeacher)
 
 @dataclass(frozen=True)
 class TeachConfig:
-    """Settings of a teacher's training, kept beside it; the arguments of `digits.teach` by the same names say what they mean."""
+    """Settings of a teacher's training, kept beside it; `digits.teach` says what they mean."""
 
     max_steps: int
     hidden_size: int
