@@ -141,8 +141,8 @@ def _document(
 def _what(budget: Budget, features: str) -> str:
     return (
         f"{budget.updates} updates of {budget.batch_size} from {budget.trajectories} trajectories each, {budget.samples} "
-        f"samples a row; features: {features}. Mean ± standard deviation over the seeds. Exposure bias: the last step's error on the "
-        "student's own history over that on the teacher's."
+        f"samples a row; features: {features}. Mean ± standard deviation over the seeds. Exposure bias: the last step's error "
+        "on the student's own history over that on the teacher's."
     )
 
 
