@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,7 @@ import torch
 from pyard.models.dit import DiTConfig
 from pyard.noise_schedule import NoiseSchedule
 from pyard.teachers.dit import DiTTeacher
-from pyard.teachers.teaching import (
-    TeachBatch,
-    TeachConfig,
-    cache_folder,
-    new_network,
-    taught_once,
-    teaching_device,
-    train_network,
-)
+from pyard.teachers.teaching import TeachBatch, TeachConfig, new_network, taught_once, teaching_device, train_network
 
 NUM_CLASSES = 10
 # Raised whenever the defaults of `teach` or its arithmetic change, so that nobody's cached teacher is an older one.
@@ -36,6 +29,14 @@ def digits_data() -> tuple[np.ndarray, np.ndarray]:
     bunch = load_digits()
     images = (bunch.images / 8 - 1).astype(np.float32)  # 17 grey levels, 0 to 16
     return images[:, None], bunch.target.astype(np.int64)
+
+
+def cache_folder() -> Path:
+    """Where pyard keeps what it computes once: $PYARD_CACHE, else $XDG_CACHE_HOME/pyard, else ~/.cache/pyard."""
+    if own := os.environ.get("PYARD_CACHE"):
+        return Path(own)
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "pyard"
 
 
 def digits_teacher(progress: bool = True) -> DiTTeacher:

@@ -13,8 +13,9 @@ import torch
 
 from pyard.errors import InputError
 from pyard.noise import check_labels
+from pyard.teachers.teaching import sample_generator
 
-# Random streams of a seed besides those of pyard.noise: a mixture's samples, its built-in parameters.
+# Streams of `sample_generator`: a mixture's samples, the parameters of the built-in ones.
 _SAMPLE_STREAM = 2
 _PARAMETER_STREAM = 3
 
@@ -85,7 +86,7 @@ class GaussianMixture:
         """
         uniform, normal = np.empty((len(indices), 2)), np.empty((len(indices), self._dim + self._rank))
         for row, index in enumerate(indices):
-            random = _random(seed, int(index), _SAMPLE_STREAM)
+            random = sample_generator(seed, int(index), _SAMPLE_STREAM)
             uniform[row], normal[row] = random.random(2), random.standard_normal(normal.shape[1])
         drawn = (
             (uniform[:, 0] * self.num_classes).astype(np.int64) if labels is None else check_labels(labels, self.num_classes)
@@ -235,7 +236,7 @@ def mixture_2d(seed: int = 0) -> GaussianMixture:
 
     A class's components lie anywhere on the grid, so the flow of its ODE has to tear noise apart.
     """
-    random = _random(seed, 0, _PARAMETER_STREAM)
+    random = sample_generator(seed, 0, _PARAMETER_STREAM)
     rows, columns = np.divmod(np.arange(36), 6)
     grid = np.stack([columns, rows], axis=1) / 2.5 - 1  # -1 to 1
     places = 0.8 * grid[np.abs(grid).sum(axis=1) < 2]  # without the corners
@@ -257,7 +258,7 @@ def mixture_16(seed: int = 0) -> GaussianMixture:
     Means and factors are random fields of low spatial frequency. The components of a class share a part of their means, and the
     8 directions in which they vary.
     """
-    random = _random(seed, 0, _PARAMETER_STREAM)
+    random = sample_generator(seed, 0, _PARAMETER_STREAM)
     shared = _smooth_fields(random, (10, 1), cycles=1.2)
     means = 0.34 * (shared + _smooth_fields(random, (10, 4), cycles=1.5)) / math.sqrt(2)
     # Spectrum as of natural images: the k-th direction has a variance in proportion to 1 / k.
@@ -280,11 +281,6 @@ def _smooth_fields(random: np.random.Generator, lead: tuple[int, ...], cycles: f
     spectrum = np.fft.fft2(random.standard_normal((*lead, 32, 32))) * np.exp(-((radius / cycles) ** 2))
     fields = np.fft.ifft2(spectrum).real[..., :16, :16].reshape(*lead, 256)
     return fields / np.sqrt(np.square(fields).mean(axis=-1, keepdims=True))
-
-
-def _random(seed: int, index: int, stream: int) -> np.random.Generator:
-    key = np.array([seed, index], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, stream], dtype=np.uint64)))
 
 
 def _column(value: float | torch.Tensor, device: torch.device) -> torch.Tensor:  # number or [B] -> [1 or B, 1]

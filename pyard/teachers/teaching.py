@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from filelock import FileLock
 from torch import nn
@@ -62,12 +62,10 @@ class TeachBatch(NamedTuple):
     target: torch.Tensor  # [B, C, H, W]
 
 
-def cache_folder() -> Path:
-    """Where pyard keeps what it computes once: $PYARD_CACHE, else $XDG_CACHE_HOME/pyard, else ~/.cache/pyard."""
-    if own := os.environ.get("PYARD_CACHE"):
-        return Path(own)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "pyard"
+def sample_generator(seed: int, index: int, stream: int) -> np.random.Generator:
+    """What sample `index` of a seed is drawn from, whatever else is drawn; streams 0 and 1 are `pyard.noise`'s."""
+    key = np.array([seed, index], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, stream], dtype=np.uint64)))
 
 
 def teaching_device() -> torch.device:
