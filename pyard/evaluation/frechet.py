@@ -16,8 +16,8 @@ class GaussianStatistics:
     Args:
         mean: float64 [D].
         covariance: float64 [D, D], symmetric.
-        count: vectors they were estimated from; two distances compare only if their counts are equal, for the estimate of the
-            distance falls with the count (Chong & Forsyth 2020).
+        count: vectors they were estimated from, 0: not known; two distances compare only if their counts are equal, for the
+            estimate of the distance falls with the count (Chong & Forsyth 2020).
     """
 
     mean: np.ndarray
@@ -42,6 +42,38 @@ class GaussianStatistics:
         mean = features.mean(axis=0)
         centred = features - mean
         return cls(mean, centred.T @ centred / (len(features) - 1), len(features))
+
+
+class RunningStatistics:
+    """Mean and covariance of feature vectors that come in batches and are not kept, accumulated in float64.
+
+    The first batch's mean is taken off all vectors, so that features far from zero lose no digits.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._origin = self._sum = self._products = np.zeros(0)
+
+    def add(self, features: np.ndarray) -> None:
+        """Take a batch [n, D]."""
+        if features.ndim != 2 or (self._count and features.shape[1] != len(self._origin)):
+            raise InputError(f"feature statistics: a batch of shape {features.shape}; expected [n, D] with one D for all")
+        features = features.astype(np.float64)
+        if not self._count:
+            self._origin = features.mean(axis=0)
+            self._sum, self._products = np.zeros_like(self._origin), np.zeros((features.shape[1],) * 2)
+        features -= self._origin
+        self._count += len(features)
+        self._sum += features.sum(axis=0)
+        self._products += features.T @ features
+
+    def result(self) -> GaussianStatistics:
+        """The statistics of all vectors so far, at least 2."""
+        if self._count < 2:
+            raise InputError(f"feature statistics: {self._count} vectors; expected at least 2")
+        mean = self._sum / self._count
+        covariance = (self._products - self._count * np.outer(mean, mean)) / (self._count - 1)
+        return GaussianStatistics(self._origin + mean, covariance, self._count)
 
 
 def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:

@@ -8,7 +8,7 @@ import scipy.linalg
 
 from pyard.errors import InputError
 from pyard.evaluation import frechet
-from pyard.evaluation.frechet import GaussianStatistics, frechet_distance, frechet_infinity
+from pyard.evaluation.frechet import GaussianStatistics, RunningStatistics, frechet_distance, frechet_infinity
 
 
 def random_covariance(rng: np.random.Generator, dim: int, rank: int | None = None) -> np.ndarray:
@@ -57,6 +57,22 @@ def test_statistics_of_features_far_from_zero() -> None:
     np.testing.assert_allclose(found.covariance, np.cov(features.astype(np.float64).T), rtol=1e-10)
     np.testing.assert_allclose(found.mean, features.astype(np.float64).mean(axis=0), rtol=1e-14)
     assert found.count == 500
+
+
+def test_statistics_of_batches_are_those_of_all_at_once() -> None:
+    rng = np.random.default_rng(5)
+    features = (1e4 + np.linspace(0, 30, 500)[:, None] + rng.standard_normal((500, 4))).astype(np.float32)
+    running = RunningStatistics()
+    for start in range(0, 500, 70):
+        running.add(features[start : start + 70])
+    found, expected = running.result(), GaussianStatistics.of(features)
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-14)
+    np.testing.assert_allclose(found.covariance, expected.covariance, rtol=1e-10)
+    assert found.count == 500
+    with pytest.raises(InputError, match=r"\(3, 5\)"):
+        running.add(np.zeros((3, 5)))
+    with pytest.raises(InputError, match="0 vectors"):
+        RunningStatistics().result()
 
 
 def test_samples_of_known_gaussians_approach_the_closed_form() -> None:
