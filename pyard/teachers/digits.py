@@ -202,21 +202,24 @@ def _train(config: TeachConfig, working: Path, save_every: int, progress: bool) 
     return DiTTeacher(averaged, schedule)
 
 
+def digits_network(hidden_size: int = 64, depth: int = 4, num_heads: int = 4) -> DiTConfig:
+    """Sizes of a teacher of the digits; the defaults are the built-in one's."""
+    return DiTConfig(
+        input_size=8,
+        in_channels=1,
+        patch_size=2,
+        hidden_size=hidden_size,
+        depth=depth,
+        num_heads=num_heads,
+        num_classes=NUM_CLASSES,
+    )
+
+
 def _new_network(config: TeachConfig) -> DiT:
     # Reproducible without touching the caller's random state.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = DiT(
-            DiTConfig(
-                input_size=8,
-                in_channels=1,
-                patch_size=2,
-                hidden_size=config.hidden_size,
-                depth=config.depth,
-                num_heads=config.num_heads,
-                num_classes=NUM_CLASSES,
-            )
-        )
+        network = DiT(digits_network(config.hidden_size, config.depth, config.num_heads))
         # DiT's embeddings (std 0.02) suit its width of 384 and more. At 64 the conditioning would be so faint that a run of
         # a few thousand updates ends before the network has learnt its classes.
         nn.init.normal_(network.trunk.label_embed.weight)
