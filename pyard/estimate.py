@@ -106,12 +106,14 @@ class Estimate:
     def __str__(self) -> str:
         network, student = self.student.network, self.student
         made = "to generate" if self.generated else "there already"
+        sizes = f"S = {student.grid.num_steps} steps, N = {student.history_layers} of {network.depth} layers, "
+        sizes += f"T = {network.tokens_per_step} tokens"
+        store = f"{self.trajectories} of {format_bytes(self.sample_bytes)}: {format_bytes(self.store_bytes)}, {made}"
         lines = [
             f"recipe         {self.recipe}",
             f"teacher        {self.teacher}: {self.teacher_parameters / 1e6:.4g} M parameters",
-            f"student        {self.parameters / 1e6:.4g} M parameters; S = {student.grid.num_steps} steps, N = "
-            f"{student.history_layers} of {network.depth} layers, T = {network.tokens_per_step} tokens",
-            f"trajectories   {self.trajectories} of {format_bytes(self.sample_bytes)}: {format_bytes(self.store_bytes)}, {made}",
+            f"student        {self.parameters / 1e6:.4g} M parameters; {sizes}",
+            f"trajectories   {store}",
             f"checkpoint     {format_bytes(self.checkpoint_bytes)} each",
             "",
             f"{'stage':<15}{'FLOPs':>10}{'TFLOP/s':>10}{'GPU-hours':>12}{f'on {self.gpus} GPU':>14}",
@@ -153,7 +155,7 @@ def estimate(
     (a training's progress bar shows it), else the data sheet's peak of `device` times `mfu`. Well-fed GPUs reach 0.3 to 0.5 of
     their peak on large transformers; small networks reach far less. Memory: weights, averages, AdamW's moments, gradients (with
     DDP twice, for its buckets) and what the backward pass needs of the forward pass, for several micro-batches, with and
-    without activation checkpointing, for DDP and FSDP. It is an upper bound to about a quarter; 0.5 GB of CUDA's own come on top.
+    without activation checkpointing, for DDP and FSDP. It is right to about a quarter; 0.5 GB of CUDA's own come on top.
 
     Example: pyard estimate recipes/imagenet256-dit-xl2.yaml --device H100 --gpus 8
 
@@ -299,7 +301,7 @@ def trajectory_flops(config: TrainConfig, network: DiTConfig) -> float:
 
 
 def stage_flops(config: TrainConfig, network: DiTConfig, student: StudentConfig) -> float:
-    """Of all updates, with what is computed for them alone: the rollout of own histories, checkpointing's second forward pass."""
+    """Of all updates, with the rollouts that make own histories and checkpointing's second forward pass."""
     forward = config.batch_size * student_flops(student)
     update = update_flops(student, config.batch_size)
     if config.activation_checkpointing:

@@ -67,7 +67,8 @@ def adversarial_flops(network: DiTConfig, settings: AdversarialConfig) -> float:
     The teacher passes the student's prediction forward, the gradient back to its input (once the products with weights, twice
     those of the attention) and the real sample forward. A discriminator passes on the way to the student's gradient forward
     and back to its input; on the way to its own, both samples forward and back to its weights, and, behind its first layer,
-    to its inputs. R1 adds the slopes of the real sample's logits and, twice that, their own slopes; feature matching one more pass of it.
+    to its inputs. R1 adds the slopes of the real sample's logits and, twice that, their own slopes; feature matching one more
+    pass of it.
     """
     blocks = tuple(range(network.depth)) if settings.blocks is None else settings.blocks
     depth = max(blocks) + 1

@@ -103,9 +103,10 @@ def update_memory(
 def block_bytes(network: DiTConfig, mixed: bool, plain: bool) -> float:
     """What a block keeps of each token for its backward pass.
 
-    In float32, the residual stream twice and both branches: 4 (4 D). In the precision of the products: the input of qkv, q, k, v,
-    the attention's output, the MLP's input, its hidden layer before and after the activation: e (D + 3 D + D + D + 8 D), the
-    last for mlp_ratio 4. The logarithms of the softmax's sums, 4 H; and a step's six modulations, e 6 D / T.
+    In float32, the residual stream twice and both branches: 4 (4 D). In the precision of the products, the input of qkv, q, k,
+    v, the attention's output, the MLP's input and its hidden layer before and after the activation: e (D + 3 D + D + D + 8 D),
+    the last for mlp_ratio 4. The logarithms of the softmax's sums, 4 H; a step's six modulations, e 6 D / T. In plain PyTorch
+    two normalised inputs more, 8 D.
     """
     e, hidden = (2 if mixed else 4), network.hidden_size
     products = e * hidden * (6 + 2 * network.mlp_ratio)
