@@ -47,6 +47,9 @@ COMMANDS = {
     "train": Command(
         "pyard.training", "train_command", "train a student on trajectories (generates missing ones)", config="TrainConfig"
     ),
+    "estimate": Command(
+        "pyard.estimate", "estimate", "say what a recipe costs: bytes, GPU-hours, memory", positional=("recipe",)
+    ),
     "consolidate": Command("pyard.training.sharded", "consolidate", "make a student's folder of a checkpoint, sharded or not"),
     "sample": Command("pyard.sampling", "sample_to_file", "draw samples with a student"),
     "describe": Command("pyard.description", "describe", "say what a student costs: parameters, FLOPs, cache, history"),

@@ -105,15 +105,7 @@ def _train(config: TeachConfig, working: Path, save_every: int, progress: bool) 
     schedule = NoiseSchedule()
     images, labels = (torch.from_numpy(array) for array in digits_data())
     alphas_cumprod = torch.from_numpy(schedule.alphas_cumprod).float()
-    sizes = DiTConfig(
-        input_size=8,
-        in_channels=1,
-        patch_size=2,
-        hidden_size=config.hidden_size,
-        depth=config.depth,
-        num_heads=config.num_heads,
-        num_classes=NUM_CLASSES,
-    )
+    sizes = digits_network(config.hidden_size, config.depth, config.num_heads)
 
     def draw(random: torch.Generator) -> TeachBatch:
         index = torch.randint(len(images), (config.batch_size,), generator=random)
@@ -128,3 +120,16 @@ def _train(config: TeachConfig, working: Path, save_every: int, progress: bool) 
     network = new_network(sizes, config.seed).to(teaching_device())
     network = train_network(network, draw, config, working, save_every=save_every, progress=progress)
     return DiTTeacher(network, schedule)
+
+
+def digits_network(hidden_size: int = 64, depth: int = 4, num_heads: int = 4) -> DiTConfig:
+    """Sizes of a teacher of the digits; the defaults are the built-in one's."""
+    return DiTConfig(
+        input_size=8,
+        in_channels=1,
+        patch_size=2,
+        hidden_size=hidden_size,
+        depth=depth,
+        num_heads=num_heads,
+        num_classes=NUM_CLASSES,
+    )

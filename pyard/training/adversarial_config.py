@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 from dataclasses import dataclass
+from typing import Any
 
 from pyard.errors import InputError
 
@@ -46,6 +49,16 @@ class AdversarialConfig:
     warmup_steps: int = 3000
     r1: float = 0.0
     feature_matching: float = 0.0
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> AdversarialConfig:
+        """The configuration of settings by name; a name that is none is an InputError that names the nearest."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                raise InputError(f"adversarial: no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return cls(**settings)
 
     def __post_init__(self) -> None:
         for name in ("noise_levels", "blocks", "adam_betas"):

@@ -11,15 +11,20 @@ import factories
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from training_runs import assert_same_run, kill_and_resume, start, teacher_and_store, train_in, wait
 
 from pyard.errors import InputError
 from pyard.models.student import Student
 from pyard.noise_schedule import NoiseSchedule
+from pyard.ops import use_backend
 from pyard.teachers.dit import DiTTeacher
 from pyard.time_grid import TimeGrid
 from pyard.training import AdversarialConfig, TrainConfig
 from pyard.training.adversarial import Adversarial
+from pyard.training.flops import adversarial_flops, update_flops
 from pyard.training.processes import Processes
 from pyard.training.real_data import RealData, RealReader
 from pyard.training.regression import Regression
@@ -106,6 +111,30 @@ def test_gradients_are_those_of_the_plain_losses(kind, student):
     for name, key in (("generator", "gan"), ("discriminator", "hinge"), ("r1", "r1"), ("feature_distance", "match")):
         torch.testing.assert_close(measured.more[name], of[key].detach(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(measured.loss, of["mse"].detach(), rtol=1e-5, atol=0)
+
+
+class CountFlops(TorchDispatchMode):
+    """As torch's FlopCounterMode, whose record of modules does not bear `autograd.grad`."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(blocks=(1,)), dict(r1=0.3), dict(feature_matching=0.5, depth=2), dict(r1=0.3, depth=0, width=24),
+], ids=str)  # fmt: skip
+def test_counted_flops_are_those_that_run(settings):
+    made = stage(**{"width": 48, **settings})
+    with use_backend("reference"), sdpa_kernel(SDPBackend.MATH), CountFlops() as counter:
+        made.compute(1, batch())
+    network = made.features.teacher.network.config
+    ours = update_flops(made.student.config, B) + B * adversarial_flops(network, made.settings)
+    assert ours == pytest.approx(counter.flops, rel=0.06)
 
 
 def test_who_trains_and_who_does_not():

@@ -10,9 +10,11 @@ import numpy as np
 
 from pyard.evaluation.features import FeatureNetwork, digits_classifier
 from pyard.evaluation.measure import balanced_labels
+from pyard.evaluation.scene_features import MixtureFeatures, scenes_classifier
+from pyard.teachers import scenes
 from pyard.teachers.digits import digits_data, digits_teacher, teach
 from pyard.teachers.dit import DiTTeacher
-from pyard.teachers.mixture import GaussianMixture, mixture_2d, mixture_16
+from pyard.teachers.mixture import mixture_2d, mixture_16
 from pyard.teachers.mixture_teacher import fit
 
 # Samples of data are drawn from a seed of their own; trajectories count theirs from 0, evaluation its noise from 1000.
@@ -53,11 +55,23 @@ def load_subject(name: str, folder: Path, quick: bool = False, progress: bool = 
             folder / "teacher", max_steps=200, depth=2, batch_size=32, learning_rate=4e-3, ema_decay=0.98, progress=progress
         )  # fmt: skip
         return Subject(name, teacher, 1.5, lambda count: _first(digits_data(), count), digits_classifier())
+    if name == "scenes":
+        return _scenes(folder, quick, progress)
     return _mixture(name, folder, quick, progress)
 
 
 def _first(data: tuple[np.ndarray, np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray]:
     return data[0][:count], data[1][:count]
+
+
+def _scenes(folder: Path, quick: bool, progress: bool) -> Subject:
+    small = {"max_steps": 20, "hidden_size": 32, "depth": 2, "num_heads": 2, "batch_size": 16} if quick else {}
+    teacher = scenes.teach(folder / "teacher", progress=progress, **small)
+
+    def data(count: int) -> tuple[np.ndarray, np.ndarray]:
+        return scenes.scenes_data(_DATA_SEED, np.arange(count), balanced_labels(count, teacher.num_classes))
+
+    return Subject("scenes", teacher, 1.5, data, scenes_classifier())
 
 
 def _mixture(name: str, folder: Path, quick: bool, progress: bool) -> Subject:
@@ -70,24 +84,3 @@ def _mixture(name: str, folder: Path, quick: bool, progress: bool) -> Subject:
         return mixture.sample(_DATA_SEED, np.arange(count), balanced_labels(count, mixture.num_classes))
 
     return Subject(name, teacher, 1.0, data, MixtureFeatures(mixture))
-
-
-class MixtureFeatures:
-    """The pixels themselves, and the likeliest class (implements `pyard.evaluation.Classifier`).
-
-    Args:
-        mixture: whose samples are looked at.
-    """
-
-    def __init__(self, mixture: GaussianMixture):
-        self.name = f"the {mixture.means.shape[2]} pixels themselves"
-        self.fingerprint = mixture.fingerprint
-        self._mixture = mixture
-
-    def features(self, images: np.ndarray) -> np.ndarray:
-        """Images float32 [n, C, H, W] to float64 [n, C H W]."""
-        return images.reshape(len(images), -1).astype(np.float64)
-
-    def classify(self, images: np.ndarray) -> np.ndarray:
-        """Images float32 [n, C, H, W] to labels int64 [n], by Bayes' rule."""
-        return self._mixture.classify(images)
