@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import traceback
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -76,7 +78,8 @@ def bench_quality(
     cells = [cell for cell in plan.cells if only is None or only in cell.setting.name]
     gpus = torch.cuda.device_count()
     failures = _train_all(plan, cells, out, quick, workers or gpus or len(os.sched_getaffinity(0)), gpus, progress)
-    write_report(plan, out, results, f"quality-{'quick' if quick else scale}", quick)
+    with one_thread():  # as the students were measured: the classifiers that features come from are trained on the spot
+        write_report(plan, out, results, f"quality-{'quick' if quick else scale}", quick)
     if failures:
         raise InputError(f"bench quality: {len(failures)} students failed: " + "; ".join(failures))
 
@@ -89,43 +92,49 @@ def _train_all(plan: Plan, cells: list[Cell], out: Path, quick: bool, workers: i
         numbers.put(number)
     failures: list[str] = []
     names = {cell.name for cell in cells}
-    waiting = [cell for cell in cells if _base(cell) in names]
     with (
         ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(numbers, gpus)) as pool,
         tqdm(total=sum(_updates(plan, cell) for cell in cells), desc="students", unit="update", disable=not progress) as bar,
     ):
-        prepared = [pool.submit(_prepare, name, budget, out, quick) for name, budget in plan.budgets.items()]
-        for future in prepared:
-            future.result()
-        pending: dict[Future[Any], Cell] = {}
-
-        def submit(cell: Cell) -> None:
-            pending[pool.submit(_make, plan.budgets[cell.subject], cell, out, quick)] = cell
-
-        for cell in cells:
-            if cell not in waiting:
-                submit(cell)
+        # Whatever must be there first has a name: a subject, or the cell that another goes on from.
+        pending: dict[Future[Any], str] = {
+            pool.submit(_prepare, subject, budget, out, quick): subject for subject, budget in plan.budgets.items()
+        }
+        waiting = {cell.name: base if (base := _base(cell)) in names else cell.subject for cell in cells}
         while pending:
             done, _ = wait(pending, timeout=2.0, return_when=FIRST_COMPLETED)
             for future in done:
-                cell = pending.pop(future)
+                name = pending.pop(future)
                 error = future.exception()
                 if error is not None:
-                    failures.append(f"{cell.name}: {error}")
+                    failures.append(f"{name}: {error}")
                     bar.write("".join(traceback.format_exception(error)))
-                for later in [other for other in waiting if _base(other) == cell.name]:
-                    waiting.remove(later)
+                ready = [cell for cell in cells if waiting.get(cell.name) == name]
+                for cell in ready:
+                    del waiting[cell.name]
                     if error is None:
-                        submit(later)
+                        budget = plan.budgets[cell.subject]
+                        pending[pool.submit(_make, budget, cell, out, quick)] = cell.name
             bar.update(sum(_updates_done(plan, cell, out) for cell in cells) - bar.n)
     return failures
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Results that depend on how many threads shared the work come from one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _begin(numbers: Any, gpus: int) -> None:
     torch.set_num_threads(1)
     number = numbers.get()
     if gpus:
-        torch.cuda.set_device(number % gpus)
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % gpus)  # before this process first asks for one
 
 
 _WORKSHOPS: dict[str, Workshop] = {}  # of this process, by subject
