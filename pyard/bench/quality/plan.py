@@ -123,8 +123,7 @@ def varied(
 
 
 def one_factor_at_a_time() -> Iterator[Setting]:
-    """Everything beside the main table: each differs in one thing from one of its rows."""
-    yield from does_history_help()
+    """Settings that differ in one thing from a row of the main table."""
     both = (PUBLISHED, STRONG)
     ends: tuple[Layers, Layers] = ("0", "L")
     for family in both:
@@ -145,38 +144,36 @@ def one_factor_at_a_time() -> Iterator[Setting]:
             yield varied(family, layers, "learning rate", f"lr{rate:g}", f"lr {rate:g}", learning_rate=rate)  # type: ignore[arg-type]
     yield varied(STRONG, "0", "loss", "huber", "pseudo-Huber", loss="pseudo_huber")
     yield varied(STRONG, "0", "loss", "min-snr", "min-SNR weights", step_weights="min_snr")
-    yield varied(STRONG, "0", "loss", "late", "last step weighs most", step_weights=(0.5, 0.5, 1.0, 2.0))
     for family in both:
         yield adversarial(corner(family, "L"))
     yield adversarial(corner(STRONG, "0"))
 
 
-def does_history_help() -> Iterator[Setting]:
-    """Ways in which a history might help the strong baseline: each with and without one, all else equal."""
+def does_history_help(thorough: bool) -> Iterator[Setting]:
+    """Ways in which a history might help the strong baseline: each with and without one, all else equal.
+
+    Args:
+        thorough: also those that train 4 times as long.
+    """
+    own = "own rollout in the second half"
+    detached: dict[str, Any] = {"rollout_probability": 1.0}
     through: dict[str, Any] = {"rollout_probability": 1.0, "rollout_gradient": "backprop"}
-    rollout = "own rollout in the second half"
-    ways: list[tuple[str, str, dict[str, Any], float]] = [
-        ("rollout", rollout, {"rollout_probability": 1.0}, 1.0),
-        ("through", f"{rollout}, backpropagated", through, 1.0),
-        ("long", "4 times the updates", {}, 4.0),
-        ("long-through", f"4 times the updates, {rollout}, backpropagated", through, 4.0),
-        ("S2-through", f"S = 2, {rollout}, backpropagated", {"num_steps": 2, **through}, 1.0),
-    ]
-    for suffix, title, train, updates in ways:
-        for layers in ("0", "L"):
-            yield varied(STRONG, layers, "history", suffix, title, updates, **train)  # type: ignore[arg-type]
+    ends: tuple[Layers, Layers] = ("0", "L")
+    for layers in ("0", "L/4", "L"):
+        yield varied(STRONG, layers, "history", "rollout", own, **detached)  # type: ignore[arg-type]
+    for layers in ends:
+        yield varied(STRONG, layers, "history", "through", f"{own}, backpropagated", **through)
+        yield varied(PUBLISHED, layers, "history", "rollout", own, **detached)
+        yield varied(STRONG, layers, "history", "S2-rollout", f"S = 2, {own}", num_steps=2, **detached)
     for layers in ("L/4", "L"):
         yield varied(STRONG, layers, "history", "bias", "history bias from -4", history_bias=-4.0)  # type: ignore[arg-type]
-    yield varied(
-        STRONG,
-        "L",
-        "history",
-        "bias-through",
-        "history bias from -4, own rollout, backpropagated",
-        history_bias=-4.0,
-        **through,
-    )
-    yield varied(STRONG, "L", "history", "anchor-through", "anchor mask, own rollout, backpropagated", mask="anchor", **through)
+    yield varied(STRONG, "L", "history", "bias-rollout", f"history bias from -4, {own}", history_bias=-4.0, **detached)
+    yield varied(STRONG, "L", "history", "anchor-rollout", f"anchor mask, {own}", mask="anchor", **detached)
+    if thorough:
+        for layers in ends:
+            yield varied(STRONG, layers, "history", "long", "4 times the updates", 4.0)
+            yield varied(STRONG, layers, "history", "long-rollout", f"4 times the updates, {own}", 4.0, **detached)
+            yield varied(PUBLISHED, layers, "history", "long", "4 times the updates", 4.0)
 
 
 def adversarial(base: Setting) -> Setting:
@@ -211,8 +208,15 @@ SUBJECTS: dict[Scale, tuple[str, ...]] = {"cpu": ("digits", "mixture-2d", "mixtu
 
 
 def full_plan(subjects: Sequence[str], seeds: int) -> Plan:
-    """The main table on every subject and seed, then one factor at a time on the first subject with the first seed."""
+    """The main table, and the ways in which a history might help, on every subject; then one factor at a time on the first.
+
+    What is not in the main table has the first seed alone, but for points of the plane, which cost little.
+    """
     cells = [Cell(subject, setting, seed) for seed in range(seeds) for subject in subjects for setting in MAIN]
+    for subject in subjects:
+        plane = subject == "mixture-2d"
+        for seed in range(seeds if plane else 1):
+            cells += [Cell(subject, setting, seed) for setting in does_history_help(thorough=plane and seed == 0)]
     cells += [Cell(subjects[0], setting, 0) for setting in one_factor_at_a_time()]
     return Plan({subject: BUDGETS[subject] for subject in subjects}, tuple(cells))
 
