@@ -255,21 +255,22 @@ def mixture_2d(seed: int = 0) -> GaussianMixture:
 def mixture_16(seed: int = 0) -> GaussianMixture:
     """Smooth grey images, samples (1, 16, 16): 10 classes of 4 components each, and a little noise.
 
-    Means and factors are random fields of low spatial frequency. The components of a class share a part of their means, and the
-    8 directions in which they vary.
+    Means and factors are random fields of low spatial frequency. The components of a class share a part of their means. All
+    vary in the same 12 directions, each class with the directions' variances in another order.
     """
     random = sample_generator(seed, 0, _PARAMETER_STREAM)
     shared = _smooth_fields(random, (10, 1), cycles=1.2)
     means = 0.34 * (shared + _smooth_fields(random, (10, 4), cycles=1.5)) / math.sqrt(2)
     # Spectrum as of natural images: the k-th direction has a variance in proportion to 1 / k.
-    strengths = 1 / np.sqrt(np.arange(1, 9))
-    fields = 0.2 * _smooth_fields(random, (10, 8), cycles=2.5) * (strengths / np.linalg.norm(strengths))[:, None]
+    strengths = random.permuted(np.tile(1 / np.sqrt(np.arange(1, 13)), (10, 1)), axis=1)
+    strengths = 0.2 * strengths / np.linalg.norm(strengths, axis=1, keepdims=True)
+    factors = _smooth_fields(random, (12,), cycles=2.5).T * strengths[:, None, None]  # [10, 1, 256, 12]
     return GaussianMixture(
         sample_shape=(1, 16, 16),
         means=means,
         weights=random.dirichlet(np.full(4, 5.0), 10),
         variances=np.full((10, 4), 0.04**2),
-        factors=np.broadcast_to(np.swapaxes(fields, 1, 2)[:, None], (10, 4, 256, 8)),
+        factors=np.broadcast_to(factors, (10, 4, 256, 12)),
     )
 
 

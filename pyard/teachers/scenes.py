@@ -31,7 +31,7 @@ CLASS_NAMES = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOUR
 NUM_CLASSES = len(CLASS_NAMES)
 
 _STREAM = 4  # of `sample_generator`
-_UNIFORMS = 24  # random numbers a scene
+_UNIFORMS = 23  # random numbers a scene
 
 
 def scenes_data(
@@ -53,7 +53,7 @@ def scenes_data(
 
 
 def scene_uniforms(seed: int, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-    """The random numbers of n scenes, 0 to 1: float64 [n, 24]; the first one is for the label."""
+    """The random numbers of n scenes, 0 to 1: float64 [n, 23]; the first one is for the label."""
     return np.stack([sample_generator(seed, int(index), _STREAM).random(_UNIFORMS) for index in indices])
 
 
@@ -64,7 +64,7 @@ def draw_scenes(uniform: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     wide, so that no pixel jumps while a shape moves.
 
     Args:
-        uniform: float32 [B, 24], 0 to 1.
+        uniform: float32 [B, 23], 0 to 1.
         labels: int64 [B].
 
     Returns:
@@ -159,10 +159,11 @@ def teach(
     save_every: int = 2000,
     progress: bool = True,
 ) -> DiTTeacher:
-    """Train a class-conditional DiT on scenes, each of which it sees once; on a GPU in bfloat16 autocast: on a CPU the defaults, DiT-S/4's, take days.
+    """Train a class-conditional DiT on scenes, each of which it sees once.
 
     It predicts the velocity of a flow in pixel space (3x32x32) and knows an unconditional label for classifier-free guidance.
-    A run that was stopped resumes from its last checkpoint; a finished one is loaded.
+    The defaults, DiT-S/4's, are for a GPU, where it trains in bfloat16 autocast; a CPU takes days. A run that was stopped
+    resumes from its last checkpoint; a finished one is loaded.
 
     Args:
         out: the teacher's folder.
