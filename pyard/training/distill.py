@@ -204,7 +204,7 @@ def _real_source(config: TrainConfig, student: Student, teacher: DiTTeacher, pro
     from pyard.training.real_images import cached_images, is_image_folder
 
     source = config.adversarial.real
-    if not is_image_folder(Path(source)):
+    if source == "digits" or not is_image_folder(Path(source)):
         return source
     shards = cached_images(
         Path(source),

@@ -74,7 +74,8 @@ def cached_images(
     if file.exists() and json.loads(file.read_text()) != about:
         raise InputError(f"{cache} holds other images than {path} in {size} x {size}; remove it, or give another real_cache")
     cache.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(about))
+    if rank == 0:
+        write_text(file, json.dumps(about))
     for number, first in enumerate(range(0, len(files), SHARD_IMAGES)):
         shard = cache / f"{number:06d}.safetensors"
         if number % world_size != rank or shard.exists():
@@ -87,7 +88,7 @@ def cached_images(
         else:
             for mirrored, names in ((False, ("images", "std")), (True, ("flipped", "flipped_std"))):
                 posterior = codec.posterior((images.flip(-1) if mirrored else images).to(device))
-                tensors |= {name: part.half().cpu() for name, part in zip(names, posterior, strict=True)}
+                tensors |= {name: part.half().cpu().contiguous() for name, part in zip(names, posterior, strict=True)}
         partial = shard.with_suffix(f".{rank}.tmp")
         save_file(tensors, partial)
         partial.replace(shard)
