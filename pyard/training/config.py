@@ -298,6 +298,8 @@ class TrainConfig:
         settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in _NOT_OF_THE_RESULT}
         if self.stage == "regression":
             settings.pop("adversarial")
+        else:
+            settings["adversarial"].pop("real_cache")
         mine = {**settings, **inputs}
         mine = json.loads(json.dumps(mine))
         file = self.out / IDENTITY_NAME

@@ -126,7 +126,7 @@ def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Proces
     inputs = {"teacher_fingerprint": teacher.fingerprint, "manifest": {**store.manifest.to_json(), "count": store.count}}
     stage: Regression
     if config.stage == "adversarial":
-        data = RealData.load(config.adversarial.real, student.sample_shape, student.num_classes)
+        data = RealData.load(_real_source(config, student, teacher, processes), student.sample_shape, student.num_classes)
         inputs |= {"real_fingerprint": data.fingerprint(), "student_fingerprint": _fingerprint(student)}
     with processes.main_first():
         if processes.is_main:
@@ -197,6 +197,26 @@ def _student(teacher: DiTTeacher, store: TrajectoryStore, config: TrainConfig, e
             f"student {config.student} and the trajectories {store.path} have other grids; give those it learnt from"
         )
     return earlier
+
+
+def _real_source(config: TrainConfig, student: Student, teacher: DiTTeacher, processes: Processes) -> str | Path:
+    """Where the real data is; pictures are encoded first, each process its share."""
+    from pyard.training.real_images import cached_images, is_image_folder
+
+    source = config.adversarial.real
+    if source == "digits" or not is_image_folder(Path(source)):
+        return source
+    shards = cached_images(
+        Path(source),
+        Path(config.adversarial.real_cache or config.out / "real"),
+        student.sample_shape,
+        student.codec or teacher.codec,
+        device=processes.device,
+        rank=processes.rank,
+        world_size=processes.world,
+    )
+    processes.wait()
+    return shards
 
 
 def _fingerprint(module: nn.Module) -> str:

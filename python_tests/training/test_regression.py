@@ -155,6 +155,27 @@ def test_fp16_without_a_gpu_is_refused():
         Processes("fp16")
 
 
+def test_fp16_scales_its_loss_and_skips_what_overflows():
+    """float16 on the CPU, which `train` refuses for its speed: near float32 once the scale has come down far enough."""
+    exact = gradients(stage())
+    made = stage(max_skipped_in_a_row=100)
+    made.processes._dtype = torch.float16
+    made.processes.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    start = {name: p.detach().clone() for name, p in made.student.named_parameters()}
+    for step in range(1, 60):
+        if made.compute(step, batch()).finite():
+            break
+        made.skip()
+        assert all(torch.equal(p, start[name]) for name, p in made.student.named_parameters())
+    assert 2 < step < 40
+    assert made.processes.scaler.get_scale() == 2.0 ** (41 - step)
+    rough = {name: p.grad for name, p in made.student.named_parameters()}
+    for name in exact:
+        assert float((rough[name] - exact[name]).norm() / exact[name].norm()) < 0.02, name
+    made.apply()
+    assert all(not torch.equal(p, start[name]) for name, p in made.student.named_parameters() if "label" not in name)
+
+
 @pytest.mark.cuda
 def test_fp16_on_a_gpu_trains():
     made = stage(student().cuda(), mixed_precision="fp16")
