@@ -49,7 +49,7 @@ def test_the_main_table_has_every_corner_on_every_subject_and_seed():
 
 
 def test_names_tell_settings_apart_and_every_setting_is_one_of_train(tmp_path, workshop):
-    settings = [*MAIN, *does_history_help(thorough=True), *one_factor_at_a_time()]
+    settings = [*MAIN, *does_history_help("long"), *one_factor_at_a_time()]
     assert max(Counter(setting.name for setting in settings).values()) == 1
     assert max(Counter(setting.title for setting in settings).values()) == 1
     for setting in settings:

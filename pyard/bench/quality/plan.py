@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 Scale = Literal["cpu", "gpu"]
 Layers = Literal["0", "L/4", "L/2", "L"]
+Extent = Literal["core", "all", "long"]
 
 NUM_STEPS = 4
 PUBLISHED = {"target": "denoised", "output": "direct"}  # what the authors' code trains
@@ -149,11 +150,11 @@ def one_factor_at_a_time() -> Iterator[Setting]:
     yield adversarial(corner(STRONG, "0"))
 
 
-def does_history_help(thorough: bool) -> Iterator[Setting]:
+def does_history_help(extent: Extent) -> Iterator[Setting]:
     """Ways in which a history might help the strong baseline: each with and without one, all else equal.
 
     Args:
-        thorough: also those that train 4 times as long.
+        extent: `core`, training on the student's own history alone; `all` ways; or those and 4 times the updates, too: `long`.
     """
     own = "own rollout in the second half"
     detached: dict[str, Any] = {"rollout_probability": 1.0}
@@ -161,6 +162,8 @@ def does_history_help(thorough: bool) -> Iterator[Setting]:
     ends: tuple[Layers, Layers] = ("0", "L")
     for layers in ("0", "L/4", "L"):
         yield varied(STRONG, layers, "history", "rollout", own, **detached)  # type: ignore[arg-type]
+    if extent == "core":
+        return
     for layers in ends:
         yield varied(STRONG, layers, "history", "through", f"{own}, backpropagated", **through)
         yield varied(PUBLISHED, layers, "history", "rollout", own, **detached)
@@ -169,11 +172,10 @@ def does_history_help(thorough: bool) -> Iterator[Setting]:
         yield varied(STRONG, layers, "history", "bias", "history bias from -4", history_bias=-4.0)  # type: ignore[arg-type]
     yield varied(STRONG, "L", "history", "bias-rollout", f"history bias from -4, {own}", history_bias=-4.0, **detached)
     yield varied(STRONG, "L", "history", "anchor-rollout", f"anchor mask, {own}", mask="anchor", **detached)
-    if thorough:
+    if extent == "long":
         for layers in ends:
             yield varied(STRONG, layers, "history", "long", "4 times the updates", 4.0)
             yield varied(STRONG, layers, "history", "long-rollout", f"4 times the updates, {own}", 4.0, **detached)
-            yield varied(PUBLISHED, layers, "history", "long", "4 times the updates", 4.0)
 
 
 def adversarial(base: Setting) -> Setting:
@@ -201,22 +203,23 @@ QUICK = Budget(trajectories=256, updates=40, samples=200, held_out=64, adversari
 BUDGETS = {
     "digits": Budget(),
     "mixture-2d": Budget(),
-    "mixture-16": Budget(),
+    "mixture-16": Budget(updates=500),
     "scenes": Budget(trajectories=65_536, updates=8000, batch_size=256, learning_rate=3e-4, train={"mixed_precision": "bf16"}),
 }
+EXTENTS: dict[str, Extent] = {"mixture-2d": "long", "mixture-16": "core"}
 SUBJECTS: dict[Scale, tuple[str, ...]] = {"cpu": ("digits", "mixture-2d", "mixture-16"), "gpu": ("scenes",)}
 
 
 def full_plan(subjects: Sequence[str], seeds: int) -> Plan:
-    """The main table, and the ways in which a history might help, on every subject; then one factor at a time on the first.
+    """The main table on every subject and seed; ways in which a history might help; one factor at a time on the first subject.
 
-    What is not in the main table has the first seed alone, but for points of the plane, which cost little.
+    Of those ways, training on the student's own history is tried with every seed, the rest with the first one; on the plane,
+    whose points cost little, with more training as well.
     """
     cells = [Cell(subject, setting, seed) for seed in range(seeds) for subject in subjects for setting in MAIN]
     for subject in subjects:
-        plane = subject == "mixture-2d"
-        for seed in range(seeds if plane else 1):
-            cells += [Cell(subject, setting, seed) for setting in does_history_help(thorough=plane and seed == 0)]
+        cells += [Cell(subject, setting, 0) for setting in does_history_help(EXTENTS.get(subject, "all"))]
+    cells += [Cell(subject, way, seed) for seed in range(1, seeds) for subject in subjects for way in does_history_help("core")]
     cells += [Cell(subjects[0], setting, 0) for setting in one_factor_at_a_time()]
     return Plan({subject: BUDGETS[subject] for subject in subjects}, tuple(cells))
 
