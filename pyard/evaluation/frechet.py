@@ -100,23 +100,22 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
     return max(0.0, float(difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap))
 
 
-def frechet_infinity(
-    features: np.ndarray, reference: np.ndarray | GaussianStatistics, *, parts: int = 5, seed: int = 0
-) -> float:
+def frechet_infinity(features: np.ndarray, reference: np.ndarray | GaussianStatistics, *, parts: int = 5) -> float:
     """The Fréchet distance that infinitely many samples would have (Chong & Forsyth 2020, section 3).
 
     The distance of n samples is too large by about c / n, where c depends on the generator, so that few samples rank
-    generators wrongly. The samples are cut, in random order, into 1, 2, ... `parts` parts; the mean distance of the parts of
-    each cut is fitted by a line in 1 / n, whose value at 0 is the result. With 5 cuts these are 15 distances, as in the paper,
-    which draws a subset of its own for each. Cuts whose parts would have fewer than 2 D vectors are left out: there the law
-    does not hold.
+    generators wrongly. The samples are cut into 1, 2, ... `parts` parts; the mean distance of the parts of each cut is fitted
+    by a line in 1 / n, whose value at 0 is the result. With 5 cuts these are 15 distances, as in the paper, which draws a
+    random subset for each. Parts are consecutive samples instead: where labels are balanced, the bias of all samples is that of
+    a stratified draw, and only parts that are balanced, too, share its law; random subsets would subtract too much. Cuts whose
+    parts would have fewer than 2 D vectors are left out: there the law does not hold.
 
     Args:
-        features: [n, D], n at least 4 D.
-        reference: features [m, D] of the reference, which is then cut alike and loses its own part of the bias, too; or its
-            statistics, which stay as they are.
+        features: [n, D], n at least 4 D, in an order in which every part is like the whole: labels in turn or at random, never
+            sorted.
+        reference: features [m, D] of the reference in such an order, which is then cut alike and loses its own part of the
+            bias, too; or its statistics, which stay as they are.
         parts: of the finest cut, at least 2.
-        seed: of the order in which samples are cut.
 
     Returns:
         The distance; it may be a little below 0 where the true one is near 0.
@@ -134,11 +133,9 @@ def frechet_infinity(
             f"Fréchet distance: {least} vectors of {features.shape[1]} features; extrapolation needs at least "
             f"{4 * features.shape[1]}"
         )
-    random = np.random.default_rng(seed)
-    shuffled = [s[random.permutation(len(s))] for s in sets]
     distances = []
     for cut in range(1, parts + 1):
-        pieces = [[GaussianStatistics.of(piece) for piece in np.array_split(s, cut)] for s in shuffled]
+        pieces = [[GaussianStatistics.of(piece) for piece in np.array_split(s, cut)] for s in sets]
         others = [reference] * cut if isinstance(reference, GaussianStatistics) else pieces[1]
         distances.append(np.mean([frechet_distance(a, b) for a, b in zip(pieces[0], others, strict=True)]))
     # 1 / n is cut / len(features); the unit of the slope does not matter.

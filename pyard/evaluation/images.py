@@ -80,7 +80,7 @@ def npz_images(path: Path, batch_size: int) -> Iterator[np.ndarray]:
                 content = stream.read(count * row)
                 if len(content) != count * row:
                     raise InputError(f"{path}: arr_0 is cut off after {start} of {shape[0]} images; copy it again")
-                yield np.frombuffer(content, np.uint8).reshape(count, *shape[1:]).transpose(0, 3, 1, 2)
+                yield np.frombuffer(bytearray(content), np.uint8).reshape(count, *shape[1:]).transpose(0, 3, 1, 2)
     except (zipfile.BadZipFile, KeyError, EOFError, ValueError) as error:
         if isinstance(error, InputError):
             raise
