@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kResident<Shape, kGate, kNorm
     float mean = 0.0f, rstd = 0.0f, inner_mean = 0.0f, slope = 0.0f;
     float values[Shape::kValues], grads[Shape::kValues], factors[Shape::kValues], others[Shape::kValues];
     if constexpr (kNorm) {
-      moments<Shape>(row, dim, sizes.eps, row_sum, mean, rstd);
+      moments<Shape>(row, end > 0, dim, sizes.eps, row_sum, mean, rstd);
 #pragma unroll
       for (int i = 0; i < Shape::kChunks; ++i) {
         unpack(values, row[i], T{}), unpack(grads, grad[i], T{});

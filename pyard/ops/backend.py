@@ -35,8 +35,8 @@ DTYPES: dict[str, frozenset[torch.dtype]] = {
     "cpu": frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16}),
     "cuda": frozenset({torch.float32, torch.bfloat16, torch.float16}),
 }
-# Of `timestep_embedding`, whose times are few: the CUDA kernel computes in float64, the CPU kernel rounds where DiT does.
-TIME_DTYPES = {"cpu": frozenset({torch.float32}), "cuda": frozenset({torch.float64})}
+# Of `timestep_embedding`, on every device: its face converts the times.
+TIME_DTYPES = frozenset({torch.float32})
 # Where `auto` takes the kernels. Those of CUDA have been compiled and emulated, but never run on a GPU.
 AUTO_DEVICES = frozenset({"cpu"})
 
@@ -105,7 +105,7 @@ def _is_built(device: str) -> bool:
 
 
 def _dtypes(operator: str, device: str) -> frozenset[torch.dtype]:
-    return (TIME_DTYPES if operator == "timestep_embedding" else DTYPES)[device]
+    return TIME_DTYPES if operator == "timestep_embedding" else DTYPES[device]
 
 
 def _obstacle(operator: str, device: str) -> str:

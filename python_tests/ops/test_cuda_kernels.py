@@ -13,6 +13,7 @@ from ops.tolerance import assert_as_exact_as_plain
 from torch import Tensor
 
 from pyard.ops import MASKS, reference, visible
+from pyard.ops.backend import library
 
 AnyKernels = Kernels | DeviceKernels
 
@@ -76,8 +77,12 @@ def check_attention(
     learned = [] if bias is None else [bias]
     exact = results(closed_form, *(tensor.double() for tensor in (q, k, v, *learned)))
     plain = results(reference.block_attention, q, k, v, *learned)
-    for our, plain_one, exact_one in zip(ours[:4], plain, exact, strict=False):
-        assert_as_exact_as_plain(our, plain_one, exact_one)
+    # A query that sees one key has a softmax of 1: dq and dk are zero, as differences of numbers of this size.
+    alone = mask == "diagonal" and T == 1
+    cancels = max(1.0, (grad.float() @ v.float().transpose(2, 3)).abs().max().item()) if alone else 1.0
+    for index, (our, plain_one, exact_one) in enumerate(zip(ours[:4], plain, exact, strict=False)):
+        size = cancels if index in (1, 2) else 1.0
+        assert_as_exact_as_plain(our / size, plain_one / size, exact_one / size)
     if bias is not None:
         # A sum over all rows, so its floor is that of a row's share; the inputs' dtype rounds every term.
         rows = B * query_steps * T if dtype == torch.float32 else 1
@@ -218,13 +223,18 @@ def test_rows_far_from_zero_keep_their_digits(kernels: AnyKernels) -> None:
 
 
 @pytest.mark.parametrize(("dim", "freq_shift"), [(8, 0.0), (9, 0.0), (256, 1.0)])
-def test_timestep_embedding(kernels: AnyKernels, dim: int, freq_shift: float) -> None:
-    times = torch.tensor([0.0, 1.0, 249.75, 999.0], dtype=torch.float64)
+def test_timestep_embedding_rounds_where_dit_and_the_cpu_kernel_round(
+    kernels: AnyKernels, dim: int, freq_shift: float
+) -> None:
+    times = torch.tensor([0.0, 1.0, 249.75, 999.0])
     out = kernels.timestep_embedding(times, dim, 10000.0, freq_shift)
     half = dim // 2
-    angles = times[:, None] * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / (half - freq_shift))
-    exact = torch.cat([angles.cos(), angles.sin(), torch.zeros(4, dim % 2)], dim=1)
-    torch.testing.assert_close(out, exact.float(), rtol=0, atol=1e-7)
+    exponents = torch.tensor(-math.log(10000.0), dtype=torch.float32) * torch.arange(half) / (half - freq_shift)
+    angles = (times[:, None] * exponents.double().exp().float()).double()  # rounded to float32 three times
+    expected = torch.cat([angles.cos(), angles.sin(), torch.zeros(4, dim % 2)], dim=1)
+    torch.testing.assert_close(out, expected.float(), rtol=0, atol=1e-7)
+    if library is not None:
+        torch.testing.assert_close(out, torch.ops.pyard.timestep_embedding(times, dim, 10000.0, freq_shift), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
