@@ -40,6 +40,7 @@ struct Fiber {
   const void* input = nullptr;
   void* result = nullptr;
   std::deque<Copy> open, committed;
+  unsigned barriers = 0, warp_barriers = 0;  // passed
 };
 
 std::deque<Fiber> fibers;
@@ -50,8 +51,9 @@ Context scheduler;
 const std::function<void()>* body = nullptr;
 void (*warp_function)(const void* const*, void* const*) = nullptr;
 std::mt19937 drawn(1);
-// What happened before what, for ThreadSanitizer: addresses stand for events.
-char block_begun, block_ended, barrier, warp_barriers[64];
+// What happened before what, for ThreadSanitizer: addresses stand for events. Barriers take two in turn, since a thread may
+// arrive at the next one before another has left this one.
+char block_begun, block_ended, barriers[2], warp_barriers[32][2];
 
 [[noreturn]] void fail(const char* what) {
   std::fprintf(stderr, "cuda emulator: %s (block %u %u %u)\n", what, block_index.x, block_index.y, block_index.z);
@@ -122,16 +124,17 @@ void with_warp(const void* instruction, const void* mine, void* result,
 }
 
 void warp_barrier() {
-  char* event = &warp_barriers[thread_index.x / kWarp];
+  char* event = &warp_barriers[thread_index.x / kWarp][current->warp_barriers++ % 2];
   happens_before(event);
   with_warp("syncwarp", nullptr, nullptr, [](const void* const*, void* const*) {});
   happens_after(event);
 }
 
 void block_barrier() {
-  happens_before(&barrier);
+  char* event = &barriers[current->barriers++ % 2];
+  happens_before(event);
   yield(State::at_barrier);
-  happens_after(&barrier);
+  happens_after(event);
 }
 
 void draw_orders_from(unsigned seed) { drawn.seed(seed); }
@@ -140,6 +143,7 @@ void copy_async(void* shared, const void* global, bool inside) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) fail("cp.async to an address that is no multiple of 16");
   if (inside && reinterpret_cast<uintptr_t>(global) % 16 != 0)
     fail("cp.async from an address that is no multiple of 16");
+  writes(shared, 16);
   std::memset(shared, 0xff, 16);
   current->open.push_back({static_cast<char*>(shared), static_cast<const char*>(global), inside});
 }
@@ -151,7 +155,8 @@ void copy_async_commit() {
 
 void copy_async_wait() {
   for (const Copy& copy : current->committed) {
-    if (copy.inside) std::memcpy(copy.shared, copy.global, 16);
+    writes(copy.shared, 16);
+    if (copy.inside) reads(copy.global, 16), std::memcpy(copy.shared, copy.global, 16);
     if (!copy.inside) std::memset(copy.shared, 0, 16);
   }
   current->committed.clear();
@@ -176,8 +181,12 @@ void run_block(const std::function<void()>& thread, int threads) {
   body = &thread;
   std::memset(dynamic_shared_memory, 0xff, static_cast<size_t>(shared_bytes_of_block));
   happens_before(&block_begun);
+  begin_scheduling();
   std::vector<int> warps;
-  for (int index = 0; index < threads; ++index) fibers[static_cast<size_t>(index)].state = State::running;
+  for (int index = 0; index < threads; ++index) {
+    Fiber& fiber = fibers[static_cast<size_t>(index)];
+    fiber.state = State::running, fiber.barriers = fiber.warp_barriers = 0;
+  }
   for (int done = 0; done < threads;) {
     for (int first = 0; first < threads; first += kWarp) warps.push_back(first);
     // Either a warp runs as far ahead as the barriers allow, or the warps advance one instruction at a time.
@@ -195,6 +204,7 @@ void run_block(const std::function<void()>& thread, int threads) {
     }
     if (done != 0 && done != threads) fail("threads ended while others wait at a barrier");
   }
+  end_scheduling();
   happens_after(&block_ended);
 }
 
