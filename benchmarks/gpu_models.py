@@ -5,7 +5,8 @@ B batch, S num_steps, T tokens_per_step, D hidden size, L depth.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -32,10 +33,11 @@ def new_student(device: str, smoke: bool) -> Student:
     )
     schedule = NoiseSchedule()
     history_layers = 2 if smoke else 6
-    student = Student(StudentConfig(network, TimeGrid.build(schedule, 4, 25), schedule, history_layers))
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter.normal_(std=0.02)
+    with torch.device(device):  # 675 million random numbers are the work of seconds on a CPU
+        student = Student(StudentConfig(network, TimeGrid.build(schedule, 4, 25), schedule, history_layers))
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.normal_(std=0.02)
     return student.to(device, torch.bfloat16)
 
 
@@ -48,6 +50,17 @@ def pass_flops(student: Student) -> float:
     history = student.config.history_layers
     blocks_seen = history * S * (S + 1) / 2 + (L - history) * S
     return linear + modulation + blocks_seen * 4 * T * T * D
+
+
+@contextmanager
+def peak_memory(device: str) -> Iterator[dict[str, float]]:
+    """Fills in `peak_memory_gb`, of all that torch allocates inside the block and what was there before."""
+    peak: dict[str, float] = {}
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    yield peak
+    if device == "cuda":
+        peak["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
 
 
 def compile_blocks(student: Student, first: int) -> None:
@@ -78,12 +91,9 @@ def training(results: Results, device: str, smoke: bool) -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        with ops.use_backend(backend):
+        with ops.use_backend(backend), peak_memory(device) as peak:
             ms = median_ms(step, device, budget_s=2.0)
-        memory = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
-        return {"batch": B, "ms": ms, "tflop_per_s": 3 * B * pass_flops(student) / ms / 1e9, "peak_gb": memory}
+        return {"batch": B, "ms": ms, "gflop": 3 * B * pass_flops(student) / 1e9, **peak}
 
     for name, backend, compiled in _ways(smoke):
         results.measure(name, partial(run, backend, compiled))
@@ -105,7 +115,7 @@ def sampling(results: Results, device: str, smoke: bool) -> None:
             *_, sample = student.rollout(noise, labels, cache)
             return sample
 
-        with torch.no_grad(), ops.use_backend(backend):
+        with torch.no_grad(), ops.use_backend(backend), peak_memory(device) as peak:
             call: Callable[[], object] = rollout
             if graph and device == "cuda":
                 stream = torch.cuda.Stream()
@@ -119,7 +129,15 @@ def sampling(results: Results, device: str, smoke: bool) -> None:
                     rollout()
                 call = recorded.replay
             ms = median_ms(call, device)
-        return {"batch": B, "ms": ms, "tflop_per_s": B * pass_flops(student) / ms / 1e9}
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in student.trunk.parameters())
+        return {
+            "batch": B,
+            "ms": ms,
+            "gflop": B * pass_flops(student) / 1e9,
+            "gb": student.num_steps * weights / 1e9,  # every pass reads them
+            "images_per_s": B / ms * 1e3,
+            **peak,
+        }
 
     for B in (1, 2) if smoke else (1, 64):
         for name, backend, compiled in _ways(smoke):

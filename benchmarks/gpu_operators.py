@@ -30,7 +30,7 @@ def ceilings(results: Results, device: str, smoke: bool) -> None:
 
     def copy() -> dict[str, Any]:
         ms = median_ms(lambda: target.copy_(source), device)
-        return {"ms": ms, "tb_per_s": 2 * size / ms / 1e9}
+        return {"ms": ms, "tb_per_s": 2 * size / ms / 1e9}  # gpu_table takes the floors of all other rows from these two
 
     n = 256 if smoke else 8192
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -59,7 +59,7 @@ def timed(forward: Callable[[], Any], leaves: list[Tensor], device: str) -> tupl
 
 
 def rows(results: Results, device: str, smoke: bool) -> None:
-    """modulated_layer_norm, gated_residual and both: bytes that must move, over the time."""
+    """modulated_layer_norm, gated_residual and both, with the bytes that must move."""
     B, S, T, D = (2, 2, 4, 64) if smoke else (64, 4, 256, 1152)
     kinds = {"device": device, "dtype": torch.bfloat16}
     x, branch = (torch.randn(B, S, T, D, **kinds, requires_grad=True) for _ in range(2))
@@ -84,12 +84,7 @@ def rows(results: Results, device: str, smoke: bool) -> None:
             with ops.use_backend(backend):
                 call = torch.compile(function) if compiled else function
                 forward, both = timed(lambda: call(*leaves), leaves, device)
-            return {
-                "forward_ms": forward,
-                "both_ms": both,
-                "forward_tb_per_s": moved[0] * size / forward / 1e9,
-                "both_tb_per_s": moved[1] * size / both / 1e9,
-            }
+            return {"forward_ms": forward, "forward_gb": moved[0] * size / 1e9, "both_ms": both, "both_gb": moved[1] * size / 1e9}
 
         for label, backend, compiled in (
             ("native", "native", False),
@@ -125,8 +120,13 @@ def attention(results: Results, device: str, smoke: bool) -> None:
     def native() -> Tensor:
         return ops.block_attention(q, k, v, T)
 
+    # q, out and grad once, k and v once: what forward, then both, move at least.
+    size = q.numel() * q.element_size()
+
     def run(forward: Callable[[], Tensor], sdpa: SDPBackend | None, backend: Backend, deterministic: bool) -> dict[str, Any]:
         torch.use_deterministic_algorithms(deterministic)
+        # Otherwise every new tensor is filled with NaN first, which is no part of the work.
+        torch.utils.deterministic.fill_uninitialized_memory = False
         try:
             with ops.use_backend(backend), sdpa_kernel(ANY_SDPA if sdpa is None else sdpa):
                 error = (forward().double() - exact).norm() / exact.norm()
@@ -135,9 +135,11 @@ def attention(results: Results, device: str, smoke: bool) -> None:
             torch.use_deterministic_algorithms(False)
         return {
             "forward_ms": alone,
+            "forward_gflop": flops / 1e9,
+            "forward_gb": 4 * size / 1e9,
             "both_ms": both,
-            "forward_tflop_per_s": flops / alone / 1e9,
-            "both_tflop_per_s": 3.5 * flops / both / 1e9,
+            "both_gflop": 3.5 * flops / 1e9,
+            "both_gb": 12 * size / 1e9,
             "relative_error": error.item(),
         }
 
