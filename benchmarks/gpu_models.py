@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu_operators import dtype_of
 from benchmarks.gpu_timing import Results, median_ms, options
 from pyard import ops
 from pyard.models.dit import DiTConfig
@@ -38,7 +39,7 @@ def new_student(device: str, smoke: bool) -> Student:
         with torch.no_grad():
             for parameter in student.parameters():
                 parameter.normal_(std=0.02)
-    return student.to(device, torch.bfloat16)
+    return student.to(device, dtype_of(smoke))
 
 
 def pass_flops(student: Student) -> float:
@@ -78,7 +79,7 @@ def training(results: Results, device: str, smoke: bool) -> None:
         student = new_student(device, smoke).train()
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.0, fused=device == "cuda")
         history, target = (
-            torch.randn(B, student.num_steps, *student.sample_shape, device=device, dtype=torch.bfloat16) for _ in range(2)
+            torch.randn(B, student.num_steps, *student.sample_shape, device=device, dtype=dtype_of(smoke)) for _ in range(2)
         )
         labels = torch.randint(student.num_classes, (B,), device=device)
         if compiled:
@@ -105,7 +106,7 @@ def sampling(results: Results, device: str, smoke: bool) -> None:
     def run(backend: ops.Backend, compiled: bool, B: int, graph: bool) -> dict[str, Any]:
         torch.manual_seed(0)
         student = new_student(device, smoke).eval()
-        noise = torch.randn(B, *student.sample_shape, device=device, dtype=torch.bfloat16)
+        noise = torch.randn(B, *student.sample_shape, device=device, dtype=dtype_of(smoke))
         labels = torch.randint(student.num_classes, (B,), device=device)
         cache = student.new_cache(B)
         if compiled:

@@ -13,8 +13,9 @@ from torch import Tensor
 from pyard.errors import InputError
 from pyard.ops import native
 
-Backend = Literal["auto", "native", "reference"]
+Backend = Literal["auto", "native", "reference", "sdpa", "flex"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
+ATTENTION_BACKENDS = ("sdpa", "flex")
 
 OPERATORS = (
     "modulated_layer_norm",
@@ -64,7 +65,8 @@ def use_backend(name: Backend) -> Iterator[None]:
     Args:
         name: `auto` (what is fastest: on the CPU the kernel where there is one, else the plain twin), `native` (the kernel of
             every operator that has one, or an error that says why not) or `reference` (plain PyTorch; what exporters
-            want).
+            want). `sdpa` and `flex` choose for `block_attention` alone: PyTorch's SDPA step by step, or FlexAttention
+            on CUDA, where other devices have SDPA; for the rest they are `auto`.
 
     Raises:
         InputError: If `name` is none of these.
@@ -86,6 +88,8 @@ def takes_native(operator: str, x: Tensor) -> bool:
     device = x.device.type
     if operator not in KERNELS or _choice == "reference" or torch.onnx.is_in_onnx_export():
         return False
+    if operator == "block_attention" and _choice in ATTENTION_BACKENDS:
+        return False
     if device in DTYPES and device not in KERNELS[operator]:
         return False  # no kernel was written for it there: `native` takes the twin, too
     taken = has_kernel(operator, device) and x.dtype in _dtypes(operator, device)
@@ -96,7 +100,7 @@ def takes_native(operator: str, x: Tensor) -> bool:
 
 def has_kernel(operator: str, device: str) -> bool:
     """Whether the backend in force takes a kernel of `operator` on a device type, for the dtypes that it has."""
-    chosen = _choice == "native" or (_choice == "auto" and device in AUTO_DEVICES)
+    chosen = _choice == "native" or (_choice in ("auto", *ATTENTION_BACKENDS) and device in AUTO_DEVICES)
     return chosen and device in KERNELS.get(operator, ()) and _is_built(device)
 
 
