@@ -125,7 +125,7 @@ def attention(results: Results, device: str, smoke: bool) -> None:
     def native() -> Tensor:
         return ops.block_attention(q, k, v, T)
 
-    # q, out and grad once, k and v once: what forward, then both, move at least.
+    # Forward moves q, k, v and out; backward reads these and grad, and writes three gradients.
     size = q.numel() * q.element_size()
 
     def run(forward: Callable[[], Tensor], sdpa: SDPBackend | None, backend: Backend, deterministic: bool) -> dict[str, Any]:

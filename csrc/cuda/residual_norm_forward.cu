@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(Shape::kThreads) forward_kernel(const Task tas
     }
     if constexpr (kNorm) {
       float mean, rstd;
-      moments<Shape>(row, end > 0, dim, sizes.eps, row_sum, mean, rstd);
+      moments<Shape>(row, dim, sizes.eps, row_sum, mean, rstd);
 #pragma unroll
       for (int i = 0; i < Shape::kChunks; ++i) {
         float scales[Shape::kValues];

@@ -104,8 +104,8 @@ class RowSum {
 
 // mean and 1 / sqrt(variance + eps) of a row held in registers. Two passes: E[x^2] - E[x]^2 would cancel far from zero.
 template <typename Shape>
-__device__ __forceinline__ void moments(const Chunk (&row)[Shape::kChunks], bool present, int dim, float eps,
-                                        RowSum<Shape>& row_sum, float& mean, float& rstd) {
+__device__ __forceinline__ void moments(const Chunk (&row)[Shape::kChunks], int dim, float eps, RowSum<Shape>& row_sum,
+                                        float& mean, float& rstd) {
   typename Shape::T scalar{};
   float sum = 0.0f;
   float values[Shape::kValues];
@@ -127,8 +127,6 @@ __device__ __forceinline__ void moments(const Chunk (&row)[Shape::kChunks], bool
     }
   }
   rstd = rsqrtf(row_sum(squares) / static_cast<float>(dim) + eps);
-  // A row that is not there would be zeros of no variance: with eps = 0 its infinity would reach the sums over tokens.
-  if (!present) rstd = 0.0f;
 }
 
 template <typename T>
