@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -86,14 +87,10 @@ def bench_quality(
 
 def _train_all(plan: Plan, cells: list[Cell], out: Path, quick: bool, workers: int, gpus: int, progress: bool) -> list[str]:
     """Make all cells, each after the one it goes on from; returns the messages of those that failed."""
-    context = get_context("spawn")
-    numbers = context.Queue()
-    for number in range(workers):
-        numbers.put(number)
     failures: list[str] = []
     names = {cell.name for cell in cells}
     with (
-        ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(numbers, gpus)) as pool,
+        _pool(workers, gpus) as pool,
         tqdm(total=sum(_updates(plan, cell) for cell in cells), desc="students", unit="update", disable=not progress) as bar,
     ):
         # Whatever must be there first has a name: a subject, or the cell that another goes on from.
@@ -117,6 +114,30 @@ def _train_all(plan: Plan, cells: list[Cell], out: Path, quick: bool, workers: i
                         pending[pool.submit(_make, budget, cell, out, quick)] = cell.name
             bar.update(sum(_updates_done(plan, cell, out) for cell in cells) - bar.n)
     return failures
+
+
+@contextmanager
+def _pool(workers: int, gpus: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end when this one is asked to: each writes a checkpoint of what it trains, and starts nothing new."""
+    context = get_context("spawn")
+    numbers = context.Queue()
+    for number in range(workers):
+        numbers.put(number)
+
+    def end(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(numbers, gpus))
+    try:
+        yield pool
+    except KeyboardInterrupt:
+        for process in list(pool._processes.values()):
+            process.terminate()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
