@@ -1,11 +1,13 @@
 """How good a student is: against real data, against its teacher, and in time."""
 
 from pyard.evaluation.evaluate_students import evaluate
+from pyard.evaluation.feature_file import FeatureSettings, FileFeatures
 from pyard.evaluation.features import Classifier, FeatureNetwork, digits_classifier
 from pyard.evaluation.frechet import GaussianStatistics, frechet_distance, frechet_infinity
 from pyard.evaluation.inception_score import inception_score
 from pyard.evaluation.measure import Candidate, measure
 from pyard.evaluation.neighbours import precision_recall
+from pyard.evaluation.reference import Reference, load_reference
 from pyard.evaluation.report import Evaluation, Quality
 
 __all__ = [
@@ -13,13 +15,17 @@ __all__ = [
     "Classifier",
     "Evaluation",
     "FeatureNetwork",
+    "FeatureSettings",
+    "FileFeatures",
     "GaussianStatistics",
     "Quality",
+    "Reference",
     "digits_classifier",
     "evaluate",
     "frechet_distance",
     "frechet_infinity",
     "inception_score",
+    "load_reference",
     "measure",
     "precision_recall",
 ]
