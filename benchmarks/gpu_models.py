@@ -5,12 +5,14 @@ B batch, S num_steps, T tokens_per_step, D hidden size, L depth.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 
+from benchmarks.gpu_operators import dtype_of
 from benchmarks.gpu_timing import Results, median_ms, options
 from pyard import ops
 from pyard.models.dit import DiTConfig
@@ -32,11 +34,12 @@ def new_student(device: str, smoke: bool) -> Student:
     )
     schedule = NoiseSchedule()
     history_layers = 2 if smoke else 6
-    student = Student(StudentConfig(network, TimeGrid.build(schedule, 4, 25), schedule, history_layers))
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter.normal_(std=0.02)
-    return student.to(device, torch.bfloat16)
+    with torch.device(device):  # 675 million random numbers are the work of seconds on a CPU
+        student = Student(StudentConfig(network, TimeGrid.build(schedule, 4, 25), schedule, history_layers))
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.normal_(std=0.02)
+    return student.to(device, dtype_of(smoke))
 
 
 def pass_flops(student: Student) -> float:
@@ -48,6 +51,17 @@ def pass_flops(student: Student) -> float:
     history = student.config.history_layers
     blocks_seen = history * S * (S + 1) / 2 + (L - history) * S
     return linear + modulation + blocks_seen * 4 * T * T * D
+
+
+@contextmanager
+def peak_memory(device: str) -> Iterator[dict[str, float]]:
+    """Fills in `peak_memory_gb`, of all that torch allocates inside the block and what was there before."""
+    peak: dict[str, float] = {}
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    yield peak
+    if device == "cuda":
+        peak["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
 
 
 def compile_blocks(student: Student, first: int) -> None:
@@ -65,7 +79,7 @@ def training(results: Results, device: str, smoke: bool) -> None:
         student = new_student(device, smoke).train()
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.0, fused=device == "cuda")
         history, target = (
-            torch.randn(B, student.num_steps, *student.sample_shape, device=device, dtype=torch.bfloat16) for _ in range(2)
+            torch.randn(B, student.num_steps, *student.sample_shape, device=device, dtype=dtype_of(smoke)) for _ in range(2)
         )
         labels = torch.randint(student.num_classes, (B,), device=device)
         if compiled:
@@ -78,12 +92,9 @@ def training(results: Results, device: str, smoke: bool) -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        with ops.use_backend(backend):
+        with ops.use_backend(backend), peak_memory(device) as peak:
             ms = median_ms(step, device, budget_s=2.0)
-        memory = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
-        return {"batch": B, "ms": ms, "tflop_per_s": 3 * B * pass_flops(student) / ms / 1e9, "peak_gb": memory}
+        return {"batch": B, "ms": ms, "gflop": 3 * B * pass_flops(student) / 1e9, **peak}
 
     for name, backend, compiled in _ways(smoke):
         results.measure(name, partial(run, backend, compiled))
@@ -95,7 +106,7 @@ def sampling(results: Results, device: str, smoke: bool) -> None:
     def run(backend: ops.Backend, compiled: bool, B: int, graph: bool) -> dict[str, Any]:
         torch.manual_seed(0)
         student = new_student(device, smoke).eval()
-        noise = torch.randn(B, *student.sample_shape, device=device, dtype=torch.bfloat16)
+        noise = torch.randn(B, *student.sample_shape, device=device, dtype=dtype_of(smoke))
         labels = torch.randint(student.num_classes, (B,), device=device)
         cache = student.new_cache(B)
         if compiled:
@@ -105,7 +116,7 @@ def sampling(results: Results, device: str, smoke: bool) -> None:
             *_, sample = student.rollout(noise, labels, cache)
             return sample
 
-        with torch.no_grad(), ops.use_backend(backend):
+        with torch.no_grad(), ops.use_backend(backend), peak_memory(device) as peak:
             call: Callable[[], object] = rollout
             if graph and device == "cuda":
                 stream = torch.cuda.Stream()
@@ -119,7 +130,15 @@ def sampling(results: Results, device: str, smoke: bool) -> None:
                     rollout()
                 call = recorded.replay
             ms = median_ms(call, device)
-        return {"batch": B, "ms": ms, "tflop_per_s": B * pass_flops(student) / ms / 1e9}
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in student.trunk.parameters())
+        return {
+            "batch": B,
+            "ms": ms,
+            "gflop": B * pass_flops(student) / 1e9,
+            "gb": student.num_steps * weights / 1e9,  # every pass reads them
+            "images_per_s": B / ms * 1e3,
+            **peak,
+        }
 
     for B in (1, 2) if smoke else (1, 64):
         for name, backend, compiled in _ways(smoke):

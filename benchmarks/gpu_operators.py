@@ -23,6 +23,11 @@ Backend = ops.Backend
 ANY_SDPA = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
 
 
+def dtype_of(smoke: bool) -> torch.dtype:
+    """bfloat16, which a CPU may have no instructions for."""
+    return torch.float32 if smoke else torch.bfloat16
+
+
 def ceilings(results: Results, device: str, smoke: bool) -> None:
     """A large copy, counting bytes read and written, and a large product of random matrices."""
     size = 2**20 if smoke else 2**32
@@ -30,10 +35,10 @@ def ceilings(results: Results, device: str, smoke: bool) -> None:
 
     def copy() -> dict[str, Any]:
         ms = median_ms(lambda: target.copy_(source), device)
-        return {"ms": ms, "tb_per_s": 2 * size / ms / 1e9}
+        return {"ms": ms, "tb_per_s": 2 * size / ms / 1e9}  # gpu_table takes the floors of all other rows from these two
 
     n = 256 if smoke else 8192
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device, dtype=dtype_of(smoke)) for _ in range(2))
 
     def product() -> dict[str, Any]:
         ms = median_ms(lambda: a @ b, device)
@@ -59,11 +64,11 @@ def timed(forward: Callable[[], Any], leaves: list[Tensor], device: str) -> tupl
 
 
 def rows(results: Results, device: str, smoke: bool) -> None:
-    """modulated_layer_norm, gated_residual and both: bytes that must move, over the time."""
+    """modulated_layer_norm, gated_residual and both, with the bytes that must move."""
     B, S, T, D = (2, 2, 4, 64) if smoke else (64, 4, 256, 1152)
-    kinds = {"device": device, "dtype": torch.bfloat16}
-    x, branch = (torch.randn(B, S, T, D, **kinds, requires_grad=True) for _ in range(2))
-    gate, shift, scale = (torch.randn(B, S, D, **kinds, requires_grad=True) for _ in range(3))
+    dtype = dtype_of(smoke)
+    x, branch = (torch.randn(B, S, T, D, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
+    gate, shift, scale = (torch.randn(B, S, D, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     size = x.numel() * x.element_size()
     # Tensors of x's size that forward, then forward and backward, must read or write once.
     cases: dict[str, tuple[Callable[..., Any], list[Tensor], int, int]] = {
@@ -84,12 +89,7 @@ def rows(results: Results, device: str, smoke: bool) -> None:
             with ops.use_backend(backend):
                 call = torch.compile(function) if compiled else function
                 forward, both = timed(lambda: call(*leaves), leaves, device)
-            return {
-                "forward_ms": forward,
-                "both_ms": both,
-                "forward_tb_per_s": moved[0] * size / forward / 1e9,
-                "both_tb_per_s": moved[1] * size / both / 1e9,
-            }
+            return {"forward_ms": forward, "forward_gb": moved[0] * size / 1e9, "both_ms": both, "both_gb": moved[1] * size / 1e9}
 
         for label, backend, compiled in (
             ("native", "native", False),
@@ -104,7 +104,7 @@ def rows(results: Results, device: str, smoke: bool) -> None:
 def attention(results: Results, device: str, smoke: bool) -> None:
     """block_attention at DiT-XL/2's lower layers, beside every other way to compute it."""
     B, H, S, T, head_dim = (1, 2, 2, 8, 24) if smoke else (8, 16, 4, 256, 72)
-    fused = torch.randn(B, S * T, 3, H, head_dim, device=device, dtype=torch.bfloat16)
+    fused = torch.randn(B, S * T, 3, H, head_dim, device=device, dtype=dtype_of(smoke))
     q, k, v = (tensor.detach().requires_grad_() for tensor in fused.permute(2, 0, 3, 1, 4).unbind(0))
     flops = 4 * B * H * head_dim * T * T * S * (S + 1) / 2
     step = torch.arange(S * T, device=device) // T
@@ -125,8 +125,13 @@ def attention(results: Results, device: str, smoke: bool) -> None:
     def native() -> Tensor:
         return ops.block_attention(q, k, v, T)
 
+    # Forward moves q, k, v and out; backward reads these and grad, and writes three gradients.
+    size = q.numel() * q.element_size()
+
     def run(forward: Callable[[], Tensor], sdpa: SDPBackend | None, backend: Backend, deterministic: bool) -> dict[str, Any]:
         torch.use_deterministic_algorithms(deterministic)
+        # Otherwise every new tensor is filled with NaN first, which is no part of the work.
+        torch.utils.deterministic.fill_uninitialized_memory = False
         try:
             with ops.use_backend(backend), sdpa_kernel(ANY_SDPA if sdpa is None else sdpa):
                 error = (forward().double() - exact).norm() / exact.norm()
@@ -135,9 +140,11 @@ def attention(results: Results, device: str, smoke: bool) -> None:
             torch.use_deterministic_algorithms(False)
         return {
             "forward_ms": alone,
+            "forward_gflop": flops / 1e9,
+            "forward_gb": 4 * size / 1e9,
             "both_ms": both,
-            "forward_tflop_per_s": flops / alone / 1e9,
-            "both_tflop_per_s": 3.5 * flops / both / 1e9,
+            "both_gflop": 3.5 * flops / 1e9,
+            "both_gb": 12 * size / 1e9,
             "relative_error": error.item(),
         }
 

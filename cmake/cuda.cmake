@@ -22,32 +22,36 @@ endforeach()
 
 enable_language(CUDA)
 # torch brings a CUDA runtime of its own or none; with a static one this library needs nothing but the driver.
-set_target_properties(pyard_ops PROPERTIES
-  CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}"
-  CUDA_STANDARD 17
-  CUDA_STANDARD_REQUIRED ON
-  CUDA_VISIBILITY_PRESET hidden
-  CUDA_RUNTIME_LIBRARY Static)
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+set_target_properties(pyard_ops PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
 if(CCACHE)
   set(CMAKE_CUDA_COMPILER_LAUNCHER "${CCACHE}")
 endif()
 
-target_sources(pyard_ops PRIVATE
-  csrc/cuda/block_attention.cpp
+add_library(pyard_cuda_kernels OBJECT
   csrc/cuda/block_attention_backward.cu
   csrc/cuda/block_attention_forward.cu
   csrc/cuda/gather_rows.cu
-  csrc/cuda/library.cpp
-  csrc/cuda/residual_norm.cpp
   csrc/cuda/residual_norm_backward.cu
   csrc/cuda/residual_norm_forward.cu
-  csrc/cuda/small_operators.cpp
-  csrc/cuda/stream.cpp
   csrc/cuda/timestep_embedding.cu)
+target_include_directories(pyard_cuda_kernels PUBLIC csrc/cuda csrc/cuda/ptx)
+# Registers and spills of every kernel, for csrc/cuda/check_spills.py.
+target_compile_options(pyard_cuda_kernels PRIVATE -Xptxas=-v)
+target_sources(pyard_ops PRIVATE
+  csrc/cuda/block_attention.cpp
+  csrc/cuda/library.cpp
+  csrc/cuda/residual_norm.cpp
+  csrc/cuda/small_operators.cpp
+  csrc/cuda/stream.cpp)
 list(JOIN PYARD_CUDA_ARCH_LIST " " PYARD_CUDA_ARCHS)
 set_property(SOURCE csrc/library.cpp APPEND PROPERTY
   COMPILE_DEFINITIONS PYARD_HAS_CUDA "PYARD_CUDA_ARCHS=\"${PYARD_CUDA_ARCHS}\"")
-target_include_directories(pyard_ops PRIVATE csrc/cuda csrc/cuda/ptx)
-target_link_libraries(pyard_ops PRIVATE ${CMAKE_DL_LIBS})
-# Registers and spills of every kernel, for csrc/cuda/check_spills.py.
-set_property(TARGET pyard_ops APPEND PROPERTY COMPILE_OPTIONS "$<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v>")
+target_link_libraries(pyard_ops PRIVATE pyard_cuda_kernels ${CMAKE_DL_LIBS})
+
+# Every kernel without torch or Python, for compute-sanitizer: benchmarks/gpu_check.sh.
+add_executable(pyard_gpu_sanitize EXCLUDE_FROM_ALL benchmarks/gpu_sanitize.cu)
+target_link_libraries(pyard_gpu_sanitize PRIVATE pyard_cuda_kernels)

@@ -56,6 +56,7 @@ COMMANDS = {
     "evaluate": Command("pyard.evaluation", "evaluate", "measure a student against its teacher and real data"),
     "export": Command("pyard.export", "export", "write a student as one ONNX file and check it", bare=("--onnx",)),
     "bench onnx": Command("pyard.bench.onnx", "bench_onnx", "time students in PyTorch and onnxruntime"),
+    "bench quality": Command("pyard.bench.quality", "bench_quality", "compare students that differ in one thing"),
     "doctor": Command("pyard.doctor", "doctor", "say what is built, for what, and what to do about what is not"),
 }
 

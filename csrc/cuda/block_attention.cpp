@@ -13,6 +13,9 @@ namespace pyard::cuda {
 
 namespace {
 
+// The kernels count the rows of a head in 32 bits, a tile beyond the last one included.
+constexpr int64_t kMostRows = int64_t{1} << 30;
+
 int mask_of(const std::string& name, const char* self) {
   if (name == "diagonal") return kDiagonal;
   if (name == "window") return kWindow;
@@ -30,6 +33,7 @@ Attention checked(const char* self, const Tensor& q, const Tensor& k, const Tens
   STD_TORCH_CHECK(T >= 1 && queries % T == 0 && keys % T == 0 && 0 < queries && queries <= keys, self, ": ", queries,
                   " queries and ", keys, " keys, expected multiples of tokens_per_step = ", T,
                   " and 1 <= query blocks <= key blocks");
+  STD_TORCH_CHECK(keys <= kMostRows, self, ": ", keys, " keys, expected at most ", kMostRows);
   STD_TORCH_CHECK(dim >= 8 && dim <= 128 && dim % 8 == 0, self, ": head size ", dim,
                   ", expected a multiple of 8 from 8 to 128");
   STD_TORCH_CHECK(B <= 65535 && H <= 65535, self, ": batch ", B, " and ", H, " heads, expected at most 65535 of each");
@@ -44,8 +48,9 @@ Attention checked(const char* self, const Tensor& q, const Tensor& k, const Tens
   const float* bias_data = nullptr;
   if (bias.has_value()) {
     cpu::check_shape(*bias, self, "bias", {H});
-    STD_TORCH_CHECK(bias->is_cuda() && bias->scalar_type() == ScalarType::Float && (H == 1 || bias->stride(0) == 1),
-                    self, ": bias must be contiguous float32 on the device of q");
+    check_device(*bias, q, self, "bias");
+    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && (H == 1 || bias->stride(0) == 1), self,
+                    ": bias must be contiguous float32");
     bias_data = static_cast<const float*>(bias->const_data_ptr());
   }
   const BlockMask block_mask = {small(queries / T, self), small(keys / T, self), small(T, self), kind,
@@ -87,8 +92,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const char* self, bool deter
     check_like(*tensor, q, self, argument);
   }
   cpu::check_shape(log_sum_exp, self, "log_sum_exp", {B, H, queries});
-  STD_TORCH_CHECK(log_sum_exp.is_cuda() && log_sum_exp.scalar_type() == ScalarType::Float, self,
-                  ": log_sum_exp must be float32 on the device of q");
+  check_device(log_sum_exp, q, self, "log_sum_exp");
+  STD_TORCH_CHECK(log_sum_exp.scalar_type() == ScalarType::Float, self, ": log_sum_exp must be float32");
   const Tensor statistics = torch::stable::contiguous(log_sum_exp);
 
   const OnDevice device(q);

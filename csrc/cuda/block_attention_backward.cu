@@ -7,6 +7,7 @@
 // a kernel of its own that owns queries and computes the logits again: two products of seven more, and the same bits
 // always.
 #include <block_attention.cuh>
+#include <rows.cuh>
 
 namespace pyard::cuda {
 namespace {
@@ -273,23 +274,35 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2) query_kernel
                           queries - row, attention.head_dim);
 }
 
-// delta = rowsum(out * grad); a warp takes a row.
+// delta = rowsum(out * grad); eight lanes take a row.
+constexpr int kLanesOfRow = 8;
+constexpr int kRowsOfDelta = kThreads / kLanesOfRow;
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads) delta_kernel(const AttentionBackward arguments) {
   const Attention& attention = arguments.attention;
   const int rows_of_head = attention.mask.query_steps * attention.mask.tokens;
   const int b = static_cast<int>(blockIdx.z), h = static_cast<int>(blockIdx.y);
-  const int row = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32;
+  const int row = static_cast<int>(blockIdx.x) * kRowsOfDelta + static_cast<int>(threadIdx.x) / kLanesOfRow;
+  const int lane = lane_index() % kLanesOfRow;
   float sum = 0.0f;
   if (row < rows_of_head) {
     const T* out = head_of<const T>(arguments.out, b, h) + row * arguments.out.row;
     const T* grad = head_of<const T>(arguments.grad, b, h) + row * arguments.grad.row;
-    for (int i = lane_index(); i < attention.head_dim; i += 32) sum += to_float(out[i]) * to_float(grad[i]);
+    for (int column = lane * kPerChunk<T>; column < attention.head_dim; column += kLanesOfRow * kPerChunk<T>) {
+      float left[kPerChunk<T>], right[kPerChunk<T>];
+      unpack(left, load_chunk(out, column, attention.head_dim), T{});
+      unpack(right, load_chunk(grad, column, attention.head_dim), T{});
+#pragma unroll
+      for (int i = 0; i < kPerChunk<T>; ++i) sum += left[i] * right[i];
+    }
   }
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+  for (int distance = kLanesOfRow / 2; distance > 0; distance /= 2) {
+    sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+  }
   const int64_t head = static_cast<int64_t>(b) * attention.heads + h;
-  if (row < rows_of_head && lane_index() == 0) arguments.delta[head * rows_of_head + row] = sum;
+  if (row < rows_of_head && lane == 0) arguments.delta[head * rows_of_head + row] = sum;
 }
 
 struct Backward {
@@ -301,7 +314,7 @@ struct Backward {
     const Attention& attention = arguments.attention;
     const BlockMask& mask = attention.mask;
     const unsigned heads = attention.heads, batch = attention.batch;
-    const dim3 rows(divide_up(mask.query_steps * mask.tokens, kWarps), heads, batch);
+    const dim3 rows(divide_up(mask.query_steps * mask.tokens, kRowsOfDelta), heads, batch);
     const dim3 keys(tiles_of_steps(mask.key_steps, mask.tokens, kOwnedRows), heads, batch);
     const dim3 queries(tiles_of_steps(mask.query_steps, mask.tokens, kOwnedRows), heads, batch);
     const char* error = launch(delta_kernel<T>, rows, kThreads, 0, stream, arguments);

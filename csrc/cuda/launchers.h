@@ -79,11 +79,11 @@ struct AttentionBackward {
 };
 
 struct TimestepEmbedding {
-  const double* times;  // [count]
-  float* out;           // [count, dim]
+  const float* times;  // [count]
+  float* out;          // [count, dim]
   int64_t count;
   int dim;
-  double log_max_period, freq_shift;
+  float rate, frequencies;  // -log(max_period), dim // 2 - freq_shift
 };
 
 // Chosen trajectories of a store that lies on the device, converted on the way. `store` holds `steps` rows of each; row

@@ -58,6 +58,8 @@ __global__ void __launch_bounds__(Shape::kThreads, kResident<Shape, kGate, kNorm
     float values[Shape::kValues], grads[Shape::kValues], factors[Shape::kValues], others[Shape::kValues];
     if constexpr (kNorm) {
       moments<Shape>(row, dim, sizes.eps, row_sum, mean, rstd);
+      // A row that is not there is zeros of no variance: with eps = 0 its infinity would reach the sums over tokens.
+      if (end == 0) rstd = 0.0f;
 #pragma unroll
       for (int i = 0; i < Shape::kChunks; ++i) {
         unpack(values, row[i], T{}), unpack(grads, grad[i], T{});

@@ -10,8 +10,8 @@ namespace pyard::cuda {
 
 Tensor timestep_embedding(const Tensor& times, int64_t dim, double max_period, double freq_shift) {
   const char* self = "timestep_embedding";
-  STD_TORCH_CHECK(times.scalar_type() == ScalarType::Double, self, ": times has dtype ",
-                  torch::headeronly::toString(times.scalar_type()), ", expected float64");
+  STD_TORCH_CHECK(times.scalar_type() == ScalarType::Float, self, ": times has dtype ",
+                  torch::headeronly::toString(times.scalar_type()), ", expected float32");
   STD_TORCH_CHECK(dim >= 2 && static_cast<double>(dim / 2) > freq_shift, self, ": dim is ", dim,
                   ", expected at least 2 and dim // 2 > freq_shift = ", freq_shift);
   const OnDevice device(times);
@@ -19,12 +19,12 @@ Tensor timestep_embedding(const Tensor& times, int64_t dim, double max_period, d
   std::vector<int64_t> sizes(times.sizes().begin(), times.sizes().end());
   sizes.push_back(dim);
   const Tensor out = torch::stable::new_empty(times, {sizes.data(), sizes.size()}, ScalarType::Float);
-  const TimestepEmbedding arguments = {static_cast<const double*>(flat.const_data_ptr()),
+  const TimestepEmbedding arguments = {static_cast<const float*>(flat.const_data_ptr()),
                                        static_cast<float*>(out.mutable_data_ptr()),
                                        times.numel(),
                                        small(dim, self),
-                                       std::log(max_period),
-                                       freq_shift};
+                                       static_cast<float>(-std::log(max_period)),
+                                       static_cast<float>(static_cast<double>(dim / 2) - freq_shift)};
   device.run(self, pyard_cuda_timestep_embedding, arguments);
   return out;
 }
@@ -36,10 +36,12 @@ std::tuple<Tensor, Tensor> gather_trajectories(const Tensor& noise, const Tensor
   for (int64_t i = 1; same && i < noise.dim(); ++i) same = noise.size(i) == steps.size(i + 1);
   STD_TORCH_CHECK(same, self, ": noise and steps have shapes ", cpu::shape_of(noise), " and ", cpu::shape_of(steps),
                   ", expected [n, ...] and [n, S, ...]");
-  STD_TORCH_CHECK(indices.dim() == 1 && indices.scalar_type() == ScalarType::Long && indices.is_cuda(), self,
-                  ": indices has shape ", cpu::shape_of(indices), " and dtype ",
-                  torch::headeronly::toString(indices.scalar_type()), ", expected [B] and int64 on the store's device");
-  const OnDevice device(steps);
+  STD_TORCH_CHECK(indices.dim() == 1 && indices.scalar_type() == ScalarType::Long, self, ": indices has shape ",
+                  cpu::shape_of(indices), " and dtype ", torch::headeronly::toString(indices.scalar_type()),
+                  ", expected [B] and int64");
+  check_device(steps, noise, self, "steps");
+  check_device(indices, noise, self, "indices");
+  const OnDevice device(noise);
   const Tensor noise_rows = with_aligned_rows(torch::stable::contiguous(noise));
   const Tensor step_rows = with_aligned_rows(torch::stable::contiguous(steps));
   const Tensor index = torch::stable::contiguous(indices);

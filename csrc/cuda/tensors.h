@@ -59,9 +59,14 @@ inline int small(int64_t size, const char* operator_name) {
   return static_cast<int>(size);
 }
 
+// An operator is dispatched to CUDA as soon as one of its tensors is there: a pointer of the CPU must not pass for one.
+inline void check_device(const Tensor& tensor, const Tensor& like, const char* operator_name, const char* argument) {
+  STD_TORCH_CHECK(like.is_cuda() && tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(),
+                  operator_name, ": ", argument, " is on another device than the first argument, or not on a GPU");
+}
+
 inline void check_like(const Tensor& tensor, const Tensor& like, const char* operator_name, const char* argument) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(), operator_name, ": ",
-                  argument, " is on another device");
+  check_device(tensor, like, operator_name, argument);
   STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), operator_name, ": ", argument, " has dtype ",
                   torch::headeronly::toString(tensor.scalar_type()), ", expected ",
                   torch::headeronly::toString(like.scalar_type()));

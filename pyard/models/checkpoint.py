@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from pyard.errors import InputError
 from pyard.models.dit import DiTConfig
@@ -73,6 +71,10 @@ def read_checkpoint(path: Path, *, weights: str = "ema") -> Checkpoint:
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a .pt or .safetensors checkpoint")
     if path.suffix == ".safetensors":
+        # Here, since a machine that only computes with models may have no safetensors.
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
         try:
             return Checkpoint(_clean(load_file(path)))
         except SafetensorError as error:
@@ -192,6 +194,8 @@ def write_checkpoint(path: Path, tensors: Tensors, **extra: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
     if path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
         save_file(tensors, partial)
     elif path.suffix == ".pt":
         torch.save({"model": tensors, "ema": tensors, **extra} if extra else tensors, partial)

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from pyard.errors import InputError
 from pyard.models.latents import LatentCodec
@@ -47,6 +45,9 @@ def save_folder(
     path: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], *, kind: str, codec: LatentCodec | None = None
 ) -> None:
     """Write a model folder; `kind` is the class that reads it, kept as diffusers' `_class_name`."""
+    # Here, since a machine that only computes with models may have no safetensors.
+    from safetensors.torch import save_file
+
     with new_folder(path) as folder:
         (folder / CONFIG_NAME).write_text(json.dumps({"_class_name": kind, **config}, indent=2) + "\n")
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_NAME)
@@ -75,6 +76,9 @@ def load_folder(path: Path, *, kind: str) -> tuple[dict[str, Any], dict[str, tor
     Raises:
         InputError: no such folder, another kind of model, or a damaged file.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     config = load_config(path, kind=kind)
     try:
         # Copies are aligned; in the file's own buffer they are not, and BLAS rounds by alignment.

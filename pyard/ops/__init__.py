@@ -188,9 +188,8 @@ def timestep_embedding(
     if dim < 2 or dim // 2 <= freq_shift:
         raise InputError(f"timestep_embedding: dim is {dim}, expected at least 2 and dim // 2 > freq_shift = {freq_shift}")
     times = times.float()
-    exact = times.double() if times.is_cuda else times
-    if takes_native("timestep_embedding", exact):
-        out: Tensor = torch.ops.pyard.timestep_embedding(exact, dim, max_period, freq_shift)
+    if takes_native("timestep_embedding", times):
+        out: Tensor = torch.ops.pyard.timestep_embedding(times, dim, max_period, freq_shift)
         return out
     return reference.timestep_embedding(times, dim, max_period, freq_shift)
 
@@ -245,6 +244,10 @@ def block_attention(
         bias = None if bias is None else bias.to(accumulator(q.dtype))
         out: Tensor = torch.ops.pyard.block_attention(q, k, v, T, mask, window, bias)[0]
         return out
+    if q.is_cuda and current_backend() == "flex":
+        from pyard.ops import flex  # its import costs what few need
+
+        return flex.block_attention(q, k, v, T, mask, window, bias)
     return reference.block_attention(q, k, v, T, mask, window, bias)
 
 

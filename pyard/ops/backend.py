@@ -13,8 +13,9 @@ from torch import Tensor
 from pyard.errors import InputError
 from pyard.ops import native
 
-Backend = Literal["auto", "native", "reference"]
+Backend = Literal["auto", "native", "reference", "sdpa", "flex"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
+ATTENTION_BACKENDS = ("sdpa", "flex")
 
 OPERATORS = (
     "modulated_layer_norm",
@@ -35,8 +36,8 @@ DTYPES: dict[str, frozenset[torch.dtype]] = {
     "cpu": frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16}),
     "cuda": frozenset({torch.float32, torch.bfloat16, torch.float16}),
 }
-# Of `timestep_embedding`, whose times are few: the CUDA kernel computes in float64, the CPU kernel rounds where DiT does.
-TIME_DTYPES = {"cpu": frozenset({torch.float32}), "cuda": frozenset({torch.float64})}
+# Of `timestep_embedding`, on every device: its face converts the times.
+TIME_DTYPES = frozenset({torch.float32})
 # Where `auto` takes the kernels. Those of CUDA have been compiled and emulated, but never run on a GPU.
 AUTO_DEVICES = frozenset({"cpu"})
 
@@ -64,7 +65,8 @@ def use_backend(name: Backend) -> Iterator[None]:
     Args:
         name: `auto` (what is fastest: on the CPU the kernel where there is one, else the plain twin), `native` (the kernel of
             every operator that has one, or an error that says why not) or `reference` (plain PyTorch; what exporters
-            want).
+            want). `sdpa` and `flex` choose for `block_attention` alone: PyTorch's SDPA step by step, or FlexAttention
+            on CUDA, where other devices have SDPA; for the rest they are `auto`.
 
     Raises:
         InputError: If `name` is none of these.
@@ -86,6 +88,8 @@ def takes_native(operator: str, x: Tensor) -> bool:
     device = x.device.type
     if operator not in KERNELS or _choice == "reference" or torch.onnx.is_in_onnx_export():
         return False
+    if operator == "block_attention" and _choice in ATTENTION_BACKENDS:
+        return False
     if device in DTYPES and device not in KERNELS[operator]:
         return False  # no kernel was written for it there: `native` takes the twin, too
     taken = has_kernel(operator, device) and x.dtype in _dtypes(operator, device)
@@ -96,7 +100,7 @@ def takes_native(operator: str, x: Tensor) -> bool:
 
 def has_kernel(operator: str, device: str) -> bool:
     """Whether the backend in force takes a kernel of `operator` on a device type, for the dtypes that it has."""
-    chosen = _choice == "native" or (_choice == "auto" and device in AUTO_DEVICES)
+    chosen = _choice == "native" or (_choice in ("auto", *ATTENTION_BACKENDS) and device in AUTO_DEVICES)
     return chosen and device in KERNELS.get(operator, ()) and _is_built(device)
 
 
@@ -105,7 +109,7 @@ def _is_built(device: str) -> bool:
 
 
 def _dtypes(operator: str, device: str) -> frozenset[torch.dtype]:
-    return (TIME_DTYPES if operator == "timestep_embedding" else DTYPES)[device]
+    return TIME_DTYPES if operator == "timestep_embedding" else DTYPES[device]
 
 
 def _obstacle(operator: str, device: str) -> str:

@@ -96,6 +96,7 @@ class TrainConfig:
             or S numbers. All are scaled to a mean of 1.
         min_snr_gamma: where min_snr cuts off.
         rollout_probability: share of the updates in which the student learns on its own history, not on the teacher's.
+        rollout_start: first so many updates in which it never does: fine-tuning on its own history after teacher forcing.
         rollout_gradient: `detach`: own history is an input like another; `backprop`: the loss also flows through the
             predictions and the cached keys and values that it was made of (S times the memory).
 
@@ -158,6 +159,7 @@ class TrainConfig:
     step_weights: Literal["uniform", "min_snr"] | tuple[float, ...] = "uniform"
     min_snr_gamma: float = 5.0
     rollout_probability: float = 0.0
+    rollout_start: int = 0
     rollout_gradient: Literal["detach", "backprop"] = "detach"
 
     save_every: int = 500
@@ -181,7 +183,7 @@ class TrainConfig:
         at_least = {
             **dict.fromkeys(("num_steps", "max_steps", "batch_size", "gradient_accumulation", "num_trajectories"), 1),
             **dict.fromkeys(("save_every", "keep_last", "log_every", "max_skipped_in_a_row", "evaluation_trajectories"), 1),
-            **dict.fromkeys(("warmup_steps", "evaluate_every", "seed"), 0),
+            **dict.fromkeys(("warmup_steps", "evaluate_every", "rollout_start", "seed"), 0),
         }
         for name, least in at_least.items():
             if getattr(self, name) < least:

@@ -279,6 +279,11 @@ def test_rollouts_are_drawn_for_their_share_of_updates():
     assert not any(stage()._rolls_out(step) for step in range(50))
 
 
+def test_fine_tuning_on_own_history_begins_when_it_is_told_to():
+    made = stage(rollout_probability=1.0, rollout_start=3)
+    assert [made._rolls_out(step) for step in range(1, 6)] == [False, False, False, True, True]
+
+
 @pytest.mark.parametrize("mask", [dict(mask="causal"), dict(mask="anchor"), dict(history_layers=0)], ids=str)
 def test_counted_flops_are_those_that_run(mask):
     model = student(**{"history_bias": None, **mask}).eval()

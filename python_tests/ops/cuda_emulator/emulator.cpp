@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "machine.cuh"
+#include "sanitizers.h"
 
 namespace emulator {
 
@@ -30,79 +31,87 @@ struct Copy {
 
 enum class State { running, at_warp, at_barrier, done };
 
+// A CUDA thread. It outlives its block and takes the same place in the next one.
 struct Fiber {
-  ucontext_t start;
-  jmp_buf resume;
-  bool started = false;
+  Context context;
   State state = State::running;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   const void* instruction = nullptr;
   const void* input = nullptr;
   void* result = nullptr;
   std::deque<Copy> open, committed;
+  unsigned barriers = 0, warp_barriers = 0;  // passed
 };
 
-std::vector<Fiber> fibers;
-std::vector<char> shared_bytes_of_block;
+std::deque<Fiber> fibers;
+std::unique_ptr<char[]> shared_memory;
+int shared_bytes_of_block;
 Fiber* current = nullptr;
-jmp_buf scheduler;
+Context scheduler;
 const std::function<void()>* body = nullptr;
 void (*warp_function)(const void* const*, void* const*) = nullptr;
-std::mt19937 order(1);
+std::mt19937 drawn(1);
+// What happened before what, for ThreadSanitizer: addresses stand for events. Barriers take two in turn, since a thread may
+// arrive at the next one before another has left this one.
+char block_begun, block_ended, barriers[2], warp_barriers[32][2];
 
 [[noreturn]] void fail(const char* what) {
   std::fprintf(stderr, "cuda emulator: %s (block %u %u %u)\n", what, block_index.x, block_index.y, block_index.z);
   std::abort();
 }
 
-void fiber_main() {
-  (*body)();
-  current->state = State::done;
-  if (!current->open.empty() || !current->committed.empty()) fail("a thread ended with copies under way");
-  _longjmp(scheduler, 1);
-}
-
 void yield(State state) {
   current->state = state;
-  if (_setjmp(current->resume) == 0) _longjmp(scheduler, 1);
+  switch_context(current->context, scheduler);
+}
+
+void fiber_main() {
+  arrive_from(scheduler);
+  for (;;) {
+    happens_after(&block_begun);
+    (*body)();
+    if (!current->open.empty() || !current->committed.empty()) fail("a thread ended with copies under way");
+    happens_before(&block_ended);
+    yield(State::done);
+  }
 }
 
 void run(int index) {
-  current = &fibers[index];
+  current = &fibers[static_cast<size_t>(index)];
   thread_index = dim3(static_cast<unsigned>(index));
-  current->state = State::running;
-  if (_setjmp(scheduler) != 0) return;
-  if (current->started) _longjmp(current->resume, 1);
-  current->started = true;
-  setcontext(&current->start);
+  switch_context(scheduler, current->context);
 }
 
-// Runs a warp until all of its lanes are at the block's barrier or done.
-void run_warp(int first) {
-  for (;;) {
-    int at_warp = 0, done = 0, at_barrier = 0;
-    for (int lane = 0; lane < kWarp; ++lane) {
-      Fiber& fiber = fibers[first + lane];
-      if (fiber.state == State::running) run(first + lane);
-      at_warp += fiber.state == State::at_warp;
-      at_barrier += fiber.state == State::at_barrier;
-      done += fiber.state == State::done;
-    }
-    if (done + at_barrier == kWarp) {
-      if (done != 0 && at_barrier != 0) fail("lanes of a warp ended while others wait at a barrier");
-      return;
-    }
-    if (at_warp != kWarp) fail("lanes of a warp wait at a warp's instruction for lanes that are elsewhere");
-    const void* inputs[kWarp];
-    void* results[kWarp];
-    for (int lane = 0; lane < kWarp; ++lane) {
-      Fiber& fiber = fibers[first + lane];
-      if (fiber.instruction != fibers[first].instruction) fail("lanes of a warp met at different instructions");
-      inputs[lane] = fiber.input, results[lane] = fiber.result;
-      fiber.state = State::running;
-    }
-    warp_function(inputs, results);
+// Runs the lanes of a warp, in a drawn order, up to where they meet; false once all wait at the block's barrier or are
+// done.
+bool step(int first) {
+  const unsigned start = drawn(), stride = drawn() | 1u;
+  int at_warp = 0, done = 0, at_barrier = 0;
+  for (unsigned i = 0; i < kWarp; ++i) {
+    const int index = first + static_cast<int>((start + i * stride) % kWarp);
+    Fiber& fiber = fibers[static_cast<size_t>(index)];
+    if (fiber.state == State::running) run(index);
+    at_warp += fiber.state == State::at_warp;
+    at_barrier += fiber.state == State::at_barrier;
+    done += fiber.state == State::done;
   }
+  if (done + at_barrier == kWarp) {
+    if (done != 0 && at_barrier != 0) fail("lanes of a warp ended while others wait at a barrier");
+    return false;
+  }
+  if (at_warp != kWarp) fail("lanes of a warp wait at a warp's instruction for lanes that are elsewhere");
+  const void* inputs[kWarp];
+  void* results[kWarp];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    Fiber& fiber = fibers[static_cast<size_t>(first + lane)];
+    if (fiber.instruction != fibers[static_cast<size_t>(first)].instruction) {
+      fail("lanes of a warp met at different instructions");
+    }
+    inputs[lane] = fiber.input, results[lane] = fiber.result;
+    fiber.state = State::running;
+  }
+  warp_function(inputs, results);
+  return true;
 }
 
 }  // namespace
@@ -114,12 +123,27 @@ void with_warp(const void* instruction, const void* mine, void* result,
   yield(State::at_warp);
 }
 
-void block_barrier() { yield(State::at_barrier); }
+void warp_barrier() {
+  char* event = &warp_barriers[thread_index.x / kWarp][current->warp_barriers++ % 2];
+  happens_before(event);
+  with_warp("syncwarp", nullptr, nullptr, [](const void* const*, void* const*) {});
+  happens_after(event);
+}
+
+void block_barrier() {
+  char* event = &barriers[current->barriers++ % 2];
+  happens_before(event);
+  yield(State::at_barrier);
+  happens_after(event);
+}
+
+void draw_orders_from(unsigned seed) { drawn.seed(seed); }
 
 void copy_async(void* shared, const void* global, bool inside) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) fail("cp.async to an address that is no multiple of 16");
   if (inside && reinterpret_cast<uintptr_t>(global) % 16 != 0)
     fail("cp.async from an address that is no multiple of 16");
+  writes(shared, 16);
   std::memset(shared, 0xff, 16);
   current->open.push_back({static_cast<char*>(shared), static_cast<const char*>(global), inside});
 }
@@ -131,49 +155,69 @@ void copy_async_commit() {
 
 void copy_async_wait() {
   for (const Copy& copy : current->committed) {
-    if (copy.inside) std::memcpy(copy.shared, copy.global, 16);
+    writes(copy.shared, 16);
+    if (copy.inside) reads(copy.global, 16), std::memcpy(copy.shared, copy.global, 16);
     if (!copy.inside) std::memset(copy.shared, 0, 16);
   }
   current->committed.clear();
 }
 
 void begin_launch(dim3 grid, int threads, int shared_bytes) {
-  grid_size = grid, block_size = dim3(static_cast<unsigned>(threads));
-  shared_bytes_of_block.assign(static_cast<size_t>(shared_bytes) + 16, 0);
-  void* start = shared_bytes_of_block.data();
-  size_t room = shared_bytes_of_block.size();
-  dynamic_shared_memory = static_cast<char*>(std::align(16, static_cast<size_t>(shared_bytes), start, room));
   if (threads % kWarp != 0) fail("a block that is no multiple of a warp");
-  if (static_cast<int>(fibers.size()) < threads) {
-    fibers.clear();
-    fibers.resize(static_cast<size_t>(threads));
+  if (threads > 1024 || grid.y > 65535 || grid.z > 65535) fail("a launch that no GPU takes");
+  grid_size = grid, block_size = dim3(static_cast<unsigned>(threads));
+  shared_bytes_of_block = shared_bytes;
+  // Exactly as long as asked for, so that AddressSanitizer sees what lies behind.
+  shared_memory.reset(new char[static_cast<size_t>(shared_bytes)]);
+  dynamic_shared_memory = shared_memory.get();
+  if (reinterpret_cast<uintptr_t>(dynamic_shared_memory) % 16 != 0) fail("shared memory at no multiple of 16");
+  while (static_cast<int>(fibers.size()) < threads) {
+    Fiber& fiber = fibers.emplace_back();
+    make_context(fiber.context, fiber.stack.get(), kStackBytes, fiber_main);
   }
 }
 
 void run_block(const std::function<void()>& thread, int threads) {
   body = &thread;
-  std::memset(shared_bytes_of_block.data(), 0xff, shared_bytes_of_block.size());
+  std::memset(dynamic_shared_memory, 0xff, static_cast<size_t>(shared_bytes_of_block));
+  happens_before(&block_begun);
+  begin_scheduling();
   std::vector<int> warps;
   for (int index = 0; index < threads; ++index) {
-    Fiber& fiber = fibers[index];
-    fiber.started = false, fiber.state = State::running;
-    getcontext(&fiber.start);
-    fiber.start.uc_stack.ss_sp = fiber.stack.get(), fiber.start.uc_stack.ss_size = kStackBytes;
-    makecontext(&fiber.start, fiber_main, 0);
-    if (index % kWarp == 0) warps.push_back(index);
+    Fiber& fiber = fibers[static_cast<size_t>(index)];
+    fiber.state = State::running, fiber.barriers = fiber.warp_barriers = 0;
   }
-  for (;;) {
-    std::shuffle(warps.begin(), warps.end(), order);
-    for (int first : warps) run_warp(first);
-    int done = 0;
-    for (int index = 0; index < threads; ++index) done += fibers[index].state == State::done;
-    if (done == threads) return;
-    if (done != 0) fail("threads ended while others wait at a barrier");
-    for (int index = 0; index < threads; ++index) fibers[index].state = State::running;
+  for (int done = 0; done < threads;) {
+    for (int first = 0; first < threads; first += kWarp) warps.push_back(first);
+    // Either a warp runs as far ahead as the barriers allow, or the warps advance one instruction at a time.
+    const bool ahead = drawn() % 2 == 0;
+    while (!warps.empty()) {
+      int& first = warps[drawn() % warps.size()];
+      bool more = step(first);
+      while (more && ahead) more = step(first);
+      if (!more) std::swap(first, warps.back()), warps.pop_back();
+    }
+    for (int index = 0; index < threads; ++index) {
+      Fiber& fiber = fibers[static_cast<size_t>(index)];
+      done += fiber.state == State::done;
+      if (fiber.state == State::at_barrier) fiber.state = State::running;
+    }
+    if (done != 0 && done != threads) fail("threads ended while others wait at a barrier");
   }
+  end_scheduling();
+  happens_after(&block_ended);
+}
+
+std::vector<unsigned> drawn_blocks(dim3 grid) {
+  std::vector<unsigned> blocks(static_cast<size_t>(grid.x) * grid.y * grid.z);
+  for (size_t i = 0; i < blocks.size(); ++i) blocks[i] = static_cast<unsigned>(i);
+  std::shuffle(blocks.begin(), blocks.end(), drawn);
+  return blocks;
 }
 
 }  // namespace emulator
+
+extern "C" void emulated_order(unsigned seed) { emulator::draw_orders_from(seed); }
 
 void pyard::cuda::check_row_address(const void* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emulator::fail("ldmatrix from an address that is no multiple of 16");

@@ -1,8 +1,9 @@
 // The kernels' machine, on one CPU thread: stands in for csrc/cuda/ptx/machine.cuh when the tests compile the kernels
 // as plain C++. Every CUDA thread is a fiber that runs until it meets the others: at a barrier of its block or at an
 // instruction of its whole warp. What a GPU would leave undefined is made to fail: shared memory starts as NaN, an
-// asynchronous copy lands as late as it may (its target is NaN until then), warps run in a drawn order and as far ahead
-// of one another as the barriers let them, and lanes that meet at different instructions abort.
+// asynchronous copy lands as late as it may (its target is NaN until then), blocks, warps and the lanes of a warp run in
+// drawn orders, warps as far ahead of one another as the barriers let them or in turns, and lanes that meet at different
+// instructions abort.
 #pragma once
 
 #include <scalars.h>
@@ -10,8 +11,10 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -32,12 +35,14 @@ extern char* dynamic_shared_memory;
 // Gives `mine` to the warp, waits for its 32 lanes, runs `together` once on all 32 and takes this lane's result.
 void with_warp(const void* instruction, const void* mine, void* result,
                void (*together)(const void* const* inputs, void* const* results));
+void warp_barrier();
 void block_barrier();
 void copy_async(void* shared, const void* global, bool inside);
 void copy_async_commit();
 void copy_async_wait();
 void run_block(const std::function<void()>& thread, int threads);
 void begin_launch(dim3 grid, int threads, int shared_bytes);
+std::vector<unsigned> drawn_blocks(dim3 grid);
 
 }  // namespace emulator
 
@@ -47,9 +52,7 @@ void begin_launch(dim3 grid, int threads, int shared_bytes);
 #define blockDim (::emulator::block_size)
 
 inline void __syncthreads() { emulator::block_barrier(); }
-inline void __syncwarp() {
-  emulator::with_warp("syncwarp", nullptr, nullptr, [](const void* const*, void* const*) {});
-}
+inline void __syncwarp() { emulator::warp_barrier(); }
 
 inline float __shfl_xor_sync(unsigned, float value, int distance) {
   struct Input {
@@ -67,6 +70,26 @@ inline float __shfl_xor_sync(unsigned, float value, int distance) {
 }
 
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+
+// What benchmarks/gpu_sanitize.cu asks of CUDA's runtime.
+enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice };
+inline const char* cudaGetErrorString(cudaError_t) { return "out of memory"; }
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  *memory = std::malloc(bytes);
+  if (*memory == nullptr) return cudaErrorMemoryAllocation;
+  std::memset(*memory, 0xff, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemset(void* memory, int value, size_t bytes) {
+  std::memset(memory, value, bytes);
+  return cudaSuccess;
+}
 
 namespace pyard::cuda {
 
@@ -122,7 +145,12 @@ inline uint32_t pack(float low, float high, fp16) {
   return round_to_fp16(low) | static_cast<uint32_t>(round_to_fp16(high)) << 16;
 }
 
-// PTX ISA, ldmatrix: lane l receives of matrix i the pair at row l / 4, columns 2 (l % 4) and the next.
+struct MatrixRow {
+  uint16_t elements[8];
+};
+
+// PTX ISA, ldmatrix: lane l receives of matrix i the pair at row l / 4, columns 2 (l % 4) and the next. Every lane reads
+// the row that it points at.
 template <bool kTransposed>
 void load_matrices_together(const void* const* inputs, void* const* results) {
   for (int lane = 0; lane < 32; ++lane) {
@@ -132,8 +160,8 @@ void load_matrices_together(const void* const* inputs, void* const* results) {
       for (int j = 0; j < 2; ++j) {
         const int row = kTransposed ? lane % 4 * 2 + j : lane / 4;
         const int column = kTransposed ? lane / 4 : lane % 4 * 2 + j;
-        const uint16_t* start = *static_cast<const uint16_t* const*>(inputs[8 * i + row]);
-        pair |= static_cast<uint32_t>(start[column]) << 16 * j;
+        const MatrixRow& start = *static_cast<const MatrixRow*>(inputs[8 * i + row]);
+        pair |= static_cast<uint32_t>(start.elements[column]) << 16 * j;
       }
       r[i] = pair;
     }
@@ -142,11 +170,15 @@ void load_matrices_together(const void* const* inputs, void* const* results) {
 void check_row_address(const void* row);
 inline void load_matrices(uint32_t (&r)[4], const void* row) {
   check_row_address(row);
-  emulator::with_warp("ldmatrix", &row, r, load_matrices_together<false>);
+  MatrixRow mine;
+  std::memcpy(&mine, row, sizeof mine);
+  emulator::with_warp("ldmatrix", &mine, r, load_matrices_together<false>);
 }
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
   check_row_address(row);
-  emulator::with_warp("ldmatrix.trans", &row, r, load_matrices_together<true>);
+  MatrixRow mine;
+  std::memcpy(&mine, row, sizeof mine);
+  emulator::with_warp("ldmatrix.trans", &mine, r, load_matrices_together<true>);
 }
 
 struct MultiplyInput {
@@ -224,14 +256,11 @@ const char* launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared
                    const Arguments& arguments) {
   constexpr int kMostShared = 163 * 1024;  // sm_80
   if (shared_bytes > kMostShared) return "more shared memory than an sm_80 has";
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return nullptr;
   emulator::begin_launch(grid, threads, shared_bytes);
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        emulator::block_index = dim3(x, y, z);
-        emulator::run_block([&] { kernel(arguments); }, threads);
-      }
-    }
+  for (const unsigned block : emulator::drawn_blocks(grid)) {
+    emulator::block_index = dim3(block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y);
+    emulator::run_block([&] { kernel(arguments); }, threads);
   }
   return nullptr;
 }
