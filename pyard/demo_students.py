@@ -43,10 +43,10 @@ STUDENTS = {
     BASELINE: DemoStudent("step-distillation", "Step distillation", False, _PUBLISHED),
     ARD: DemoStudent("ard", "ARD", True, _PUBLISHED),
     RECIPE: DemoStudent("ard-state-jump", "ARD, state/jump", True, dict(target="state", output="jump", heads="per_step")),
-    ADVERSARIAL: DemoStudent("ard-gan", "ARD + GAN", True, dict(learning_rate=2e-4), follows=ARD),
+    ADVERSARIAL: DemoStudent("ard-gan", "ARD + GAN", True, dict(learning_rate=3e-4), follows=ARD),
 }
 # Of digits, 16 tokens: narrow discriminators with short kernels, and no need for thousands of updates of warm-up.
-DIGITS_DISCRIMINATORS = dict(real="digits", width=32, kernel_size=3, virtual_batch=8, warmup_steps=50)
+DIGITS_DISCRIMINATORS = dict(real="digits", width=32, kernel_size=3, virtual_batch=8, weight=1.0, warmup_steps=50)
 
 
 @dataclass(frozen=True)
@@ -117,13 +117,15 @@ def run_of(name: str, budget: Budget, out: Path, depth: int, seed: int) -> dict[
         learning_rate=budget.student_learning_rate,
         save_every=budget.save_every,
         seed=seed,
-        **student.settings,
     )
     if student.follows is not None:
-        earlier = str(out / STUDENTS[student.follows].folder)
-        stage = dict(stage="adversarial", student=earlier, adversarial=DIGITS_DISCRIMINATORS)
-        run |= {**stage, "max_steps": budget.adversarial_steps, **student.settings}
-    return run
+        run |= dict(
+            stage="adversarial",
+            student=str(out / STUDENTS[student.follows].folder),
+            adversarial=DIGITS_DISCRIMINATORS,
+            max_steps=budget.adversarial_steps,
+        )
+    return run | student.settings
 
 
 def train_side_by_side(teacher: str, store: Path, runs: dict[str, dict[str, Any]], progress: bool) -> None:

@@ -307,7 +307,8 @@ def stage_flops(config: TrainConfig, network: DiTConfig, student: StudentConfig)
     if config.activation_checkpointing:
         update += forward
     if config.rollout_gradient == "detach":
-        update += config.rollout_probability * forward
+        share = max(0.0, 1 - config.rollout_start / config.max_steps)
+        update += config.rollout_probability * share * forward
     if config.stage == "adversarial":
         update += config.batch_size * adversarial_flops(network, config.adversarial)
     return config.max_steps * update

@@ -207,7 +207,7 @@ def test_fp16_comes_near_float32_and_skips_what_overflows():
     for name, parameter in made.student.named_parameters():
         reference = exact.student.get_parameter(name).grad
         if reference.any():
-            assert float((parameter.grad - reference).norm() / reference.norm()) < 0.05, name
+            assert float((parameter.grad - reference).norm() / reference.norm()) < 0.1, name  # as of bf16
 
 
 def test_weight_is_0_while_warming_up_and_clamped_after():
