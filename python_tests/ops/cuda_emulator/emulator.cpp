@@ -51,8 +51,8 @@ Context scheduler;
 const std::function<void()>* body = nullptr;
 void (*warp_function)(const void* const*, void* const*) = nullptr;
 std::mt19937 drawn(1);
-// What happened before what, for ThreadSanitizer: addresses stand for events. Barriers take two in turn, since a thread may
-// arrive at the next one before another has left this one.
+// What happened before what, for ThreadSanitizer: addresses stand for events. Barriers take two in turn, since a thread
+// may arrive at the next one before another has left this one.
 char block_begun, block_ended, barriers[2], warp_barriers[32][2];
 
 [[noreturn]] void fail(const char* what) {
