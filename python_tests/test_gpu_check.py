@@ -1,5 +1,5 @@
 """benchmarks/gpu_check.sh runs on machines that have torch, numpy and pytest and nothing else of pyard's requirements: its
-steps, and the tests that it runs, must import nothing else. Here the rest is refused by an import hook."""
+steps, and the tests that it runs, must import nothing else. Here Python is kept from finding the rest."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ OTHER_NAMES = {"onnxruntime-gpu": "onnxruntime", "scikit-learn": "sklearn", "pil
 
 # sitecustomize.py runs before anything else of a Python process.
 HOOK = """
-import importlib.abc, sys
-class Refuse(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name.split(".")[0] in {refused!r}:
-            raise ModuleNotFoundError(f"refused by the test: {{name}}", name=name)
-sys.meta_path.insert(0, Refuse())
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+class Find:
+    def __call__(self, name, *rest):
+        return None if name.split(".")[0] in {refused!r} else find(name, *rest)
+PathFinder.find_spec = Find()
 """
 
 
@@ -54,7 +54,7 @@ def python(bare: dict[str, str], *arguments: str) -> str:
 
 def test_the_hook_refuses(bare: dict[str, str]) -> None:
     assert {"diffusers", "accelerate", "safetensors", "onnx", "sklearn", "tqdm"} <= requirements()
-    with pytest.raises(AssertionError, match="refused by the test: tqdm"):
+    with pytest.raises(AssertionError, match="No module named 'tqdm'"):
         python(bare, "-c", "import tqdm")
 
 
