@@ -93,6 +93,17 @@ inline cudaError_t cudaMemset(void* memory, int value, size_t bytes) {
 
 namespace pyard::cuda {
 
+void check_row_address(const void* row);  // of 16 bytes
+
+inline Chunk read_chunk(const void* place) {
+  check_row_address(place);
+  return *static_cast<const Chunk*>(place);
+}
+inline void write_chunk(void* place, const Chunk& chunk) {
+  check_row_address(place);
+  *static_cast<Chunk*>(place) = chunk;
+}
+
 inline char* dynamic_shared() { return emulator::dynamic_shared_memory; }
 inline void copy_async(void* shared, const void* global, bool inside) { emulator::copy_async(shared, global, inside); }
 inline void copy_async_commit() { emulator::copy_async_commit(); }
@@ -167,7 +178,6 @@ void load_matrices_together(const void* const* inputs, void* const* results) {
     }
   }
 }
-void check_row_address(const void* row);
 inline void load_matrices(uint32_t (&r)[4], const void* row) {
   check_row_address(row);
   MatrixRow mine;
