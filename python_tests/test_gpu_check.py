@@ -59,7 +59,7 @@ def test_the_hook_refuses(bare: dict[str, str]) -> None:
 
 
 def test_the_tests_for_a_gpu_can_be_collected(bare: dict[str, str]) -> None:
-    files = [f"python_tests/ops/test_{name}.py" for name in ("cuda_kernels", "cuda", "cuda_sanitized")]
+    files = [f"python_tests/ops/test_{name}.py" for name in ("cuda_kernels", "cuda", "attention_backends")]
     listed = python(bare, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "-m", "cuda and not slow", *files)
     assert "test_values_and_gradients_are_those_of_the_twin" in listed
     assert "test_a_native_student_is_the_plain_one" in listed
