@@ -47,12 +47,16 @@ COMMANDS = {
     "train": Command(
         "pyard.training", "train_command", "train a student on trajectories (generates missing ones)", config="TrainConfig"
     ),
+    "estimate": Command(
+        "pyard.estimate", "estimate", "say what a recipe costs: bytes, GPU-hours, memory", positional=("recipe",)
+    ),
     "consolidate": Command("pyard.training.sharded", "consolidate", "make a student's folder of a checkpoint, sharded or not"),
     "sample": Command("pyard.sampling", "sample_to_file", "draw samples with a student"),
     "describe": Command("pyard.description", "describe", "say what a student costs: parameters, FLOPs, cache, history"),
     "evaluate": Command("pyard.evaluation", "evaluate", "measure a student against its teacher and real data"),
     "export": Command("pyard.export", "export", "write a student as one ONNX file and check it", bare=("--onnx",)),
     "bench onnx": Command("pyard.bench.onnx", "bench_onnx", "time students in PyTorch and onnxruntime"),
+    "bench quality": Command("pyard.bench.quality", "bench_quality", "compare students that differ in one thing"),
     "doctor": Command("pyard.doctor", "doctor", "say what is built, for what, and what to do about what is not"),
 }
 

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PAPER, INK, QUIET = "#f6f4ee", "#1d1f27", "#6b6f7b"
-STUDENT_COLOURS = ("#c8553d", "#2a6f97")
+STUDENT_COLOURS = ("#c8553d", "#2a6f97", "#5b8c5a")
+JUDGE, FORGER = "#7b4b94", "#d98e04"
 PIXEL = 10  # of the picture, to each pixel of a sample: whole, so that edges stay sharp
 GAP = 8
 DPI = 100
@@ -67,7 +69,7 @@ def draw_samples(rows: list[PicturedRow], labels: np.ndarray, path: Path) -> Non
 
 
 def draw_training(logs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Write a picture of the losses of some runs.
+    """Write a picture of the losses of some runs; runs with discriminators get a panel of their own.
 
     Args:
         logs: for each run the lines of its `log.jsonl`, with `step`, `loss` and `loss_per_step`.
@@ -75,9 +77,13 @@ def draw_training(logs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), dpi=130, layout="constrained", facecolor="white")
-    whole, parts = figure.subplots(1, 2, sharey=True)
-    for (name, log), colour in zip(logs.items(), STUDENT_COLOURS, strict=False):
+    judged = {name: log for name, log in logs.items() if "discriminator" in log[-1]}
+    plain = {name: log for name, log in logs.items() if name not in judged}
+    panels = 2 + bool(judged)
+    figure = Figure(figsize=(5.5 * panels, 4.4), dpi=130, layout="constrained", facecolor="white")
+    whole, parts, *others = figure.subplots(1, panels)
+    parts.sharey(whole)
+    for (name, log), colour in zip(plain.items(), STUDENT_COLOURS, strict=False):
         steps = np.array([line["step"] for line in log])
         losses = np.array([line["loss"] for line in log])
         per_step = np.array([line["loss_per_step"] for line in log])  # [lines, S]
@@ -86,19 +92,38 @@ def draw_training(logs: dict[str, list[dict[str, Any]]], path: Path) -> None:
         num_steps = per_step.shape[1]
         for s in range(num_steps):
             parts.plot(steps, smooth(per_step[:, s]), color=colour, alpha=_shade(s, num_steps), linewidth=1.6)
-    # Grey stands for either student: light to dark, first jump to last.
+    # Grey stands for any student: light to dark, first jump to last.
     for s in range(num_steps):
         parts.plot([], [], color=INK, alpha=_shade(s, num_steps), linewidth=1.6, label=f"jump {s + 1}")
-    whole.set_title("Mean over the jumps (running median, and as logged)", fontsize=11, loc="left")
-    parts.set_title("Each jump on its own", fontsize=11, loc="left")
-    whole.set_ylabel("teacher-forced mean squared error")
+    _panel(whole, "Mean over the jumps (running median, and as logged)", "teacher-forced mean squared error")
+    _panel(parts, "Each jump on its own", "")
     for axes in (whole, parts):
-        axes.legend(frameon=False)
         axes.set_yscale("log")
-        axes.set_xlabel("updates")
-        axes.grid(alpha=0.25, which="both", linewidth=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
+    if judged:
+        _draw_judged(others[0], judged)
     _save(figure, path)
+
+
+def _draw_judged(axes: Axes, logs: dict[str, list[dict[str, Any]]]) -> None:
+    """Hinge loss of the discriminators and the loss of the student that they judge."""
+    for name, log in logs.items():
+        steps = np.array([line["step"] for line in log])
+        for key, colour, what in (("discriminator", JUDGE, "discriminators"), ("generator", FORGER, "student")):
+            values = np.array([line[key] for line in log])
+            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, smooth(values), color=colour, linewidth=2, label=f"{name}: {what}")
+    axes.axhline(2, color=QUIET, linewidth=0.8, linestyle="--")
+    axes.annotate("cannot tell", (steps[-1], 2), (0, 3), textcoords="offset points", ha="right", color=QUIET, fontsize=9)
+    _panel(axes, "Discriminators against student", "hinge loss, and minus the mean logit")
+
+
+def _panel(axes: Axes, title: str, quantity: str) -> None:
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.set_ylabel(quantity)
+    axes.set_xlabel("updates")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.25, which="both", linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def smooth(values: np.ndarray, window: int = 15) -> np.ndarray:

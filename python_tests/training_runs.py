@@ -126,6 +126,16 @@ def kill_and_resume(folder: Path, world: int, kills: int, seed: int, settings: d
     return done
 
 
+def log_kills(title: str, seed: int, settings: dict[str, Any], kills: list[dict[str, int]]) -> None:
+    """Append what was done, and survived, to the file that PYARD_KILL_LOG names."""
+    if file := os.environ.get("PYARD_KILL_LOG"):
+        lines = [f"{title}, seed {seed}, {settings['max_steps']} updates, a checkpoint every {settings['save_every']}"]
+        lines += [f"kill {i}: {kill}" for i, kill in enumerate(kills, start=1)]
+        lines += ["log, weights, averages, optimizer and schedule are bitwise those of a run that was not killed", ""]
+        with open(file, "a") as out:
+            out.write("\n".join(lines))
+
+
 def assert_same_run(a: Path, b: Path) -> None:
     """Bit for bit: log, result, and every tensor of the last checkpoints."""
     assert read_log(a / "log.jsonl") == read_log(b / "log.jsonl")

@@ -2,8 +2,10 @@
 
 from pyard.evaluation.evaluate_students import evaluate
 from pyard.evaluation.features import Classifier, FeatureNetwork, digits_classifier
-from pyard.evaluation.frechet import GaussianStatistics, frechet_distance
+from pyard.evaluation.frechet import GaussianStatistics, frechet_distance, frechet_infinity
+from pyard.evaluation.inception_score import inception_score
 from pyard.evaluation.measure import Candidate, measure
+from pyard.evaluation.neighbours import precision_recall
 from pyard.evaluation.report import Evaluation, Quality
 
 __all__ = [
@@ -16,5 +18,8 @@ __all__ = [
     "digits_classifier",
     "evaluate",
     "frechet_distance",
+    "frechet_infinity",
+    "inception_score",
     "measure",
+    "precision_recall",
 ]

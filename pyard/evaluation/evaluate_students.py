@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from pyard.errors import InputError
-from pyard.evaluation.features import digits_classifier
-from pyard.evaluation.measure import Candidate, measure
+from pyard.evaluation.feature_file import FeatureSettings, FileFeatures
+from pyard.evaluation.features import FeatureNetwork, digits_classifier
+from pyard.evaluation.images import SampleFile
+from pyard.evaluation.measure import Candidate, LabelPolicy, labels_of, measure
+from pyard.evaluation.pixels import to_bytes
+from pyard.evaluation.reference import Reference, load_reference
 from pyard.evaluation.report import Evaluation
+from pyard.models.latents import LatentCodec
 from pyard.models.student import Student
 from pyard.runtime import OnnxStudent
 from pyard.solvers import endpoints
 from pyard.teachers import load_teacher
 from pyard.teachers.digits import digits_data
 from pyard.teachers.dit import DiTTeacher
+from pyard.training.watch import ExposureBias, exposure_bias
+from pyard.trajectories import TrajectoryReader, TrajectoryStore
 
 # Kept apart from the seeds that trajectories are made with: a student is not to be measured on the noise it was trained on.
 DEFAULT_SEED = 1000
@@ -32,25 +43,43 @@ def evaluate(
     cfg_scale: float = 1.5,
     cfg_channels: int | None = None,
     batch_size: int = 128,
+    features: Path | FileFeatures | None = None,
+    feature_settings: FeatureSettings = FeatureSettings(),  # noqa: B008 (frozen)
+    reference: Path | Reference | None = None,
+    labels: LabelPolicy = "balanced",
+    extrapolate: bool = False,
+    trajectories: Path | None = None,
+    samples_npz: Path | None = None,
     out: Path | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Measure students against their teacher and real data, and print the table.
 
-    Fréchet distances are taken in the features of a small classifier trained on scikit-learn's digits; they tell students of
-    the digits apart and compare with no published FID.
+    Without a feature network of yours, Fréchet distances are taken in the features of a small classifier trained on
+    scikit-learn's digits; they tell students of the digits apart and compare with no published FID. docs/evaluation.md says
+    what each number is, and how to get FID, sFID, Inception Score, precision and recall by ADM's protocol.
 
     Example: pyard evaluate --students '[runs/step-distillation, runs/ard, runs/ard/student.onnx]' --out quality.json
 
     Args:
         students: a run folder, a student's folder or an ONNX file; or a list of them.
-        teacher: `digits`, or the folder of a teacher of the digits.
+        teacher: `digits`, or a teacher's folder or file.
         count: samples for each row; 1797 is the number of real digits.
         seed: of the noise; choose another than the trajectories were made with.
-        teacher_steps: DDIM steps of the teacher.
+        teacher_steps: DDIM steps of the teacher; 0: leave the teacher out, whose samples may take longest.
         cfg_scale: its guidance weight; 1 is none.
         cfg_channels: guide only the first so many channels; none: all.
         batch_size: samples that are drawn, and timed, together.
+        features: a feature network's file, TorchScript (such as inception-2015-12-05.pt) or ONNX; none: the classifier of the
+            digits.
+        feature_settings: what that network wants and gives.
+        reference: real data: an .npz file with mu and sigma, with images arr_0, or with both, as ADM's reference batches; or a
+            folder of pictures; none: the digits.
+        labels: of the samples: `balanced`, every class in turn, or `random`, uniform.
+        extrapolate: extrapolate Fréchet distances to infinitely many samples, too; takes at least 4 samples a feature.
+        trajectories: a store of the teacher's trajectories, best ones that were not trained on: measure the exposure bias of
+            the PyTorch students at each step.
+        samples_npz: write the student's samples as ADM's .npz (arr_0, uint8 [n, H, W, C]; arr_1, labels), whatever the count.
         out: a JSON file to write as well.
         progress: show a progress bar.
 
@@ -58,38 +87,147 @@ def evaluate(
         The rows, the teacher's first.
 
     Raises:
-        InputError: a student of another sample shape or number of classes, or a teacher of other data than the digits.
+        InputError: a student of another sample shape or number of classes; data that nothing can measure.
     """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if isinstance(teacher, str | Path):
-        teacher = load_teacher(teacher)
-    images, _ = digits_data()
-    if teacher.sample_shape != images.shape[1:]:
-        raise InputError(
-            f"evaluate: the teacher draws {teacher.sample_shape}; pyard has features for digits, {images.shape[1:]}, only"
+        teacher = load_teacher(teacher).to(device)
+    sources = list(students) if isinstance(students, list) else [students]
+    if samples_npz is not None and len(sources) != 1:
+        raise InputError(f"evaluate: samples_npz takes the samples of one student; found {len(sources)}")
+    loaded = [_loaded(source, device) for source in sources]
+    named = [source if isinstance(source, str | Path) else None for source in sources]
+    candidates = [student_candidate(s, teacher, name=None if n is None else str(n)) for s, n in zip(loaded, named, strict=True)]
+    codec = teacher.codec or next((s.codec for s in loaded if isinstance(s, Student) and s.codec), None)
+    decode = None if codec is None else _decoder(codec, teacher.device)
+    shape = _image_shape(teacher, decode)
+    network, data = _network_and_data(features, feature_settings, reference, shape, samples_npz, progress)
+    biases: dict[str, ExposureBias] = {}
+    if trajectories is not None:
+        store = TrajectoryStore.open(trajectories)
+        pairs = [(c.name, s) for c, s in zip(candidates, loaded, strict=True) if isinstance(s, Student)]
+        biases = {name: measured_exposure_bias(student, store, batch_size) for name, student in pairs}
+    row = teacher_candidate(teacher, teacher_steps, cfg_scale=cfg_scale, cfg_channels=cfg_channels) if teacher_steps else None
+    quantise = feature_settings.quantise
+    facts: dict[str, Any] = {"teacher_fingerprint": teacher.fingerprint}
+    if row is not None:
+        facts |= dict(teacher_steps=teacher_steps, cfg_scale=cfg_scale, cfg_channels=cfg_channels)
+    with _sample_file(samples_npz, candidates[0].name, labels, count, teacher.num_classes, seed, quantise) as on_images:
+        evaluation = measure(
+            row,
+            candidates,
+            data=data,
+            features=network,
+            sample_shape=teacher.sample_shape,
+            num_classes=teacher.num_classes,
+            count=count,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+            labels=labels,
+            decode=decode,
+            extrapolate=extrapolate,
+            exposure=biases,
+            on_images=on_images,
         )
-    evaluation = measure(
-        teacher_candidate(teacher, teacher_steps, cfg_scale=cfg_scale, cfg_channels=cfg_channels),
-        [student_candidate(student, teacher) for student in (students if isinstance(students, list) else [students])],
-        data=images,
-        features=digits_classifier(),
-        sample_shape=teacher.sample_shape,
-        num_classes=teacher.num_classes,
-        count=count,
-        seed=seed,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    evaluation.settings.update(
-        teacher_fingerprint=teacher.fingerprint,
-        teacher_steps=teacher_steps,
-        cfg_scale=cfg_scale,
-        cfg_channels=cfg_channels,
-        classifier_accuracy_on_held_out_digits=digits_classifier().held_out_accuracy,
-    )
+    evaluation.settings.update(facts)
+    if isinstance(network, FileFeatures):
+        evaluation.settings["features_settings"] = asdict(network.settings)
+    elif network is not None:
+        evaluation.settings["classifier_accuracy_on_held_out_digits"] = digits_classifier().held_out_accuracy
+    if samples_npz is not None:
+        evaluation.settings.update(samples_npz=str(samples_npz), quantise=quantise)
     print(evaluation.table())
     if out is not None:
         evaluation.save(out)
     return evaluation
+
+
+def measured_exposure_bias(student: Student, store: TrajectoryStore, batch_size: int) -> ExposureBias:
+    """A student's errors to the trajectories of a store, at each step, on the teacher's history and on its own.
+
+    Raises:
+        InputError: trajectories of another teacher or grid.
+    """
+    theirs, ours = store.manifest, student.config
+    if not ours.grid.same_trajectory(theirs.grid) or ours.teacher_fingerprint != theirs.teacher_fingerprint:
+        raise InputError(
+            f"trajectories {store.path}: times {theirs.grid.times} of teacher {theirs.teacher_fingerprint[:12]}; the student "
+            f"has {ours.grid.times} of {ours.teacher_fingerprint[:12]}"
+        )
+    size = min(batch_size, store.count)
+    reader = TrajectoryReader(store, size, target=ours.target)
+    starts = range(0, store.count, size)
+    return exposure_bias(student, (reader.gather(np.arange(s, min(s + size, store.count))) for s in starts))
+
+
+def _network_and_data(
+    features: Path | FileFeatures | None,
+    settings: FeatureSettings,
+    reference: Path | Reference | None,
+    shape: tuple[int, int, int],
+    samples_npz: Path | None,
+    progress: bool,
+) -> tuple[FeatureNetwork | None, np.ndarray | Reference | None]:
+    """The feature network and the real data that were asked for; none of both if samples are only to be written."""
+    images, _ = digits_data()
+    of_digits = shape == images.shape[1:]
+    if features is None and not of_digits:
+        if samples_npz is not None and reference is None:
+            return None, None
+        raise InputError(
+            f"evaluate: the images are {shape}; pyard brings features of digits, {images.shape[1:]}, only. Give --features, "
+            "such as inception-2015-12-05.pt of StyleGAN3, and --reference (docs/evaluation.md says where both are); or "
+            "--samples-npz alone, to measure the samples with another program"
+        )
+    network: FeatureNetwork = digits_classifier()
+    if features is not None:
+        network = features if isinstance(features, FileFeatures) else FileFeatures(features, settings)
+    if isinstance(reference, Reference):
+        return network, reference
+    if reference is not None:
+        return network, load_reference(reference, network, shape, progress=progress)
+    if not of_digits:
+        raise InputError(
+            "evaluate: no reference. Give --reference: an .npz file such as ADM's VIRTUAL_imagenet256_labeled.npz, or a folder "
+            "of pictures"
+        )
+    return network, images
+
+
+@contextlib.contextmanager
+def _sample_file(
+    path: Path | None, name: str, labels: LabelPolicy, count: int, num_classes: int, seed: int, quantise: Any
+) -> Iterator[Callable[[str, np.ndarray], None] | None]:
+    """Writes the images of the row of this name while they are drawn; none: nothing."""
+    if path is None:
+        yield None
+        return
+    settings = {"student": name, "labels": labels, "seed": seed, "quantise": quantise}
+    with SampleFile(path, labels_of(labels, count, num_classes, seed), settings) as file:
+
+        def write(row: str, images: np.ndarray) -> None:
+            if row == name:
+                file.write(to_bytes(images, quantise))
+
+        yield write
+
+
+def _decoder(codec: LatentCodec, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda latents: codec.decode(torch.from_numpy(latents).to(device)).cpu().numpy()
+
+
+def _image_shape(teacher: DiTTeacher, decode: Callable[[np.ndarray], np.ndarray] | None) -> tuple[int, int, int]:
+    if decode is None:
+        return teacher.sample_shape
+    channels, height, width = decode(np.zeros((1, *teacher.sample_shape), np.float32)).shape[1:]
+    return channels, height, width
+
+
+def _loaded(student: str | Path | Student | OnnxStudent, device: str) -> Student | OnnxStudent:
+    if not isinstance(student, str | Path):
+        return student
+    return OnnxStudent(student) if str(student).endswith(".onnx") else Student.from_pretrained(student).to(device)
 
 
 def teacher_candidate(
@@ -113,9 +251,8 @@ def student_candidate(
     Raises:
         InputError: it draws something else than the teacher.
     """
-    source = str(student) if isinstance(student, str | Path) else type(student).__name__
-    if isinstance(student, str | Path):
-        student = OnnxStudent(student) if str(student).endswith(".onnx") else Student.from_pretrained(student)
+    source = name or (str(student) if isinstance(student, str | Path) else type(student).__name__)
+    student = _loaded(student, str(teacher.device))
     facts = student.info if isinstance(student, OnnxStudent) else student
     if (tuple(facts.sample_shape), facts.num_classes) != (teacher.sample_shape, teacher.num_classes):
         raise InputError(
@@ -126,9 +263,10 @@ def student_candidate(
     @torch.inference_mode()
     def draw(noise: np.ndarray, labels: np.ndarray) -> np.ndarray:
         if isinstance(student, OnnxStudent):
-            return student.sample(labels, noise=noise)
+            samples = student.sample(labels, noise=noise)
+            return samples.transpose(0, 3, 1, 2) if student.info.pictures else samples
         device = student.embed_times.device
         *_, last = student.rollout(torch.from_numpy(noise).to(device), torch.from_numpy(labels).to(device))
         return last.float().cpu().numpy()
 
-    return Candidate(name or source, facts.num_steps, draw)
+    return Candidate(source, facts.num_steps, draw)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,6 +32,29 @@ class FeatureNetwork(Protocol):
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """Images float32 [n, C, H, W], -1 to 1, to features float64 [n, D]."""
+        ...
+
+
+class Activations(NamedTuple):
+    """All that a network says of n images.
+
+    Args:
+        features: [n, D].
+        spatial: [n, E], features that still know places; None: it gives none.
+        probabilities: [n, classes], softmax outputs; None: it gives none.
+    """
+
+    features: np.ndarray
+    spatial: np.ndarray | None = None
+    probabilities: np.ndarray | None = None
+
+
+@runtime_checkable
+class ActivationNetwork(FeatureNetwork, Protocol):
+    """A feature network that may also give spatial features and class probabilities, from one call."""
+
+    def activations(self, images: np.ndarray) -> Activations:
+        """Images float32 [n, C, H, W], -1 to 1, or uint8, to what it says of them."""
         ...
 
 
@@ -74,6 +97,15 @@ class DigitsClassifier:
     def classify(self, images: np.ndarray) -> np.ndarray:
         """Images float32 [n, 1, 8, 8], -1 to 1, to labels int64 [n]."""
         return self._head(self._body(torch.from_numpy(images))).argmax(dim=1).numpy()
+
+
+def activations_of(network: FeatureNetwork, images: np.ndarray) -> Activations:
+    """What any feature network says of images, float from -1 to 1 or uint8; features alone if it gives no more."""
+    if isinstance(network, ActivationNetwork):
+        return network.activations(images)
+    if images.dtype == np.uint8:
+        images = images.astype(np.float32) / 127.5 - 1
+    return Activations(network.features(images))
 
 
 @functools.cache

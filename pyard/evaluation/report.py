@@ -6,26 +6,35 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyard.errors import InputError
 
-# What is measured: (heading of the table, what it is).
+if TYPE_CHECKING:
+    from pyard.training.watch import ExposureBias
+
+# What is measured: (heading of the table, what it is). Columns that no row has are left out.
 COLUMNS = {
     "network_passes": ("passes", "network passes a sample; a guided teacher step is two"),
-    "frechet_to_data": ("Fréchet data", "Fréchet distance to the real images"),
+    "frechet_to_data": ("Fréchet data", "Fréchet distance to the real images (FID if the features are Inception's)"),
+    "frechet_to_data_infinity": ("F∞ data", "the same, extrapolated to infinitely many samples"),
+    "spatial_frechet_to_data": ("spatial", "Fréchet distance to the real images in spatial features (sFID)"),
+    "inception_score": ("IS", "Inception Score"),
+    "precision": ("precision", "share of the samples inside the real images' 3-nearest-neighbour manifold"),
+    "recall": ("recall", "share of the real images inside the samples' one"),
     "frechet_to_teacher": (
         "Fréchet teacher",
         "Fréchet distance to teacher samples from other noise; its own row is what chance leaves",
     ),
+    "frechet_to_teacher_infinity": ("F∞ teacher", "the same, extrapolated to infinitely many samples of both"),
     "label_accuracy": ("accuracy", "share of the samples that the classifier takes for their label"),
     "endpoint_mse": (
         "endpoint MSE",
-        "mean squared error to the teacher's samples of the same noise and labels (pixels clipped to -1 ... 1)",
+        "mean squared error to the teacher's samples of the same noise and labels (pixels clipped to -1 ... 1; or latents)",
     ),
     "seconds_per_image": (
         "ms/image",
-        "milliseconds a sample, the median over batches drawn in turn; noise is drawn beforehand",
+        "milliseconds a sample, the median over batches drawn in turn; noise is drawn beforehand, latents are not decoded",
     ),
 }
 
@@ -42,15 +51,29 @@ class Quality:
         label_accuracy: 0 to 1.
         endpoint_mse: mean squared error to the teacher's endpoints for the same noise and labels.
         seconds_per_image: median over batches of the seconds a batch takes, over its size.
+        precision: 0 to 1, of real images' neighbourhoods (k = 3).
+        recall: 0 to 1.
+        frechet_to_data_infinity: `frechet_to_data` extrapolated to infinitely many samples.
+        frechet_to_teacher_infinity: `frechet_to_teacher` extrapolated to infinitely many samples of both.
+        spatial_frechet_to_data: Fréchet distance to the real images in spatial features.
+        inception_score: 1 to the number of classes.
+        exposure_bias: errors to the teacher at each step, on its history and on the student's own.
     """
 
     name: str
     network_passes: int
-    frechet_to_data: float
-    frechet_to_teacher: float
+    frechet_to_data: float | None
+    frechet_to_teacher: float | None
     label_accuracy: float | None
-    endpoint_mse: float
+    endpoint_mse: float | None
     seconds_per_image: float
+    precision: float | None = None
+    recall: float | None = None
+    frechet_to_data_infinity: float | None = None
+    frechet_to_teacher_infinity: float | None = None
+    spatial_frechet_to_data: float | None = None
+    inception_score: float | None = None
+    exposure_bias: ExposureBias | None = None
 
 
 @dataclass(frozen=True)
@@ -74,17 +97,32 @@ class Evaluation:
 
     def table(self) -> str:
         """The rows as text, one column each measure, and a line on what each column is."""
-        cells = [["", *(short for short, _ in COLUMNS.values())]]
-        cells += [[row.name, *(_format(key, getattr(row, key)) for key in COLUMNS)] for row in self.rows]
+        columns = {key: text for key, text in COLUMNS.items() if any(getattr(row, key) is not None for row in self.rows)}
+        cells = [["", *(short for short, _ in columns.values())]]
+        cells += [[row.name, *(_format(key, getattr(row, key)) for key in columns)] for row in self.rows]
         widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
         lines = [
             "  ".join([line[0].ljust(widths[0]), *(line[i].rjust(widths[i]) for i in range(1, len(widths)))]) for line in cells
         ]
         lines.insert(1, "-" * len(lines[0]))
-        legend = [f"  {short}: {meaning}" for short, meaning in COLUMNS.values()]
+        legend = [f"  {short}: {meaning}" for short, meaning in columns.values()]
         return "\n".join(
-            [*lines, "", f"{self.settings['count']} samples a row, {self.settings['batch_size']} at a time.", *legend]
+            [
+                *lines,
+                *self._exposure_lines(),
+                "",
+                f"{self.settings['count']} samples a row, {self.settings['batch_size']} at a time.",
+                *legend,
+            ]
         )
+
+    def _exposure_lines(self) -> list[str]:
+        biases = {row.name: row.exposure_bias for row in self.rows if row.exposure_bias is not None}
+        if not biases:
+            return []
+        title = "Exposure bias: MSE to the teacher at each step, on the teacher's history → on its own"
+        pairs = {n: zip(b.teacher_forced, b.rollout, strict=True) for n, b in biases.items()}
+        return ["", title, *(f"  {n}: " + "  ".join(f"{f:.3g} → {r:.3g}" for f, r in both) for n, both in pairs.items())]
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dictionary that `from_json` turns back."""
@@ -93,7 +131,7 @@ class Evaluation:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Evaluation:
         """The evaluation of a `to_json` dictionary."""
-        return cls(tuple(Quality(**row) for row in content["rows"]), content["settings"])
+        return cls(tuple(_quality(row) for row in content["rows"]), content["settings"])
 
     def save(self, path: Path, **more: Any) -> None:
         """Write the evaluation, and `more` beside it, as a JSON file that is complete or absent."""
@@ -104,12 +142,20 @@ class Evaluation:
         partial.replace(path)
 
 
+def _quality(row: dict[str, Any]) -> Quality:
+    from pyard.training.watch import ExposureBias
+
+    curves = row.get("exposure_bias")
+    bias = None if curves is None else ExposureBias(**{key: tuple(values) for key, values in curves.items()})
+    return Quality(**{**row, "exposure_bias": bias})
+
+
 def _format(key: str, value: float | None) -> str:
     if value is None:
         return "-"
     if key == "network_passes":
         return str(value)
-    if key == "label_accuracy":
+    if key in ("label_accuracy", "precision", "recall"):
         return f"{100 * value:.1f} %"
     if key == "seconds_per_image":
         return f"{1000 * value:.3f}"

@@ -67,6 +67,15 @@ class LatentCodec:
         modes = [vae.encode(part.to(vae.dtype)).latent_dist.mode() for part in images.split(batch_size)]
         return (torch.cat(modes).float() - shift) * scaling
 
+    @torch.inference_mode()
+    def posterior(self, images: torch.Tensor, batch_size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images as in `encode` to mean and standard deviation of their latents, each [n, C, h, w] float32, scaled alike."""
+        vae = self.vae.to(images.device)
+        scaling, shift = self._scaling()
+        parts = [vae.encode(part.to(vae.dtype)).latent_dist for part in images.split(batch_size)]
+        mean, std = (torch.cat([getattr(part, name) for part in parts]).float() for name in ("mean", "std"))
+        return (mean - shift) * scaling, std * scaling
+
     def save(self, folder: Path) -> None:
         """Write the VAE into the sub-folder `vae`."""
         if self._folder is not None:

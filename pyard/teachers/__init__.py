@@ -111,9 +111,14 @@ def _load(
         if given is not None:
             raise InputError(f"teacher {path}: {name} is for .pt and .safetensors files; a folder says it itself")
     from pyard.teachers.diffusers_folder import is_diffusers_folder, load_diffusers
+    from pyard.teachers.mixture_teacher import MixtureTeacher, is_mixture_folder
 
     if is_diffusers_folder(path):
         return load_diffusers(path, schedule=schedule)
+    if is_mixture_folder(path):
+        if schedule is not None:
+            raise InputError(f"teacher {path}: its network was fitted to its own noise schedule; leave schedule out")
+        return MixtureTeacher.from_pretrained(path)
     teacher = DiTTeacher.from_pretrained(path)
     return (
         teacher

@@ -2,55 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 import os
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
-from torch import nn
-from torch.nn import functional as F
-from tqdm import tqdm
 
-from pyard.errors import InputError
-from pyard.models.dit import DiT, DiTConfig
+from pyard.models.dit import DiTConfig
 from pyard.noise_schedule import NoiseSchedule
 from pyard.teachers.dit import DiTTeacher
+from pyard.teachers.teaching import TeachBatch, TeachConfig, new_network, taught_once, teaching_device, train_network
 
 NUM_CLASSES = 10
-_SETTINGS_NAME = "teach.json"
 # Raised whenever the defaults of `teach` or its arithmetic change, so that nobody's cached teacher is an older one.
 _CACHED_NAME = "digits-teacher-1"
-
-
-@dataclass(frozen=True)
-class TeachConfig:
-    """Settings of a teacher's training; the arguments of `teach` by the same names say what they mean."""
-
-    max_steps: int
-    hidden_size: int
-    depth: int
-    num_heads: int
-    batch_size: int
-    learning_rate: float
-    label_dropout: float
-    ema_decay: float
-    seed: int
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "hidden_size", "depth", "num_heads", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"teach: {name} is {getattr(self, name)}; expected at least 1")
-        if not self.learning_rate > 0:
-            raise InputError(f"teach: learning_rate is {self.learning_rate}; expected more than 0")
-        for name in ("label_dropout", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"teach: {name} is {getattr(self, name)}; expected 0 to 1, 1 excluded")
 
 
 def digits_data() -> tuple[np.ndarray, np.ndarray]:
@@ -133,47 +98,16 @@ def teach(
         ema_decay=ema_decay,
         seed=seed,
     )
-    out = Path(out)
-    working = out.with_name(out.name + ".training")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Processes of one run, or two runs on a machine, want the same teacher: one trains, the others wait and load.
-    with FileLock(out.with_name(out.name + ".lock")):
-        if out.exists():
-            _check_same_settings(out, config)
-            return DiTTeacher.from_pretrained(out)
-        if working.exists():
-            _check_same_settings(working, config)
-        else:
-            _write_settings(working, config)
-        teacher = _train(config, working, save_every, progress)
-        # The settings go in first, then the folder appears under its name: a teacher without settings is never seen.
-        teacher.save_pretrained(working / "teacher")
-        _write_settings(working / "teacher", config)
-        (working / "teacher").rename(out)
-        shutil.rmtree(working)
-        return teacher
+    return taught_once(out, config, lambda working: _train(config, working, save_every, progress), DiTTeacher.from_pretrained)
 
 
 def _train(config: TeachConfig, working: Path, save_every: int, progress: bool) -> DiTTeacher:
-    from pyard.training.state import Checkpoints, Stateful, ema_of
-
     schedule = NoiseSchedule()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images, labels = (torch.from_numpy(array) for array in digits_data())
     alphas_cumprod = torch.from_numpy(schedule.alphas_cumprod).float()
-    network = _new_network(config).to(device)
-    ema = ema_of(network, config.ema_decay)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
-    checkpoints = Checkpoints(working / "checkpoints")
-    parts: dict[str, Stateful] = {"model": network, "ema": ema, "optimizer": optimizer}
-    begin = max(checkpoints.steps(), default=0)
-    if begin:
-        checkpoints.load(begin, parts)
+    sizes = digits_network(config.hidden_size, config.depth, config.num_heads)
 
-    bar = tqdm(total=config.max_steps, initial=begin, desc="training the teacher", unit="step", disable=not progress)
-    for step in range(begin + 1, config.max_steps + 1):
-        # Drawn from the step's number alone, so that a resumed run sees what an unbroken one sees.
-        random = torch.Generator().manual_seed(config.seed << 32 | step)
+    def draw(random: torch.Generator) -> TeachBatch:
         index = torch.randint(len(images), (config.batch_size,), generator=random)
         level = torch.randint(schedule.num_train_timesteps, (config.batch_size,), generator=random)
         hidden = torch.rand(config.batch_size, generator=random) < config.label_dropout
@@ -181,66 +115,21 @@ def _train(config: TeachConfig, working: Path, save_every: int, progress: bool) 
         noise = torch.randn(clean.shape, generator=random)
         weight = alphas_cumprod[level][:, None, None, None]
         noisy = weight.sqrt() * clean + (1 - weight).sqrt() * noise  # Ho et al. 2020, equation 4
-        seen = labels[index].masked_fill(hidden, NUM_CLASSES)
+        return TeachBatch(noisy, level.float(), labels[index].masked_fill(hidden, NUM_CLASSES), noise)
 
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, step / 100) * 0.5 * (1 + math.cos(math.pi * step / config.max_steps))
-        prediction = network(noisy.to(device), level.float().to(device), seen.to(device))
-        loss = F.mse_loss(prediction, noise.to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        ema.update_parameters(network)
-        if step % save_every == 0 and step < config.max_steps:
-            checkpoints.save(step, parts)
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-        bar.update()
-    bar.close()
-    averaged = ema.module
-    assert isinstance(averaged, DiT)
-    return DiTTeacher(averaged, schedule)
+    network = new_network(sizes, config.seed).to(teaching_device())
+    network = train_network(network, draw, config, working, save_every=save_every, progress=progress)
+    return DiTTeacher(network, schedule)
 
 
-def _new_network(config: TeachConfig) -> DiT:
-    # Reproducible without touching the caller's random state.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        network = DiT(
-            DiTConfig(
-                input_size=8,
-                in_channels=1,
-                patch_size=2,
-                hidden_size=config.hidden_size,
-                depth=config.depth,
-                num_heads=config.num_heads,
-                num_classes=NUM_CLASSES,
-            )
-        )
-        # DiT's embeddings (std 0.02) suit its width of 384 and more. At 64 the conditioning would be so faint that a run of
-        # a few thousand updates ends before the network has learnt its classes.
-        nn.init.normal_(network.trunk.label_embed.weight)
-        for layer in (network.trunk.time_embed.fc1, network.trunk.time_embed.fc2):
-            nn.init.xavier_uniform_(layer.weight, gain=2.0)
-    return network
-
-
-def _write_settings(folder: Path, config: TeachConfig) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / (_SETTINGS_NAME + ".tmp")
-    partial.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    partial.replace(folder / _SETTINGS_NAME)
-
-
-def _check_same_settings(folder: Path, config: TeachConfig) -> None:
-    file = folder / _SETTINGS_NAME
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} exists, but holds no training of the built-in teacher ({error}); use another out") from None
-    wanted = dataclasses.asdict(config)
-    differing = [f"{key}: {found.get(key)!r} there, {value!r} now" for key, value in wanted.items() if found.get(key) != value]
-    if differing:
-        raise InputError(
-            f"{folder} holds a teacher of other settings ({'; '.join(differing)}); use another out, or remove it to start over"
-        )
+def digits_network(hidden_size: int = 64, depth: int = 4, num_heads: int = 4) -> DiTConfig:
+    """Sizes of a teacher of the digits; the defaults are the built-in one's."""
+    return DiTConfig(
+        input_size=8,
+        in_channels=1,
+        patch_size=2,
+        hidden_size=hidden_size,
+        depth=depth,
+        num_heads=num_heads,
+        num_classes=NUM_CLASSES,
+    )

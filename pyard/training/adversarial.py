@@ -151,7 +151,10 @@ class Adversarial(Regression):
             real_seen, real_condition = self.features(real, sides.real_noise, sides.times, labels)
 
         generator, distance = self._generator_loss(fake_seen, fake_condition, real_seen, real_condition)
-        (by_discriminators,) = torch.autograd.grad(generator + settings.feature_matching * distance, clean)
+        # Through a float16 teacher, gradients of single tokens would be too small to be anything but 0 without a scale.
+        scale = processes.scaler.get_scale()
+        (by_discriminators,) = torch.autograd.grad((generator + settings.feature_matching * distance) * scale, clean)
+        by_discriminators = by_discriminators / scale
         ratio = self._ratio(by_regression, by_discriminators)
         weight = settings.weight * ratio if step > settings.warmup_steps else torch.zeros_like(ratio)
         total = by_regression

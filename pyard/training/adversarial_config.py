@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 from dataclasses import dataclass
+from typing import Any
 
 from pyard.errors import InputError
 
@@ -12,8 +15,11 @@ class AdversarialConfig:
     """The adversarial stage: discriminators on a frozen teacher's features of the student's last prediction and of real data.
 
     Args:
-        real: real data: `digits`; a `.safetensors` or `.npz` file with `images` float [n, C, H, W] (-1 to 1, or latents) and
-            `labels` [n]; or a folder of such `.safetensors` (latents: see `RealData`).
+        real: real data: `digits`; a folder of pictures, one sub-folder a class in the order of the labels, as ImageNet is
+            unpacked (cropped as ADM does; a student of latents encodes them with its VAE, once); a `.safetensors` or `.npz`
+            file with `images` float [n, C, H, W] (-1 to 1, or latents) and `labels` [n]; or a folder of such `.safetensors`
+            (latents: see `RealData`).
+        real_cache: folder for the shards that pictures are made into; none: `real` in the run folder.
         flips: mirror a random half of the real data.
         noise_levels: both kinds are noised before the teacher sees them, to a level drawn between these shares of its
             noisiest time.
@@ -32,6 +38,7 @@ class AdversarialConfig:
     """
 
     real: str = "digits"
+    real_cache: str | None = None
     flips: bool = False
     noise_levels: tuple[float, float] = (0.0, 0.5)
     blocks: tuple[int, ...] | None = None
@@ -46,6 +53,16 @@ class AdversarialConfig:
     warmup_steps: int = 3000
     r1: float = 0.0
     feature_matching: float = 0.0
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> AdversarialConfig:
+        """The configuration of settings by name; a name that is none is an InputError that names the nearest."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                raise InputError(f"adversarial: no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return cls(**settings)
 
     def __post_init__(self) -> None:
         for name in ("noise_levels", "blocks", "adam_betas"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,12 +13,12 @@ from typing import Any, Literal, get_args
 import yaml
 
 from pyard.errors import InputError
-from pyard.models.student import Heads, Output
+from pyard.models.student import Heads, Output, StudentConfig, default_output
 from pyard.ops.masks import Mask
 from pyard.time_grid import Target
 from pyard.training.adversarial_config import AdversarialConfig
 from pyard.training.state import write_text
-from pyard.trajectories.manifest import DType, Keep
+from pyard.trajectories.manifest import DType, Keep, Precision
 
 SETTINGS_NAME = "settings.yaml"
 IDENTITY_NAME = "train.json"
@@ -33,7 +34,8 @@ _NOT_OF_THE_RESULT = (
     "evaluation_trajectories", "max_skipped_in_a_row", "trackers", "peak_tflops", "progress",
     "gradient_accumulation", "activation_checkpointing", "compile",
     "num_trajectories", "teacher_steps", "cfg_scale", "cfg_channels", "trajectory_dtype", "trajectory_keep",
-)  # fmt: skip  # the last line is in the manifest of the trajectories, which is compared
+    "trajectory_precision",
+)  # fmt: skip  # the last two lines are in the manifest of the trajectories, which is compared
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class TrainConfig:
         cfg_channels: guide only the first so many channels in those, as DiT's public code does with 3 of 4; none: all.
         trajectory_dtype: how those are stored: float32 | float16 | bfloat16.
         trajectory_keep: what is stored of those: state | denoised | both.
+        trajectory_precision: what the teacher computes in: float32 | bfloat16.
 
         max_steps: updates.
         batch_size: trajectories an update, over all processes and accumulated micro-batches.
@@ -93,6 +96,7 @@ class TrainConfig:
             or S numbers. All are scaled to a mean of 1.
         min_snr_gamma: where min_snr cuts off.
         rollout_probability: share of the updates in which the student learns on its own history, not on the teacher's.
+        rollout_start: first so many updates in which it never does: fine-tuning on its own history after teacher forcing.
         rollout_gradient: `detach`: own history is an input like another; `backprop`: the loss also flows through the
             predictions and the cached keys and values that it was made of (S times the memory).
 
@@ -132,6 +136,7 @@ class TrainConfig:
     cfg_channels: int | None = None
     trajectory_dtype: DType = "float32"
     trajectory_keep: Keep = "both"
+    trajectory_precision: Precision = "float32"
 
     max_steps: int = 2000
     batch_size: int = 64
@@ -154,6 +159,7 @@ class TrainConfig:
     step_weights: Literal["uniform", "min_snr"] | tuple[float, ...] = "uniform"
     min_snr_gamma: float = 5.0
     rollout_probability: float = 0.0
+    rollout_start: int = 0
     rollout_gradient: Literal["detach", "backprop"] = "detach"
 
     save_every: int = 500
@@ -177,7 +183,7 @@ class TrainConfig:
         at_least = {
             **dict.fromkeys(("num_steps", "max_steps", "batch_size", "gradient_accumulation", "num_trajectories"), 1),
             **dict.fromkeys(("save_every", "keep_last", "log_every", "max_skipped_in_a_row", "evaluation_trajectories"), 1),
-            **dict.fromkeys(("warmup_steps", "evaluate_every", "seed"), 0),
+            **dict.fromkeys(("warmup_steps", "evaluate_every", "rollout_start", "seed"), 0),
         }
         for name, least in at_least.items():
             if getattr(self, name) < least:
@@ -245,8 +251,36 @@ class TrainConfig:
                 raise InputError(f"training: no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         adversarial = settings.get("adversarial")
         if isinstance(adversarial, dict):
-            settings = {**settings, "adversarial": AdversarialConfig(**adversarial)}
+            settings = {**settings, "adversarial": AdversarialConfig.of(adversarial)}
         return cls(**settings)
+
+    @classmethod
+    def read(cls, path: str | Path) -> TrainConfig:
+        """The configuration of a recipe, as `pyard train --config` reads it; without one, `out` is the current folder."""
+        from jsonargparse import ArgumentError, ArgumentParser
+
+        try:
+            settings = yaml.safe_load(Path(path).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise InputError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from None
+        if not isinstance(settings, dict):
+            raise InputError(f"recipe {path} holds a {type(settings).__name__}; expected settings by name")
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(cls, fail_untyped=False, sub_configs=False)
+        try:
+            return cls(**vars(parser.instantiate(parser.parse_object({"out": ".", **settings}))))
+        except ArgumentError as error:
+            raise InputError(f"recipe {path}: {error}") from None
+
+    def resolved(self, teacher_depth: int) -> TrainConfig:
+        """The configuration with what it leaves open decided, for a teacher of so many layers."""
+        layers = math.ceil(teacher_depth / 4) if self.history_layers is None else self.history_layers
+        return dataclasses.replace(self, history_layers=layers, output=self.output or default_output(self.target))
+
+    def like(self, student: StudentConfig) -> TrainConfig:
+        """The configuration with what a student that is there already decides."""
+        names = ("history_layers", "mask", "window", "target", "output", "heads", "history_bias")
+        return dataclasses.replace(self, num_steps=student.grid.num_steps, **{name: getattr(student, name) for name in names})
 
     def to_yaml(self) -> str:
         """YAML that `pyard train --config` reads back as the same configuration."""
@@ -264,6 +298,8 @@ class TrainConfig:
         settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in _NOT_OF_THE_RESULT}
         if self.stage == "regression":
             settings.pop("adversarial")
+        else:
+            settings["adversarial"].pop("real_cache")
         mine = {**settings, **inputs}
         mine = json.loads(json.dumps(mine))
         file = self.out / IDENTITY_NAME

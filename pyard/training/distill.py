@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +11,7 @@ from torch import nn
 
 from pyard.errors import InputError
 from pyard.models.lora import add_lora, merge_lora
-from pyard.models.student import Student, StudentConfig, default_output
+from pyard.models.student import Student
 from pyard.teachers import load_teacher
 from pyard.training.config import TrainConfig
 from pyard.trajectories import TrajectoryReader, TrajectoryStore, generate_trajectories
@@ -115,11 +113,9 @@ def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Proces
             teacher = load_teacher(teacher)
     earlier = None if config.student is None else Student.from_pretrained(config.student)
     if earlier is not None:
-        config = _like(config, earlier.config)
-    if config.history_layers is None:
-        config = dataclasses.replace(config, history_layers=math.ceil(teacher.network.config.depth / 4))
-    if config.output is None:
-        config = dataclasses.replace(config, output=default_output(config.target))
+        config = config.like(earlier.config)
+    config = config.resolved(teacher.network.config.depth)
+    home = teacher.device
     teacher.to(processes.device)
     with processes.main_first():
         store = _open_store(teacher, trajectories, config)
@@ -130,7 +126,7 @@ def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Proces
     inputs = {"teacher_fingerprint": teacher.fingerprint, "manifest": {**store.manifest.to_json(), "count": store.count}}
     stage: Regression
     if config.stage == "adversarial":
-        data = RealData.load(config.adversarial.real, student.sample_shape, student.num_classes)
+        data = RealData.load(_real_source(config, student, teacher, processes), student.sample_shape, student.num_classes)
         inputs |= {"real_fingerprint": data.fingerprint(), "student_fingerprint": _fingerprint(student)}
     with processes.main_first():
         if processes.is_main:
@@ -154,6 +150,7 @@ def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Proces
         )
         stage = Adversarial(config, student, processes, teacher, real)
     else:
+        teacher.to(home)  # the regression needs its trajectories alone: one model less on the device
         stage = Regression(config, student, processes)
     averages = stage.averages
     begin = max(Checkpoints(config.out / "checkpoints").steps(), default=0)
@@ -202,10 +199,24 @@ def _student(teacher: DiTTeacher, store: TrajectoryStore, config: TrainConfig, e
     return earlier
 
 
-def _like(config: TrainConfig, student: StudentConfig) -> TrainConfig:
-    """The settings with those that a student which is there already decides."""
-    names = ("history_layers", "mask", "window", "target", "output", "heads", "history_bias")
-    return dataclasses.replace(config, num_steps=student.grid.num_steps, **{name: getattr(student, name) for name in names})
+def _real_source(config: TrainConfig, student: Student, teacher: DiTTeacher, processes: Processes) -> str | Path:
+    """Where the real data is; pictures are encoded first, each process its share."""
+    from pyard.training.real_images import cached_images, is_image_folder
+
+    source = config.adversarial.real
+    if source == "digits" or not is_image_folder(Path(source)):
+        return source
+    shards = cached_images(
+        Path(source),
+        Path(config.adversarial.real_cache or config.out / "real"),
+        student.sample_shape,
+        student.codec or teacher.codec,
+        device=processes.device,
+        rank=processes.rank,
+        world_size=processes.world,
+    )
+    processes.wait()
+    return shards
 
 
 def _fingerprint(module: nn.Module) -> str:
@@ -229,6 +240,7 @@ def _open_store(teacher: DiTTeacher, trajectories: str | Path | TrajectoryStore 
             cfg_channels=config.cfg_channels,
             keep=config.trajectory_keep,
             dtype=config.trajectory_dtype,
+            precision=config.trajectory_precision,
             seed=config.seed,
             progress=config.progress,
         )

@@ -63,7 +63,8 @@ class RealData:
         """Real data by name.
 
         Args:
-            source: `digits`; a `.safetensors` or `.npz` with `images` and `labels`; or a folder of such `.safetensors`.
+            source: `digits`; a `.safetensors` or `.npz` with `images` and `labels`; or a folder of such `.safetensors`, which
+                `cached_images` makes of pictures.
             sample_shape: (C, H, W) that the student draws.
             num_classes: labels are below it.
         """
@@ -170,7 +171,10 @@ class RealReader:
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], ...]:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
-        raise InputError(f"real data {path}: expected 'digits', a .safetensors or .npz file, or a folder of .safetensors")
+        raise InputError(
+            f"real data {path}: expected 'digits', a .safetensors or .npz file, a folder of .safetensors, or sub-folders of "
+            "pictures"
+        )
     try:
         # safetensors maps its files: processes of one machine share the memory, and only what is used is read.
         return tuple(

@@ -185,7 +185,7 @@ class Regression:
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _rolls_out(self, step: int) -> bool:
-        if self.config.rollout_probability == 0:
+        if self.config.rollout_probability == 0 or step <= self.config.rollout_start:
             return False
         random = torch.Generator().manual_seed(seed_of(self.config.seed, step))
         return bool(torch.rand((), generator=random) < self.config.rollout_probability)

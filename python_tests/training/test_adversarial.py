@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import random
 from pathlib import Path
 
@@ -11,15 +12,20 @@ import factories
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_runs import assert_same_run, kill_and_resume, start, teacher_and_store, train_in, wait
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from training_runs import assert_same_run, kill_and_resume, log_kills, start, teacher_and_store, train_in, wait
 
 from pyard.errors import InputError
 from pyard.models.student import Student
 from pyard.noise_schedule import NoiseSchedule
+from pyard.ops import use_backend
 from pyard.teachers.dit import DiTTeacher
 from pyard.time_grid import TimeGrid
 from pyard.training import AdversarialConfig, TrainConfig
 from pyard.training.adversarial import Adversarial
+from pyard.training.flops import adversarial_flops, update_flops
 from pyard.training.processes import Processes
 from pyard.training.real_data import RealData, RealReader
 from pyard.training.regression import Regression
@@ -34,14 +40,14 @@ def teacher(kind: str = "flow") -> DiTTeacher:
     return factories.tiny_teacher(NoiseSchedule(kind="flow", prediction="velocity") if kind == "flow" else NoiseSchedule())
 
 
-def stage(kind: str = "flow", student: dict | None = None, **settings) -> Adversarial:
+def stage(kind: str = "flow", student: dict | None = None, training: dict | None = None, **settings) -> Adversarial:
     made = teacher(kind)
     grid = TimeGrid.build(made.schedule, S, 6)
     model = Student.from_teacher(made, grid, **{"history_layers": 2, "target": "state", **(student or {})})
     factories.randomise(model, 1)
     config = TrainConfig(
         teacher="", out=Path(), num_steps=S, batch_size=B, grad_clip=1e9, stage="adversarial", student="x",
-        adversarial=AdversarialConfig(**{**SMALL, **settings}),
+        adversarial=AdversarialConfig(**{**SMALL, **settings}), **(training or {}),
     )  # fmt: skip
     data = RealData(({"images": torch.randn(20, 2, 8, 8), "labels": torch.arange(20) % 5},))
     return Adversarial(config, model, Processes(), made, RealReader(data, B, seed=5, flips=True))
@@ -108,6 +114,30 @@ def test_gradients_are_those_of_the_plain_losses(kind, student):
     torch.testing.assert_close(measured.loss, of["mse"].detach(), rtol=1e-5, atol=0)
 
 
+class CountFlops(TorchDispatchMode):
+    """As torch's FlopCounterMode, whose record of modules does not bear `autograd.grad`."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(blocks=(1,)), dict(r1=0.3), dict(feature_matching=0.5, depth=2), dict(r1=0.3, depth=0, width=24),
+], ids=str)  # fmt: skip
+def test_counted_flops_are_those_that_run(settings):
+    made = stage(**{"width": 48, **settings})
+    with use_backend("reference"), sdpa_kernel(SDPBackend.MATH), CountFlops() as counter:
+        made.compute(1, batch())
+    network = made.features.teacher.network.config
+    ours = update_flops(made.student.config, B) + B * adversarial_flops(network, made.settings)
+    assert ours == pytest.approx(counter.flops, rel=0.06)
+
+
 def test_who_trains_and_who_does_not():
     made = stage()
     frozen = {name: value.clone() for name, value in made.features.teacher.network.state_dict().items()}
@@ -122,6 +152,62 @@ def test_who_trains_and_who_does_not():
         assert still <= idle, still
     assert all(torch.equal(value, frozen[name]) for name, value in made.features.teacher.network.state_dict().items())
     assert all(p.grad is None for p in made.features.teacher.network.parameters())
+
+
+@pytest.mark.parametrize("training", [
+    dict(activation_checkpointing=True), pytest.param(dict(compile=True), marks=pytest.mark.slow),
+], ids=str)  # fmt: skip
+def test_savers_of_memory_and_time_do_not_change_the_gradient(training):
+    ours, plain = stage(r1=0.1, training=training), stage(r1=0.1)
+    measured, reference = ours.compute(1, batch()), plain.compute(1, batch())
+    for name, value in reference.more.items():
+        torch.testing.assert_close(measured.more[name], value, rtol=1e-3, atol=1e-5, msg=name)
+    for name, parameter in plain.student.named_parameters():
+        theirs = parameter.grad
+        torch.testing.assert_close(
+            ours.student.get_parameter(name).grad, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()), msg=name
+        )
+
+
+@pytest.mark.parametrize("broken", ["target", "real"])
+def test_what_is_not_finite_on_either_side_changes_nothing(broken):
+    made = stage()
+    data = batch()
+    (data.target if broken == "target" else made.real.data.shards[0]["images"])[0] = float("nan")
+    before = [{name: p.detach().clone() for name, p in m.named_parameters()} for m in (made.student, made.discriminator)]
+    skipped = 0
+    for step in range(1, 4):  # three batches of 8 show each of the 20 images
+        if not made.compute(step, data).finite():
+            skipped += 1
+            made.skip()
+    assert skipped
+    for module, old in zip((made.student, made.discriminator), before, strict=True):
+        assert all(torch.equal(p, old[name]) for name, p in module.named_parameters())
+    assert not made.optimizer.state
+    assert not made.discriminator_optimizer.state
+
+
+def test_fp16_comes_near_float32_and_skips_what_overflows():
+    """float16 on the CPU, which `train` refuses for its speed; the gradients of single tokens need the loss scale, too."""
+    settings = dict(weight=1.0, max_ratio=1e9, noise_levels=(0.3, 0.6))
+    exact, made = stage(**settings), stage(**settings)
+    exact.discriminator.eval(), made.discriminator.eval()
+    exact.compute(1, batch())
+    made.processes._dtype = torch.float16
+    made.processes.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    start = {name: p.detach().clone() for m in (made.student, made.discriminator) for name, p in m.named_parameters()}
+    scales = []
+    while not made.compute(1, batch()).finite():
+        scales.append(made.processes.scaler.get_scale())
+        made.skip()
+        made.real.load_state_dict({"position": 0})  # the same real data again
+        assert all(torch.equal(p, start[name]) for m in (made.student, made.discriminator) for name, p in m.named_parameters())
+    assert 2 < len(scales) < 45
+    assert scales == [2.0 ** (40 - i) for i in range(len(scales))]
+    for name, parameter in made.student.named_parameters():
+        reference = exact.student.get_parameter(name).grad
+        if reference.any():
+            assert float((parameter.grad - reference).norm() / reference.norm()) < 0.05, name
 
 
 def test_weight_is_0_while_warming_up_and_clamped_after():
@@ -211,6 +297,20 @@ def test_killed_and_resumed_is_bitwise_the_same(folder, world):
     newest = folder / "whole" / "checkpoints" / "step-0000024"
     assert {"discriminator.safetensors", "discriminator-optimizer.pt", "real.pt"} <= {file.name for file in newest.iterdir()}
     assert torch.load(newest / "real.pt", weights_only=True) == {"position": 24 * 8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_twenty_five_times(folder, world):
+    """PYARD_KILL_LOG=FILE keeps what was done."""
+    settings = {**settings_in(folder), "max_steps": 300}
+    assert set(wait(start(folder, "whole", world, **settings))) == {0}
+    settings["save_every"] = 3
+    seed = int(os.environ.get("PYARD_KILL_SEED", random.randrange(2**32)))
+    kills = kill_and_resume(folder, world, 25, seed, settings)
+    assert len(kills) == 25
+    assert_same_run(folder / "whole", folder / "killed")
+    log_kills(f"adversarial stage, {world} process(es)", seed, settings, kills)
 
 
 def test_one_process_and_two_see_the_same_losses(folder):

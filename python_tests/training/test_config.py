@@ -25,7 +25,8 @@ def parsed(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
 
 def test_there_are_recipes():
     assert [recipe.stem for recipe in RECIPES] == [
-        "digits", "imagenet256-dit-xl2", "imagenet256-sit-xl2", "imagenet512-dit-xl2",
+        "digits", "digits-adversarial", "imagenet256-dit-xl2", "imagenet256-dit-xl2-adversarial", "imagenet256-sit-xl2",
+        "imagenet512-dit-xl2",
     ]  # fmt: skip
 
 
@@ -35,7 +36,13 @@ def test_recipes_parse_and_flags_override_them(recipe, tmp_path, monkeypatch):
     assert (config.max_steps, config.out) == (7, tmp_path)
     assert config.num_steps == 4
     if "imagenet" in recipe.stem:
-        assert (config.history_layers, config.batch_size, config.learning_rate, config.ema_decays) == (6, 64, 1e-4, (0.9999,))
+        assert (config.history_layers, config.learning_rate, config.ema_decays) == (6, 1e-4, (0.9999,))
+        assert config.batch_size == (48 if config.stage == "adversarial" else 64)
+    if config.stage == "adversarial":
+        # Each of 8 processes has whole virtual batches, or one has.
+        share = config.batch_size // (8 if "imagenet" in recipe.stem else 1)
+        assert share % config.adversarial.virtual_batch == 0
+    assert dataclasses.replace(TrainConfig.read(recipe), out=tmp_path, max_steps=7) == config
 
 
 def test_yaml_flags_and_python_say_the_same(tmp_path, monkeypatch):

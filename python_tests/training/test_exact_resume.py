@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import assert_same_run, kill_and_resume, signal_at, start, teacher_and_store, train_in, wait
+from training_runs import assert_same_run, kill_and_resume, log_kills, signal_at, start, teacher_and_store, train_in, wait
 
 from pyard.training.processes import PREEMPTED_STATUS
 from pyard.training.state import Checkpoints, read_log
@@ -99,11 +99,4 @@ def test_killed_fifty_times(folder, world):
     kills = kill_and_resume(folder, world, 50, seed, settings)
     assert len(kills) == 50
     assert_same_run(folder / "whole", folder / "killed")
-    if file := os.environ.get("PYARD_KILL_LOG"):
-        lines = [
-            f"{world} process(es), seed {seed}, {settings['max_steps']} updates, a checkpoint every {settings['save_every']}"
-        ]
-        lines += [f"kill {i}: {kill}" for i, kill in enumerate(kills, start=1)]
-        lines += ["log, weights, averages, optimizer and schedule are bitwise those of a run that was not killed", ""]
-        with open(file, "a") as out:
-            out.write("\n".join(lines))
+    log_kills(f"{world} process(es)", seed, settings, kills)

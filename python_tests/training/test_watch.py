@@ -99,6 +99,20 @@ def test_watching_does_not_change_the_run(tmp_path: Path):
     assert read_log(plain / "log.jsonl") == read_log(watched / "log.jsonl")
 
 
+def test_wandb_gets_numbers_pictures_and_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    teacher_and_store(tmp_path)
+    run = train_in(tmp_path, "run", trackers="wandb", max_steps=4, evaluate_every=2, evaluation_trajectories=8)
+    (folder,) = (run / "wandb").glob("offline-run-*")
+    (record,) = folder.glob("run-*.wandb")
+    content = record.read_bytes()
+    for name in (b"loss_step/2", b"grad_norm", b"exposure_bias/rollout/2", b"history_layers"):
+        assert name in content, name
+    assert len(list((folder / "files" / "media" / "images").glob("samples*.png"))) == 2
+
+
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="W&B is installed")
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path):
     teacher_and_store(tmp_path)

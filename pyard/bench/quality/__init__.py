@@ -1,0 +1,191 @@
+"""Does it work, and what of it matters? Students of equal budget, side by side: `pyard bench quality`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from pyard.bench.quality.cell import Workshop, open_workshop, read_result, run_cell
+from pyard.bench.quality.plan import SUBJECTS, Budget, Cell, Plan, Scale, full_plan, quick_plan
+from pyard.bench.quality.report import write_report
+from pyard.errors import InputError
+from pyard.training.state import read_log
+
+
+def bench_quality(
+    out: Path = Path("runs/quality"),
+    *,
+    results: Path = Path("benchmarks/results"),
+    quick: bool = False,
+    scale: Scale = "cpu",
+    subjects: list[str] | None = None,
+    seeds: int = 3,
+    only: str | None = None,
+    workers: int | None = None,
+    fresh: bool = False,
+    progress: bool = True,
+) -> None:
+    """Train students that differ in one thing at a time, and say how much it matters.
+
+    On `--scale cpu`: the built-in digits, and two Gaussian mixtures whose score is exact, so that every error is the student's.
+    On `--scale gpu`: drawn scenes of 32 x 32 pixels. The main table has step distillation and ARD in the published setting
+    (denoised targets, direct outputs) and in the strong one (state targets, jump outputs), several seeds each; then come masks,
+    steps, heads, losses, rollouts and the adversarial stage, one at a time. Everything gets the same budget.
+
+    Every student is a process with one CPU thread, or a GPU, of its own. The same command resumes: students that are there are
+    kept, one that was being trained goes on from its last checkpoint.
+
+    Example: pyard bench quality --subjects '[digits]' --seeds 1
+
+    Args:
+        out: folder of teachers, trajectories and students.
+        results: folder of `quality-SCALE.json`, the tables `quality-SCALE.md` and the figures.
+        quick: a minute's run with next to no training: it shows that everything works, and nothing else.
+        scale: cpu | gpu.
+        subjects: of digits, mixture-2d, mixture-16 (cpu), scenes (gpu); the first has the one-factor tables. none: all.
+        seeds: of the main table.
+        only: train only settings whose names contain this word; the report has what is there.
+        workers: processes; none: one a core, or one a GPU.
+        fresh: remove the results of earlier runs first.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: an unknown subject, or students that failed, with their messages.
+    """
+    subjects = list(subjects or SUBJECTS[scale][: 1 if quick else None])
+    known = [name for names in SUBJECTS.values() for name in names]
+    for subject in subjects:
+        if subject not in known:
+            raise InputError(f"bench quality: unknown subject {subject!r}; expected some of {', '.join(known)}")
+    if seeds < 1:
+        raise InputError(f"bench quality: seeds is {seeds}; expected at least 1")
+    out = out / "quick" if quick else out
+    if fresh:
+        for subject in subjects:
+            shutil.rmtree(out / subject, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    plan = quick_plan(subjects) if quick else full_plan(subjects, seeds)
+    cells = [cell for cell in plan.cells if only is None or only in cell.setting.name]
+    gpus = torch.cuda.device_count()
+    failures = _train_all(plan, cells, out, quick, workers or gpus or len(os.sched_getaffinity(0)), gpus, progress)
+    with one_thread():  # as the students were measured: the classifiers that features come from are trained on the spot
+        write_report(plan, out, results, f"quality-{'quick' if quick else scale}", quick)
+    if failures:
+        raise InputError(f"bench quality: {len(failures)} students failed: " + "; ".join(failures))
+
+
+def _train_all(plan: Plan, cells: list[Cell], out: Path, quick: bool, workers: int, gpus: int, progress: bool) -> list[str]:
+    """Make all cells, each after the one it goes on from; returns the messages of those that failed."""
+    failures: list[str] = []
+    names = {cell.name for cell in cells}
+    with (
+        _pool(workers, gpus) as pool,
+        tqdm(total=sum(_updates(plan, cell) for cell in cells), desc="students", unit="update", disable=not progress) as bar,
+    ):
+        # Whatever must be there first has a name: a subject, or the cell that another goes on from.
+        pending: dict[Future[Any], str] = {
+            pool.submit(_prepare, subject, budget, out, quick): subject for subject, budget in plan.budgets.items()
+        }
+        waiting = {cell.name: base if (base := _base(cell)) in names else cell.subject for cell in cells}
+        while pending:
+            done, _ = wait(pending, timeout=2.0, return_when=FIRST_COMPLETED)
+            for future in done:
+                name = pending.pop(future)
+                error = future.exception()
+                if error is not None:
+                    failures.append(f"{name}: {error}")
+                    bar.write("".join(traceback.format_exception(error)))
+                ready = [cell for cell in cells if waiting.get(cell.name) == name]
+                for cell in ready:
+                    del waiting[cell.name]
+                    if error is None:
+                        budget = plan.budgets[cell.subject]
+                        pending[pool.submit(_make, budget, cell, out, quick)] = cell.name
+            bar.update(sum(_updates_done(plan, cell, out) for cell in cells) - bar.n)
+    return failures
+
+
+@contextmanager
+def _pool(workers: int, gpus: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end when this one is asked to: each writes a checkpoint of what it trains, and starts nothing new."""
+    context = get_context("spawn")
+    numbers = context.Queue()
+    for number in range(workers):
+        numbers.put(number)
+
+    def end(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(numbers, gpus))
+    try:
+        yield pool
+    except KeyboardInterrupt:
+        for process in list(pool._processes.values()):
+            process.terminate()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Results that depend on how many threads shared the work come from one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _begin(numbers: Any, gpus: int) -> None:
+    torch.set_num_threads(1)
+    number = numbers.get()
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % gpus)  # before this process first asks for one
+
+
+_WORKSHOPS: dict[str, Workshop] = {}  # of this process, by subject
+
+
+def _workshop(subject: str, budget: Budget, out: Path, quick: bool) -> Workshop:
+    if subject not in _WORKSHOPS:
+        _WORKSHOPS[subject] = open_workshop(subject, budget, out, quick)
+    return _WORKSHOPS[subject]
+
+
+def _prepare(subject: str, budget: Budget, out: Path, quick: bool) -> None:
+    _workshop(subject, budget, out, quick).teacher_samples()
+
+
+def _make(budget: Budget, cell: Cell, out: Path, quick: bool) -> dict[str, Any]:
+    return run_cell(_workshop(cell.subject, budget, out, quick), cell)
+
+
+def _base(cell: Cell) -> str | None:
+    base = cell.setting.base
+    return None if base is None else f"{cell.subject}/{base}/seed-{cell.seed}"
+
+
+def _updates(plan: Plan, cell: Cell) -> int:
+    return max(1, round(plan.budgets[cell.subject].updates * cell.setting.updates))
+
+
+def _updates_done(plan: Plan, cell: Cell, out: Path) -> int:
+    if read_result(out / cell.name / "result.json") is not None:
+        return _updates(plan, cell)
+    log = read_log(out / cell.name / "run" / "log.jsonl")
+    return int(log[-1]["step"]) if log else 0

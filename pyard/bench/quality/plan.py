@@ -1,0 +1,231 @@
+"""What the quality benchmark trains: settings, each with all that distinguishes it, and the cells (subject, setting, seed).
+
+S num_steps · N history_layers · L depth of the teacher
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+Scale = Literal["cpu", "gpu"]
+Layers = Literal["0", "L/4", "L/2", "L"]
+Extent = Literal["core", "all", "long"]
+
+NUM_STEPS = 4
+PUBLISHED = {"target": "denoised", "output": "direct"}  # what the authors' code trains
+STRONG = {"target": "state", "output": "jump"}  # starts as the teacher's own sampler of S steps
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every student of a subject gets.
+
+    Args:
+        trajectories: of the teacher, for each seed.
+        updates: of a student.
+        batch_size: trajectories an update.
+        learning_rate: of AdamW, falling along a cosine.
+        samples: drawn by each row of the tables.
+        held_out: trajectories for the exposure-bias curves.
+        train: further settings of `pyard.train`.
+        adversarial: settings of the adversarial stage.
+    """
+
+    trajectories: int = 4096
+    updates: int = 800
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    samples: int = 10_000
+    held_out: int = 1024
+    train: dict[str, Any] = field(default_factory=dict)
+    adversarial: dict[str, Any] = field(default_factory=lambda: {"warmup_steps": 100})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to train a student.
+
+    Args:
+        name: of its folder and in the results; unique.
+        title: in tables.
+        layers: N, as a share of the teacher's layers.
+        train: settings of `pyard.train` beside the budget's.
+        factor: what it varies: the name of a table.
+        updates: as a multiple of the budget's.
+        base: name of the setting whose student it goes on from (the adversarial stage).
+    """
+
+    name: str
+    title: str
+    layers: Layers
+    train: dict[str, Any]
+    factor: str
+    updates: float = 1.0
+    base: str | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """S."""
+        return int(self.train.get("num_steps", NUM_STEPS))
+
+    def history_layers(self, depth: int) -> int:
+        """N for a teacher of L layers."""
+        return {"0": 0, "L/4": max(1, depth // 4), "L/2": max(1, depth // 2), "L": depth}[self.layers]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One student: a setting on a subject, from one seed."""
+
+    subject: str
+    setting: Setting
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.subject}/{self.setting.name}/seed-{self.seed}"
+
+
+def corner(family: dict[str, Any], layers: Layers) -> Setting:
+    """A setting of the main table."""
+    kind = "x̂0 targets, direct" if family is PUBLISHED else "state targets, jump"
+    return Setting(f"{prefix(family)}-{slug(layers)}", f"{kind}, N = {layers}", layers, dict(family), "main")
+
+
+def prefix(family: dict[str, Any]) -> str:
+    """`denoised-direct` or `state-jump`."""
+    return f"{family['target']}-{family['output']}"
+
+
+def slug(layers: Layers) -> str:
+    """`N0`, `N-quarter`, `N-half`, `N-all`."""
+    return {"0": "N0", "L/4": "N-quarter", "L/2": "N-half", "L": "N-all"}[layers]
+
+
+MAIN = tuple(corner(family, layers) for family in (PUBLISHED, STRONG) for layers in ("0", "L/4", "L"))
+
+
+def varied(
+    family: dict[str, Any], layers: Layers, factor: str, suffix: str, title: str, updates: float = 1.0, **more: Any
+) -> Setting:
+    """A corner of the main table with one thing changed."""
+    start = corner(family, layers)
+    return replace(
+        start,
+        name=f"{start.name}-{suffix}",
+        title=f"{start.title}, {title}",
+        factor=factor,
+        train={**start.train, **more},
+        updates=updates,
+    )
+
+
+def one_factor_at_a_time() -> Iterator[Setting]:
+    """Settings that differ in one thing from a row of the main table."""
+    both = (PUBLISHED, STRONG)
+    ends: tuple[Layers, Layers] = ("0", "L")
+    for family in both:
+        yield replace(corner(family, "L/2"), factor="N")
+        for steps in (1, 2, 3, 6):
+            for layers in ends if steps > 1 else ends[:1]:  # one step has no history
+                yield varied(family, layers, "S", f"S{steps}", f"S = {steps}", num_steps=steps)
+        yield varied(family, "L", "mask", "window2", "window of 2 steps", mask="window", window=2)
+        yield varied(family, "L", "mask", "anchor", "anchor: own step and x_T", mask="anchor")
+        yield varied(family, "L", "mask", "diagonal", "diagonal: own step alone", mask="diagonal")
+        yield varied(family, "L", "heads", "shared", "a shared head", heads="shared")
+    for layers in ends:
+        state_direct = {"target": "state", "output": "direct"}
+        title = f"state targets, direct, N = {layers}"
+        yield Setting(f"{prefix(state_direct)}-{slug(layers)}", title, layers, state_direct, "output")
+    for rate in (5e-4, 2e-3):
+        for family, layers in ((PUBLISHED, "L"), (STRONG, "0")):
+            yield varied(family, layers, "learning rate", f"lr{rate:g}", f"lr {rate:g}", learning_rate=rate)  # type: ignore[arg-type]
+    yield varied(STRONG, "0", "loss", "huber", "pseudo-Huber", loss="pseudo_huber")
+    yield varied(STRONG, "0", "loss", "min-snr", "min-SNR weights", step_weights="min_snr")
+    for family in both:
+        yield adversarial(corner(family, "L"))
+    yield adversarial(corner(STRONG, "0"))
+
+
+def does_history_help(extent: Extent) -> Iterator[Setting]:
+    """Ways in which a history might help the strong baseline: each with and without one, all else equal.
+
+    Args:
+        extent: `core`, training on the student's own history alone; `all` ways; or those and 4 times the updates, too: `long`.
+    """
+    own = "own rollout in the second half"
+    detached: dict[str, Any] = {"rollout_probability": 1.0}
+    through: dict[str, Any] = {"rollout_probability": 1.0, "rollout_gradient": "backprop"}
+    ends: tuple[Layers, Layers] = ("0", "L")
+    for layers in ("0", "L/4", "L"):
+        yield varied(STRONG, layers, "history", "rollout", own, **detached)  # type: ignore[arg-type]
+    if extent == "core":
+        return
+    for layers in ends:
+        yield varied(STRONG, layers, "history", "through", f"{own}, backpropagated", **through)
+        yield varied(PUBLISHED, layers, "history", "rollout", own, **detached)
+        yield varied(STRONG, layers, "history", "S2-rollout", f"S = 2, {own}", num_steps=2, **detached)
+    for layers in ("L/4", "L"):
+        yield varied(STRONG, layers, "history", "bias", "history bias from -4", history_bias=-4.0)  # type: ignore[arg-type]
+    yield varied(STRONG, "L", "history", "bias-rollout", f"history bias from -4, {own}", history_bias=-4.0, **detached)
+    yield varied(STRONG, "L", "history", "anchor-rollout", f"anchor mask, {own}", mask="anchor", **detached)
+    if extent == "long":
+        for layers in ends:
+            yield varied(STRONG, layers, "history", "long", "4 times the updates", 4.0)
+            yield varied(STRONG, layers, "history", "long-rollout", f"4 times the updates, {own}", 4.0, **detached)
+
+
+def adversarial(base: Setting) -> Setting:
+    """The adversarial stage after a setting."""
+    return replace(
+        base, name=f"{base.name}-gan", title=f"{base.title}, + adversarial", factor="adversarial", base=base.name,
+        train={"stage": "adversarial"},
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a benchmark trains, and with what.
+
+    Args:
+        budgets: of each subject.
+        cells: in the order in which they are trained: the main table first.
+    """
+
+    budgets: dict[str, Budget]
+    cells: tuple[Cell, ...]
+
+
+QUICK = Budget(trajectories=256, updates=40, samples=200, held_out=64, adversarial={"warmup_steps": 10})
+BUDGETS = {
+    "digits": Budget(),
+    "mixture-2d": Budget(),
+    "mixture-16": Budget(updates=500),
+    "scenes": Budget(trajectories=65_536, updates=8000, batch_size=256, learning_rate=3e-4, train={"mixed_precision": "bf16"}),
+}
+EXTENTS: dict[str, Extent] = {"mixture-2d": "long", "mixture-16": "core"}
+SUBJECTS: dict[Scale, tuple[str, ...]] = {"cpu": ("digits", "mixture-2d", "mixture-16"), "gpu": ("scenes",)}
+
+
+def full_plan(subjects: Sequence[str], seeds: int) -> Plan:
+    """The main table on every subject and seed; ways in which a history might help; one factor at a time on the first subject.
+
+    Of those ways, training on the student's own history is tried with every seed, the rest with the first one; on the plane,
+    whose points cost little, with more training as well.
+    """
+    cells = [Cell(subject, setting, seed) for seed in range(seeds) for subject in subjects for setting in MAIN]
+    for subject in subjects:
+        cells += [Cell(subject, setting, 0) for setting in does_history_help(EXTENTS.get(subject, "all"))]
+    cells += [Cell(subject, way, seed) for seed in range(1, seeds) for subject in subjects for way in does_history_help("core")]
+    cells += [Cell(subjects[0], setting, 0) for setting in one_factor_at_a_time()]
+    return Plan({subject: BUDGETS[subject] for subject in subjects}, tuple(cells))
+
+
+def quick_plan(subjects: Sequence[str]) -> Plan:
+    """Two settings and one factor with next to no budget: that everything runs, not how good it is."""
+    settings = [corner(PUBLISHED, "0"), corner(PUBLISHED, "L"), corner(STRONG, "0"), corner(STRONG, "L")]
+    settings += [varied(STRONG, "0", "S", "S2", "S = 2", num_steps=2), adversarial(corner(PUBLISHED, "L"))]
+    return Plan(dict.fromkeys(subjects, QUICK), tuple(Cell(subjects[0], setting, 0) for setting in settings))

@@ -1,0 +1,190 @@
+"""What the quality benchmark found: JSON, tables in the paper's form, figures.
+
+n samples · F features
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import pyard
+from pyard.bench.machine import processor
+from pyard.bench.quality.cell import Workshop, open_workshop, read_result
+from pyard.bench.quality.figures import draw_figures
+from pyard.bench.quality.intervals import Interval, degradation_ratio
+from pyard.bench.quality.plan import MAIN, PUBLISHED, Budget, Plan, corner
+from pyard.training.state import write_text
+
+# METHOD of arXiv 2504.11295, ImageNet-256, ADM protocol, 50k samples: passes, FID, precision, recall.
+PAPER = (
+    ("DiT-XL/2 teacher, DDIM 25", 25, 2.89, 0.797, 0.572),
+    ("step distillation, N = 0", 4, 10.25, 0.704, 0.474),
+    ("ARD, N = 6", 4, 4.32, 0.770, 0.574),
+    ("ARD + adversarial", 4, 1.84, 0.797, 0.615),
+)
+_MEASURES = {
+    "frechet_to_data": "Fréchet, data",
+    "frechet_to_teacher": "Fréchet, teacher",
+    "endpoint_mse": "endpoint MSE",
+    "precision": "precision",
+    "recall": "recall",
+    "label_accuracy": "accuracy",
+}
+_HEAD = f"| | seeds | passes | {' | '.join(_MEASURES.values())} | exposure bias |"
+_RULE = "|---" * (4 + len(_MEASURES)) + "|"
+
+
+def write_report(plan: Plan, out: Path, results: Path, name: str, quick: bool) -> None:
+    """Collect what is done in `out`, and write `results/NAME.json`, `NAME.md` and `NAME-*.png`.
+
+    Args:
+        plan: whose cells are reported.
+        out: folder of the students.
+        results: folder of the report; made if there is none.
+        name: of the files.
+        quick: the run had next to no budget; the tables say so.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    workshops = {subject: open_workshop(subject, budget, out, quick) for subject, budget in plan.budgets.items()}
+    rows = [row for cell in plan.cells if (row := read_result(out / cell.name / "result.json")) is not None]
+    teachers = {subject: workshop.measure(workshop.teacher_samples()["ends"]) for subject, workshop in workshops.items()}
+    ratios = {subject: _ratio(workshop, rows) for subject, workshop in workshops.items()}
+    record = {
+        "machine": _machine(),
+        "quick": quick,
+        "features": {subject: workshop.subject.features.name for subject, workshop in workshops.items()},
+        "teachers": teachers,
+        "degradation": {subject: None if ratio is None else ratio.to_json() for subject, ratio in ratios.items()},
+        "cells": rows,
+    }
+    write_text(results / f"{name}.json", json.dumps(record, indent=1) + "\n")
+    write_text(results / f"{name}.md", _document(plan, record, ratios, rows, quick, name))
+    draw_figures(plan, workshops, rows, teachers, results, name)
+    print((results / f"{name}.md").read_text())
+
+
+def _ratio(workshop: Workshop, rows: Sequence[dict[str, Any]]) -> Interval | None:
+    """The degradation ratio of the published setting; None: its students are not there."""
+    pair = corner(PUBLISHED, "0"), corner(PUBLISHED, "L")
+    seeds = sorted(_seeds(rows, workshop.subject.name, pair[0].name) & _seeds(rows, workshop.subject.name, pair[1].name))
+    if not seeds:
+        return None
+    features = workshop.subject.features
+    ends = features.features(workshop.teacher_samples()["ends"])
+    drawn = [
+        [np.load(workshop.folder / setting.name / f"seed-{seed}" / "features.npy").astype(np.float64) for setting in pair]
+        for seed in seeds
+    ]
+    return degradation_ratio(workshop.references["data"], ends, drawn)
+
+
+def _seeds(rows: Sequence[dict[str, Any]], subject: str, setting: str) -> set[int]:
+    return {row["seed"] for row in rows if row["subject"] == subject and row["setting"] == setting}
+
+
+def _document(
+    plan: Plan,
+    record: dict[str, Any],
+    ratios: dict[str, Interval | None],
+    rows: Sequence[dict[str, Any]],
+    quick: bool,
+    name: str,
+) -> str:
+    lines = [f"`pyard bench quality`: {_sentence(record['machine'])}", ""]
+    if quick:
+        lines += ["A quick run: next to no training, numbers without a meaning.", ""]
+    for subject, budget in plan.budgets.items():
+        if not any(row["subject"] == subject for row in rows):
+            continue
+        lines += [
+            f"## {subject}: the main table, S = 4",
+            "",
+            _what(budget, record["features"][subject]),
+            "",
+            _HEAD,
+            _RULE,
+            _teacher_row(record["teachers"][subject]),
+            *_table_rows(rows, subject, [(setting.name, setting.title) for setting in MAIN]),
+            "",
+        ]
+        if (ratio := ratios[subject]) is not None:
+            lines += [f"Degradation ratio of the published setting, N = 0 over N = L: {ratio}; published: 5.1.", ""]
+        for factor in dict.fromkeys(cell.setting.factor for cell in plan.cells if cell.setting.factor != "main"):
+            settings = {
+                c.setting.name: c.setting.title for c in plan.cells if c.setting.factor == factor and c.subject == subject
+            }
+            body = _table_rows(rows, subject, list(settings.items()))
+            if body:
+                lines += [f"### {subject}: {factor}", "", _HEAD, _RULE, *body, ""]
+    lines += [
+        "## Published numbers, for the form of the table alone",
+        "",
+        "arXiv 2504.11295, ImageNet 256 x 256, ADM protocol, 50k samples. No number of ours compares with them.",
+        "",
+        "| | passes | FID | precision | recall |",
+        "|---|---|---|---|---|",
+        *(f"| {title} | {passes} | {fid} | {precision} | {recall} |" for title, passes, fid, precision, recall in PAPER),
+        "",
+        *(f"![{kind}]({name}-{kind}.png)" for kind in ("steps", "layers", "exposure", "samples")),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _what(budget: Budget, features: str) -> str:
+    return (
+        f"{budget.updates} updates of {budget.batch_size} from {budget.trajectories} trajectories each, {budget.samples} "
+        f"samples a row; features: {features}. Mean ± standard deviation over the seeds. Exposure bias: the last step's error "
+        "on the student's own history over that on the teacher's."
+    )
+
+
+def _teacher_row(teacher: dict[str, Any]) -> str:
+    cells = [_number(teacher.get(key), key) for key in _MEASURES]
+    return f"| teacher, 25 steps | | | {' | '.join(cells)} | |"
+
+
+def _table_rows(rows: Sequence[dict[str, Any]], subject: str, settings: Sequence[tuple[str, str]]) -> list[str]:
+    """A line for each setting that has results."""
+    lines = []
+    for name, title in settings:
+        mine = [row for row in rows if row["subject"] == subject and row["setting"] == name]
+        if not mine:
+            continue
+        cells = [_spread([row.get(key) for row in mine], key) for key in _MEASURES]
+        bias = [row["exposure_bias"]["rollout"][-1] / row["exposure_bias"]["teacher_forced"][-1] for row in mine]
+        steps = mine[0]["num_steps"]
+        lines.append(f"| {title} | {len(mine)} | {steps} | {' | '.join(cells)} | {statistics.mean(bias):.2f} |")
+    return lines
+
+
+def _spread(values: Sequence[float | None], key: str) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    mean = _number(statistics.mean(known), key)
+    return mean if len(known) < 2 else f"{mean} ± {_number(statistics.stdev(known), key)}"
+
+
+def _number(value: float | None, key: str) -> str:
+    if value is None:
+        return "-"
+    if key == "endpoint_mse":
+        return f"{value:.5f}"
+    return f"{value:.3f}"
+
+
+def _machine() -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    return {"device": device, "cores": os.cpu_count(), "torch": torch.__version__, "pyard": pyard.__version__}
+
+
+def _sentence(machine: dict[str, Any]) -> str:
+    return f"{machine['device']}, {machine['cores']} cores; torch {machine['torch']}, pyard {machine['pyard']}."

@@ -1,0 +1,202 @@
+"""What the built-in teachers share: a network for small widths, a training loop, and a folder that is finished or absent."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from pyard.errors import InputError
+from pyard.models.dit import DiT, DiTConfig
+from pyard.teachers.dit import DiTTeacher
+
+_SETTINGS_NAME = "teach.json"
+_WARM_UP_STEPS = 100
+
+_Teacher = TypeVar("_Teacher", bound=DiTTeacher)
+
+
+@dataclass(frozen=True)
+class TeachConfig:
+    """Settings of a teacher's training, kept beside it; `digits.teach` says what they mean."""
+
+    max_steps: int
+    hidden_size: int
+    depth: int
+    num_heads: int
+    batch_size: int
+    learning_rate: float
+    label_dropout: float
+    ema_decay: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "hidden_size", "depth", "num_heads", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"teach: {name} is {getattr(self, name)}; expected at least 1")
+        if not self.learning_rate > 0:
+            raise InputError(f"teach: learning_rate is {self.learning_rate}; expected more than 0")
+        for name in ("label_dropout", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"teach: {name} is {getattr(self, name)}; expected 0 to 1, 1 excluded")
+
+
+class TeachBatch(NamedTuple):
+    """What a network sees in one update, and what it should say."""
+
+    noisy: torch.Tensor  # [B, C, H, W], x_t
+    times: torch.Tensor  # [B], the schedule's times
+    labels: torch.Tensor  # [B] int64
+    target: torch.Tensor  # [B, C, H, W]
+
+
+def sample_generator(seed: int, index: int, stream: int) -> np.random.Generator:
+    """What sample `index` of a seed is drawn from, whatever else is drawn; streams 0 and 1 are `pyard.noise`'s."""
+    key = np.array([seed, index], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, stream], dtype=np.uint64)))
+
+
+def teaching_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def taught_once(
+    out: str | Path, config: TeachConfig, train: Callable[[Path], _Teacher], load: Callable[[Path], _Teacher]
+) -> _Teacher:
+    """The teacher in a folder, trained into it if it is not there yet.
+
+    Args:
+        out: the teacher's folder; while it trains, its work is in the folder of the same name + `.training`.
+        config: its settings; a folder of other settings is refused.
+        train: trains a teacher; keeps its checkpoints in the folder it is given, and goes on from those it finds there.
+        load: reads a finished teacher's folder.
+
+    Raises:
+        InputError: `out` holds something else, or a teacher trained with other settings.
+    """
+    out = Path(out)
+    working = out.with_name(out.name + ".training")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Processes of one run, or two runs on a machine, want the same teacher: one trains, the others wait and load.
+    with FileLock(out.with_name(out.name + ".lock")):
+        if out.exists():
+            _check_same_settings(out, config)
+            return load(out)
+        if working.exists():
+            _check_same_settings(working, config)
+        else:
+            _write_settings(working, config)
+        teacher = train(working)
+        # The settings go in first, then the folder appears under its name: a teacher without settings is never seen.
+        teacher.save_pretrained(working / "teacher")
+        _write_settings(working / "teacher", config)
+        (working / "teacher").rename(out)
+        shutil.rmtree(working)
+        return teacher
+
+
+def new_network(sizes: DiTConfig, seed: int) -> DiT:
+    """A fresh network from a seed, for widths below DiT's own; the caller's random state stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = DiT(sizes)
+        # DiT's embeddings (std 0.02) suit its width of 384 and more. At 64 the conditioning would be so faint that a run of
+        # a few thousand updates ends before the network has learnt its classes.
+        nn.init.normal_(network.trunk.label_embed.weight)
+        for layer in (network.trunk.time_embed.fc1, network.trunk.time_embed.fc2):
+            nn.init.xavier_uniform_(layer.weight, gain=2.0)
+    return network
+
+
+def train_network(
+    network: DiT,
+    draw: Callable[[torch.Generator], TeachBatch],
+    config: TeachConfig,
+    working: Path,
+    *,
+    save_every: int,
+    progress: bool,
+    mixed_precision: bool = False,
+) -> DiT:
+    """Regress a network on its targets; the learning rate warms up, then falls to zero along a cosine.
+
+    Args:
+        network: on the device it trains on.
+        draw: makes the batch of an update from a generator that knows the update's number alone, so that a resumed run sees
+            what an unbroken one sees.
+        config: `max_steps`, `learning_rate`, `ema_decay` and `seed` count here.
+        working: checkpoints are in its `checkpoints/`; the newest one is where training goes on.
+        save_every: updates between checkpoints.
+        progress: show a progress bar.
+        mixed_precision: bfloat16 autocast.
+
+    Returns:
+        The network with its averaged weights.
+    """
+    from pyard.training.state import Checkpoints, Stateful, ema_of
+
+    device = next(network.parameters()).device
+    ema = ema_of(network, config.ema_decay)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
+    checkpoints = Checkpoints(working / "checkpoints")
+    parts: dict[str, Stateful] = {"model": network, "ema": ema, "optimizer": optimizer}
+    begin = max(checkpoints.steps(), default=0)
+    if begin:
+        checkpoints.load(begin, parts)
+
+    bar = tqdm(total=config.max_steps, initial=begin, desc="training the teacher", unit="step", disable=not progress)
+    for step in range(begin + 1, config.max_steps + 1):
+        batch = draw(torch.Generator().manual_seed(config.seed << 32 | step))
+        for group in optimizer.param_groups:
+            warm_up = min(1.0, step / _WARM_UP_STEPS)
+            group["lr"] = config.learning_rate * warm_up * 0.5 * (1 + math.cos(math.pi * step / config.max_steps))
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
+            prediction = network(batch.noisy.to(device), batch.times.to(device), batch.labels.to(device))
+        loss = F.mse_loss(prediction.float(), batch.target.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ema.update_parameters(network)
+        if step % save_every == 0 and step < config.max_steps:
+            checkpoints.save(step, parts)
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        bar.update()
+    bar.close()
+    averaged = ema.module
+    assert isinstance(averaged, DiT)
+    return averaged
+
+
+def _write_settings(folder: Path, config: TeachConfig) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / (_SETTINGS_NAME + ".tmp")
+    partial.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    partial.replace(folder / _SETTINGS_NAME)
+
+
+def _check_same_settings(folder: Path, config: TeachConfig) -> None:
+    file = folder / _SETTINGS_NAME
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} exists, but holds no training of the built-in teacher ({error}); use another out") from None
+    wanted = dataclasses.asdict(config)
+    differing = [f"{key}: {found.get(key)!r} there, {value!r} now" for key, value in wanted.items() if found.get(key) != value]
+    if differing:
+        raise InputError(
+            f"{folder} holds a teacher of other settings ({'; '.join(differing)}); use another out, or remove it to start over"
+        )

@@ -1,0 +1,142 @@
+"""The quality benchmark: its plan, its cells on real (tiny) subjects, its statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from pyard.bench.quality import bench_quality
+from pyard.bench.quality.cell import open_workshop, run_cell, train_settings
+from pyard.bench.quality.intervals import degradation_ratio
+from pyard.bench.quality.plan import (
+    MAIN,
+    PUBLISHED,
+    QUICK,
+    STRONG,
+    SUBJECTS,
+    Cell,
+    adversarial,
+    corner,
+    does_history_help,
+    full_plan,
+    one_factor_at_a_time,
+    varied,
+)
+from pyard.errors import InputError
+from pyard.training.config import TrainConfig
+
+# A sample is one token, over which a wider kernel would wrap around more than once.
+BUDGET = dataclasses.replace(
+    QUICK, trajectories=64, updates=6, samples=40, held_out=16, adversarial={"warmup_steps": 2, "kernel_size": 1}
+)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    return open_workshop("mixture-2d", BUDGET, tmp_path_factory.mktemp("quality"), quick=True)
+
+
+def test_the_main_table_has_every_corner_on_every_subject_and_seed():
+    plan = full_plan(SUBJECTS["cpu"], 3)
+    main = [cell for cell in plan.cells if cell.setting.factor == "main"]
+    assert len(main) == 3 * 3 * 6 == len({cell.name for cell in main})
+    corners = {(s.train["target"], s.train["output"], s.layers) for s in MAIN}
+    assert corners == {(*pair, n) for pair in (("denoised", "direct"), ("state", "jump")) for n in ("0", "L/4", "L")}
+
+
+def test_names_tell_settings_apart_and_every_setting_is_one_of_train(tmp_path, workshop):
+    settings = [*MAIN, *does_history_help("long"), *one_factor_at_a_time()]
+    assert max(Counter(setting.name for setting in settings).values()) == 1
+    assert max(Counter(setting.title for setting in settings).values()) == 1
+    for setting in settings:
+        chosen = train_settings(Cell("mixture-2d", setting, 0), BUDGET, workshop)
+        TrainConfig.of({"teacher": "", "out": tmp_path, **chosen})  # refuses what it does not know or cannot be
+
+
+def test_settings_of_a_factor_differ_from_the_main_table_in_what_they_say(workshop):
+    def of(setting):
+        return train_settings(Cell("mixture-2d", setting, 0), BUDGET, workshop)
+
+    start = of(corner(STRONG, "L"))
+    for suffix, more in (("a", {"mask": "anchor"}), ("b", {"num_steps": 2}), ("c", {"loss": "pseudo_huber"})):
+        changed = of(varied(STRONG, "L", "x", suffix, suffix, **more))
+        assert {**start, **more} == changed
+    own = of(varied(STRONG, "L", "x", "d", "d", rollout_probability=1.0))
+    assert own == {**start, "rollout_probability": 1.0, "rollout_start": 3}
+    assert of(varied(STRONG, "0", "x", "e", "e", updates=4.0))["max_steps"] == 4 * start["max_steps"]
+
+
+def test_a_cell_is_made_once_and_made_anew_when_its_settings_change(workshop):
+    cell = Cell("mixture-2d", corner(STRONG, "L"), 0)
+    first = run_cell(workshop, cell)
+    result = workshop.folder / cell.setting.name / "seed-0" / "result.json"
+    assert json.loads(result.read_text()) == first
+    before = result.stat().st_mtime_ns
+    assert run_cell(workshop, cell) == first
+    assert result.stat().st_mtime_ns == before
+    assert first["endpoint_mse"] > 0
+    assert len(first["exposure_bias"]["rollout"]) == first["num_steps"] == 4
+    # The first step reads the noise, whoever's history it is.
+    assert first["exposure_bias"]["rollout"][0] == pytest.approx(first["exposure_bias"]["teacher_forced"][0], rel=1e-4)
+    longer = dataclasses.replace(workshop, budget=dataclasses.replace(BUDGET, updates=9))
+    again = run_cell(longer, cell)
+    assert again["updates"] == 9
+    assert again["endpoint_mse"] != first["endpoint_mse"]
+
+
+def test_seeds_and_settings_make_different_students(workshop):
+    found = {
+        (setting.name, seed): run_cell(workshop, Cell("mixture-2d", setting, seed))["endpoint_mse"]
+        for setting in (corner(PUBLISHED, "0"), corner(PUBLISHED, "L"))
+        for seed in (0, 1)
+    }
+    assert len(set(found.values())) == 4
+
+
+def test_the_adversarial_stage_goes_on_from_its_base(workshop):
+    base = corner(PUBLISHED, "L")
+    started = run_cell(workshop, Cell("mixture-2d", base, 0))
+    found = run_cell(workshop, Cell("mixture-2d", adversarial(base), 0))
+    assert found["history_layers"] == started["history_layers"] > 0
+    assert found["endpoint_mse"] != started["endpoint_mse"]
+
+
+def test_the_teacher_is_at_its_own_endpoints(workshop):
+    found = workshop.measure(workshop.teacher_samples()["ends"])
+    assert found["endpoint_mse"] == 0
+    assert found["label_accuracy"] > 0.9  # the score is exact and the classes hardly overlap; 25 steps leave a little
+
+
+def test_the_degradation_ratio_of_known_gaussians():
+    random = np.random.default_rng(0)
+    data = random.standard_normal((4000, 3))
+    teacher = random.standard_normal((4000, 3))
+    # Shifts add their squares to the Fréchet distance: the ratio of losses is (1 / 0.5)^2.
+    pairs = [(teacher + np.array([1.0, 0, 0]), teacher + np.array([0.5, 0, 0])) for _ in range(3)]
+    ratio = degradation_ratio(data, teacher, pairs, resamples=100)
+    assert ratio.low < 4 < ratio.high
+    assert ratio.high - ratio.low < 2
+    swapped = degradation_ratio(data, teacher, [pair[::-1] for pair in pairs], resamples=100)
+    assert swapped.value == pytest.approx(1 / ratio.value)
+
+
+def test_unknown_subjects_are_named():
+    with pytest.raises(InputError, match="unknown subject 'cats'; expected some of digits"):
+        bench_quality(subjects=["cats"])
+
+
+@pytest.mark.slow
+def test_the_quick_benchmark_runs_reports_and_resumes(tmp_path, capsys):
+    for _ in range(2):
+        bench_quality(tmp_path / "runs", results=tmp_path, quick=True, progress=False)
+    report = (tmp_path / "quality-quick.md").read_text()
+    assert report.count("| x̂0 targets, direct, N = L") == 2  # the main table, and the adversarial stage
+    assert "Degradation ratio" in report
+    for kind in ("steps", "layers", "exposure", "samples"):
+        assert (tmp_path / f"quality-quick-{kind}.png").stat().st_size > 1000
+    record = json.loads((tmp_path / "quality-quick.json").read_text())
+    assert len(record["cells"]) == 6
