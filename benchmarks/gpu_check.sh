@@ -80,7 +80,7 @@ if [[ ${1:-} != --cpu-smoke ]]; then
   step racecheck 30 bash -c 'sanitize racecheck' || true
   step initcheck 25 bash -c 'sanitize initcheck' || true
   step tests 80 "$PYTHON" -m pytest -q -m 'cuda and not slow' -p no:cacheprovider \
-    python_tests/ops/test_cuda_kernels.py python_tests/ops/test_cuda.py || true
+    python_tests/ops/test_cuda_kernels.py python_tests/ops/test_cuda.py python_tests/ops/test_attention_backends.py || true
 fi
 step operators 90 "$PYTHON" -m benchmarks.gpu_operators "${BENCH[@]}" --out "$LOGS/bench" || true
 step models 130 "$PYTHON" -m benchmarks.gpu_models "${BENCH[@]}" --out "$LOGS/bench" || true

@@ -89,7 +89,12 @@ def rows(results: Results, device: str, smoke: bool) -> None:
             with ops.use_backend(backend):
                 call = torch.compile(function) if compiled else function
                 forward, both = timed(lambda: call(*leaves), leaves, device)
-            return {"forward_ms": forward, "forward_gb": moved[0] * size / 1e9, "both_ms": both, "both_gb": moved[1] * size / 1e9}
+            return {
+                "forward_ms": forward,
+                "forward_gb": moved[0] * size / 1e9,
+                "both_ms": both,
+                "both_gb": moved[1] * size / 1e9,
+            }
 
         for label, backend, compiled in (
             ("native", "native", False),

@@ -94,9 +94,7 @@ def read_steps(parts: Path) -> list[dict[str, Any]]:
     """The steps in order, with the end of the log of each that did not end well."""
     log = parts / "steps.tsv"
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    steps: list[dict[str, Any]] = [
-        dict(zip(("step", "seconds", "result"), line.split("\t"), strict=True)) for line in lines
-    ]
+    steps: list[dict[str, Any]] = [dict(zip(("step", "seconds", "result"), line.split("\t"), strict=True)) for line in lines]
     for step in steps:
         path = parts / f"{step['step']}.log"
         if step["result"] != "ok" and path.exists():

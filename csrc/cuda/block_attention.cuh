@@ -53,8 +53,7 @@ __device__ __forceinline__ void store_rows(T* stage,  // [16, kStride], this war
   for (int i = lane_index(); i < 16 * kChunks; i += 32) {
     const int row = i / kChunks, column = i % kChunks * kPerChunk<T>;
     if (row < count && column < head_dim) {
-      *reinterpret_cast<Chunk*>(target + row * row_stride + column) =
-          *reinterpret_cast<const Chunk*>(stage + row * kStride<kHeadDim> + column);
+      write_chunk(target + row * row_stride + column, read_chunk(stage + row * kStride<kHeadDim> + column));
     }
   }
 }

@@ -174,8 +174,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2) key_kernel(c
   if (arguments.dbias != nullptr) {
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) dbias += __shfl_xor_sync(0xffffffffu, dbias, distance);
-    __syncthreads();
-    if (lane_index() == 0) statistics[row / 16] = dbias;
+    if (lane_index() == 0) statistics[row / 16] = dbias;  // read for the last time before the barrier above
     __syncthreads();
     if (threadIdx.x == 0) {
       arguments.dbias[head * gridDim.x + task] = statistics[0] + statistics[1] + statistics[2] + statistics[3];

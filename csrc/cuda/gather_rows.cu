@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const GatherRows argum
 #pragma unroll
   for (int i = 0; i < kReads; ++i) {
     float read[kPerChunk<From>];
-    unpack(read, *reinterpret_cast<const Chunk*>(from + column + i * kPerChunk<From>), From{});
+    unpack(read, read_chunk(from + column + i * kPerChunk<From>), From{});
 #pragma unroll
     for (int j = 0; j < kPerChunk<From>; ++j) values[i * kPerChunk<From> + j] = inside ? read[j] : NAN;
   }
@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const GatherRows argum
     for (int j = 0; j < kPerChunk<To>; ++j) written[j] = values[i * kPerChunk<To> + j];
     const Chunk chunk = pack_chunk(written, To{});
     const int64_t place = column + i * kPerChunk<To>;
-    if (arguments.target != nullptr) *reinterpret_cast<Chunk*>(target + place) = chunk;
-    if (slot < arguments.history_steps) *reinterpret_cast<Chunk*>(history + place) = chunk;
+    if (arguments.target != nullptr) write_chunk(target + place, chunk);
+    if (slot < arguments.history_steps) write_chunk(history + place, chunk);
   }
 }
 

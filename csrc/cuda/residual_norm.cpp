@@ -9,8 +9,8 @@ namespace {
 
 ResidualNormSizes sizes_of(const Tensor& x, double eps, bool has_gate, bool has_norm, const char* self) {
   STD_TORCH_CHECK(x.dim() == 4, self, ": x has shape ", cpu::shape_of(x), ", expected [B, S, T, D]");
-  // Grid dimensions y and z end at 65535; backward has three sums for each step. Tokens are counted in 32 bits, those of
-  // the last, ragged block included.
+  // Grid dimensions y and z end at 65535; backward has three sums for each step. Tokens are counted in 32 bits, those
+  // of the last, ragged block included.
   STD_TORCH_CHECK(x.size(0) <= 65535 && x.size(1) <= 20000 && x.size(2) <= int64_t{1} << 30, self, ": batch ",
                   x.size(0), ", ", x.size(1), " steps and ", x.size(2),
                   " tokens, expected at most 65535, 20000 and 2^30");

@@ -119,10 +119,18 @@ __global__ void __launch_bounds__(Shape::kThreads, kResident<Shape, kGate, kNorm
       for (int i = 0; i < Shape::kChunks; ++i) {
         if (Shape::column(i) >= dim) continue;
 #pragma unroll
-        for (int j = 0; j < Shape::kValues; ++j) {
+        for (int j = 0; j < Shape::kValues; j += 4) {
           const int place = sum * dim + Shape::column(i) + j;
-          const float total = sums[sum][i][j] + (group > 0 ? shared[place] : 0.0f);
-          (group + 1 == Shape::kGroups ? out : shared)[place] = total;
+          float total[4], before[4] = {};
+          if (group > 0) unpack(before, read_chunk(shared + place), float{});
+#pragma unroll
+          for (int l = 0; l < 4; ++l) total[l] = before[l] + sums[sum][i][j + l];
+          const Chunk chunk = pack_chunk(total, float{});
+          if (group + 1 == Shape::kGroups) {
+            write_chunk(out + place, chunk);
+          } else {
+            *reinterpret_cast<Chunk*>(shared + place) = chunk;
+          }
         }
       }
     }

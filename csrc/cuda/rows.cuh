@@ -26,12 +26,12 @@ struct RowShape {
 
 template <typename T>
 __device__ __forceinline__ Chunk load_chunk(const T* row, int column, int dim) {
-  return column < dim ? *reinterpret_cast<const Chunk*>(row + column) : Chunk{{0, 0, 0, 0}};
+  return column < dim ? read_chunk(row + column) : Chunk{{0, 0, 0, 0}};
 }
 
 template <typename T>
 __device__ __forceinline__ void store_chunk(T* row, int column, int dim, const Chunk& chunk) {
-  if (column < dim) *reinterpret_cast<Chunk*>(row + column) = chunk;
+  if (column < dim) write_chunk(row + column, chunk);
 }
 
 template <typename T>

@@ -59,13 +59,11 @@ def test_the_choice_is_for_attention_alone() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("mask", MASKS)
-def test_flex_attention_has_the_gradients_of_the_plain_twin(mask: str) -> None:
-    inputs = [tensor.requires_grad_() for tensor in sample((2, 3, 32), True, "cuda")]
-    window = 2 if mask == "window" else None
+def test_flex_attention_has_the_gradients_of_the_plain_twin() -> None:
+    inputs = [tensor.requires_grad_() for tensor in sample((2, 3, 32), True, "cuda")]  # one mask: compiling takes long
 
     def with_gradients() -> tuple[Tensor, ...]:
-        out = ops.block_attention(*inputs[:3], 32, mask, window, inputs[3])
+        out = ops.block_attention(*inputs[:3], 32, "window", 2, inputs[3])
         return out.detach(), *torch.autograd.grad(out.square().sum(), inputs)
 
     with ops.use_backend("reference"):

@@ -207,7 +207,7 @@ def test_nothing_to_do_is_done(kernels: AnyKernels, size: tuple[int, int, int, i
 
 def test_rows_that_are_not_there_reach_no_sum(kernels: AnyKernels) -> None:
     # Without eps, a row of zeros has an infinite 1 / deviation: 5 tokens leave such rows beside the real ones.
-    x, _, _, shift, scale = sample_rows((1, 2, 5, 64), torch.float32)
+    x, _, _, _, scale = sample_rows((1, 2, 5, 64), torch.float32)
     grad = torch.randn_like(x)
     ours = kernels.residual_norm_backward(None, grad, x, None, None, scale, 0.0)
     dx, dshift, dscale = reference.modulated_layer_norm_backward(grad, x, scale, 0.0)
@@ -308,9 +308,7 @@ def test_rows_far_from_zero_keep_their_digits(kernels: AnyKernels) -> None:
 
 
 @pytest.mark.parametrize(("dim", "freq_shift"), [(8, 0.0), (9, 0.0), (256, 1.0)])
-def test_timestep_embedding_rounds_where_dit_and_the_cpu_kernel_round(
-    kernels: AnyKernels, dim: int, freq_shift: float
-) -> None:
+def test_timestep_embedding_rounds_where_dit_and_the_cpu_kernel_round(kernels: AnyKernels, dim: int, freq_shift: float) -> None:
     times = torch.tensor([0.0, 1.0, 249.75, 999.0])
     out = kernels.timestep_embedding(times, dim, 10000.0, freq_shift)
     half = dim // 2

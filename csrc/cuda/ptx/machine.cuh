@@ -9,6 +9,16 @@
 
 namespace pyard::cuda {
 
+// By value, so that it is one access: a reference would be read word by word.
+__device__ __forceinline__ Chunk read_chunk(const void* place) { return *static_cast<const Chunk*>(place); }
+
+// To global memory, in one access; the compiler cuts some assignments of Chunks into words.
+__device__ __forceinline__ void write_chunk(void* place, const Chunk& chunk) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(place)), "r"(chunk.words[0]),
+               "r"(chunk.words[1]), "r"(chunk.words[2]), "r"(chunk.words[3])
+               : "memory");
+}
+
 // The block's dynamic shared memory.
 __device__ __forceinline__ char* dynamic_shared() {
   extern __shared__ __align__(16) char pyard_dynamic_shared[];

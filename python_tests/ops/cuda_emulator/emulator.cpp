@@ -51,8 +51,8 @@ Context scheduler;
 const std::function<void()>* body = nullptr;
 void (*warp_function)(const void* const*, void* const*) = nullptr;
 std::mt19937 drawn(1);
-// What happened before what, for ThreadSanitizer: addresses stand for events. Barriers take two in turn, since a thread may
-// arrive at the next one before another has left this one.
+// What happened before what, for ThreadSanitizer: addresses stand for events. Barriers take two in turn, since a thread
+// may arrive at the next one before another has left this one.
 char block_begun, block_ended, barriers[2], warp_barriers[32][2];
 
 [[noreturn]] void fail(const char* what) {
@@ -220,7 +220,8 @@ std::vector<unsigned> drawn_blocks(dim3 grid) {
 extern "C" void emulated_order(unsigned seed) { emulator::draw_orders_from(seed); }
 
 void pyard::cuda::check_row_address(const void* row) {
-  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emulator::fail("ldmatrix from an address that is no multiple of 16");
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
+    emulator::fail("a row or chunk at an address that is no multiple of 16");
 }
 
 // The kernels' tiles of one block of queries (or, for a block of keys, of the queries that see it), three numbers each.

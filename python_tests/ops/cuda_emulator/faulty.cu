@@ -17,7 +17,8 @@ struct Task {
 };
 
 enum Fault { kNone, kNoBlockBarrier, kNoWarpBarrier, kNoWait, kBeyondGlobal, kBeyondShared };
-const char* const kFaults[] = {"none", "no_block_barrier", "no_warp_barrier", "no_wait", "beyond_global", "beyond_shared"};
+const char* const kFaults[] = {"none",    "no_block_barrier", "no_warp_barrier",
+                               "no_wait", "beyond_global",    "beyond_shared"};
 
 // Every thread passes its number to the next one of its block, then to the next one of its warp, and copies 16 bytes.
 __global__ void kernel(const Task task) {

@@ -276,7 +276,9 @@ class Kernels:
 
     def timestep_embedding(self, times: Tensor, dim: int, max_period: float, freq_shift: float) -> Tensor:
         out = guarded((len(times), dim), torch.float32)
-        arguments = _TimestepEmbedding(times.data_ptr(), out[0].data_ptr(), len(times), dim, -math.log(max_period), dim // 2 - freq_shift)
+        arguments = _TimestepEmbedding(
+            times.data_ptr(), out[0].data_ptr(), len(times), dim, -math.log(max_period), dim // 2 - freq_shift
+        )
         self._call("pyard_cuda_timestep_embedding", arguments, [out])
         return out[0]
 

@@ -1,9 +1,9 @@
 // The kernels' machine, on one CPU thread: stands in for csrc/cuda/ptx/machine.cuh when the tests compile the kernels
 // as plain C++. Every CUDA thread is a fiber that runs until it meets the others: at a barrier of its block or at an
 // instruction of its whole warp. What a GPU would leave undefined is made to fail: shared memory starts as NaN, an
-// asynchronous copy lands as late as it may (its target is NaN until then), blocks, warps and the lanes of a warp run in
-// drawn orders, warps as far ahead of one another as the barriers let them or in turns, and lanes that meet at different
-// instructions abort.
+// asynchronous copy lands as late as it may (its target is NaN until then), blocks, warps and the lanes of a warp run
+// in drawn orders, warps as far ahead of one another as the barriers let them or in turns, and lanes that meet at
+// different instructions abort.
 #pragma once
 
 #include <scalars.h>
@@ -93,6 +93,17 @@ inline cudaError_t cudaMemset(void* memory, int value, size_t bytes) {
 
 namespace pyard::cuda {
 
+void check_row_address(const void* row);  // of 16 bytes
+
+inline Chunk read_chunk(const void* place) {
+  check_row_address(place);
+  return *static_cast<const Chunk*>(place);
+}
+inline void write_chunk(void* place, const Chunk& chunk) {
+  check_row_address(place);
+  *static_cast<Chunk*>(place) = chunk;
+}
+
 inline char* dynamic_shared() { return emulator::dynamic_shared_memory; }
 inline void copy_async(void* shared, const void* global, bool inside) { emulator::copy_async(shared, global, inside); }
 inline void copy_async_commit() { emulator::copy_async_commit(); }
@@ -149,8 +160,8 @@ struct MatrixRow {
   uint16_t elements[8];
 };
 
-// PTX ISA, ldmatrix: lane l receives of matrix i the pair at row l / 4, columns 2 (l % 4) and the next. Every lane reads
-// the row that it points at.
+// PTX ISA, ldmatrix: lane l receives of matrix i the pair at row l / 4, columns 2 (l % 4) and the next. Every lane
+// reads the row that it points at.
 template <bool kTransposed>
 void load_matrices_together(const void* const* inputs, void* const* results) {
   for (int lane = 0; lane < 32; ++lane) {
@@ -167,7 +178,6 @@ void load_matrices_together(const void* const* inputs, void* const* results) {
     }
   }
 }
-void check_row_address(const void* row);
 inline void load_matrices(uint32_t (&r)[4], const void* row) {
   check_row_address(row);
   MatrixRow mine;

@@ -36,8 +36,8 @@ struct Context {
   ucontext_t state;
   jmp_buf resume;
   bool started = false;
-  void* sanitizer = nullptr;       // ThreadSanitizer's name of this thread, or AddressSanitizer's saved stack
-  const void* bottom = nullptr;    // of the stack
+  void* sanitizer = nullptr;     // ThreadSanitizer's name of this thread, or AddressSanitizer's saved stack
+  const void* bottom = nullptr;  // of the stack
   size_t size = 0;
 };
 
