@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from factories import tiny_student
+from factories import tiny_student, tiny_teacher
 
 import pyard
 from pyard import export
@@ -113,6 +113,14 @@ def _folder_of_config(path: Path, student: Student) -> Path:
     student.save_pretrained(folder)
     (path.parent / "config.json").replace(folder / "config.json")
     return folder
+
+
+def test_each_norm_of_a_block_has_its_own_epsilon(tmp_path: Path) -> None:
+    teacher = tiny_teacher(norm_eps=0.5, mlp_norm_eps=2.0)
+    student = Student.from_teacher(teacher, pyard.TimeGrid.build(teacher.schedule, 2), history_layers=1)
+    export.export_onnx(student, tmp_path / "student.onnx")
+    expected = pyard.sample(student, [3], seed=2).numpy()
+    assert relative_error(OnnxStudent(tmp_path / "student.onnx").sample([3], seed=2), expected) < 1e-4
 
 
 def test_every_prediction_of_the_step_form_equals_pytorch(tmp_path: Path) -> None:

@@ -26,16 +26,20 @@ from pyard.noise import standard_normal, uniform_labels
 from pyard.noise_schedule import NoiseSchedule
 from pyard.teachers.dit import DiTTeacher
 from pyard.time_grid import TimeGrid
+from pyard.training.flops import student_flops
 
 # Peebles & Xie 2023, table 1: depth, hidden size, heads; latents of 32 x 32 x 4 in patches of 2 are 256 tokens.
 MODELS = {"DiT-S/2": (12, 384, 6), "DiT-B/2": (12, 768, 12), "DiT-L/2": (24, 1024, 16), "DiT-XL/2": (28, 1152, 16)}
 NUM_STEPS = 4
-KINDS = {
-    "PyTorch eager": "eager",
-    "torch.compile": "compile",
-    "ONNX fp32": "onnx",
-    "ONNX int8": "onnx",
-    "ONNX int8-static": "onnx",
+PLAIN, NATIVE = "PyTorch eager, plain", "PyTorch eager, native operators"
+# way of drawing -> the worker's kind of it, the backend of pyard's operators in it
+WAYS = {
+    PLAIN: ("eager", "reference"),
+    NATIVE: ("eager", "auto"),
+    "torch.compile": ("compile", "reference"),
+    "ONNX fp32": ("onnx", ""),
+    "ONNX int8": ("onnx", ""),
+    "ONNX int8-static": ("onnx", ""),
 }
 
 
@@ -52,14 +56,14 @@ def bench_onnx(
     """Time students with random weights in PyTorch and onnxruntime; write a JSON file and a Markdown table.
 
     Every way of drawing is a process of its own. They take turns, and every turn also times bare matrix products, so that
-    ratios stand even where other programs disturb the machine.
+    ratios stand even where other programs disturb the machine. Models that are in the file already stay there.
 
     Example: pyard bench onnx --models '[DiT-S/2]' --batch-sizes '[1]'
 
     Args:
         models: of DiT-S/2, DiT-B/2, DiT-L/2, DiT-XL/2; none: the first two.
         batch_sizes: samples of one call; none: 1 and 8.
-        ways: of drawing; none: PyTorch eager, torch.compile, ONNX fp32, ONNX int8, ONNX int8-static.
+        ways: of drawing, see `WAYS`; samples are compared with those of the first; none: all.
         rounds: timed calls of each.
         threads: CPU threads of each.
         out: folder of `onnx.json` and `onnx.md`.
@@ -68,18 +72,20 @@ def bench_onnx(
     Raises:
         InputError: an unknown model or way.
     """
-    models, batch_sizes, ways = models or list(MODELS)[:2], batch_sizes or [1, 8], ways or list(KINDS)
-    for names, known in ((models, list(MODELS)), (ways, list(KINDS))):
+    models, batch_sizes, ways = models or list(MODELS)[:2], batch_sizes or [1, 8], ways or list(WAYS)
+    for names, known in ((models, list(MODELS)), (ways, list(WAYS))):
         for name in names:
             if name not in known:
                 raise InputError(f"bench onnx: unknown {name!r}; expected some of {', '.join(known)}")
-    rows: list[dict[str, Any]] = []
+    file = out / "onnx.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for model in models:
-        rows += _bench_model(model, batch_sizes, ways, rounds, threads, progress)
+        rows = _bench_model(model, batch_sizes, ways, rounds, threads, progress)
+        results[model] = {"machine": _machine(threads), "rows": rows}
         out.mkdir(parents=True, exist_ok=True)
-        (out / "onnx.json").write_text(json.dumps({"machine": _machine(threads), "rows": rows}, indent=1) + "\n")
-        (out / "onnx.md").write_text(table(rows, _machine(threads)))
-    print(table(rows, _machine(threads)))
+        file.write_text(json.dumps({name: results[name] for name in MODELS if name in results}, indent=1) + "\n")
+        file.with_suffix(".md").write_text(table(results))
+    print(table(results))
 
 
 def random_student(depth: int, hidden_size: int, num_heads: int) -> Student:
@@ -95,23 +101,11 @@ def random_student(depth: int, hidden_size: int, num_heads: int) -> Student:
     return student.eval()
 
 
-def floating_point_operations(student: Student) -> float:
-    """Of the matrix products of one sample, attention to the history included."""
-    config, steps, layers = student.config.network, student.num_steps, student.config.history_layers
-    T, D, L = config.tokens_per_step, config.hidden_size, config.depth
-    linear = 2 * T * D * (4 + 2 * config.mlp_ratio) * D
-    attention = 4 * T * T * D
-    ends = 2 * T * D * config.patch_size**2 * 2 * config.in_channels
-    modulation = 2 * D * (6 * L + 2) * D
-    earlier_steps = attention * layers * steps * (steps - 1) / 2
-    return steps * (L * (linear + attention) + ends + modulation) + earlier_steps
-
-
 class _Worker:
     """A child process that answers one line to each line."""
 
-    def __init__(self, stack: ExitStack, kind: str, path: str, threads: int):
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    def __init__(self, stack: ExitStack, kind: str, path: str, threads: int, backend: str = ""):
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **({"PYARD_BACKEND": backend} if backend else {})}
         command = [sys.executable, "-m", "pyard.bench.worker", kind, path, str(threads)]
         pipe = subprocess.PIPE
         self.process = stack.enter_context(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment))
@@ -137,7 +131,7 @@ def _bench_model(
     model: str, batch_sizes: list[int], ways: list[str], rounds: int, threads: int, progress: bool
 ) -> list[dict[str, Any]]:
     student = random_student(*MODELS[model])
-    operations = floating_point_operations(student)
+    operations = student_flops(student.config)
     rows = []
     with TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
@@ -146,7 +140,7 @@ def _bench_model(
         width = student.config.network.hidden_size
         # The size of the MLP's first product at batch 8, where bare products are at their fastest.
         sgemm = _Worker(stack, "sgemm", json.dumps([8 * student.config.network.tokens_per_step, width, 4 * width]), threads)
-        workers = {way: _Worker(stack, KINDS[way], str(files[way]), threads) for way in ways}
+        workers = {way: _Worker(stack, WAYS[way][0], str(files[way]), threads, WAYS[way][1]) for way in ways}
         bar = tqdm(total=len(batch_sizes) * len(ways) * (rounds + 1), desc=model, disable=not progress)
         for size in batch_sizes:
             inputs = folder / f"inputs{size}.npz"
@@ -175,7 +169,9 @@ def _bench_model(
                         batch_size=size,
                         way=way,
                         seconds_per_image=statistics.median(seconds[way]) / size,
-                        speed_over_first=_median_ratio(seconds[ways[0]], seconds[way]),
+                        speed_over={
+                            rival: _median_ratio(seconds[rival], seconds[way]) for rival in (PLAIN, NATIVE) if rival in seconds
+                        },
                         fraction_of_sgemm=_median_ratio(floors, seconds[way]),
                         best_fraction_of_sgemm=operations * size / max(rates) / min(seconds[way]),
                         peak_megabytes=peak[way] / 1e6,
@@ -192,7 +188,7 @@ def _bench_model(
 
 
 def _file(student: Student, way: str, folder: Path) -> Path:
-    if KINDS[way] != "onnx":
+    if WAYS[way][0] != "onnx":
         return folder / "student"
     precision = way.removeprefix("ONNX ")
     path = folder / precision / "student.onnx"
@@ -223,26 +219,31 @@ def _machine(threads: int) -> dict[str, Any]:
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": threads, "load_average": load, "versions": versions}
 
 
-def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
-    """The rows as Markdown."""
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    calls, load = len(rows[0]["calls_seconds"]), machine["load_average"]
-    text = (
-        f"`pyard bench onnx`: {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, load average at the "
-        f"end {load} (the benchmark itself is about {machine['threads']}); {versions}. Random weights, 256 tokens, "
-        f"S = {NUM_STEPS}, N = L/4. Medians of {calls} calls taken in turns; ratios are medians of each turn's own ratio. "
-        "Fraction of sgemm: time that bare products with the same number of operations take, over the time taken."
-    )
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
     lines = [
-        text,
-        "",
-        "| model | batch | | s/image | over eager | fraction of sgemm | peak MB | file MB | load s | max error |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"""`pyard bench onnx`: students with random weights, 256 tokens, S = {NUM_STEPS}, N = L/4. Medians of calls in turns;
+ratios are medians of each turn's own ratio. Fraction of sgemm: time that bare products with the same number of operations
+take, over the time taken. Plain: every operator in PyTorch's own. Load: of the whole machine at the end, the benchmark
+included."""
     ]
-    for row in rows:
+    for model, result in results.items():
+        machine, rows = result["machine"], result["rows"]
+        versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+        sgemm = statistics.median(rate for row in rows for rate in row["sgemm_gigaflops"])
         lines.append(
-            f"| {row['model']} | {row['batch_size']} | {row['way']} | {row['seconds_per_image']:.3f} "
-            f"| {row['speed_over_first']:.2f}x | {row['fraction_of_sgemm']:.0%} | {row['peak_megabytes']:.0f} "
-            f"| {row['file_megabytes']:.0f} | {row['load_seconds']:.2f} | {row['max_error']:.1e} |"
+            f"""
+{model}: {machine["cpu"]}, {machine["cores"]} cores, {machine["threads"]} threads, load {machine["load_average"]}; {versions};
+{len(rows[0]["calls_seconds"])} calls; sgemm {sgemm:.0f} GFLOP/s.
+
+| batch | | s/image | over plain | over native | fraction of sgemm | peak MB | file MB | load s | max error |
+|---|---|---|---|---|---|---|---|---|---|"""
         )
+        for row in rows:
+            ratios = " | ".join(f"{row['speed_over'][way]:.2f}x" if way in row["speed_over"] else "" for way in (PLAIN, NATIVE))
+            lines.append(
+                f"| {row['batch_size']} | {row['way']} | {row['seconds_per_image']:.3f} | {ratios} "
+                f"| {row['fraction_of_sgemm']:.0%} | {row['peak_megabytes']:.0f} | {row['file_megabytes']:.0f} "
+                f"| {row['load_seconds']:.2f} | {row['max_error']:.1e} |"
+            )
     return "\n".join(lines) + "\n"

@@ -97,8 +97,10 @@ class _Part(nn.Module):
     def weight_of(self, name: str) -> torch.Tensor:
         return self.get_parameter(name)
 
-    def modulated(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, x.shape[-1:], eps=self.config.norm_eps) * (1 + scale) + shift
+    def modulated(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
+        # One node: in ONNX, weight and bias of a norm may be a vector for each sample [B, 1, D]. In torch they may not.
+        attributes: dict[str, Any] = {"axis": -1, "epsilon": eps}
+        return torch.onnx.ops.symbolic("LayerNormalization", (x, 1 + scale, shift), attributes, dtype=x.dtype, shape=x.shape)
 
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return x @ self.weight_of(f"{name}_weight") + self.weight_of(f"{name}_bias")
@@ -119,7 +121,7 @@ class BlockPart(_Part):
         remember: bool = False,
     ) -> tuple[torch.Tensor, ...]:  # [B, T, D], and if it remembers keys and values [B, H, K + T, Dh]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, None].chunk(6, dim=-1)
-        hidden = self.modulated(x, shift1, scale1)
+        hidden = self.modulated(x, shift1, scale1, self.config.norm_eps)
         q, k, v = (self.linear(name, hidden) for name in "qkv")  # [B, T, D]
         present: tuple[torch.Tensor, ...] = ()
         if not remember:
@@ -138,7 +140,9 @@ class BlockPart(_Part):
                 q, keys = F.pad(q, (0, 1), value=1.0), torch.cat([keys, channel], dim=-1)
             attended = self._attend(q, keys, values)  # [B, T, D]
         x = x + gate1 * self.linear("proj", attended)
-        hidden = F.gelu(self.linear("fc1", self.modulated(x, shift2, scale2)), approximate="tanh")
+        assert self.config.mlp_norm_eps is not None
+        hidden = self.modulated(x, shift2, scale2, self.config.mlp_norm_eps)
+        hidden = F.gelu(self.linear("fc1", hidden), approximate="tanh")
         return x + gate2 * self.linear("fc2", hidden), *present
 
     def _split_heads(self, x: torch.Tensor) -> torch.Tensor:  # [B, T, D] -> [B, H, T, Dh]
@@ -170,7 +174,7 @@ class HeadPart(_Part):
 
     def forward(self, x: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:  # [B,T,D], [B,2D] -> [B,C,H,W] float32
         shift, scale = modulation[:, None].chunk(2, dim=-1)
-        tokens = self.modulated(x, shift, scale) @ self.weight_of("weight") + self.weight_of("bias")
+        tokens = self.modulated(x, shift, scale, self.config.norm_eps) @ self.weight_of("weight") + self.weight_of("bias")
         return unpatchify(tokens, self.config.patch_size, self.config.in_channels).float()
 
 
