@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 Scale = Literal["cpu", "gpu"]
 Layers = Literal["0", "L/4", "L/2", "L"]
-Extent = Literal["core", "all", "long"]
 
 NUM_STEPS = 4
 PUBLISHED = {"target": "denoised", "output": "direct"}  # what the authors' code trains
@@ -126,17 +125,16 @@ def varied(
 def one_factor_at_a_time() -> Iterator[Setting]:
     """Settings that differ in one thing from a row of the main table."""
     both = (PUBLISHED, STRONG)
-    ends: tuple[Layers, Layers] = ("0", "L")
     for family in both:
         yield replace(corner(family, "L/2"), factor="N")
         for steps in (1, 2, 3, 6):
-            for layers in ends if steps > 1 else ends[:1]:  # one step has no history
+            for layers in ENDS if steps > 1 else ENDS[:1]:  # one step has no history
                 yield varied(family, layers, "S", f"S{steps}", f"S = {steps}", num_steps=steps)
         yield varied(family, "L", "mask", "window2", "window of 2 steps", mask="window", window=2)
         yield varied(family, "L", "mask", "anchor", "anchor: own step and x_T", mask="anchor")
         yield varied(family, "L", "mask", "diagonal", "diagonal: own step alone", mask="diagonal")
         yield varied(family, "L", "heads", "shared", "a shared head", heads="shared")
-    for layers in ends:
+    for layers in ENDS:
         state_direct = {"target": "state", "output": "direct"}
         title = f"state targets, direct, N = {layers}"
         yield Setting(f"{prefix(state_direct)}-{slug(layers)}", title, layers, state_direct, "output")
@@ -150,32 +148,40 @@ def one_factor_at_a_time() -> Iterator[Setting]:
     yield adversarial(corner(STRONG, "0"))
 
 
-def does_history_help(extent: Extent) -> Iterator[Setting]:
-    """Ways in which a history might help the strong baseline: each with and without one, all else equal.
+OWN = "own rollout in the second half"
+ROLLOUT: dict[str, Any] = {"rollout_probability": 1.0}  # the first half of the updates is teacher-forced, see `train_settings`
+ENDS: tuple[Layers, Layers] = ("0", "L")
 
-    Args:
-        extent: `core`, training on the student's own history alone; `all` ways; or those and 4 times the updates, too: `long`.
-    """
-    own = "own rollout in the second half"
-    detached: dict[str, Any] = {"rollout_probability": 1.0}
-    through: dict[str, Any] = {"rollout_probability": 1.0, "rollout_gradient": "backprop"}
-    ends: tuple[Layers, Layers] = ("0", "L")
+
+def own_rollout() -> Iterator[Setting]:
+    """The strong baseline fine-tuned on its own history."""
     for layers in ("0", "L/4", "L"):
-        yield varied(STRONG, layers, "history", "rollout", own, **detached)  # type: ignore[arg-type]
-    if extent == "core":
-        return
-    for layers in ends:
-        yield varied(STRONG, layers, "history", "through", f"{own}, backpropagated", **through)
-        yield varied(PUBLISHED, layers, "history", "rollout", own, **detached)
-        yield varied(STRONG, layers, "history", "S2-rollout", f"S = 2, {own}", num_steps=2, **detached)
+        yield varied(STRONG, layers, "history", "rollout", OWN, **ROLLOUT)  # type: ignore[arg-type]
+
+
+def longer() -> Iterator[Setting]:
+    """Four times the updates, the second half on the student's own history."""
+    for layers in ENDS:
+        yield varied(STRONG, layers, "history", "long-rollout", f"4 times the updates, {OWN}", 4.0, **ROLLOUT)
+
+
+def longer_forced() -> Iterator[Setting]:
+    """Four times the updates on the teacher's history."""
+    for family, layers in ((STRONG, "0"), (STRONG, "L"), (PUBLISHED, "L")):
+        yield varied(family, layers, "history", "long", "4 times the updates", 4.0)  # type: ignore[arg-type]
+
+
+def further_ways() -> Iterator[Setting]:
+    """Other ways in which a history might help: each with and without one, all else equal."""
+    through: dict[str, Any] = {**ROLLOUT, "rollout_gradient": "backprop"}
+    for layers in ENDS:
+        yield varied(STRONG, layers, "history", "through", f"{OWN}, backpropagated", **through)
+        yield varied(PUBLISHED, layers, "history", "rollout", OWN, **ROLLOUT)
+        yield varied(STRONG, layers, "history", "S2-rollout", f"S = 2, {OWN}", num_steps=2, **ROLLOUT)
     for layers in ("L/4", "L"):
         yield varied(STRONG, layers, "history", "bias", "history bias from -4", history_bias=-4.0)  # type: ignore[arg-type]
-    yield varied(STRONG, "L", "history", "bias-rollout", f"history bias from -4, {own}", history_bias=-4.0, **detached)
-    yield varied(STRONG, "L", "history", "anchor-rollout", f"anchor mask, {own}", mask="anchor", **detached)
-    if extent == "long":
-        for layers in ends:
-            yield varied(STRONG, layers, "history", "long", "4 times the updates", 4.0)
-            yield varied(STRONG, layers, "history", "long-rollout", f"4 times the updates, {own}", 4.0, **detached)
+    yield varied(STRONG, "L", "history", "bias-rollout", f"history bias from -4, {OWN}", history_bias=-4.0, **ROLLOUT)
+    yield varied(STRONG, "L", "history", "anchor-rollout", f"anchor mask, {OWN}", mask="anchor", **ROLLOUT)
 
 
 def adversarial(base: Setting) -> Setting:
@@ -206,20 +212,20 @@ BUDGETS = {
     "mixture-16": Budget(updates=500),
     "scenes": Budget(trajectories=65_536, updates=8000, batch_size=256, learning_rate=3e-4, train={"mixed_precision": "bf16"}),
 }
-EXTENTS: dict[str, Extent] = {"mixture-2d": "long", "mixture-16": "core"}
 SUBJECTS: dict[Scale, tuple[str, ...]] = {"cpu": ("digits", "mixture-2d", "mixture-16"), "gpu": ("scenes",)}
 
 
 def full_plan(subjects: Sequence[str], seeds: int) -> Plan:
-    """The main table on every subject and seed; ways in which a history might help; one factor at a time on the first subject.
+    """The main table and students fine-tuned on their own history with every seed; then, with one, what else might matter.
 
-    Of those ways, training on the student's own history is tried with every seed, the rest with the first one; on the plane,
-    whose points cost little, with more training as well.
+    All of it fits two hours of two cores: longer training and the further ways are not tried on `mixture-16`, one factor at a
+    time on the first subject alone.
     """
     cells = [Cell(subject, setting, seed) for seed in range(seeds) for subject in subjects for setting in MAIN]
-    for subject in subjects:
-        cells += [Cell(subject, setting, 0) for setting in does_history_help(EXTENTS.get(subject, "all"))]
-    cells += [Cell(subject, way, seed) for seed in range(1, seeds) for subject in subjects for way in does_history_help("core")]
+    cells += [Cell(subject, setting, seed) for seed in range(seeds) for subject in subjects for setting in own_rollout()]
+    more = [subject for subject in subjects if subject != "mixture-16"]
+    cells += [Cell(subject, setting, seed) for seed in range(seeds) for subject in more for setting in longer()]
+    cells += [Cell(subject, setting, 0) for subject in more for setting in (*longer_forced(), *further_ways())]
     cells += [Cell(subjects[0], setting, 0) for setting in one_factor_at_a_time()]
     return Plan({subject: BUDGETS[subject] for subject in subjects}, tuple(cells))
 
