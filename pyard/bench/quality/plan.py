@@ -135,9 +135,12 @@ def one_factor_at_a_time() -> Iterator[Setting]:
         yield varied(family, "L", "mask", "diagonal", "diagonal: own step alone", mask="diagonal")
         yield varied(family, "L", "heads", "shared", "a shared head", heads="shared")
     for layers in ENDS:
-        state_direct = {"target": "state", "output": "direct"}
-        title = f"state targets, direct, N = {layers}"
-        yield Setting(f"{prefix(state_direct)}-{slug(layers)}", title, layers, state_direct, "output")
+        for steps in (4, 2):
+            state_direct = {"target": "state", "output": "direct", "num_steps": steps}
+            name, title = f"{prefix(state_direct)}-{slug(layers)}", f"state targets, direct, N = {layers}"
+            if steps != NUM_STEPS:
+                name, title = f"{name}-S{steps}", f"{title}, S = {steps}"
+            yield Setting(name, title, layers, state_direct, "output")
     for rate in (5e-4, 2e-3):
         for family, layers in ((PUBLISHED, "L"), (STRONG, "0")):
             yield varied(family, layers, "learning rate", f"lr{rate:g}", f"lr {rate:g}", learning_rate=rate)  # type: ignore[arg-type]
