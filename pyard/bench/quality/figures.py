@@ -50,6 +50,12 @@ def _axes(columns: int, title: str) -> tuple[Figure, Sequence[Axes]]:
     return figure, axes
 
 
+def _logarithmic(axis: Axes) -> None:
+    axis.set_yscale("log")
+    for side in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        side(lambda value, _: f"{value:.1g}" if f"{value:e}"[0] in "1235" else "")
+
+
 def _mean(rows: Sequence[Row], key: str, **wanted: Any) -> float | None:
     found = [row[key] for row in rows if all(row[name] == value for name, value in wanted.items())]
     return statistics.mean(found) if found else None
@@ -97,7 +103,7 @@ def _finish(axes: Sequence[Axes], horizontal: str) -> None:
 
     titles = ("Fréchet distance to the data", "mean squared error to the teacher's endpoints")
     for axis, title in zip(axes, titles, strict=True):
-        axis.set_yscale("log")
+        _logarithmic(axis)
         axis.set_xlabel(horizontal, color=_QUIET)
         axis.set_title(title, color=_INK, fontsize=10, loc="left")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -117,7 +123,7 @@ def _exposure(rows: Sequence[Row], subject: str) -> Figure:
                 mean = np.mean([each[kind] for each in found], axis=0)
                 label = f"N = {layers}, {'rollout' if kind == 'rollout' else 'teacher forced'}"
                 axis.plot(range(1, len(mean) + 1), mean, style, color=colour, marker="o", label=label)
-        axis.set_yscale("log")
+        _logarithmic(axis)
         axis.set_xlabel("step", color=_QUIET)
         axis.set_title(_FAMILY[f"{family['target']}-{family['output']}"], color=_INK, fontsize=10, loc="left")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -143,7 +149,7 @@ def _samples(workshop: Workshop, rows: Sequence[Row]) -> Figure:
         folder = workshop.folder / setting.name / "seed-0" / "run"
         if any(row["setting"] == setting.name and row["seed"] == 0 for row in rows):
             pictured[title] = draw(workshop, Student.from_pretrained(folder), _PICTURED)
-    figure = Figure(figsize=(11, 0.75 * len(pictured)), dpi=130, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(11, 0.5 * len(pictured)), dpi=130, layout="constrained", facecolor="white")
     axes = figure.subplots(len(pictured), 1, squeeze=False)[:, 0]
     for axis, (title, samples) in zip(axes, pictured.items(), strict=True):
         axis.imshow(tiles(samples, columns=_PICTURED, pixel=4), interpolation="nearest")
