@@ -67,9 +67,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = tmp_path_factory.mktemp("examples")
     done = subprocess.run([cmake, "-S", EXAMPLES, "-B", build], capture_output=True, text=True, check=False)
     if done.returncode and "Could not find ONNXRUNTIME_" in done.stderr:
-        pytest.skip(
-            "no onnxruntime for C++: install Debian 13's libonnxruntime-dev, or set CMAKE_PREFIX_PATH to a release"
-        )
+        pytest.skip("no onnxruntime for C++: install Debian 13's libonnxruntime-dev, or set CMAKE_PREFIX_PATH to a release")
     assert done.returncode == 0, done.stderr
     subprocess.run([cmake, "--build", build], check=True, capture_output=True)
     return build / "onnx_inference"

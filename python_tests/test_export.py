@@ -189,6 +189,21 @@ def test_a_deviation_fails_the_export_and_keeps_the_old_file(tmp_path: Path, mon
     assert path.read_text() == "the previous export"
 
 
+def test_a_graph_that_is_invalid_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = export.save_model
+
+    def with_a_wrong_shape(model: Any, path: Path, **settings: Any) -> None:
+        write(model, path, **settings)
+        broken = onnx.load(path)
+        broken.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 77
+        onnx.save(broken, path)
+
+    monkeypatch.setattr(export, "save_model", with_a_wrong_shape)
+    with pytest.raises(RuntimeError, match=r"student\.onnx was not written: onnx\.checker refuses the graph"):
+        export.export_onnx(tiny_student(1, history_layers=0), tmp_path / "student.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_export_leaves_the_student_as_it_was(tmp_path: Path) -> None:
     student = tiny_student(1, history_layers=1)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
