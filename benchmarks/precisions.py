@@ -80,7 +80,7 @@ def compare(folder: Path, count: int) -> list[dict[str, Any]]:
                     path = Path(name) / run.parent.name / kind / "student.onnx"
                     export_onnx(student, path, precision=kind)  # type: ignore[arg-type]
                     row["bytes"] = path.stat().st_size
-                    exported = OnnxStudent(path, providers=["CPUExecutionProvider"])
+                    exported = OnnxStudent(path, providers=["CPUExecutionProvider"], threads=1)
                     samples = np.clip(exported.sample(labels, noise=noise, batch_size=BATCH_SIZE), -1, 1)
                 difference = np.abs(samples - exact)
                 found = quality(samples, labels, ends)
