@@ -5,7 +5,7 @@
 
 Each folder holds seed-0/run, seed-1/run, ...; beside it lies teacher-samples.npz, the endpoints of the benchmark's noise. Every
 seed's student is exported in every precision; all draw from the same noise and labels. Writes precisions.json and
-precisions.md.
+precisions.md; folders that are in them already stay there.
 """
 
 from __future__ import annotations
@@ -132,17 +132,14 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=5000, help="samples of each student")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    results = {
-        folder.name: {
-            "count": arguments.count,
-            "onnxruntime": onnxruntime.__version__,
-            "rows": compare(folder, arguments.count),
-        }
-        for folder in arguments.folders
-    }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "precisions.json").write_text(json.dumps(results, indent=1) + "\n")
-    (arguments.out / "precisions.md").write_text(table(results))
+    file = arguments.out / "precisions.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    for folder in arguments.folders:
+        rows = compare(folder, arguments.count)
+        results[folder.name] = {"count": arguments.count, "onnxruntime": onnxruntime.__version__, "rows": rows}
+        file.write_text(json.dumps(results, indent=1) + "\n")
+        file.with_suffix(".md").write_text(table(results))
     print(table(results))
 
 
