@@ -217,10 +217,11 @@ def test_export_leaves_the_student_as_it_was(tmp_path: Path) -> None:
 def test_command_line_writes_beside_the_student(tmp_path: Path) -> None:
     student = tiny_student(1, history_layers=1)
     student.save_pretrained(tmp_path / "run" / "student")
-    command = [sys.executable, "-m", "pyard.export", "--onnx", "--student", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "pyard.export", "--onnx", "--external-data", "--student", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "error against PyTorch" in done.stdout
     assert done.stderr == ""
+    assert (tmp_path / "run" / "student" / "student.onnx.data").exists()
     exported = OnnxStudent(tmp_path / "run" / "student" / "student.onnx")
     expected = pyard.sample(student, [3], seed=2).numpy()
     assert relative_error(exported.sample([3], seed=2), expected) < 1e-4
