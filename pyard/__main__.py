@@ -131,7 +131,8 @@ def name_values(argv: Sequence[str], positional: tuple[str, ...]) -> list[str]:
 
 def complete(argv: Sequence[str], function: Callable[..., Any], bare: tuple[str, ...]) -> list[str]:
     """Words as jsonargparse takes them: --num-steps is --num_steps, a lone switch is true, a lone `bare` flag is left out."""
-    switches = [name for name, p in inspect.signature(function, eval_str=True).parameters.items() if p.annotation is bool]
+    parameters = inspect.signature(function, eval_str=True).parameters.items()
+    switches = [name for name, p in parameters if p.annotation in (bool, bool | None)]
     words = []
     for i, word in enumerate(argv):
         flag, equals, value = word.partition("=")

@@ -75,7 +75,8 @@ class OnnxStudent:
     `repr(student)` says in one line what it is and where it runs.
 
     Raises:
-        InputError: no such file, a damaged one, a model that is not pyard's, an unknown provider.
+        InputError: no such file, a damaged one, one that is too new for this onnxruntime, a model that is not pyard's, an
+            unknown provider.
 
     Example:
         student = OnnxStudent("student.onnx")
@@ -223,6 +224,11 @@ def _open_session(path: Path, providers: list[str], threads: int | None, cuda_gr
             state = f"({data.stat().st_size} bytes) is cut off" if data.exists() else "is missing"
             raise InputError(
                 f"{data} {state}: {path.name} keeps its weights there. Copy both files again. onnxruntime says: {reason}"
+            ) from None
+        if any(word in reason.replace(str(path), "") for word in ("IR version", "opset", "NOT_IMPLEMENTED")):
+            raise InputError(
+                f"{path} needs a newer onnxruntime than {onnxruntime.__version__}: upgrade it, or export the student again "
+                f"with --opset 20, which 1.21 reads. onnxruntime says: {reason}"
             ) from None
         raise InputError(
             f"{path} ({size} bytes) cannot be opened as an ONNX model: it is cut off, or no ONNX file. Export or copy "

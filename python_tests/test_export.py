@@ -189,6 +189,21 @@ def test_a_deviation_fails_the_export_and_keeps_the_old_file(tmp_path: Path, mon
     assert path.read_text() == "the previous export"
 
 
+def test_a_graph_that_is_invalid_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = export.save_model
+
+    def with_a_wrong_shape(model: Any, path: Path, **settings: Any) -> None:
+        write(model, path, **settings)
+        broken = onnx.load(path)
+        broken.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 77
+        onnx.save(broken, path)
+
+    monkeypatch.setattr(export, "save_model", with_a_wrong_shape)
+    with pytest.raises(RuntimeError, match=r"student\.onnx was not written: onnx\.checker refuses the graph"):
+        export.export_onnx(tiny_student(1, history_layers=0), tmp_path / "student.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_export_leaves_the_student_as_it_was(tmp_path: Path) -> None:
     student = tiny_student(1, history_layers=1)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
@@ -202,10 +217,11 @@ def test_export_leaves_the_student_as_it_was(tmp_path: Path) -> None:
 def test_command_line_writes_beside_the_student(tmp_path: Path) -> None:
     student = tiny_student(1, history_layers=1)
     student.save_pretrained(tmp_path / "run" / "student")
-    command = [sys.executable, "-m", "pyard.export", "--onnx", "--student", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "pyard.export", "--onnx", "--external-data", "--student", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "error against PyTorch" in done.stdout
     assert done.stderr == ""
+    assert (tmp_path / "run" / "student" / "student.onnx.data").exists()
     exported = OnnxStudent(tmp_path / "run" / "student" / "student.onnx")
     expected = pyard.sample(student, [3], seed=2).numpy()
     assert relative_error(exported.sample([3], seed=2), expected) < 1e-4
@@ -229,11 +245,11 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         export.export_onnx(student, tmp_path)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8", "int8-static"])
-def test_precisions(precision: export.Precision, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "opset"), [("fp16", 23), ("int8", 23), ("int8-static", 23), ("int8", 20)])
+def test_precisions(precision: export.Precision, opset: int, tmp_path: Path) -> None:
     student, path = tiny_student(3, history_layers=1, target="state", output="jump"), tmp_path / "student.onnx"
-    exact = export.export_onnx(student, tmp_path / "exact.onnx")
-    parity = export.export_onnx(student, path, precision=precision, calibration=9)
+    exact = export.export_onnx(student, tmp_path / "exact.onnx", opset=opset)
+    parity = export.export_onnx(student, path, opset=opset, precision=precision, calibration=9)
     assert all(exact[size] < error < export.PARITY_BOUND[precision] for size, error in parity.items())
     info = OnnxStudent(path).info
     assert info.precision == precision

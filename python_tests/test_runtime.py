@@ -62,6 +62,19 @@ def test_sixteen_threads_draw_what_one_draws(student: OnnxStudent) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+def test_sixteen_threads_step_and_share_fixed_buffers(path: Path, tmp_path: Path) -> None:
+    export_onnx(tiny_student(2, history_layers=1), tmp_path / "step.onnx", form="step")
+    steps = OnnxStudent(tmp_path / "step.onnx", threads=1)
+    fixed = OnnxStudent(path, providers=["CPUExecutionProvider"], threads=1, cuda_graphs=True)
+    for shared in (steps, fixed):
+        labels = [[i % 5] * (1 + i % 3) for i in range(48)]
+        alone = [shared.sample(some, seed=i) for i, some in enumerate(labels)]
+        with ThreadPoolExecutor(16) as pool:
+            together = list(pool.map(shared.sample, labels, range(len(labels))))
+        for a, b in zip(alone, together, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 def test_fixed_buffers_give_the_same_samples(path: Path, student: OnnxStudent) -> None:
     fixed = OnnxStudent(path, providers=["CPUExecutionProvider"], threads=1, cuda_graphs=True)
     for labels, seed in (([1, 2, 3], 0), ([4], 1), ([0, 0, 4], 2)):
@@ -192,7 +205,7 @@ def test_truncated_file(path: Path, tmp_path: Path, keep: float) -> None:
 
 
 def test_no_model_and_no_file(tmp_path: Path) -> None:
-    text = tmp_path / "text.onnx"
+    text = tmp_path / "opset.onnx"  # the name must not be taken for what onnxruntime says
     text.write_text("hello, I am no model\n" * 100)
     with pytest.raises(InputError, match="cannot be opened as an ONNX model"):
         OnnxStudent(text)
@@ -200,6 +213,16 @@ def test_no_model_and_no_file(tmp_path: Path) -> None:
         OnnxStudent(tmp_path / "missing.onnx")
     with pytest.raises(InputError, match="no such file"):
         OnnxStudent(tmp_path)
+
+
+def test_a_model_that_is_newer_than_this_onnxruntime(path: Path, tmp_path: Path) -> None:
+    for name, change in (("ir_version", {"ir_version": 999}), ("opset", {"opset": 999})):
+        model = onnx.load(path)
+        model.ir_version = change.get("ir_version", model.ir_version)
+        model.opset_import[0].version = change.get("opset", model.opset_import[0].version)
+        (tmp_path / f"{name}.onnx").write_bytes(model.SerializeToString())
+        with pytest.raises(InputError, match=rf"{name}\.onnx needs a newer onnxruntime than \d.*--opset 20"):
+            OnnxStudent(tmp_path / f"{name}.onnx")
 
 
 def test_a_model_that_is_not_pyards(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def export(
         onnx: the file to write; a bare --onnx, or none, writes student.onnx into the student's folder.
         form: `sampler`, all steps in one call; `step`, one step a call with keys and values in and out, for previews.
         opset: version of the ONNX operators, 20 to 23: an attention is one node, of ONNX itself in 23 (onnxruntime 1.23 or
-            newer), of onnxruntime's own before.
+            newer, 1.24 for int8-static), of onnxruntime's own before (1.21 or newer).
         precision: of weights and products: `fp32`; `fp16`, half the size, for GPUs; `int8`, a quarter, ranges measured in every
             call; `int8-static`, ranges fixed by calibration.
         calibration: samples that `int8-static` is calibrated with.
@@ -108,7 +108,7 @@ def export_onnx(
         path: the file to write; it appears complete and checked, or not at all.
         form: see above. `step` counts from 0, and its present keys and values are the next step's past; step 0 takes K = 0.
         opset: version of the ONNX operators, 20 to 23: an attention is one node, of ONNX itself in 23 (onnxruntime 1.23 or
-            newer), of onnxruntime's own (com.microsoft) before.
+            newer, 1.24 for int8-static), of onnxruntime's own (com.microsoft) before (1.21 or newer).
         precision: of weights and products: `fp32`; `fp16`; `int8`, with ranges of the activations measured in every call;
             `int8-static`, with ranges fixed by `calibration` samples. Latents, jumps and predictions are float32 in all.
         calibration: samples whose trajectories calibrate `int8-static`.
@@ -151,7 +151,10 @@ def export_onnx(
             save_model(model, building, external_data=external)
         del model
         write_metadata(building, facts)
-        onnx.checker.check_model(str(building), full_check=True)
+        try:
+            onnx.checker.check_model(str(building), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise RuntimeError(f"{path} was not written: onnx.checker refuses the graph: {error}") from None
         parity = measure_parity(student, OnnxStudent(building, providers=["CPUExecutionProvider"]), decoder)
         # A picture's levels are whole numbers, so the smallest difference may round to one of 255.
         check_parity(parity, PARITY_BOUND[precision] + (0.0 if decoder is None else 1.01 / 255), path)

@@ -45,9 +45,11 @@ def quantise(source: Path, target: Path, *, calibration: int | None, external_da
         weight_type=QuantType.QInt8,
         use_external_data_format=external_data,
     )
+    # Everything behind an attention of onnxruntime's own is of a type that ONNX's inference cannot know.
+    extra: dict[str, Any] = {"DefaultTensorType": onnx.TensorProto.FLOAT}
     with _quiet():
         if calibration is None:
-            quantize_dynamic(source, target, **settings)
+            quantize_dynamic(source, target, extra_options=extra, **settings)
         else:
             quantize_static(
                 source,
@@ -55,7 +57,7 @@ def quantise(source: Path, target: Path, *, calibration: int | None, external_da
                 _Trajectories(OnnxStudent(source, providers=["CPUExecutionProvider"]), calibration),
                 quant_format=QuantFormat.QDQ,
                 activation_type=QuantType.QUInt8,
-                extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
+                extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"], **extra},
                 **settings,
             )
 
