@@ -45,6 +45,8 @@ def train_stage(
         Preempted: SIGTERM or SIGUSR1 arrived; a checkpoint has been written.
     """
     checkpoints = _checkpoints(student, config, processes)
+    if processes.is_main:
+        checkpoints.drop_unfinished()
     begin = max(checkpoints.steps(), default=0)
     skipped = in_a_row = 0
     if begin:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
-import random
 from pathlib import Path
 
 import factories
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from training_runs import assert_same_run, kill_and_resume, log_kills, start, teacher_and_store, train_in, wait
+from training_runs import start, student_and_real_data, teacher_and_store, train_in, wait
 
 from pyard.errors import InputError
 from pyard.models.student import Student
@@ -273,62 +271,26 @@ def test_stage_and_student_go_together(tmp_path):
             TrainConfig(**config, stage="adversarial", student="x", **settings)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def test_one_process_and_two_see_the_same_losses(tmp_path):
     teacher_and_store(tmp_path)
-    images = torch.randn(30, 2, 8, 8, generator=torch.Generator().manual_seed(3))
-    save_file({"images": images, "labels": torch.arange(30) % 5}, tmp_path / "real.safetensors")
-    train_in(tmp_path, "first", max_steps=2)
-    return tmp_path
-
-
-def settings_in(folder: Path, **changes) -> dict:
-    adversarial = {**SMALL, "real": str(folder / "real.safetensors"), "warmup_steps": 4, "r1": 0.1, "feature_matching": 0.5}
-    return dict(stage="adversarial", student=str(folder / "first"), adversarial={**adversarial, **changes})
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_killed_and_resumed_is_bitwise_the_same(folder, world):
-    settings = {**settings_in(folder), "max_steps": 24}
-    assert set(wait(start(folder, "whole", world, **settings))) == {0}
-    settings["save_every"] = 3
-    assert len(kill_and_resume(folder, world, 3, random.randrange(2**32), settings)) == 3
-    assert_same_run(folder / "whole", folder / "killed")
-    newest = folder / "whole" / "checkpoints" / "step-0000024"
-    assert {"discriminator.safetensors", "discriminator-optimizer.pt", "real.pt"} <= {file.name for file in newest.iterdir()}
-    assert torch.load(newest / "real.pt", weights_only=True) == {"position": 24 * 8}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
-def test_killed_twenty_five_times(folder, world):
-    """PYARD_KILL_LOG=FILE keeps what was done."""
-    settings = {**settings_in(folder), "max_steps": 300}
-    assert set(wait(start(folder, "whole", world, **settings))) == {0}
-    settings["save_every"] = 3
-    seed = int(os.environ.get("PYARD_KILL_SEED", random.randrange(2**32)))
-    kills = kill_and_resume(folder, world, 25, seed, settings)
-    assert len(kills) == 25
-    assert_same_run(folder / "whole", folder / "killed")
-    log_kills(f"adversarial stage, {world} process(es)", seed, settings, kills)
-
-
-def test_one_process_and_two_see_the_same_losses(folder):
-    settings = {**settings_in(folder, warmup_steps=2), "max_steps": 6}
-    train_in(folder, "one", **settings)
-    assert set(wait(start(folder, "two", 2, **settings))) == {0}
-    one, two = (read_log(folder / name / "log.jsonl") for name in ("one", "two"))
+    settings = {**student_and_real_data(tmp_path), "max_steps": 6}
+    settings["adversarial"]["warmup_steps"] = 2
+    train_in(tmp_path, "one", **settings)
+    assert set(wait(start(tmp_path, "two", 2, **settings))) == {0}
+    one, two = (read_log(tmp_path / name / "log.jsonl") for name in ("one", "two"))
     assert len(one) == len(two) == 6
     for a, b in zip(one, two, strict=True):
         for name in ("loss", "generator", "discriminator", "r1", "feature_distance", "generator_weight", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=5e-3, abs=1e-5), (a["step"], name)
-    heads = [load_file(folder / name / "checkpoints" / "step-0000006" / "discriminator.safetensors") for name in ("one", "two")]
+    heads = [load_file(tmp_path / name / "checkpoints" / "step-0000006" / "discriminator.safetensors") for name in ("one", "two")]
     assert max((heads[0][key] - heads[1][key]).abs().max() for key in heads[0]) < 2e-3
 
 
-def test_student_of_another_teacher_is_refused(folder):
-    student = Student.from_pretrained(folder / "first")
+def test_student_of_another_teacher_is_refused(tmp_path):
+    teacher_and_store(tmp_path)
+    settings = student_and_real_data(tmp_path)
+    student = Student.from_pretrained(tmp_path / "first")
     student.config = dataclasses.replace(student.config, teacher_fingerprint="0" * 64)
-    student.save_pretrained(folder / "other" / "student")
+    student.save_pretrained(tmp_path / "other" / "student")
     with pytest.raises(InputError, match="was made from teacher 0000"):
-        train_in(folder, "run", **{**settings_in(folder), "student": str(folder / "other")})
+        train_in(tmp_path, "run", **{**settings, "student": str(tmp_path / "other")})
