@@ -161,20 +161,18 @@ class Regression:
 
     def apply(self) -> None:
         """Update weights and averages."""
+        self.processes.scaler.step(self.optimizer)
         self._advance()
         for ema in self.emas:
             ema.update_parameters(self.student)
 
     def skip(self) -> None:
         """Drop the gradients; the schedules go on, for they count updates."""
-        if self.processes.scaler.is_enabled():
-            self._advance()  # the scaler itself steps over infinite gradients, and has to see them to lower its scale
-            return
-        self.optimizer.zero_grad()
-        self.scheduler.step()
+        # No `scaler.step`: it would apply the student's gradients if they are finite and a discriminator's are not. What was
+        # infinite the scaler saw when they were unscaled, and lowers its scale for.
+        self._advance()
 
     def _advance(self) -> None:
-        self.processes.scaler.step(self.optimizer)
         self.processes.scaler.update()
         self.optimizer.zero_grad()
         self.scheduler.step()
