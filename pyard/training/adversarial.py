@@ -102,6 +102,12 @@ class Adversarial(Regression):
                 f"adversarial: a process's share of a batch is {share}; expected a multiple of virtual_batch "
                 f"{settings.virtual_batch}, so that virtual batches are the same on any number of processes"
             )
+        tokens = teacher.network.config.tokens_per_step
+        if settings.depth and settings.kernel_size // 2 > tokens:
+            raise InputError(
+                f"adversarial: kernel_size {settings.kernel_size} reaches {settings.kernel_size // 2} tokens to each side, more "
+                f"than once around the teacher's ring of {tokens}; expected at most {2 * tokens + 1}: lower adversarial.kernel_size"
+            )
         self.real = real
         self.features = Features(teacher, settings)
         with torch.random.fork_rng(devices=[]):

@@ -255,11 +255,18 @@ def test_noise_levels_and_blocks():
 @pytest.mark.parametrize(("settings", "message"), [
     (dict(blocks=(3,)), "the teacher has 3, numbered from 0"), (dict(virtual_batch=3), "a multiple of virtual_batch 3"),
     (dict(noise_levels=(0.5, 0.2)), "noise_levels"), (dict(blocks=(0, 0)), "blocks"), (dict(r1=-1.0), "r1 is -1"),
-    (dict(width=0), "width is 0"), (dict(learning_rate=0.0), "learning_rate"),
+    (dict(width=0), "width is 0"), (dict(learning_rate=0.0), "learning_rate"), (dict(kernel_size=4), "kernel_size is 4"),
+    (dict(kernel_size=-1), "kernel_size is -1"),
+    (dict(kernel_size=35), r"kernel_size 35 reaches 17 tokens .* ring of 16; expected at most 33: lower adversarial\.kernel_size"),
 ], ids=str)  # fmt: skip
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(InputError, match=message):
         stage(**settings)
+
+
+@pytest.mark.parametrize("settings", [dict(kernel_size=33), dict(kernel_size=35, depth=0)], ids=str)
+def test_the_longest_kernel_that_fits_computes(settings):
+    assert stage(**settings).compute(1, batch()).finite()
 
 
 def test_stage_and_student_go_together(tmp_path):
@@ -283,7 +290,9 @@ def test_one_process_and_two_see_the_same_losses(tmp_path):
     for a, b in zip(one, two, strict=True):
         for name in ("loss", "generator", "discriminator", "r1", "feature_distance", "generator_weight", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=5e-3, abs=1e-5), (a["step"], name)
-    heads = [load_file(tmp_path / name / "checkpoints" / "step-0000006" / "discriminator.safetensors") for name in ("one", "two")]
+    heads = [
+        load_file(tmp_path / name / "checkpoints" / "step-0000006" / "discriminator.safetensors") for name in ("one", "two")
+    ]
     assert max((heads[0][key] - heads[1][key]).abs().max() for key in heads[0]) < 2e-3
 
 
