@@ -61,7 +61,7 @@ def train_stage(
         reader.batch_size // config.gradient_accumulation,
         student.num_steps,
         student.config.network.tokens_per_step,
-        config.gradient_accumulation,
+        None if config.stage == "adversarial" else config.gradient_accumulation,
     )
 
     def save(step: int) -> None:
