@@ -21,6 +21,7 @@ from pyard.models.student import Student
 from pyard.teachers.dit import DiTTeacher
 from pyard.training.adversarial_config import AdversarialConfig
 from pyard.training.config import TrainConfig
+from pyard.training.flops import adversarial_flops
 from pyard.training.processes import Processes, seed_of
 from pyard.training.real_data import RealReader
 from pyard.training.regression import Measured, Regression
@@ -110,6 +111,7 @@ class Adversarial(Regression):
             )
         self.real = real
         self.features = Features(teacher, settings)
+        self.flops += config.batch_size * adversarial_flops(teacher.network.config, settings)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(config.seed, _WEIGHTS))
             self.discriminator = Discriminator(

@@ -330,7 +330,7 @@ def test_fine_tuning_on_own_history_begins_when_it_is_told_to():
 def test_counted_flops_are_those_that_run(mask):
     model = student(**{"history_bias": None, **mask}).eval()
     assert student_flops(model.config) == counted_flops(model)
-    assert update_flops(model.config, B) == 3 * B * counted_flops(model)
+    assert stage(model).flops == update_flops(model.config, B) == 3 * B * counted_flops(model)
 
 
 def test_peaks_of_known_devices():
