@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import random
 import signal
 import socket
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from factories import tiny_teacher
 from safetensors.torch import load_file, save_file
@@ -49,7 +52,13 @@ def student_and_real_data(folder: Path) -> dict[str, Any]:
     save_file({"images": images, "labels": torch.arange(30) % 5}, folder / "real.safetensors")
     train_in(folder, "first", max_steps=2, history_bias=-1.0)
     adversarial = dict(
-        real=str(folder / "real.safetensors"), virtual_batch=4, width=8, warmup_steps=4, flips=True, r1=0.1, feature_matching=0.5
+        real=str(folder / "real.safetensors"),
+        virtual_batch=4,
+        width=8,
+        warmup_steps=4,
+        flips=True,
+        r1=0.1,
+        feature_matching=0.5,
     )
     return dict(stage="adversarial", student=str(folder / "first"), adversarial=adversarial, ema_decay=[0.9, 0.99])
 
@@ -119,6 +128,17 @@ def signal_at(processes: list[ForkServerProcess], log: Path, step: int, number: 
     return -1
 
 
+@contextlib.contextmanager
+def small_disk(path: Path, size: str) -> Iterator[None]:
+    path.mkdir(parents=True)
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path]).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", path], check=True)
+
+
 def kill_and_resume(folder: Path, world: int, kills: int, seed: int, settings: dict[str, Any]) -> list[dict[str, int]]:
     """Kill the run `killed` at random moments until it has been killed so often; then let it end."""
     choose, done = random.Random(seed), []
@@ -126,7 +146,7 @@ def kill_and_resume(folder: Path, world: int, kills: int, seed: int, settings: d
     log = folder / "killed" / "log.jsonl"
     while len(done) < kills:
         before = max(Checkpoints(folder / "killed" / "checkpoints").steps(), default=0)
-        assert before < steps - settings["save_every"], f"{len(done)} kills and nearly at the end; give more than {steps} updates"
+        assert before < steps - settings["save_every"], f"{len(done)} kills, nearly at the end: raise max_steps"
         processes = start(folder, "killed", world, **settings)
         at = choose.randint(before, min(before + 2 * settings["save_every"], steps - 1))
         time.sleep(choose.random() * 0.01)
