@@ -106,8 +106,8 @@ class Adversarial(Regression):
         tokens = teacher.network.config.tokens_per_step
         if settings.depth and settings.kernel_size // 2 > tokens:
             raise InputError(
-                f"adversarial: kernel_size {settings.kernel_size} reaches {settings.kernel_size // 2} tokens to each side, more "
-                f"than once around the teacher's ring of {tokens}; expected at most {2 * tokens + 1}: lower adversarial.kernel_size"
+                f"adversarial: kernel_size {settings.kernel_size} reaches {settings.kernel_size // 2} tokens to each side, "
+                f"more than once around the teacher's {tokens}; lower adversarial.kernel_size to at most {2 * tokens + 1}"
             )
         self.real = real
         self.features = Features(teacher, settings)

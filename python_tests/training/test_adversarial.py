@@ -254,7 +254,7 @@ def test_noise_levels_and_blocks():
     (dict(noise_levels=(0.5, 0.2)), "noise_levels"), (dict(blocks=(0, 0)), "blocks"), (dict(r1=-1.0), "r1 is -1"),
     (dict(width=0), "width is 0"), (dict(learning_rate=0.0), "learning_rate"), (dict(kernel_size=4), "kernel_size is 4"),
     (dict(kernel_size=-1), "kernel_size is -1"),
-    (dict(kernel_size=35), r"kernel_size 35 reaches 17 tokens .* ring of 16; expected at most 33: lower adversarial\.kernel_size"),
+    (dict(kernel_size=35), r"kernel_size 35 reaches 17 tokens .* teacher.s 16; lower .*kernel_size to at most 33"),
 ], ids=str)  # fmt: skip
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(InputError, match=message):

@@ -132,6 +132,7 @@ def test_progress_bar_shows_loss_rate_and_use_of_the_device(tmp_path: Path, capf
 
 def test_rates(monkeypatch):
     from pyard.training import TrainConfig
+
     clock = iter([0.0, 2.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     meter = Meter(TrainConfig(teacher="", out=Path(), batch_size=8, peak_tflops=1e-3), 5e7, Processes())
