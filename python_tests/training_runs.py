@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import multiprocessing
 import os
 import random
 import signal
 import socket
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from factories import tiny_teacher
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pyard.noise_schedule import NoiseSchedule
 from pyard.training import train
@@ -37,6 +41,26 @@ def teacher_and_store(folder: Path, count: int = 40) -> None:
     generate_trajectories(
         teacher, folder / "store", count, num_steps=3, teacher_steps=6, batch_size=20, shard_size=20, progress=False
     )
+
+
+def student_and_real_data(folder: Path) -> dict[str, Any]:
+    """`first/`, a student of a short regression stage, and `real.safetensors`; returns settings of an adversarial stage.
+
+    They have several of everything that a checkpoint has to remember.
+    """
+    images = torch.randn(30, 2, 8, 8, generator=torch.Generator().manual_seed(3))
+    save_file({"images": images, "labels": torch.arange(30) % 5}, folder / "real.safetensors")
+    train_in(folder, "first", max_steps=2, history_bias=-1.0)
+    adversarial = dict(
+        real=str(folder / "real.safetensors"),
+        virtual_batch=4,
+        width=8,
+        warmup_steps=4,
+        flips=True,
+        r1=0.1,
+        feature_matching=0.5,
+    )
+    return dict(stage="adversarial", student=str(folder / "first"), adversarial=adversarial, ema_decay=[0.9, 0.99])
 
 
 def train_in(folder: Path, name: str, **changes: Any) -> Path:
@@ -104,6 +128,17 @@ def signal_at(processes: list[ForkServerProcess], log: Path, step: int, number: 
     return -1
 
 
+@contextlib.contextmanager
+def small_disk(path: Path, size: str) -> Iterator[None]:
+    path.mkdir(parents=True)
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path]).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", path], check=True)
+
+
 def kill_and_resume(folder: Path, world: int, kills: int, seed: int, settings: dict[str, Any]) -> list[dict[str, int]]:
     """Kill the run `killed` at random moments until it has been killed so often; then let it end."""
     choose, done = random.Random(seed), []
@@ -111,9 +146,7 @@ def kill_and_resume(folder: Path, world: int, kills: int, seed: int, settings: d
     log = folder / "killed" / "log.jsonl"
     while len(done) < kills:
         before = max(Checkpoints(folder / "killed" / "checkpoints").steps(), default=0)
-        # A run that has got far starts over, so that there is always something left to kill.
-        if before > steps - settings["save_every"] - 1:
-            break
+        assert before < steps - settings["save_every"], f"{len(done)} kills, nearly at the end: raise max_steps"
         processes = start(folder, "killed", world, **settings)
         at = choose.randint(before, min(before + 2 * settings["save_every"], steps - 1))
         time.sleep(choose.random() * 0.01)
@@ -131,16 +164,18 @@ def log_kills(title: str, seed: int, settings: dict[str, Any], kills: list[dict[
     if file := os.environ.get("PYARD_KILL_LOG"):
         lines = [f"{title}, seed {seed}, {settings['max_steps']} updates, a checkpoint every {settings['save_every']}"]
         lines += [f"kill {i}: {kill}" for i, kill in enumerate(kills, start=1)]
-        lines += ["log, weights, averages, optimizer and schedule are bitwise those of a run that was not killed", ""]
+        lines += ["log, result and everything in the last checkpoint are bitwise those of a run that was not killed", ""]
         with open(file, "a") as out:
             out.write("\n".join(lines))
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Bit for bit: log, result, and every tensor of the last checkpoints."""
+    """Bit for bit: log, result, and everything in the last checkpoints; neither left anything unfinished behind."""
     assert read_log(a / "log.jsonl") == read_log(b / "log.jsonl")
+    assert not [entry.name for run in (a, b) for entry in (run / "checkpoints").iterdir() if not entry.name.startswith("step-")]
     newest = [max((run / "checkpoints").glob("step-*")) for run in (a, b)]
     assert newest[0].name == newest[1].name
+    assert json.loads((newest[0] / "state.json").read_text()) == json.loads((newest[1] / "state.json").read_text())
     names = sorted(path.name for path in newest[0].iterdir())
     assert names == sorted(path.name for path in newest[1].iterdir())
     files = [f"checkpoints/{newest[0].name}/{name}" for name in names if name.endswith(".safetensors")]

@@ -21,6 +21,7 @@ from pyard.models.student import Student
 from pyard.teachers.dit import DiTTeacher
 from pyard.training.adversarial_config import AdversarialConfig
 from pyard.training.config import TrainConfig
+from pyard.training.flops import adversarial_flops
 from pyard.training.processes import Processes, seed_of
 from pyard.training.real_data import RealReader
 from pyard.training.regression import Measured, Regression
@@ -102,8 +103,15 @@ class Adversarial(Regression):
                 f"adversarial: a process's share of a batch is {share}; expected a multiple of virtual_batch "
                 f"{settings.virtual_batch}, so that virtual batches are the same on any number of processes"
             )
+        tokens = teacher.network.config.tokens_per_step
+        if settings.depth and settings.kernel_size // 2 > tokens:
+            raise InputError(
+                f"adversarial: kernel_size {settings.kernel_size} reaches {settings.kernel_size // 2} tokens to each side, "
+                f"more than once around the teacher's {tokens}; lower adversarial.kernel_size to at most {2 * tokens + 1}"
+            )
         self.real = real
         self.features = Features(teacher, settings)
+        self.flops += config.batch_size * adversarial_flops(teacher.network.config, settings)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(config.seed, _WEIGHTS))
             self.discriminator = Discriminator(

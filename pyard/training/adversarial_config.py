@@ -73,7 +73,7 @@ class AdversarialConfig:
             raise InputError(f"adversarial: noise_levels is {self.noise_levels}; expected two rising shares between 0 and 1")
         if self.blocks is not None and (not self.blocks or len(set(self.blocks)) < len(self.blocks) or min(self.blocks) < 0):
             raise InputError(f"adversarial: blocks is {self.blocks}; expected different numbers from 0 on")
-        for name, least in (("width", 1), ("depth", 0), ("virtual_batch", 1), ("warmup_steps", 0)):
+        for name, least in (("width", 1), ("depth", 0), ("kernel_size", 1), ("virtual_batch", 1), ("warmup_steps", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"adversarial: {name} is {getattr(self, name)}; expected at least {least}")
         for name in ("weight", "r1", "feature_matching"):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from pyard.errors import InputError
 from pyard.models.student import Student
 from pyard.training.config import TrainConfig
-from pyard.training.flops import peak_tflops, update_flops
+from pyard.training.flops import peak_tflops
 from pyard.training.processes import Preempted, Processes, memory_advice, preemption, seed_of
 from pyard.training.regression import Measured, Stage
 from pyard.training.state import Checkpoints, TrainingLog
@@ -34,7 +34,7 @@ def train_stage(
 
     Args:
         stage: what an update computes.
-        student: who learns; for messages and FLOPs.
+        student: who learns; for messages and checkpoints.
         reader: this process's batches.
         config: settings.
         processes: who trains.
@@ -45,6 +45,8 @@ def train_stage(
         Preempted: SIGTERM or SIGUSR1 arrived; a checkpoint has been written.
     """
     checkpoints = _checkpoints(student, config, processes)
+    if processes.is_main:
+        checkpoints.drop_unfinished()
     begin = max(checkpoints.steps(), default=0)
     skipped = in_a_row = 0
     if begin:
@@ -54,12 +56,12 @@ def train_stage(
     # Nobody may write a checkpoint of a later step before all have chosen theirs.
     processes.wait()
     log = TrainingLog(config.out / "log.jsonl", begin) if processes.is_main else None
-    meter = Meter(config, student, processes)
+    meter = Meter(config, stage.flops, processes)
     advice = memory_advice(
         reader.batch_size // config.gradient_accumulation,
         student.num_steps,
         student.config.network.tokens_per_step,
-        config.gradient_accumulation,
+        None if config.stage == "adversarial" else config.gradient_accumulation,
     )
 
     def save(step: int) -> None:
@@ -148,14 +150,14 @@ class Meter:
 
     Args:
         config: settings; `peak_tflops` overrides the data sheet.
-        student: whose FLOPs are counted.
+        flops: of an update, all processes together.
         processes: who shares the work.
     """
 
-    def __init__(self, config: TrainConfig, student: Student, processes: Processes):
+    def __init__(self, config: TrainConfig, flops: float, processes: Processes):
         name = torch.cuda.get_device_name(processes.device) if processes.device.type == "cuda" else "cpu"
         self._peak = config.peak_tflops or peak_tflops(name, config.mixed_precision)
-        self._flops = update_flops(student.config, config.batch_size) / processes.world
+        self._flops = flops / processes.world
         self._batch_size = config.batch_size
         self._since, self._updates = time.perf_counter(), 0
 

@@ -163,14 +163,14 @@ def preemption() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def memory_advice(batch: int, num_steps: int, tokens: int, gradient_accumulation: int) -> Iterator[None]:
+def memory_advice(batch: int, num_steps: int, tokens: int, gradient_accumulation: int | None) -> Iterator[None]:
     """Turn running out of memory into an InputError that says what to lower.
 
     Args:
         batch: samples of a micro-batch of this process.
         num_steps: S.
         tokens: T, tokens a step.
-        gradient_accumulation: as it is now.
+        gradient_accumulation: as it is now; None where there is none, in the adversarial stage.
     """
     try:
         yield
@@ -178,8 +178,12 @@ def memory_advice(batch: int, num_steps: int, tokens: int, gradient_accumulation
         # The CPU's allocator raises a plain RuntimeError.
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
+        smaller = (
+            "more processes, or a smaller --batch_size"
+            if gradient_accumulation is None
+            else f"--gradient_accumulation (now {gradient_accumulation}; twice that halves the micro-batch)"
+        )
         raise InputError(
             f"out of memory with a micro-batch of {batch} samples a process, S = {num_steps} steps and T = {tokens} tokens a "
-            f"step; two settings help: --gradient_accumulation (now {gradient_accumulation}; twice that halves the "
-            f"micro-batch), and --activation_checkpointing true. ({str(error).splitlines()[0]})"
+            f"step; two settings help: {smaller}, and --activation_checkpointing true. ({str(error).splitlines()[0]})"
         ) from error

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pyard.models.history import ConcatenatingCache
 from pyard.models.student import Student
 from pyard.training.config import TrainConfig
+from pyard.training.flops import update_flops
 from pyard.training.losses import RegressionLoss
 from pyard.training.processes import Processes, seed_of
 from pyard.training.state import Stateful, ema_of
@@ -50,9 +51,11 @@ class Stage(Protocol):
 
     Attributes:
         parts: what a checkpoint must hold.
+        flops: of an update, all processes together; what activation checkpointing computes again does not count.
     """
 
     parts: dict[str, Stateful]
+    flops: float
 
     def compute(self, step: int, batch: TrajectoryBatch) -> Measured:
         """Loss and gradients of an update; changes no weight."""
@@ -104,6 +107,7 @@ class Regression:
 
     def __init__(self, config: TrainConfig, student: Student, processes: Processes):
         self.config, self.student, self.processes = config, student.train(), processes
+        self.flops = update_flops(student.config, config.batch_size)
         self.loss = RegressionLoss.of(config, student.config)
         self.emas = [ema_of(student, decay) for decay in config.ema_decays]
         if config.activation_checkpointing:
@@ -161,20 +165,18 @@ class Regression:
 
     def apply(self) -> None:
         """Update weights and averages."""
+        self.processes.scaler.step(self.optimizer)
         self._advance()
         for ema in self.emas:
             ema.update_parameters(self.student)
 
     def skip(self) -> None:
         """Drop the gradients; the schedules go on, for they count updates."""
-        if self.processes.scaler.is_enabled():
-            self._advance()  # the scaler itself steps over infinite gradients, and has to see them to lower its scale
-            return
-        self.optimizer.zero_grad()
-        self.scheduler.step()
+        # No `scaler.step`: it would apply the student's gradients if they are finite and a discriminator's are not. What was
+        # infinite the scaler saw when they were unscaled, and lowers its scale for.
+        self._advance()
 
     def _advance(self) -> None:
-        self.processes.scaler.step(self.optimizer)
         self.processes.scaler.update()
         self.optimizer.zero_grad()
         self.scheduler.step()

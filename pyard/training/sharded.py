@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -83,7 +85,8 @@ class ShardedCheckpoints(Checkpoints):
                 shutil.rmtree(shards, ignore_errors=True)
                 shards.mkdir(parents=True)
         try:
-            save_shards(self._sharded(parts), checkpoint_id=shards)
+            with _plain_errors():
+                save_shards(self._sharded(parts), checkpoint_id=shards)
         except Exception as error:
             with self.processes.main_first():
                 if self.processes.is_main:
@@ -104,7 +107,8 @@ class ShardedCheckpoints(Checkpoints):
     def _read(self, folder: Path, parts: Mapping[str, Stateful]) -> None:
         super()._read(folder, {name: part for name, part in parts.items() if not self._is_sharded(part)})
         tensors = self._sharded(parts)
-        load_shards(tensors, checkpoint_id=folder / _SHARDS)
+        with _plain_errors():
+            load_shards(tensors, checkpoint_id=folder / _SHARDS)
         for name, part in parts.items():
             if not self._is_sharded(part):
                 continue
@@ -143,7 +147,7 @@ def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str =
         The student.
 
     Raises:
-        InputError: no such checkpoint, or no such weights in it.
+        InputError: no such checkpoint, no such weights in it, or shards that are damaged.
     """
     checkpoints = Checkpoints(run / "checkpoints")
     steps = checkpoints.steps()
@@ -166,11 +170,25 @@ def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str =
         tensors = load_file(folder / f"{weights}.safetensors")
     else:
         tensors = {name: torch.empty_like(tensor) for name, tensor in student.state_dict().items()}
-        load_shards({weights: tensors}, checkpoint_id=folder / _SHARDS, no_dist=True)
+        try:
+            with _plain_errors():
+                load_shards({weights: tensors}, checkpoint_id=folder / _SHARDS, no_dist=True)
+        except RuntimeError as error:
+            raise InputError(f"checkpoint {folder} cannot be read ({error}); choose another --step of {steps}") from error
     student.load_state_dict(tensors)
     merge_lora(student)
     student.save_pretrained(out)
     return student.eval()
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What went wrong in one process, as an error: torch's CheckpointException is none, and passes by `except Exception`."""
+    try:
+        yield
+    except CheckpointException as failed:
+        rank, (cause, _) = next(iter(failed.failures.items()))
+        raise RuntimeError(f"process {rank}: {cause}") from failed
 
 
 def _average_of(entry: str, student: Student) -> str:

@@ -97,7 +97,16 @@ class Checkpoints:
         """Remove the checkpoints that are neither among the newest nor a multiple of `keep_every`."""
         for old in self.steps()[: -self.keep_last]:
             if self.keep_every is None or old % self.keep_every:
-                shutil.rmtree(self.folder(old))
+                # By another name first: a run that is killed meanwhile leaves no checkpoint with files missing.
+                going = self.path / f".{self.folder(old).name}.old"
+                shutil.rmtree(going, ignore_errors=True)
+                self.folder(old).rename(going)
+                shutil.rmtree(going)
+
+    def drop_unfinished(self) -> None:
+        """Remove what runs that were killed while saving have left; nobody may be saving."""
+        for entry in self.path.glob(".step-*"):
+            shutil.rmtree(entry)
 
     def folder(self, step: int) -> Path:
         """Where the checkpoint of a step is, or would be."""

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import assert_same_run, kill_and_resume, log_kills, signal_at, start, teacher_and_store, train_in, wait
+from training_runs import (
+    assert_same_run,
+    kill_and_resume,
+    log_kills,
+    signal_at,
+    start,
+    student_and_real_data,
+    teacher_and_store,
+    train_in,
+    wait,
+)
 
 from pyard.training.processes import PREEMPTED_STATUS
 from pyard.training.state import Checkpoints, read_log
@@ -27,13 +37,19 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_killed_three_times_and_resumed_is_bitwise_the_same(folder, world):
-    settings = {**EVERYTHING, "max_steps": 24}
+@pytest.mark.parametrize("stage", ["regression", "adversarial"])
+def test_killed_three_times_and_resumed_is_bitwise_the_same(folder, stage, world):
+    settings = EVERYTHING if stage == "regression" else student_and_real_data(folder)
+    settings = {**settings, "max_steps": 24}
     assert set(wait(start(folder, "whole", world, **settings))) == {0}
     settings["save_every"] = 3
     kills = kill_and_resume(folder, world, 3, seed=random.randrange(2**32), settings=settings)
     assert len(kills) == 3, kills
     assert_same_run(folder / "whole", folder / "killed")
+    if stage == "adversarial":
+        newest = folder / "killed" / "checkpoints" / "step-0000024"
+        assert {"discriminator.safetensors", "discriminator-optimizer.pt", "real.pt"} <= {f.name for f in newest.iterdir()}
+        assert torch.load(newest / "real.pt", weights_only=True) == {"position": 24 * 8}
 
 
 def test_one_process_and_two_see_the_same_losses(folder):
@@ -91,12 +107,15 @@ def test_handlers_are_put_back(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
-def test_killed_fifty_times(folder, world):
+@pytest.mark.parametrize("stage", ["regression", "adversarial"])
+def test_killed_fifty_times(folder, stage, world):
     """PYARD_KILL_LOG=FILE keeps what was done."""
-    settings = {**EVERYTHING, "max_steps": 600, "save_every": 3}
+    settings = EVERYTHING if stage == "regression" else student_and_real_data(folder)
+    settings = {**settings, "max_steps": 320}
     assert set(wait(start(folder, "whole", world, **settings))) == {0}
+    settings["save_every"] = 3
     seed = int(os.environ.get("PYARD_KILL_SEED", random.randrange(2**32)))
     kills = kill_and_resume(folder, world, 50, seed, settings)
     assert len(kills) == 50
     assert_same_run(folder / "whole", folder / "killed")
-    log_kills(f"{world} process(es)", seed, settings, kills)
+    log_kills(f"{stage} stage, {world} process(es)", seed, settings, kills)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
 import resource
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import assert_same_run, start, teacher_and_store, train_in, wait
+from training_runs import assert_same_run, small_disk, start, student_and_real_data, teacher_and_store, train_in, wait
 
 from pyard.errors import InputError
 from pyard.training import regression
@@ -82,15 +79,25 @@ def test_checkpoints_kept(folder):
     assert Checkpoints(run / "checkpoints").steps() == [4, 8, 10, 11, 12]
 
 
-@contextlib.contextmanager
-def small_disk(path: Path, size: str) -> Iterator[None]:
-    path.mkdir(parents=True)
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path]).returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", path], check=True)
+def test_killed_saves_leave_nothing_behind(folder, monkeypatch):
+    """Neither the half of a checkpoint that a kill has left, nor one that lacks files because a kill came while it went."""
+    run = train_in(folder, "run", max_steps=4, save_every=2)
+    half = run / "checkpoints" / ".step-0000006.4711.new"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    with monkeypatch.context() as patch:
+
+        def killed(path: Path, **options: bool) -> None:
+            if not options:
+                (path / "model.safetensors").unlink()
+                raise KeyboardInterrupt
+
+        patch.setattr("pyard.training.state.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Checkpoints(run / "checkpoints", keep_last=1).drop_old()
+    assert Checkpoints(run / "checkpoints").steps() == [4]
+    train_in(folder, "run", max_steps=4, save_every=2)
+    assert [entry.name for entry in (run / "checkpoints").iterdir()] == ["step-0000004"]
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -128,6 +135,12 @@ def test_running_out_of_memory_says_what_to_lower(tmp_path):
     assert "out of memory with a micro-batch of 2000 samples a process, S = 3 steps and T = 16 tokens" in error
     assert "--gradient_accumulation (now 1" in error
     assert "--activation_checkpointing true" in error
+    # The adversarial stage does not accumulate gradients, and does not advise it.
+    adversarial = {**student_and_real_data(tmp_path), **settings}
+    assert wait(start(tmp_path, "gan", 1, functools.partial(limit_memory, 600 * 2**20), **adversarial)) == [1]
+    error = (tmp_path / "gan.error-0").read_text()
+    assert "2000 samples a process" in error
+    assert "two settings help: more processes, or a smaller --batch_size, and --activation_checkpointing true" in error
     # The advice helps.
     settings |= dict(gradient_accumulation=20, activation_checkpointing=True)
     assert wait(start(tmp_path, "run", 1, functools.partial(limit_memory, 600 * 2**20), **settings)) == [0]

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from pyard.description import counted_flops
 from pyard.errors import InputError
 from pyard.models.history import ConcatenatingCache
+from pyard.models.lora import add_lora
 from pyard.models.student import Student
 from pyard.noise_schedule import NoiseSchedule
 from pyard.time_grid import TimeGrid
@@ -22,6 +23,7 @@ from pyard.training import TrainConfig
 from pyard.training.flops import peak_tflops, student_flops, update_flops
 from pyard.training.processes import Processes
 from pyard.training.regression import Regression, own_history
+from pyard.training.state import Checkpoints
 from pyard.trajectories import TrajectoryBatch
 
 S, B = 3, 8
@@ -100,6 +102,23 @@ def test_what_should_not_train_does_not():
     assert "pos_embed" not in dict(model.trunk.named_parameters())
 
 
+def test_low_rank_trains_its_additions_heads_and_bias_and_nothing_else():
+    pytest.importorskip("peft")
+    model = student()
+    add_lora(model, 2)
+    made = stage(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    wanted = {name for name in before if "lora_" in name or name.startswith("heads.") or name == "history_bias"}
+    assert {name.split(".")[2] for name in wanted if "lora_" in name} == {"0", "1", "2"}, "every block, with history or without"
+    in_optimizer = {id(p) for group in made.optimizer.param_groups for p in group["params"]}
+    assert in_optimizer == {id(p) for name, p in model.named_parameters() if name in wanted}
+    for step in (1, 2):  # the second matrix of an addition starts at zero, so that the first gets no gradient before
+        made.compute(step, batch(step))
+        assert {name for name, p in model.named_parameters() if p.grad is not None} == wanted
+        made.apply()
+    assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == wanted
+
+
 @pytest.mark.parametrize("changes", [
     dict(gradient_accumulation=4), dict(activation_checkpointing=True),
     dict(rollout_probability=1.0, gradient_accumulation=2),
@@ -174,6 +193,29 @@ def test_fp16_scales_its_loss_and_skips_what_overflows():
         assert float((rough[name] - exact[name]).norm() / exact[name].norm()) < 0.02, name
     made.apply()
     assert all(not torch.equal(p, start[name]) for name, p in made.student.named_parameters() if "label" not in name)
+
+
+def test_loss_scale_is_in_the_checkpoint(tmp_path):
+    """The third good update in a row doubles the scale: a resumed run must know of the two before."""
+
+    def scaled(scale: float) -> Regression:
+        processes = Processes()
+        processes.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
+        return Regression(TrainConfig(teacher="", out=Path(), num_steps=S, batch_size=B), student(), processes)
+
+    def update(one: Regression, step: int) -> float:
+        assert one.compute(step, batch(step)).finite()
+        one.apply()
+        return one.processes.scaler.get_scale()
+
+    made, resumed = scaled(32.0), scaled(4.0)
+    assert [update(made, step) for step in (1, 2)] == [32.0, 32.0]
+    Checkpoints(tmp_path).save(2, made.parts)
+    Checkpoints(tmp_path).load(2, resumed.parts)
+    for step in (3, 4):
+        assert update(made, step) == update(resumed, step) == 64.0
+    for (name, ours), theirs in zip(made.student.named_parameters(), resumed.student.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
 
 
 @pytest.mark.cuda
@@ -288,7 +330,7 @@ def test_fine_tuning_on_own_history_begins_when_it_is_told_to():
 def test_counted_flops_are_those_that_run(mask):
     model = student(**{"history_bias": None, **mask}).eval()
     assert student_flops(model.config) == counted_flops(model)
-    assert update_flops(model.config, B) == 3 * B * counted_flops(model)
+    assert stage(model).flops == update_flops(model.config, B) == 3 * B * counted_flops(model)
 
 
 def test_peaks_of_known_devices():

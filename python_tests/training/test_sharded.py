@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import random
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from training_runs import kill_and_resume, signal_at, start, teacher_and_store, train_in, wait
+from training_runs import (
+    assert_same_run,
+    kill_and_resume,
+    signal_at,
+    small_disk,
+    start,
+    student_and_real_data,
+    teacher_and_store,
+    train_in,
+    wait,
+)
 
 from pyard.__main__ import main
 from pyard.errors import InputError
 from pyard.models.student import Student
+from pyard.training.processes import PREEMPTED_STATUS
 from pyard.training.regression import Regression
 from pyard.training.sharded import consolidate
-from pyard.training.state import read_log
+from pyard.training.state import Checkpoints, read_log
 
 FSDP = dict(parallel="fsdp", ema_decay=[0.9, 0.99], gradient_accumulation=2, rollout_probability=0.5, history_bias=-1.0)
 
@@ -25,8 +38,6 @@ FSDP = dict(parallel="fsdp", ema_decay=[0.9, 0.99], gradient_accumulation=2, rol
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     teacher_and_store(tmp_path)
-    images = torch.randn(30, 2, 8, 8, generator=torch.Generator().manual_seed(3))
-    save_file({"images": images, "labels": torch.arange(30) % 5}, tmp_path / "real.safetensors")
     return tmp_path
 
 
@@ -86,12 +97,11 @@ def test_equal_to_ddp_and_consolidated(folder, capsys):
 
 
 def assert_same_shards(a: Path, b: Path) -> None:
-    """Bit for bit: log, result, and the weights, averages and optimizer of the last checkpoints."""
+    """Bit for bit: log, result, and everything in the last checkpoints, their shards included."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-    assert read_log(a / "log.jsonl") == read_log(b / "log.jsonl")
+    assert_same_run(a, b)
     newest = [max((run / "checkpoints").glob("step-*")) for run in (a, b)]
-    assert newest[0].name == newest[1].name
     states = []
     for i, checkpoint in enumerate(newest):
         dcp_to_torch_save(checkpoint / "shards", a / f"{i}.pt")
@@ -110,16 +120,55 @@ def test_killed_and_resumed_is_bitwise_the_same(folder):
 
 
 def test_adversarial_stage_is_equal_to_ddp_and_resumes(folder):
-    train_in(folder, "first", max_steps=2)
-    adversarial = dict(real=str(folder / "real.safetensors"), virtual_batch=4, width=8, warmup_steps=2, r1=0.1, flips=True)
-    settings = dict(stage="adversarial", student=str(folder / "first"), adversarial=adversarial, max_steps=6, save_every=2)
+    settings = {**student_and_real_data(folder), "max_steps": 8}
+    settings["adversarial"]["warmup_steps"] = 2
     assert set(wait(start(folder, "ddp", 2, **settings))) == {0}
-    processes = start(folder, "fsdp", 2, assert_in_shards, parallel="fsdp", **settings)
-    signal_at(processes, folder / "fsdp" / "log.jsonl", 3)
-    wait(processes)
-    assert set(wait(start(folder, "fsdp", 2, assert_in_shards, parallel="fsdp", **settings))) == {0}
-    names = ["loss", "grad_norm", "generator", "generator_weight", "discriminator", "r1"]
+    settings["parallel"] = "fsdp"
+    assert set(wait(start(folder, "fsdp", 2, assert_in_shards, **settings))) == {0}
+    names = ["loss", "grad_norm", "generator", "generator_weight", "discriminator", "r1", "feature_distance"]
     assert_near(folder / "ddp", folder / "fsdp", names, 5e-3)
+    settings["save_every"] = 2
+    assert kill_and_resume(folder, 2, 1, random.randrange(2**32), settings)
+    assert_same_shards(folder / "fsdp", folder / "killed")
+
+
+def test_signal_writes_shards_and_a_full_disk_leaves_those_before(folder):
+    settings = {**FSDP, "max_steps": 9, "save_every": 3, "keep_last": 4}
+    assert set(wait(start(folder, "whole", 2, **settings))) == {0}
+    signalled = {**settings, "save_every": 1000}
+    processes = start(folder, "signalled", 2, **signalled)
+    assert signal_at(processes[:1], folder / "signalled" / "log.jsonl", 2, signal.SIGTERM) > 0
+    assert set(wait(processes)) == {PREEMPTED_STATUS}
+    assert set(wait(start(folder, "signalled", 2, **signalled))) == {0}
+    assert_same_shards(folder / "whole", folder / "signalled")
+    size = sum(f.stat().st_size for f in (folder / "whole" / "checkpoints" / "step-0000003").rglob("*") if f.is_file())
+    with small_disk(folder / "run", f"{size * 5 // 2 // 1024}k"):
+        assert set(wait(start(folder, "run", 2, **settings))) == {1}
+        checkpoints = Checkpoints(folder / "run" / "checkpoints")
+        assert [path.name for path in sorted(checkpoints.path.iterdir())] == ["step-0000003", "step-0000006"]
+        for rank in range(2):
+            error = (folder / f"run.error-{rank}").read_text()
+            assert error.startswith("InputError")
+            assert "the disk is full" in error
+            assert "the checkpoint of step 9 cannot be written" in error
+            assert "the checkpoint of step 6 is intact" in error
+        subprocess.run(["mount", "-o", f"remount,size={8 * size}", folder / "run"], check=True)
+        assert set(wait(start(folder, "run", 2, **settings))) == {0}
+        assert_same_shards(folder / "whole", folder / "run")
+
+
+def test_damaged_shards_are_named(folder):
+    settings = {**FSDP, "max_steps": 2}
+    assert set(wait(start(folder, "run", 2, **settings))) == {0}
+    shard = folder / "run" / "checkpoints" / "step-0000002" / "shards" / "__1_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:1000])
+    assert set(wait(start(folder, "run", 2, **settings))) == {1}
+    for rank in range(2):
+        error = (folder / f"run.error-{rank}").read_text()
+        assert error.startswith("InputError: checkpoint")
+        assert "step-0000002 cannot be read (process " in error
+    with pytest.raises(InputError, match=r"step-0000002 cannot be read \(process 0: .*choose another --step of \[2\]"):
+        consolidate(folder / "run", folder / "whole")
 
 
 def test_one_process_is_refused(folder):
