@@ -46,7 +46,8 @@ def stage(kind: str = "flow", student: dict | None = None, training: dict | None
         teacher="", out=Path(), num_steps=S, batch_size=B, grad_clip=1e9, stage="adversarial", student="x",
         adversarial=AdversarialConfig(**{**SMALL, **settings}), **(training or {}),
     )  # fmt: skip
-    data = RealData(({"images": torch.randn(20, 2, 8, 8), "labels": torch.arange(20) % 5},))
+    images = torch.randn(20, 2, 8, 8, generator=torch.Generator().manual_seed(2))
+    data = RealData(({"images": images, "labels": torch.arange(20) % 5},))
     return Adversarial(config, model, Processes(), made, RealReader(data, B, seed=5, flips=True))
 
 
