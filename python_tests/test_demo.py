@@ -31,7 +31,7 @@ def test_quick_demo_goes_all_the_way_and_a_second_run_does_nothing_again(
     assert onnx.endpoint_mse == pytest.approx(ard.endpoint_mse, rel=1e-3)
     assert ard.endpoint_mse < 2 * baseline.endpoint_mse
     assert jumping.endpoint_mse < ard.endpoint_mse  # it starts as a sampler, and this is a short run
-    assert judged.label_accuracy > 0.5
+    assert judged.frechet_to_data < ard.frechet_to_data  # which it went on from; neither has learned much in so few updates
     assert (out / "ard-gan" / "student" / "model.safetensors").exists()
     picture = np.asarray(Image.open(out / "samples.png").convert("L"))
     assert picture.shape[0] > 300
