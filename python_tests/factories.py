@@ -40,6 +40,7 @@ def tiny_teacher(schedule: NoiseSchedule | None = None, seed: int = 0, **changes
 def tiny_student(num_steps: int = 4, teacher_steps: int = 12, seed: int = 1, **settings: Any) -> Student:
     """A student of `tiny_teacher` whose parameters were drawn again, heads of different steps differently."""
     teacher = tiny_teacher()
+    settings = {"target": "denoised", **settings}
     student = Student.from_teacher(teacher, TimeGrid.build(teacher.schedule, num_steps, teacher_steps), **settings)
     randomise(student, seed)
     return student.eval()

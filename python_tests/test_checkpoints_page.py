@@ -48,7 +48,8 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     index = json.loads(Path("dit-pipeline/model_index.json").read_text())
     names = {"0": "tench", "1": "goldfish", "2": "hen"}
     Path("dit-pipeline/model_index.json").write_text(json.dumps({**index, "id2label": names}))
-    save_ard_student(Student.from_teacher(teacher, TimeGrid.build(schedule), history_layers=1), "ard-student.pt")
+    student = Student.from_teacher(teacher, TimeGrid.build(schedule), history_layers=1, target="denoised")
+    save_ard_student(student, "ard-student.pt")
 
     found: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):

@@ -87,7 +87,7 @@ def test_teachers_on_disk_are_read_without_their_weights(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(), dict(trajectory_dtype="bfloat16", trajectory_keep="denoised"),
+    dict(), dict(trajectory_dtype="bfloat16", trajectory_keep="denoised", target="denoised"),
     dict(num_trajectories=1500, trajectory_dtype="float16"),
 ], ids=str)  # fmt: skip
 def test_bytes_are_those_of_the_store(settings, tmp_path):

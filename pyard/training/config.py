@@ -55,9 +55,9 @@ class TrainConfig:
             the teacher's layers, rounded up.
         mask: which earlier steps they see: diagonal | window | anchor | causal.
         window: steps seen with the `window` mask, own one included.
-        target: what a step predicts: the teacher's `denoised` prediction (as published) or the ODE `state`.
+        target: what a step predicts: the ODE `state`, or the teacher's `denoised` prediction (as published).
         output: `direct` as published, or `jump` (needs `state` targets): start as the teacher's own DDIM/Euler sampler; none:
-            `jump` for `state` targets, else `direct`.
+            `jump` for `state` targets and three steps or more, else `direct`. `docs/quality.md` has what each choice costs.
         heads: an output head `per_step`, or one `shared`.
         history_bias: start value of a learned bias on the attention to earlier steps; none: no bias.
         lora_rank: train low-rank additions to the blocks (PEFT) and the heads, not all weights; the result has them added in.
@@ -124,7 +124,7 @@ class TrainConfig:
     history_layers: int | None = None
     mask: Mask = "causal"
     window: int | None = None
-    target: Target = "denoised"
+    target: Target = "state"
     output: Output | None = None
     heads: Heads = "per_step"
     history_bias: float | None = None
@@ -275,7 +275,7 @@ class TrainConfig:
     def resolved(self, teacher_depth: int) -> TrainConfig:
         """The configuration with what it leaves open decided, for a teacher of so many layers."""
         layers = math.ceil(teacher_depth / 4) if self.history_layers is None else self.history_layers
-        return dataclasses.replace(self, history_layers=layers, output=self.output or default_output(self.target))
+        return dataclasses.replace(self, history_layers=layers, output=self.output or default_output(self.target, self.num_steps))
 
     def like(self, student: StudentConfig) -> TrainConfig:
         """The configuration with what a student that is there already decides."""

@@ -178,10 +178,14 @@ def test_config_survives_json():
     assert config.grid.embed_times == config.grid.times[:-1]
 
 
-def test_state_targets_jump_unless_told_otherwise():
-    assert tiny_student(2, history_layers=1, target="state").config.output == "jump"
-    assert tiny_student(2, history_layers=1, target="state", output="direct").config.output == "direct"
-    assert tiny_student(2, history_layers=1).config.output == "direct"
+def test_state_targets_of_three_steps_and_more_jump_unless_told_otherwise():
+    assert tiny_student(3, history_layers=1, target="state").config.output == "jump"
+    assert tiny_student(3, history_layers=1, target="state", output="direct").config.output == "direct"
+    assert tiny_student(2, history_layers=1, target="state").config.output == "direct"
+    assert tiny_student(4, history_layers=1, target="denoised").config.output == "direct"
+    teacher = tiny_teacher()
+    config = Student.from_teacher(teacher, TimeGrid.build(teacher.schedule, 4, 12), history_layers=1).config
+    assert (config.target, config.output) == ("state", "jump")
 
 
 def test_history_of_another_shape_is_refused():

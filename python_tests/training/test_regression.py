@@ -145,11 +145,11 @@ def test_activation_checkpointing_saves_memory():
 
 
 def test_clipping():
-    made = stage(grad_clip=0.5)
+    made = stage(grad_clip=0.1)
     measured = made.compute(1, batch())
     norm = torch.stack([p.grad.square().sum() for p in made.parameters]).sum().sqrt()
-    assert float(measured.grad_norm) > 0.5
-    assert float(norm) == pytest.approx(0.5, rel=1e-4)
+    assert float(measured.grad_norm) > 0.1
+    assert float(norm) == pytest.approx(0.1, rel=1e-4)
 
 
 def test_bf16_is_near_float32_and_trains_every_parameter():

@@ -163,9 +163,13 @@ def own_rollout() -> Iterator[Setting]:
 
 
 def longer() -> Iterator[Setting]:
-    """Four times the updates, the second half on the student's own history."""
+    """Four times the updates, the second half on the student's own history; without one, with one, and with one switched off
+    at first."""
+    title = f"4 times the updates, {OWN}"
     for layers in ENDS:
-        yield varied(STRONG, layers, "history", "long-rollout", f"4 times the updates, {OWN}", 4.0, **ROLLOUT)
+        yield varied(STRONG, layers, "history", "long-rollout", title, 4.0, **ROLLOUT)
+    title += ", history bias from -4"
+    yield varied(STRONG, "L", "history", "long-rollout-bias", title, 4.0, history_bias=-4.0, **ROLLOUT)
 
 
 def longer_forced() -> Iterator[Setting]:
