@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 from benchmarks.operators import all_cases
 from benchmarks.timing import Measurement, Rates, measure, measure_rates
 from benchmarks.training_step import training_step
+from pyard.bench.machine import processor
 from pyard.ops.backend import library
 
 RESULTS = Path(__file__).parent / "results"
@@ -64,13 +64,6 @@ def main() -> None:
     record = {"machine": machine, "measurements": [asdict(measurement) for measurement in done]}
     (RESULTS / f"{options.name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (RESULTS / f"{options.name}.md").write_text(table(machine, done, rates), encoding="utf-8")
-
-
-def processor() -> str:
-    """The processor's model name, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def table(machine: dict[str, object], measurements: list[Measurement], rates: Rates) -> str:

@@ -29,6 +29,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import pyard
+from pyard.bench.machine import processor
 from pyard.noise_schedule import NoiseSchedule
 from pyard.time_grid import TimeGrid
 from pyard.trajectories import TrajectoryManifest, TrajectoryReader, TrajectoryStore
@@ -160,13 +161,6 @@ def npz_rate(dataset: NpzDataset, batch_size: int, workers: int) -> float:
     return rate(len(loader) * batch_size, work)
 
 
-def cpu_name() -> str:
-    """The processor, as the system names it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small store and few repetitions")
@@ -209,7 +203,7 @@ def main() -> None:
         row["native_of_npz"] = row["native"] / best
     result = {
         "pyard": pyard.__version__,
-        "cpu": cpu_name(),
+        "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "machine": platform.platform(),
         "batch_size": arguments.batch_size,

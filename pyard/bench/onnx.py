@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 import pyard
+from pyard.bench.machine import processor
 from pyard.errors import InputError
 from pyard.export import export_onnx
 from pyard.models.dit import DiT, DiTConfig
@@ -209,14 +209,9 @@ def _median_ratio(numerators: list[float], denominators: list[float]) -> float:
 def _machine(threads: int) -> dict[str, Any]:
     import onnxruntime
 
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0] if names else cpu
     versions = {"pyard": pyard.__version__, "torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": threads, "load_average": load, "versions": versions}
+    return {"cpu": processor(), "cores": os.cpu_count(), "threads": threads, "load_average": load, "versions": versions}
 
 
 def table(results: dict[str, Any]) -> str:
