@@ -275,7 +275,8 @@ class TrainConfig:
     def resolved(self, teacher_depth: int) -> TrainConfig:
         """The configuration with what it leaves open decided, for a teacher of so many layers."""
         layers = math.ceil(teacher_depth / 4) if self.history_layers is None else self.history_layers
-        return dataclasses.replace(self, history_layers=layers, output=self.output or default_output(self.target, self.num_steps))
+        output = self.output or default_output(self.target, self.num_steps)
+        return dataclasses.replace(self, history_layers=layers, output=output)
 
     def like(self, student: StudentConfig) -> TrainConfig:
         """The configuration with what a student that is there already decides."""
