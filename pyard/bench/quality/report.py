@@ -178,6 +178,8 @@ def _number(value: float | None, key: str) -> str:
         return "-"
     if key == "endpoint_mse":
         return f"{value:.5f}"
+    if key.startswith("frechet") and value < 0.1:  # the mixtures' distances are small numbers in units of their own
+        return f"{value:.2g}"
     return f"{value:.3f}"
 
 
