@@ -67,8 +67,8 @@ def export(
         form: `sampler`, all steps in one call; `step`, one step a call with keys and values in and out, for previews.
         opset: version of the ONNX operators, 20 to 23: an attention is one node, of ONNX itself in 23 (onnxruntime 1.23 or
             newer, 1.24 for int8-static), of onnxruntime's own before (1.21 or newer).
-        precision: of weights and products: `fp32`; `fp16`, half the size, for GPUs; `int8`, a quarter of a large one, ranges measured in every
-            call; `int8-static`, ranges fixed by calibration.
+        precision: of weights and products: `fp32`; `fp16`, half the size, for GPUs; `int8`, a quarter if the student is large,
+            ranges measured in every call; `int8-static`, ranges fixed by calibration.
         calibration: samples that `int8-static` is calibrated with.
         vae: folder of a diffusers AutoencoderKL, whose decoder is appended: the samples become 8-bit pictures.
         external_data: weights in a second file, FILE.data; none: where one file cannot hold them (2 GB).
