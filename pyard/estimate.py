@@ -239,6 +239,7 @@ def student_of(config: TrainConfig, network: DiTConfig, schedule: NoiseSchedule)
     config = config.resolved(network.depth)
     assert config.history_layers is not None
     assert config.output is not None
+    assert config.history_bias != "auto"
     return config, StudentConfig(
         network=dataclasses.replace(network, out_channels=network.in_channels),
         grid=TimeGrid.build(schedule, config.num_steps, config.teacher_steps),

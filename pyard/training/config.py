@@ -28,6 +28,8 @@ Loss = Literal["mse", "pseudo_huber"]
 Stage = Literal["regression", "adversarial"]
 Parallel = Literal["ddp", "fsdp"]
 
+HISTORY_SWITCHED_OFF = -4.0  # start of a learned history bias: `docs/quality.md` has what it is worth
+
 # Two runs that differ in these alone compute the same, to rounding: a run may resume with others.
 _NOT_OF_THE_RESULT = (
     "teacher", "trajectories", "out", "student", "save_every", "keep_last", "keep_every", "log_every", "evaluate_every",
@@ -59,7 +61,8 @@ class TrainConfig:
         output: `direct` as published, or `jump` (needs `state` targets): start as the teacher's own DDIM/Euler sampler; none:
             `jump` for `state` targets and three steps or more, else `direct`. `docs/quality.md` has what each choice costs.
         heads: an output head `per_step`, or one `shared`.
-        history_bias: start value of a learned bias on the attention to earlier steps; none: no bias.
+        history_bias: start value of a learned bias on the attention to earlier steps; none: no bias; auto: -4 for `jump`
+            outputs, so that they start as the teacher's sampler with a history, too, and none for `direct` ones.
         lora_rank: train low-rank additions to the blocks (PEFT) and the heads, not all weights; the result has them added in.
             none: train everything.
 
@@ -127,7 +130,7 @@ class TrainConfig:
     target: Target = "state"
     output: Output | None = None
     heads: Heads = "per_step"
-    history_bias: float | None = None
+    history_bias: float | Literal["auto"] | None = "auto"
     lora_rank: int | None = None
 
     num_trajectories: int = 8192
@@ -207,6 +210,8 @@ class TrainConfig:
                 f"training: step_weights is {list(self.step_weights)}; expected {self.num_steps} numbers (num_steps), none of "
                 "them negative and not all 0"
             )
+        if isinstance(self.history_bias, str) and self.history_bias != "auto":
+            raise InputError(f"training: history_bias is {self.history_bias!r}; expected a number, none or auto")
         if self.trajectory_keep not in (self.target, "both"):
             raise InputError(
                 f"training: trajectory_keep is {self.trajectory_keep!r}, but target is {self.target!r}; keep that, or both"
@@ -276,7 +281,10 @@ class TrainConfig:
         """The configuration with what it leaves open decided, for a teacher of so many layers."""
         layers = math.ceil(teacher_depth / 4) if self.history_layers is None else self.history_layers
         output = self.output or default_output(self.target, self.num_steps)
-        return dataclasses.replace(self, history_layers=layers, output=output)
+        bias = self.history_bias
+        if bias == "auto":
+            bias = HISTORY_SWITCHED_OFF if output == "jump" and layers > 0 else None
+        return dataclasses.replace(self, history_layers=layers, output=output, history_bias=bias)
 
     def like(self, student: StudentConfig) -> TrainConfig:
         """The configuration with what a student that is there already decides."""

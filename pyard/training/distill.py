@@ -176,6 +176,7 @@ def _student(teacher: DiTTeacher, store: TrajectoryStore, config: TrainConfig, e
     """The student that training starts from: that of an earlier stage, or the teacher with a history."""
     if earlier is None:
         assert config.history_layers is not None
+        assert config.history_bias != "auto"
         return Student.from_teacher(
             teacher,
             store.manifest.grid,

@@ -75,7 +75,8 @@ def test_settings_are_stored_resolved_and_make_the_same_run(tmp_path, monkeypatc
     (dict(step_weights=[0.0, 0.0, 0.0, 0.0]), "expected 4 numbers"),
     (dict(ema_decay=[0.9, 0.9]), "decays that differ"),
     (dict(rollout_probability=1.5), "rollout_probability is 1.5"),
-    (dict(trajectory_keep="state"), "keep that, or both"),
+    (dict(trajectory_keep="denoised"), "keep that, or both"),
+    (dict(history_bias="none"), "history_bias is .none.; expected a number, none or auto"),
     (dict(loss="l1"), "loss is 'l1'; expected one of mse, pseudo_huber"),
     (dict(keep_every=0), "keep_every is 0"),
     (dict(warmup_steps=5, lr_schedule="constant"), "has no warm-up"),
@@ -91,3 +92,21 @@ def test_a_config_comes_alone(tmp_path):
         train(TrainConfig(teacher="digits", out=tmp_path), max_steps=3)
     with pytest.raises(InputError, match="out is missing"):
         train("digits")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (dict(), ("state", "jump", 1, -4.0)),
+        (dict(history_layers=0), ("state", "jump", 0, None)),
+        (dict(history_bias=None), ("state", "jump", 1, None)),
+        (dict(history_bias=-1.5, output="direct"), ("state", "direct", 1, -1.5)),
+        (dict(num_steps=2), ("state", "direct", 1, None)),
+        (dict(target="denoised", history_layers=3), ("denoised", "direct", 3, None)),
+    ],
+    ids=str,
+)
+def test_what_is_left_open_is_decided(settings, expected):
+    resolved = TrainConfig(teacher="digits", out=Path(), **settings).resolved(teacher_depth=4)
+    assert (resolved.target, resolved.output, resolved.history_layers, resolved.history_bias) == expected
+    assert resolved.resolved(teacher_depth=4) == resolved

@@ -224,10 +224,11 @@ def train_settings(cell: Cell, budget: Budget, workshop: Workshop) -> dict[str, 
     }
     if setting.base is not None:
         settings["student"] = str(workshop.folder / setting.base / f"seed-{cell.seed}" / "run")
-        settings["adversarial"] = {**budget.adversarial, "real": workshop.real_data()}
+        own = setting.train.get("adversarial", {})
+        settings |= {**setting.train, "adversarial": {**budget.adversarial, **own, "real": workshop.real_data()}}
     else:
         settings["history_layers"] = setting.history_layers(workshop.subject.teacher.network.config.depth)
-    settings |= setting.train
+        settings |= {"history_bias": None, **setting.train}  # a setting that has one says so
     if settings.get("rollout_probability"):
         settings["rollout_start"] = updates // 2
     return settings

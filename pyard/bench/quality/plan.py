@@ -146,20 +146,21 @@ def one_factor_at_a_time() -> Iterator[Setting]:
             yield varied(family, layers, "learning rate", f"lr{rate:g}", f"lr {rate:g}", learning_rate=rate)  # type: ignore[arg-type]
     yield varied(STRONG, "0", "loss", "huber", "pseudo-Huber", loss="pseudo_huber")
     yield varied(STRONG, "0", "loss", "min-snr", "min-SNR weights", step_weights="min_snr")
-    for family in both:
-        yield adversarial(corner(family, "L"))
-    yield adversarial(corner(STRONG, "0"))
+    for layers in ENDS:
+        yield adversarial(corner(STRONG, layers))
 
 
 OWN = "own rollout in the second half"
+SWITCHED_OFF = "history bias from -4"
 ROLLOUT: dict[str, Any] = {"rollout_probability": 1.0}  # the first half of the updates is teacher-forced, see `train_settings`
 ENDS: tuple[Layers, Layers] = ("0", "L")
 
 
-def own_rollout() -> Iterator[Setting]:
-    """The strong baseline fine-tuned on its own history."""
+def contenders() -> Iterator[Setting]:
+    """The strong baseline fine-tuned on its own history, and with a history that is switched off at first."""
     for layers in ("0", "L/4", "L"):
         yield varied(STRONG, layers, "history", "rollout", OWN, **ROLLOUT)  # type: ignore[arg-type]
+    yield varied(STRONG, "L/4", "history", "bias", SWITCHED_OFF, history_bias=-4.0)
 
 
 def longer() -> Iterator[Setting]:
@@ -168,8 +169,9 @@ def longer() -> Iterator[Setting]:
     title = f"4 times the updates, {OWN}"
     for layers in ENDS:
         yield varied(STRONG, layers, "history", "long-rollout", title, 4.0, **ROLLOUT)
-    title += ", history bias from -4"
-    yield varied(STRONG, "L", "history", "long-rollout-bias", title, 4.0, history_bias=-4.0, **ROLLOUT)
+    yield varied(
+        STRONG, "L", "history", "long-rollout-bias", f"{title}, {SWITCHED_OFF}", 4.0, history_bias=-4.0, **ROLLOUT
+    )  # fmt: skip
 
 
 def longer_forced() -> Iterator[Setting]:
@@ -185,9 +187,8 @@ def further_ways() -> Iterator[Setting]:
         yield varied(STRONG, layers, "history", "through", f"{OWN}, backpropagated", **through)
         yield varied(PUBLISHED, layers, "history", "rollout", OWN, **ROLLOUT)
         yield varied(STRONG, layers, "history", "S2-rollout", f"S = 2, {OWN}", num_steps=2, **ROLLOUT)
-    for layers in ("L/4", "L"):
-        yield varied(STRONG, layers, "history", "bias", "history bias from -4", history_bias=-4.0)  # type: ignore[arg-type]
-    yield varied(STRONG, "L", "history", "bias-rollout", f"history bias from -4, {OWN}", history_bias=-4.0, **ROLLOUT)
+    yield varied(STRONG, "L", "history", "bias", SWITCHED_OFF, history_bias=-4.0)
+    yield varied(STRONG, "L", "history", "bias-rollout", f"{SWITCHED_OFF}, {OWN}", history_bias=-4.0, **ROLLOUT)
     yield varied(STRONG, "L", "history", "anchor-rollout", f"anchor mask, {OWN}", mask="anchor", **ROLLOUT)
 
 
@@ -196,6 +197,14 @@ def adversarial(base: Setting) -> Setting:
     return replace(
         base, name=f"{base.name}-gan", title=f"{base.title}, + adversarial", factor="adversarial", base=base.name,
         train={"stage": "adversarial"},
+    )  # fmt: skip
+
+
+def not_judged(base: Setting) -> Setting:
+    """The control of `adversarial`: as many further updates, in which what the discriminators say counts for nothing."""
+    return replace(
+        base, name=f"{base.name}-further", title=f"{base.title}, + as many updates without", factor="adversarial",
+        base=base.name, train={"stage": "adversarial", "adversarial": {"weight": 0.0, "feature_matching": 0.0}},
     )  # fmt: skip
 
 
@@ -223,16 +232,18 @@ SUBJECTS: dict[Scale, tuple[str, ...]] = {"cpu": ("digits", "mixture-2d", "mixtu
 
 
 def full_plan(subjects: Sequence[str], seeds: int) -> Plan:
-    """The main table and students fine-tuned on their own history with every seed; then, with one, what else might matter.
+    """The main table and its contenders with every seed; then, with one, what else might matter.
 
     All of it fits two hours of two cores: longer training and the further ways are not tried on `mixture-16`, one factor at a
     time on the first subject alone.
     """
     cells = [Cell(subject, setting, seed) for seed in range(seeds) for subject in subjects for setting in MAIN]
-    cells += [Cell(subject, setting, seed) for seed in range(seeds) for subject in subjects for setting in own_rollout()]
+    cells += [Cell(subject, setting, seed) for seed in range(seeds) for subject in subjects for setting in contenders()]
     more = [subject for subject in subjects if subject != "mixture-16"]
     cells += [Cell(subject, setting, seed) for seed in range(seeds) for subject in more for setting in longer()]
     cells += [Cell(subject, setting, 0) for subject in more for setting in (*longer_forced(), *further_ways())]
+    judged = [stage(corner(PUBLISHED, "L")) for stage in (adversarial, not_judged)]
+    cells += [Cell(subjects[0], setting, seed) for seed in range(seeds) for setting in judged]
     cells += [Cell(subjects[0], setting, 0) for setting in one_factor_at_a_time()]
     return Plan({subject: BUDGETS[subject] for subject in subjects}, tuple(cells))
 
