@@ -45,8 +45,9 @@ STUDENTS = {
     RECIPE: DemoStudent("ard-state-jump", "ARD, state/jump", True, dict(target="state", output="jump", heads="per_step")),
     ADVERSARIAL: DemoStudent("ard-gan", "ARD + GAN", True, dict(learning_rate=3e-4), follows=ARD),
 }
-# Of digits, 16 tokens: narrow discriminators with short kernels, and no need for thousands of updates of warm-up.
-DIGITS_DISCRIMINATORS = dict(real="digits", width=32, kernel_size=3, virtual_batch=8, weight=1.0, warmup_steps=50)
+# Of digits, 16 tokens: narrow discriminators with short kernels, no need for thousands of updates of warm-up, and feature
+# matching, which does most of the work there (`docs/quality.md`).
+DIGITS_DISCRIMINATORS = dict(real="digits", width=32, kernel_size=3, weight=3.0, feature_matching=30.0, warmup_steps=50)
 
 
 @dataclass(frozen=True)

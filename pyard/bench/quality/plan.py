@@ -16,6 +16,9 @@ NUM_STEPS = 4
 PUBLISHED = {"target": "denoised", "output": "direct"}  # what the authors' code trains
 STRONG = {"target": "state", "output": "jump"}  # starts as the teacher's own sampler of S steps
 
+# Of 8x8 pixels, 16 tokens: short kernels, and a weight that leaves the regression most of its say (`docs/quality.md`).
+DISCRIMINATORS = {"width": 32, "kernel_size": 3, "weight": 3.0, "feature_matching": 30.0, "warmup_steps": 100}
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -39,7 +42,7 @@ class Budget:
     samples: int = 10_000
     held_out: int = 1024
     train: dict[str, Any] = field(default_factory=dict)
-    adversarial: dict[str, Any] = field(default_factory=lambda: {"warmup_steps": 100})
+    adversarial: dict[str, Any] = field(default_factory=lambda: dict(DISCRIMINATORS))
 
 
 @dataclass(frozen=True)
@@ -196,7 +199,7 @@ def adversarial(base: Setting) -> Setting:
     """The adversarial stage after a setting."""
     return replace(
         base, name=f"{base.name}-gan", title=f"{base.title}, + adversarial", factor="adversarial", base=base.name,
-        train={"stage": "adversarial"},
+        train={"stage": "adversarial", "learning_rate": 3e-4},
     )  # fmt: skip
 
 
@@ -204,7 +207,7 @@ def not_judged(base: Setting) -> Setting:
     """The control of `adversarial`: as many further updates, in which what the discriminators say counts for nothing."""
     return replace(
         base, name=f"{base.name}-further", title=f"{base.title}, + as many updates without", factor="adversarial",
-        base=base.name, train={"stage": "adversarial", "adversarial": {"weight": 0.0, "feature_matching": 0.0}},
+        base=base.name, train={**adversarial(base).train, "adversarial": {"weight": 0.0, "feature_matching": 0.0}},
     )  # fmt: skip
 
 
@@ -221,7 +224,7 @@ class Plan:
     cells: tuple[Cell, ...]
 
 
-QUICK = Budget(trajectories=256, updates=40, samples=200, held_out=64, adversarial={"warmup_steps": 10})
+QUICK = Budget(trajectories=256, updates=40, samples=200, held_out=64, adversarial={**DISCRIMINATORS, "warmup_steps": 10})
 BUDGETS = {
     "digits": Budget(),
     "mixture-2d": Budget(),
