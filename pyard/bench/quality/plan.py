@@ -229,7 +229,14 @@ BUDGETS = {
     "digits": Budget(),
     "mixture-2d": Budget(),
     "mixture-16": Budget(updates=500),
-    "scenes": Budget(trajectories=65_536, updates=8000, batch_size=256, learning_rate=3e-4, train={"mixed_precision": "bf16"}),
+    "scenes": Budget(
+        trajectories=65_536,
+        updates=8000,
+        batch_size=256,
+        learning_rate=3e-4,
+        train={"mixed_precision": "bf16"},
+        adversarial={"warmup_steps": 1000},
+    ),
 }
 SUBJECTS: dict[Scale, tuple[str, ...]] = {"cpu": ("digits", "mixture-2d", "mixture-16"), "gpu": ("scenes",)}
 
