@@ -49,9 +49,9 @@ def demo(
 
     Five stages: (1) the built-in teacher, trained on scikit-learn's digits unless the cache has it; (2) its trajectories, 25
     DDIM steps with guidance 1.5; (3) three students of equal budget: step distillation (no history) and ARD (history in every
-    layer) in the published setting, and ARD by pyard's default recipe, state targets with jumps; (4) the published ARD student
-    as ONNX; (5) `samples.png`, `training.png`, `quality.json` and a table. What is done already is not done again; a run that
-    was stopped goes on where it was.
+    layer) in the published setting, and ARD as `pyard.train` does it by default; (4) the published ARD student as ONNX; (5)
+    `samples.png`, `training.png`, `quality.json` and a table. What is done already is not done again; a run that was stopped
+    goes on where it was.
 
     Example: pyard demo
 

@@ -15,7 +15,7 @@ from pyard.training import train
 from pyard.training.state import read_log
 
 NUM_STEPS = 4
-BASELINE, ARD, RECIPE, ADVERSARIAL = "step distillation", "ARD", "ARD, state/jump", "ARD + GAN"
+BASELINE, ARD, RECIPE, ADVERSARIAL = "step distillation", "ARD", "ARD, defaults", "ARD + GAN"
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class DemoStudent:
     Args:
         folder: of its run.
         title: in pictures.
-        history: whether all layers see earlier steps, or none.
+        history: whether all layers see earlier steps, or none; None: as many as `pyard.train` takes by default.
         settings: fields of `TrainConfig` by which it differs from the others.
         follows: the student that it goes on from, adversarially.
     """
 
     folder: str
     title: str
-    history: bool
+    history: bool | None
     settings: dict[str, Any]
     follows: str | None = None
 
@@ -42,7 +42,7 @@ _PUBLISHED = dict(target="denoised", output="direct", heads="per_step")
 STUDENTS = {
     BASELINE: DemoStudent("step-distillation", "Step distillation", False, _PUBLISHED),
     ARD: DemoStudent("ard", "ARD", True, _PUBLISHED),
-    RECIPE: DemoStudent("ard-state-jump", "ARD, state/jump", True, dict(target="state", output="jump", heads="per_step")),
+    RECIPE: DemoStudent("ard-defaults", "ARD, pyard's defaults", None, {}),
     ADVERSARIAL: DemoStudent("ard-gan", "ARD + GAN", True, dict(learning_rate=3e-4), follows=ARD),
 }
 # Of digits, 16 tokens: narrow discriminators with short kernels, no need for thousands of updates of warm-up, and feature
@@ -111,14 +111,14 @@ def run_of(name: str, budget: Budget, out: Path, depth: int, seed: int) -> dict[
     run: dict[str, Any] = dict(
         out=out / student.folder,
         num_steps=NUM_STEPS,
-        history_layers=depth if student.history else 0,
-        mask="causal",
         max_steps=budget.student_steps,
         batch_size=budget.student_batch_size,
         learning_rate=budget.student_learning_rate,
         save_every=budget.save_every,
         seed=seed,
     )
+    if student.history is not None:
+        run["history_layers"] = depth if student.history else 0
     if student.follows is not None:
         run |= dict(
             stage="adversarial",

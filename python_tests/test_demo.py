@@ -23,7 +23,7 @@ def test_quick_demo_goes_all_the_way_and_a_second_run_does_nothing_again(
     assert "ARD in onnxruntime" in capsys.readouterr().out
     content = json.loads((out / "quality.json").read_text())
     assert {row["name"]: row["network_passes"] for row in content["rows"]} == {
-        "teacher": 50, "step distillation": 4, "ARD": 4, "ARD, state/jump": 4, "ARD + GAN": 4, "ARD in onnxruntime": 4,
+        "teacher": 50, "step distillation": 4, "ARD": 4, "ARD, defaults": 4, "ARD + GAN": 4, "ARD in onnxruntime": 4,
     }  # fmt: skip
     assert content["settings"]["max_difference_onnxruntime_pytorch"] < 1e-4
     teacher, baseline, ard, jumping, judged, onnx = evaluation.rows
