@@ -49,7 +49,7 @@ install_library() { cp "$1" pyard/libpyard_ops.so.new && mv pyard/libpyard_ops.s
 build() {
   local torch_dir
   torch_dir=$("$PYTHON" -c 'import importlib.util as u, pathlib; print(pathlib.Path(u.find_spec("torch").origin).parent)')
-  # Several threads for one file, too: a machine is lent by the minute.
+  # Several threads for one file, too: GPU machines are paid for by the minute.
   export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$ARCH} NVCC_APPEND_FLAGS=--split-compile=0
   cmake -S . -B build/gpu -G Ninja -DPYARD_TORCH_DIR="$torch_dir" -DPYARD_CUDA=ON &&
     cmake --build build/gpu --parallel "${MAX_JOBS:-$(nproc)}" --target pyard_ops pyard_gpu_sanitize &&

@@ -1,6 +1,6 @@
 """Serve an exported student over HTTP: concurrent requests are drawn together, answers are PNG pictures. No PyTorch.
 
-pip install 'pyard[serve]'
+pip install '.[serve]'
 python examples/serve.py student.onnx --port 8000
 curl 'http://127.0.0.1:8000/image?label=3&seed=1' -o three.png
 """
@@ -46,6 +46,8 @@ def make_app(student: OnnxStudent, *, max_batch: int = 8, max_wait: float = 0.01
         max_wait: seconds that the first of them waits for others.
         max_queue: requests that may wait; one more is answered 503 at once.
     """
+    if max_batch < 1 or max_queue < 1 or max_wait < 0:
+        raise InputError(f"max_batch is {max_batch}, max_queue {max_queue}, max_wait {max_wait}; expected at least 1, 1 and 0")
     if not student.info.pictures and student.info.output_shape[0] not in (1, 3):
         raise InputError(f"{student.path} draws latents of {student.info.output_shape[0]} channels; export it with --vae")
     jobs: asyncio.Queue[Job] = asyncio.Queue(max_queue)

@@ -30,8 +30,8 @@ from pyard.export import export_onnx
 from pyard.models.student import Student
 from pyard.runtime import OnnxStudent
 
-pytest.importorskip("fastapi", reason="the extra 'serve' is not installed: pip install 'pyard[serve]'")
-uvicorn = pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed: pip install 'pyard[serve]'")
+pytest.importorskip("fastapi", reason="the extra 'serve' is not installed: pip install '.[serve]'")
+uvicorn = pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed: pip install '.[serve]'")
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "serve.py"
 spec = importlib.util.spec_from_file_location("serve", EXAMPLE)

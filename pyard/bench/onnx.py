@@ -26,6 +26,7 @@ from pyard.noise import standard_normal, uniform_labels
 from pyard.noise_schedule import NoiseSchedule
 from pyard.teachers.dit import DiTTeacher
 from pyard.time_grid import TimeGrid
+from pyard.training.config import HISTORY_SWITCHED_OFF
 from pyard.training.flops import student_flops
 
 # Peebles & Xie 2023, table 1: depth, hidden size, heads; latents of 32 x 32 x 4 in patches of 2 are 256 tokens.
@@ -89,13 +90,14 @@ def bench_onnx(
 
 
 def random_student(depth: int, hidden_size: int, num_heads: int) -> Student:
-    """A DiT student of S = 4, N = L / 4 and 1000 classes whose parameters are all random."""
+    """A DiT student of S = 4, N = L / 4 and 1000 classes of what `pyard.train` makes by default, whose parameters are all random."""
     torch.manual_seed(0)
     config = DiTConfig(
         input_size=32, in_channels=4, patch_size=2, hidden_size=hidden_size, depth=depth, num_heads=num_heads, num_classes=1000
     )
     teacher = DiTTeacher(DiT(config), NoiseSchedule())
-    student = Student.from_teacher(teacher, TimeGrid.build(teacher.schedule, NUM_STEPS), history_layers=depth // 4)
+    grid = TimeGrid.build(teacher.schedule, NUM_STEPS)
+    student = Student.from_teacher(teacher, grid, history_layers=depth // 4, history_bias=HISTORY_SWITCHED_OFF)
     for parameter in student.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return student.eval()

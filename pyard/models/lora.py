@@ -28,7 +28,7 @@ def add_lora(student: Student, rank: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise InputError("lora_rank needs PEFT; install it with: pip install 'pyard[lora]'") from None
+        raise InputError("lora_rank needs PEFT; install it with: pip install 'peft>=0.17'") from None
     if rank < 1:
         raise InputError(f"lora_rank is {rank}; expected at least 1")
     blocks = "|".join(TARGETS)

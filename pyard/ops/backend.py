@@ -88,8 +88,6 @@ def takes_native(operator: str, x: Tensor) -> bool:
     device = x.device.type
     if operator not in KERNELS or _choice == "reference" or torch.onnx.is_in_onnx_export():
         return False
-    if operator == "block_attention" and _choice in ATTENTION_BACKENDS:
-        return False
     if device in DTYPES and device not in KERNELS[operator]:
         return False  # no kernel was written for it there: `native` takes the twin, too
     taken = has_kernel(operator, device) and x.dtype in _dtypes(operator, device)
@@ -100,6 +98,8 @@ def takes_native(operator: str, x: Tensor) -> bool:
 
 def has_kernel(operator: str, device: str) -> bool:
     """Whether the backend in force takes a kernel of `operator` on a device type, for the dtypes that it has."""
+    if operator == "block_attention" and _choice in ATTENTION_BACKENDS:
+        return False
     chosen = _choice == "native" or (_choice in ("auto", *ATTENTION_BACKENDS) and device in AUTO_DEVICES)
     return chosen and device in KERNELS.get(operator, ()) and _is_built(device)
 

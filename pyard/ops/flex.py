@@ -51,9 +51,10 @@ def _block_mask(
     query_steps: int, key_steps: int, tokens: int, mask: str, window: int | None, device: torch.device
 ) -> BlockMask:
     steps = range(key_steps - query_steps, key_steps)
-    seen = torch.tensor([[visible(mask, step, key, window) for key in range(key_steps)] for step in steps], device=device)
+    with torch.inference_mode(False):  # a mask that sampling made must serve training, too
+        seen = torch.tensor([[visible(mask, step, key, window) for key in range(key_steps)] for step in steps], device=device)
 
-    def shows(b: Tensor, h: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
-        return seen[q_index // tokens, kv_index // tokens]
+        def shows(b: Tensor, h: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
+            return seen[q_index // tokens, kv_index // tokens]
 
-    return create_block_mask(shows, None, None, query_steps * tokens, key_steps * tokens, device=str(device))
+        return create_block_mask(shows, None, None, query_steps * tokens, key_steps * tokens, device=str(device))

@@ -83,5 +83,5 @@ def test_what_does_not_fit_is_refused(monkeypatch):
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without_peft)
-    with pytest.raises(InputError, match=r"pip install 'pyard\[lora\]'"):
+    with pytest.raises(InputError, match=r"pip install 'peft"):
         add_lora(tiny_student(2, history_layers=1), 2)
