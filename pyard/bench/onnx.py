@@ -90,7 +90,7 @@ def bench_onnx(
 
 
 def random_student(depth: int, hidden_size: int, num_heads: int) -> Student:
-    """A DiT student of S = 4, N = L / 4 and 1000 classes of what `pyard.train` makes by default, whose parameters are all random."""
+    """A DiT student of 1000 classes as `pyard.train` makes it by default (S = 4, N = L / 4); all parameters are random."""
     torch.manual_seed(0)
     config = DiTConfig(
         input_size=32, in_channels=4, patch_size=2, hidden_size=hidden_size, depth=depth, num_heads=num_heads, num_classes=1000
