@@ -94,7 +94,7 @@ def demo(
             progress=progress,
         )
     runs = {name: run_of(name, budget, out, teacher.network.config.depth, seed) for name in names}
-    with _stage(f"3/5  {len(names)} students, {budget.student_steps} updates each", seconds):
+    with _stage(f"3/5  {len(names)} students, {sum(run['max_steps'] for run in runs.values())} updates in all", seconds):
         if not quick and teacher.device.type == "cpu" and (os.cpu_count() or 1) > 1:
             train_side_by_side("digits", store.path, runs, progress)
         students = {name: train(teacher, store, **run, progress=progress) for name, run in runs.items()}

@@ -68,8 +68,9 @@ class Estimate:
         trajectories: how many.
         sample_bytes: of one.
         store_bytes: of all shards, headers included; sidecars (about 500 bytes a shard) are not.
-        generated: False if the recipe names a store that is there already.
-        checkpoint_bytes: of one checkpoint.
+        generated: whether the recipe has them generated; False if it names a store.
+        guessed: the store that it names is not there, so that the sizes are those of the recipe's own defaults.
+        checkpoint_bytes: of one checkpoint, without discriminators.
         stages: in order.
         gpus: that share the work.
         memory: bytes on each GPU by layout and micro-batch.
@@ -86,6 +87,7 @@ class Estimate:
     sample_bytes: int
     store_bytes: int
     generated: bool
+    guessed: bool
     checkpoint_bytes: int
     stages: tuple[StageCost, ...]
     gpus: int
@@ -105,7 +107,9 @@ class Estimate:
 
     def __str__(self) -> str:
         network, student = self.student.network, self.student
-        made = "to generate" if self.generated else "there already"
+        made = "there already"
+        if self.generated or self.guessed:
+            made = "to generate" if self.generated else "not there yet: sizes by default"
         sizes = f"S = {student.grid.num_steps} steps, N = {student.history_layers} of {network.depth} layers, "
         sizes += f"T = {network.tokens_per_step} tokens"
         store = f"{self.trajectories} of {format_bytes(self.sample_bytes)}: {format_bytes(self.store_bytes)}, {made}"
@@ -155,7 +159,8 @@ def estimate(
     (a training's progress bar shows it), else the data sheet's peak of `device` times `mfu`. Well-fed GPUs reach 0.3 to 0.5 of
     their peak on large transformers; small networks reach far less. Memory: weights, averages, AdamW's moments, gradients (with
     DDP twice, for its buckets) and what the backward pass needs of the forward pass, for several micro-batches, with and
-    without activation checkpointing, for DDP and FSDP. It is right to about a quarter; 0.5 GB of CUDA's own come on top.
+    without activation checkpointing, for DDP and FSDP. All weights are taken to be trained (lora_rank is
+    not counted). It is right to about a quarter; 0.5 GB of CUDA's own come on top.
 
     Example: pyard estimate recipes/imagenet256-dit-xl2.yaml --device H100 --gpus 8
 
@@ -183,10 +188,10 @@ def estimate(
     network, schedule = network_of(config.teacher)
     config, student = student_of(config, network, schedule)
     manifest = manifest_of(config, network, schedule)
-    count, generated = config.num_trajectories, True
+    count, generated, guessed = config.num_trajectories, config.trajectories is None, config.trajectories is not None
     if config.trajectories is not None and Path(config.trajectories).is_dir():
         store = TrajectoryStore.open(config.trajectories)
-        manifest, count, generated = store.manifest, store.count, False
+        manifest, count, guessed = store.manifest, store.count, False
 
     def sustained(mixed_precision: str) -> float | None:
         if tflops is not None or sheet is None:
@@ -195,7 +200,7 @@ def estimate(
 
     precision = "bf16" if config.trajectory_precision == "bfloat16" else "no"
     stages = []
-    if generated and config.trajectories is None:
+    if generated:
         stages.append(StageCost("trajectories", trajectory_flops(config, network), sustained(precision)))
     stages.append(StageCost(config.stage, stage_flops(config, network, student), sustained(config.mixed_precision)))
     parameters = parameters_of(student)
@@ -209,6 +214,7 @@ def estimate(
         sample_bytes=manifest.sample_bytes,
         store_bytes=store_bytes(manifest, count),
         generated=generated,
+        guessed=guessed,
         # Weights, averages and AdamW's two moments, in float32.
         checkpoint_bytes=4 * parameters * (1 + len(config.ema_decays) + 2),
         stages=tuple(stages),

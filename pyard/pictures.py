@@ -1,10 +1,16 @@
-"""Samples as a picture: one tile each."""
+"""Pictures: samples laid out as tiles, and what is taken of a picture file."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PICTURE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 
 
 def tiles(samples: np.ndarray, columns: int | None = None, pixel: int | None = None) -> np.ndarray:
@@ -39,3 +45,19 @@ def save_tiles(samples: np.ndarray, path: Path, columns: int | None = None) -> N
     from PIL import Image
 
     Image.fromarray(tiles(samples, columns)).save(path)
+
+
+def centre_crop(picture: Image.Image, size: int) -> np.ndarray:
+    """The square in the middle as ADM crops (Dhariwal & Nichol 2021): uint8 [size, size] or [size, size, 3].
+
+    Halved by a box filter while the shorter side is at least twice `size`, which keeps small pictures free of aliasing; then
+    resized (bicubic) until it fits, then cut.
+    """
+    from PIL import Image
+
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    return np.asarray(picture.crop((left, top, left + size, top + size)))

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.lib import format as npy
 
 from pyard.errors import InputError
+from pyard.pictures import PICTURE_SUFFIXES, centre_crop
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _IMAGES, _LABELS, _SETTINGS = "arr_0.npy", "arr_1.npy", "settings.npy"
 
 
@@ -30,34 +30,19 @@ def folder_images(folder: Path, size: int, channels: int, batch_size: int) -> It
     """
     from PIL import Image, UnidentifiedImageError
 
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
     if not files:
-        raise InputError(f"{folder}: no pictures ({', '.join(_SUFFIXES)}) in it or its subfolders")
+        raise InputError(f"{folder}: no pictures ({', '.join(PICTURE_SUFFIXES)}) in it or its subfolders")
     for start in range(0, len(files), batch_size):
         batch = []
         for file in files[start : start + batch_size]:
             try:
                 with Image.open(file) as picture:
-                    batch.append(center_crop(picture.convert("L" if channels == 1 else "RGB"), size))
+                    batch.append(centre_crop(picture.convert("L" if channels == 1 else "RGB"), size))
             except (UnidentifiedImageError, OSError) as error:
                 raise InputError(f"{file} cannot be read as a picture: {error}") from None
         images = np.stack(batch)
         yield images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
-
-
-def center_crop(picture: Any, size: int) -> np.ndarray:
-    """The middle square of a PIL picture, uint8 [size, size] or [size, size, 3], as ADM crops ImageNet.
-
-    Halved with a box filter while the shorter side is at least twice as long, then resized (bicubic) until it fits, then cut.
-    """
-    from PIL import Image
-
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return np.asarray(picture.crop((left, top, left + size, top + size)))
 
 
 def npz_images(path: Path, batch_size: int) -> Iterator[np.ndarray]:

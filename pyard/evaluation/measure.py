@@ -110,6 +110,11 @@ def measure(
     for name, value, least in (("count", count, 2), ("batch_size", batch_size, 1)):
         if value < least:
             raise InputError(f"evaluation: {name} is {value}; expected at least {least}")
+    if extrapolate and isinstance(data, Reference) and count < 4 * (size := len(data.statistics.mean)):
+        raise InputError(
+            f"evaluation: extrapolate from {count} samples of {size} features; expected a count of at least {4 * size}, or no "
+            "extrapolate"
+        )
     candidates = [*([] if teacher is None else [teacher]), *students]
     names = [candidate.name for candidate in candidates]
     if not names or len(set(names)) < len(names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ def load_reference(
         with np.load(path) as archive:
             names = set(archive.files)
             published = {key: archive[key] for key in ("mu", "sigma", "mu_s", "sigma_s") if key in names}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"reference {path} cannot be read: {error}") from None
     statistics, spatial = (_published(published, *keys) for keys in (("mu", "sigma"), ("mu_s", "sigma_s")))
     found = None

@@ -61,7 +61,7 @@ class ScenesClassifier:
 @functools.cache
 def scenes_classifier() -> ScenesClassifier:
     """The classifier of the scenes, trained from a fixed seed, once a process: about a minute on a CPU."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # On the CPU: a GPU does not promise the same weights, hence the same features, in every process.
     random = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -78,19 +78,20 @@ def scenes_classifier() -> ScenesClassifier:
             nn.Linear(128 * 4 * 4, FEATURE_SIZE),
             nn.SiLU(),
         )
-        network = nn.Sequential(body, nn.Linear(FEATURE_SIZE, NUM_CLASSES)).to(device)
+        network = nn.Sequential(body, nn.Linear(FEATURE_SIZE, NUM_CLASSES))
     optimizer = torch.optim.AdamW(network.parameters(), lr=4e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=_TRAINING_STEPS)
     for step in range(_TRAINING_STEPS):
         images, labels = scenes_data(_TRAINING_SEED, range(step * _BATCH_SIZE, (step + 1) * _BATCH_SIZE))
         # A little noise, so that features do not hang on edges that are sharper than any sample's.
         noisy = torch.from_numpy(images) + 0.1 * torch.randn(images.shape, generator=random)
-        loss = F.cross_entropy(network(noisy.to(device)), torch.from_numpy(labels).to(device), label_smoothing=0.05)
+        loss = F.cross_entropy(network(noisy), torch.from_numpy(labels), label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return ScenesClassifier(network, scenes_data(_HELD_OUT_SEED, range(_HELD_OUT)))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return ScenesClassifier(network.to(device), scenes_data(_HELD_OUT_SEED, range(_HELD_OUT)))
 
 
 class MixtureFeatures:

@@ -55,7 +55,7 @@ class LatentCodec:
     def decode(self, latents: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
         """Latents [n, C, h, w] to images [n, 3, H, W] float32, about -1 to 1: z / scaling_factor + shift_factor, decoded."""
         vae = self.vae.to(latents.device)
-        scaling, shift = self._scaling()
+        scaling, shift = self.scaling()
         parts = [vae.decode((part.float() / scaling + shift).to(vae.dtype)).sample for part in latents.split(batch_size)]
         return torch.cat(parts).float()
 
@@ -63,7 +63,7 @@ class LatentCodec:
     def encode(self, images: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
         """Images [n, 3, H, W], -1 to 1, to latents [n, C, h, w] float32: (mode of the posterior - shift_factor) * scaling."""
         vae = self.vae.to(images.device)
-        scaling, shift = self._scaling()
+        scaling, shift = self.scaling()
         modes = [vae.encode(part.to(vae.dtype)).latent_dist.mode() for part in images.split(batch_size)]
         return (torch.cat(modes).float() - shift) * scaling
 
@@ -71,7 +71,7 @@ class LatentCodec:
     def posterior(self, images: torch.Tensor, batch_size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
         """Images as in `encode` to mean and standard deviation of their latents, each [n, C, h, w] float32, scaled alike."""
         vae = self.vae.to(images.device)
-        scaling, shift = self._scaling()
+        scaling, shift = self.scaling()
         parts = [vae.encode(part.to(vae.dtype)).latent_dist for part in images.split(batch_size)]
         mean, std = (torch.cat([getattr(part, name) for part in parts]).float() for name in ("mean", "std"))
         return (mean - shift) * scaling, std * scaling
@@ -83,7 +83,8 @@ class LatentCodec:
         else:
             self.vae.save_pretrained(str(folder / FOLDER))
 
-    def _scaling(self) -> tuple[float, float]:
+    def scaling(self) -> tuple[float, float]:
+        """(scaling_factor, shift_factor) of the VAE's configuration."""
         config = self.vae.config
         return float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
 

@@ -76,8 +76,11 @@ class AdversarialConfig:
         for name, least in (("width", 1), ("depth", 0), ("kernel_size", 1), ("virtual_batch", 1), ("warmup_steps", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"adversarial: {name} is {getattr(self, name)}; expected at least {least}")
+        if self.kernel_size % 2 == 0:
+            raise InputError(f"adversarial: kernel_size is {self.kernel_size}; expected an odd number")
         for name in ("weight", "r1", "feature_matching"):
             if getattr(self, name) < 0:
                 raise InputError(f"adversarial: {name} is {getattr(self, name)}; expected at least 0")
-        if not self.learning_rate > 0 or not self.max_ratio > 0:
-            raise InputError("adversarial: learning_rate and max_ratio; expected more than 0")
+        for name in ("learning_rate", "max_ratio"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"adversarial: {name} is {getattr(self, name)}; expected more than 0")

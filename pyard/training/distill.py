@@ -117,8 +117,8 @@ def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Proces
     config = config.resolved(teacher.network.config.depth)
     home = teacher.device
     teacher.to(processes.device)
+    store = _open_store(teacher, trajectories, config)  # each process writes its part of a new one, and waits for the others
     with processes.main_first():
-        store = _open_store(teacher, trajectories, config)
         held_out = _held_out(teacher, config, store, processes)
     student = _student(teacher, store, config, earlier).to(processes.device)
     if config.lora_rank is not None:
@@ -216,7 +216,7 @@ def _real_source(config: TrainConfig, student: Student, teacher: DiTTeacher, pro
         rank=processes.rank,
         world_size=processes.world,
     )
-    processes.wait()
+    processes.wait(patiently=True)  # encoding takes hours, and some processes have more to encode than others
     return shards
 
 
@@ -261,6 +261,8 @@ def _held_out(teacher: DiTTeacher, config: TrainConfig, store: TrajectoryStore, 
     """Trajectories of the same kind as those trained on, from other noise, for the exposure-bias curve."""
     if not (config.evaluate_every and (processes.is_main or processes.sharded)):
         return None
+    if not processes.is_main:
+        return TrajectoryStore.open(config.out / "held-out")
     manifest = store.manifest
     return generate_trajectories(
         teacher,
@@ -269,8 +271,12 @@ def _held_out(teacher: DiTTeacher, config: TrainConfig, store: TrajectoryStore, 
         grid=manifest.grid,
         cfg_scale=manifest.cfg_scale,
         cfg_channels=manifest.cfg_channels,
+        cfg_interval=manifest.cfg_interval,
+        solver=None if manifest.solver == "unknown" else manifest.solver,
+        precision=manifest.precision,
         keep=config.target,
         seed=(manifest.seed + _HELD_OUT_SEED) % 2**64,
         batch_size=min(manifest.batch_size, config.evaluation_trajectories),
+        part="1/1",  # rank 0 is alone here
         progress=False,
     )

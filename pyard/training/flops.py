@@ -5,6 +5,7 @@ L depth · D hidden · T tokens · K blocks looked at · W width of a discrimina
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -104,8 +105,8 @@ def peak_tflops(device_name: str, mixed_precision: str) -> float | None:
 
 
 def known_device(name: str) -> Device | None:
-    """The device whose name `name` contains, the longest if several."""
-    found = [known for known in DEVICES if known in name]
+    """The device whose name `name` contains as words, the longest if several."""
+    found = [known for known in DEVICES if re.search(rf"\b{re.escape(known)}\b", name)]
     return DEVICES[max(found, key=len)] if found else None
 
 

@@ -100,10 +100,10 @@ class Processes:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.tolist()
 
-    def wait(self) -> None:
-        """Wait for all processes."""
+    def wait(self, *, patiently: bool = False) -> None:
+        """Wait for all processes; patiently, where they may be hours apart."""
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self._patient if patiently else None)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:

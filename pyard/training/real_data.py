@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,5 +184,5 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], ...]:
             else load_file(file)
             for file in files
         )
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError, zipfile.BadZipFile) as error:
         raise InputError(f"real data {path} cannot be read: {error}") from None

@@ -13,14 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from pyard.errors import InputError
+from pyard.pictures import PICTURE_SUFFIXES, centre_crop
 from pyard.training.state import write_text
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from pyard.models.latents import LatentCodec
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 SHARD_IMAGES = 512
 _ABOUT_NAME = "images.json"
 
@@ -65,14 +63,19 @@ def cached_images(
     if codec is None:
         if channels not in (1, 3):
             raise InputError(
-                f"real data {path}: pictures for a student of {channels} channels; a student of latents needs its VAE"
+                f"real data {path}: pictures for a student of {channels} channels; latents need a VAE: give a teacher's folder "
+                "with vae/ in it (load_teacher(..., vae=...).save_pretrained writes one)"
             )
     else:
         channels, size = 3, size * 2 ** (len(codec.vae.config.block_out_channels) - 1)
-    about = {"images": _digest(path, files), "size": size, "channels": channels, "latent": codec is not None}
+    vae = None if codec is None else _vae_digest(codec)
+    about = {"images": _digest(path, files), "size": size, "channels": channels, "vae": vae}
     file = cache / _ABOUT_NAME
     if file.exists() and json.loads(file.read_text()) != about:
-        raise InputError(f"{cache} holds other images than {path} in {size} x {size}; remove it, or give another real_cache")
+        raise InputError(
+            f"{cache} holds other images than {path} in {size} x {size}: found {json.loads(file.read_text())}, expected "
+            f"{about}; remove it, or give another real_cache"
+        )
     cache.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         write_text(file, json.dumps(about))
@@ -95,28 +98,22 @@ def cached_images(
     return cache
 
 
-def centre_crop(picture: Image.Image, size: int) -> Image.Image:
-    """The square in the middle, `size` pixels wide, as ADM crops (Dhariwal & Nichol 2021): halve by box filter, then bicubic.
-
-    Box-filtered halving as long as the shorter side stays at least twice `size` keeps small pictures free of aliasing.
-    """
-    from PIL import Image
-
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
-
-
 def _pictures(path: Path) -> Iterator[tuple[Path, int]]:
     """Pictures and labels, sorted by class and name."""
-    classes = sorted(entry for entry in path.iterdir() if entry.is_dir())
+    classes = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     for label, folder in enumerate(classes):
         for file in sorted(folder.rglob("*")):
-            if file.suffix.lower() in SUFFIXES:
+            if file.suffix.lower() in PICTURE_SUFFIXES:
                 yield file, label
+
+
+def _vae_digest(codec: LatentCodec) -> str:
+    """sha256 of what turns pictures into latents."""
+    digest = hashlib.sha256(str(codec.scaling()).encode())
+    for name, tensor in sorted(codec.vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _digest(path: Path, files: list[tuple[Path, int]]) -> str:
@@ -132,7 +129,7 @@ def _read(file: Path, size: int, channels: int) -> torch.Tensor:  # [C, size, si
 
     try:
         with Image.open(file) as picture:
-            pixels = np.asarray(centre_crop(picture.convert("L" if channels == 1 else "RGB"), size))
+            pixels = centre_crop(picture.convert("L" if channels == 1 else "RGB"), size)
     except (OSError, UnidentifiedImageError) as error:
         raise InputError(f"real data: {file} cannot be read as a picture: {error}") from None
     return torch.from_numpy(pixels.reshape(size, size, channels).transpose(2, 0, 1) / np.float32(127.5) - 1)

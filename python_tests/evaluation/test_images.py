@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from pyard.errors import InputError
-from pyard.evaluation.images import SampleFile, center_crop, folder_images, npz_images
+from pyard.evaluation.images import SampleFile, folder_images, npz_images
+from pyard.pictures import centre_crop
 
 
 def pictures(count: int, *shape: int) -> np.ndarray:
@@ -64,12 +65,12 @@ def test_npz_of_numpy_itself_is_read_and_wrong_ones_are_named(tmp_path: Path) ->
 
 def test_cropping_keeps_the_middle_square() -> None:
     picture = Image.fromarray(pictures(1, 8, 14, 3)[0])
-    assert (center_crop(picture, 8) == np.asarray(picture)[:, 3:11]).all()
+    assert (centre_crop(picture, 8) == np.asarray(picture)[:, 3:11]).all()
     # Twice as large: exactly one halving with a box, that is, means of 2 x 2 pixels, rounded once for each axis.
     large = pictures(1, 16, 28, 3)[0]
     means = large.reshape(8, 2, 14, 2, 3).mean(axis=(1, 3))[:, 3:11]
-    assert np.abs(center_crop(Image.fromarray(large), 8).astype(float) - means).max() <= 1
-    assert center_crop(Image.fromarray(pictures(1, 5, 50, 3)[0]), 8).shape == (8, 8, 3)
+    assert np.abs(centre_crop(Image.fromarray(large), 8).astype(float) - means).max() <= 1
+    assert centre_crop(Image.fromarray(pictures(1, 5, 50, 3)[0]), 8).shape == (8, 8, 3)
 
 
 def test_a_folder_is_read_in_order_with_its_subfolders(tmp_path: Path) -> None:

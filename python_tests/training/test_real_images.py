@@ -14,9 +14,10 @@ from training_runs import start, teacher_and_store, train_in, wait
 
 from pyard.errors import InputError
 from pyard.models.latents import LatentCodec
+from pyard.pictures import centre_crop
 from pyard.training import real_images
 from pyard.training.real_data import RealData
-from pyard.training.real_images import cached_images, centre_crop, is_image_folder
+from pyard.training.real_images import cached_images, is_image_folder
 from pyard.training.state import read_log
 
 
@@ -57,7 +58,7 @@ def test_crop_equals_the_published_steps():
     halved = halved.resize((100, 75), Image.Resampling.BOX)
     scaled = halved.resize((round(100 * 64 / 75), 64), Image.Resampling.BICUBIC)
     left = (scaled.width - 64) // 2
-    assert np.array_equal(np.asarray(centre_crop(picture, 64)), np.asarray(scaled.crop((left, 0, left + 64, 64))))
+    assert np.array_equal(centre_crop(picture, 64), np.asarray(scaled.crop((left, 0, left + 64, 64))))
 
 
 def test_pixels_are_kept_as_they_are(tmp_path):

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from pyard.bench.machine import cores
 from pyard.bench.quality.cell import Workshop, open_workshop, read_result, run_cell
 from pyard.bench.quality.plan import SUBJECTS, Budget, Cell, Plan, Scale, full_plan, quick_plan
 from pyard.bench.quality.report import write_report
 from pyard.errors import InputError
+from pyard.training.processes import PREEMPTED_STATUS, Preempted
 from pyard.training.state import read_log
 
 
@@ -78,7 +80,7 @@ def bench_quality(
     plan = quick_plan(subjects) if quick else full_plan(subjects, seeds)
     cells = [cell for cell in plan.cells if only is None or only in cell.setting.name]
     gpus = torch.cuda.device_count()
-    failures = _train_all(plan, cells, out, quick, workers or gpus or len(os.sched_getaffinity(0)), gpus, progress)
+    failures = _train_all(plan, cells, out, quick, workers or gpus or cores(), gpus, progress)
     with one_thread():  # as the students were measured: the classifiers that features come from are trained on the spot
         write_report(plan, out, results, f"quality-{'quick' if quick else scale}", quick)
     if failures:
@@ -108,12 +110,12 @@ def _train_all(plan: Plan, cells: list[Cell], out: Path, quick: bool, workers: i
                     bar.write("".join(traceback.format_exception(error)))
                 ready = [cell for cell in cells if waiting.get(cell.name) == name]
                 for cell in ready:
-                    del waiting[cell.name]
                     if error is None:
+                        del waiting[cell.name]
                         budget = plan.budgets[cell.subject]
                         pending[pool.submit(_make, budget, cell, out, quick)] = cell.name
             bar.update(sum(_updates_done(plan, cell, out) for cell in cells) - bar.n)
-    return failures
+    return failures + [f"{name}: not tried, {base} failed" for name, base in waiting.items()]
 
 
 @contextmanager
@@ -153,9 +155,12 @@ def one_thread() -> Iterator[None]:
 
 def _begin(numbers: Any, gpus: int) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent passes it on as SIGTERM
     number = numbers.get()
     if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % gpus)  # before this process first asks for one
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = given.split(",") if given else [str(index) for index in range(gpus)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[number % gpus]  # before this process first asks for one
 
 
 _WORKSHOPS: dict[str, Workshop] = {}  # of this process, by subject
@@ -172,7 +177,10 @@ def _prepare(subject: str, budget: Budget, out: Path, quick: bool) -> None:
 
 
 def _make(budget: Budget, cell: Cell, out: Path, quick: bool) -> dict[str, Any]:
-    return run_cell(_workshop(cell.subject, budget, out, quick), cell)
+    try:
+        return run_cell(_workshop(cell.subject, budget, out, quick), cell)
+    except Preempted:
+        os._exit(PREEMPTED_STATUS)  # else the pool would hand this process the next student
 
 
 def _base(cell: Cell) -> str | None:

@@ -26,14 +26,16 @@ from pyard.evaluation.features import Classifier
 from pyard.evaluation.frechet import GaussianStatistics, frechet_distance
 from pyard.evaluation.measure import balanced_labels
 from pyard.evaluation.neighbours import precision_recall
+from pyard.models.folder import WEIGHTS_NAME
 from pyard.models.student import Student
 from pyard.noise import standard_normal
 from pyard.solvers import endpoints
 from pyard.training import train
 from pyard.training.flops import update_flops
-from pyard.training.state import write_text
+from pyard.training.state import Checkpoints, write_text
 from pyard.training.watch import exposure_bias
 from pyard.trajectories import TrajectoryReader, TrajectoryStore, generate_trajectories
+from pyard.trajectories.shard import file_sha256
 
 _DRAWN_TOGETHER = 500
 _HELD_OUT_SEED = 3000
@@ -168,6 +170,7 @@ def run_cell(workshop: Workshop, cell: Cell) -> dict[str, Any]:
         "features": workshop.subject.features.fingerprint,
         "budget": {name: getattr(budget, name) for name in ("trajectories", "samples", "held_out")},
         "settings": {k: v for k, v in settings.items() if k != "student"},
+        "student": None if cell.setting.base is None else file_sha256(Path(settings["student"]) / "student" / WEIGHTS_NAME),
     }))  # fmt: skip
     done = read_result(folder / "result.json")
     if done is not None and done["identity"] == identity:
@@ -176,6 +179,7 @@ def run_cell(workshop: Workshop, cell: Cell) -> dict[str, Any]:
         shutil.rmtree(folder)
     begin = time.perf_counter()
     store = workshop.store(cell.setting.num_steps, cell.seed)
+    begun = max(Checkpoints(folder / "run" / "checkpoints").steps(), default=0)
     trained = time.perf_counter()
     student = train(workshop.subject.teacher, store, out=folder / "run", **settings)
     seconds = time.perf_counter() - trained
@@ -194,7 +198,7 @@ def run_cell(workshop: Workshop, cell: Cell) -> dict[str, Any]:
         "exposure_bias": dataclasses.asdict(bias),
         "training_flops": settings["max_steps"] * update_flops(student.config, budget.batch_size),
         # Of the part that this call trained; other cells were trained beside it.
-        "training_samples_per_second": settings["max_steps"] * budget.batch_size / seconds,
+        "training_samples_per_second": (settings["max_steps"] - begun) * budget.batch_size / seconds,
         "seconds": time.perf_counter() - begin,
     }
     text = json.dumps(result, indent=1) + "\n"

@@ -16,6 +16,7 @@ from pyard.teachers.digits import digits_data, digits_teacher, teach
 from pyard.teachers.dit import DiTTeacher
 from pyard.teachers.mixture import mixture_2d, mixture_16
 from pyard.teachers.mixture_teacher import fit
+from pyard.teachers.teaching import teaching_device
 
 # Samples of data are drawn from a seed of their own; trajectories count theirs from 0, evaluation its noise from 1000.
 _DATA_SEED = 2000
@@ -66,7 +67,7 @@ def _first(data: tuple[np.ndarray, np.ndarray], count: int) -> tuple[np.ndarray,
 
 def _scenes(folder: Path, quick: bool, progress: bool) -> Subject:
     small = {"max_steps": 20, "hidden_size": 32, "depth": 2, "num_heads": 2, "batch_size": 16} if quick else {}
-    teacher = scenes.teach(folder / "teacher", progress=progress, **small)
+    teacher = scenes.teach(folder / "teacher", progress=progress, **small).to(teaching_device())
 
     def data(count: int) -> tuple[np.ndarray, np.ndarray]:
         return scenes.scenes_data(_DATA_SEED, np.arange(count), balanced_labels(count, teacher.num_classes))
