@@ -244,7 +244,7 @@ SUBJECTS: dict[Scale, tuple[str, ...]] = {"cpu": ("digits", "mixture-2d", "mixtu
 def full_plan(subjects: Sequence[str], seeds: int) -> Plan:
     """The main table and its contenders with every seed; then, with one, what else might matter.
 
-    All of it fits two hours of two cores: longer training and the further ways are not tried on `mixture-16`, one factor at a
+    It is made for two hours of two cores: longer training and the further ways are not tried on `mixture-16`, one factor at a
     time on the first subject alone.
     """
     cells = [Cell(subject, setting, seed) for seed in range(seeds) for subject in subjects for setting in MAIN]
