@@ -20,13 +20,13 @@ from pyard.bench.quality.plan import (
     SUBJECTS,
     Cell,
     adversarial,
+    contenders,
     corner,
     full_plan,
     further_ways,
     longer,
     longer_forced,
     one_factor_at_a_time,
-    own_rollout,
     varied,
 )
 from pyard.errors import InputError
@@ -52,7 +52,7 @@ def test_the_main_table_has_every_corner_on_every_subject_and_seed():
 
 
 def test_names_tell_settings_apart_and_every_setting_is_one_of_train(tmp_path, workshop):
-    settings = [*MAIN, *own_rollout(), *longer(), *longer_forced(), *further_ways(), *one_factor_at_a_time()]
+    settings = [*MAIN, *contenders(), *longer(), *longer_forced(), *further_ways(), *one_factor_at_a_time()]
     assert max(Counter(setting.name for setting in settings).values()) == 1
     assert max(Counter(setting.title for setting in settings).values()) == 1
     for setting in settings:
