@@ -110,7 +110,7 @@ def test_other_pictures_and_broken_ones_are_named(tmp_path):
     cached_images(folder, tmp_path / "cache", (3, 8, 8), None)
     with pytest.raises(InputError, match="holds other images"):
         cached_images(folder, tmp_path / "cache", (3, 4, 4), None)
-    with pytest.raises(InputError, match="needs its VAE"):
+    with pytest.raises(InputError, match="latents need a VAE"):
         cached_images(folder, tmp_path / "latents", (4, 8, 8), None)
     (folder / "cat" / "x.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match=r"x\.png cannot be read as a picture"):
