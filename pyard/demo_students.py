@@ -42,7 +42,7 @@ _PUBLISHED = dict(target="denoised", output="direct", heads="per_step")
 STUDENTS = {
     BASELINE: DemoStudent("step-distillation", "Step distillation", False, _PUBLISHED),
     ARD: DemoStudent("ard", "ARD", True, _PUBLISHED),
-    RECIPE: DemoStudent("ard-defaults", "ARD, pyard's defaults", None, {}),
+    RECIPE: DemoStudent("ard-defaults", "ARD, defaults", None, {}),
     ADVERSARIAL: DemoStudent("ard-gan", "ARD + GAN", True, dict(learning_rate=3e-4), follows=ARD),
 }
 # Of digits, 16 tokens: narrow discriminators with short kernels, no need for thousands of updates of warm-up, and feature
