@@ -10,6 +10,8 @@ INSTALLED := $(VENV)/.pyard-installed
 LINTERS := $(VENV)/.pyard-linters
 # All pins but torch's own: a TORCH of another version, or one that was there before, must not conflict with it.
 PINS := $(VENV)/.pyard-pins.txt
+# Where the first installation has brought everything, only what changed in C++ is left to do.
+REBUILD := --no-deps --no-build-isolation
 NATIVE_SOURCES := $(shell find csrc -type f)
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard build_backend/*.py cmake/*.cmake) $(NATIVE_SOURCES)
 FUZZ_CXX ?= clang++
@@ -75,7 +77,7 @@ $(INSTALLED): $(BUILD_INPUTS)
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@grep -v '^torch==' constraints.txt > $(PINS)
 	@$(VENV)/bin/python -c 'import torch' 2>/dev/null || $(RUN) pip install -c $(PINS) $(TORCH)
-	@$(RUN) pip install -q -c $(PINS) -e '.[test,train,lora]'
+	@$(RUN) pip install -q -c $(PINS) $(if $(filter pyproject.toml constraints.txt,$?),,$(REBUILD)) -e '.[test,train,lora,native]'
 	@touch $@
 
 $(LINTERS): $(INSTALLED)

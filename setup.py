@@ -154,11 +154,21 @@ def _run_cmake(torch: TorchLocation, library: str, nvcc: str | None) -> Path:
 
 
 def _pybind11_include() -> str | None:
+    """pybind11's headers, copied to where they stay: pip's isolated builds put them into another folder every time, and headers
+    that have moved make all that includes them compile again."""
     try:
         import pybind11
     except ImportError:
         return None
-    return str(pybind11.get_include())
+    kept = ROOT / "build" / f"pybind11-{pybind11.__version__}"
+    if not kept.exists():
+        partial = kept.with_name(f"{kept.name}.{os.getpid()}")
+        shutil.copytree(pybind11.get_include(), partial)
+        try:
+            partial.rename(kept)
+        except OSError:  # another build was faster
+            shutil.rmtree(partial)
+    return str(kept)
 
 
 def _tool(name: str) -> str:
