@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from pyard.training import train
+from pyard.training.adversarial_config import DIGITS_DISCRIMINATORS
 from pyard.training.state import read_log
 
 NUM_STEPS = 4
@@ -45,9 +46,6 @@ STUDENTS = {
     RECIPE: DemoStudent("ard-defaults", "ARD, defaults", None, {}),
     ADVERSARIAL: DemoStudent("ard-gan", "ARD + GAN", True, dict(learning_rate=3e-4), follows=ARD),
 }
-# Of digits, 16 tokens: narrow discriminators with short kernels, no need for thousands of updates of warm-up, and feature
-# matching, which does most of the work there (`docs/quality.md`).
-DIGITS_DISCRIMINATORS = dict(real="digits", width=32, kernel_size=3, weight=3.0, feature_matching=30.0, warmup_steps=50)
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Budget:
 FULL = Budget(
     trajectories=4096,
     student_steps=1000,
-    adversarial_steps=600,
+    adversarial_steps=1500,
     student_batch_size=32,
     student_learning_rate=1e-3,
     samples=1797,
@@ -123,7 +121,7 @@ def run_of(name: str, budget: Budget, out: Path, depth: int, seed: int) -> dict[
         run |= dict(
             stage="adversarial",
             student=str(out / STUDENTS[student.follows].folder),
-            adversarial=DIGITS_DISCRIMINATORS,
+            adversarial={**DIGITS_DISCRIMINATORS, "warmup_steps": min(100, budget.adversarial_steps // 10)},
             max_steps=budget.adversarial_steps,
         )
     return run | student.settings

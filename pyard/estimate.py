@@ -107,9 +107,7 @@ class Estimate:
 
     def __str__(self) -> str:
         network, student = self.student.network, self.student
-        made = "there already"
-        if self.generated or self.guessed:
-            made = "to generate" if self.generated else "not there yet: sizes by default"
+        made = "to generate" if self.generated else "not there yet: sizes by default" if self.guessed else "there already"
         sizes = f"S = {student.grid.num_steps} steps, N = {student.history_layers} of {network.depth} layers, "
         sizes += f"T = {network.tokens_per_step} tokens"
         store = f"{self.trajectories} of {format_bytes(self.sample_bytes)}: {format_bytes(self.store_bytes)}, {made}"
@@ -159,8 +157,8 @@ def estimate(
     (a training's progress bar shows it), else the data sheet's peak of `device` times `mfu`. Well-fed GPUs reach 0.3 to 0.5 of
     their peak on large transformers; small networks reach far less. Memory: weights, averages, AdamW's moments, gradients (with
     DDP twice, for its buckets) and what the backward pass needs of the forward pass, for several micro-batches, with and
-    without activation checkpointing, for DDP and FSDP. All weights are taken to be trained (lora_rank is
-    not counted). It is right to about a quarter; 0.5 GB of CUDA's own come on top.
+    without activation checkpointing, for DDP and FSDP. All weights are taken to be trained (lora_rank is not counted). It is
+    right to about a quarter; 0.5 GB of CUDA's own come on top.
 
     Example: pyard estimate recipes/imagenet256-dit-xl2.yaml --device H100 --gpus 8
 

@@ -177,6 +177,12 @@ def test_latents_are_refused(tmp_path: Path) -> None:
         serve.make_app(OnnxStudent(tmp_path / "student.onnx"))
 
 
+def test_limits_that_are_none_are_refused(path: Path) -> None:
+    for limits in (dict(max_batch=0), dict(max_queue=0), dict(max_wait=-1.0)):
+        with pytest.raises(InputError, match="expected at least 1, 1 and 0"):
+            serve.make_app(OnnxStudent(path), **limits)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGTERM")
 def test_the_script_answers_what_it_took_when_it_is_told_to_stop(path: Path) -> None:
     with socket.socket() as probe:

@@ -62,9 +62,9 @@ inline int small(int64_t size, const char* operator_name) {
 // An operator is dispatched to CUDA as soon as one of its tensors is there: a pointer of the CPU must not pass for one.
 inline void check_device(const Tensor& tensor, const Tensor& like, const char* operator_name, const char* argument) {
   STD_TORCH_CHECK(like.is_cuda() && tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(),
-                  operator_name, ": ", argument, " is on ", tensor.is_cuda() ? "GPU " : "no GPU, index ",
-                  tensor.get_device_index(), ", the first argument on ", like.is_cuda() ? "GPU " : "no GPU, index ",
-                  like.get_device_index(), "; expected the same GPU: move them with .to()");
+                  operator_name, ": ", argument, " is on GPU ", tensor.is_cuda() ? tensor.get_device_index() : -1,
+                  ", the first argument on GPU ", like.is_cuda() ? like.get_device_index() : -1,
+                  " (-1: none); expected the same: move them with .to()");
 }
 
 inline void check_like(const Tensor& tensor, const Tensor& like, const char* operator_name, const char* argument) {

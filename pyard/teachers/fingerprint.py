@@ -19,8 +19,12 @@ def fingerprint_of(network: nn.Module, schedule: NoiseSchedule, settings: object
         schedule: of the teacher.
         settings: JSON-able; sizes and switches that the weights do not show.
     """
-    digest = hashlib.sha256()
-    digest.update(json.dumps([settings, schedule.to_json()], sort_keys=True).encode())
+    return weights_digest(network, json.dumps([settings, schedule.to_json()], sort_keys=True))
+
+
+def weights_digest(network: nn.Module, about: str = "") -> str:
+    """sha256 of `about` and of a network's parameters and buffers, names included."""
+    digest = hashlib.sha256(about.encode())
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import nn
 
 from pyard.errors import InputError
 from pyard.models.lora import add_lora, merge_lora
 from pyard.models.student import Student
 from pyard.teachers import load_teacher
+from pyard.teachers.fingerprint import weights_digest
 from pyard.training.config import TrainConfig
 from pyard.trajectories import TrajectoryReader, TrajectoryStore, generate_trajectories
 
@@ -127,7 +124,7 @@ def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Proces
     stage: Regression
     if config.stage == "adversarial":
         data = RealData.load(_real_source(config, student, teacher, processes), student.sample_shape, student.num_classes)
-        inputs |= {"real_fingerprint": data.fingerprint(), "student_fingerprint": _fingerprint(student)}
+        inputs |= {"real_fingerprint": data.fingerprint(), "student_fingerprint": weights_digest(student)}
     with processes.main_first():
         if processes.is_main:
             config.resume_or_begin(**inputs)
@@ -218,14 +215,6 @@ def _real_source(config: TrainConfig, student: Student, teacher: DiTTeacher, pro
     )
     processes.wait(patiently=True)  # encoding takes hours, and some processes have more to encode than others
     return shards
-
-
-def _fingerprint(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _open_store(teacher: DiTTeacher, trajectories: str | Path | TrajectoryStore | None, config: TrainConfig) -> TrajectoryStore:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from pyard.errors import InputError
 from pyard.pictures import PICTURE_SUFFIXES, centre_crop
+from pyard.teachers.fingerprint import weights_digest
 from pyard.training.state import write_text
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def cached_images(
             )
     else:
         channels, size = 3, size * 2 ** (len(codec.vae.config.block_out_channels) - 1)
-    vae = None if codec is None else _vae_digest(codec)
+    vae = None if codec is None else weights_digest(codec.vae, str(codec.scaling()))
     about = {"images": _digest(path, files), "size": size, "channels": channels, "vae": vae}
     file = cache / _ABOUT_NAME
     if file.exists() and json.loads(file.read_text()) != about:
@@ -105,15 +106,6 @@ def _pictures(path: Path) -> Iterator[tuple[Path, int]]:
         for file in sorted(folder.rglob("*")):
             if file.suffix.lower() in PICTURE_SUFFIXES:
                 yield file, label
-
-
-def _vae_digest(codec: LatentCodec) -> str:
-    """sha256 of what turns pictures into latents."""
-    digest = hashlib.sha256(str(codec.scaling()).encode())
-    for name, tensor in sorted(codec.vae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _digest(path: Path, files: list[tuple[Path, int]]) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from pyard.errors import InputError
 from pyard.ops import current_backend, modulated_layer_norm, native, use_backend
-from pyard.ops.backend import library, takes_native
+from pyard.ops.backend import has_kernel, library, takes_native
 
 needs_native = pytest.mark.skipif(library is None, reason="the native operators are not built")
 
@@ -53,6 +53,10 @@ def test_auto_takes_the_kernel_where_there_is_one() -> None:
         assert takes_native("modulated_layer_norm", torch.empty(1, dtype=torch.bfloat16))
         assert not takes_native("modulated_layer_norm", torch.empty(1, device="meta"))
         assert not takes_native("modulated_layer_norm", torch.empty(1, dtype=torch.float8_e4m3fn))
+        assert has_kernel("block_attention", "cpu")
+    with use_backend("sdpa"):
+        assert has_kernel("modulated_layer_norm", "cpu")
+        assert not has_kernel("block_attention", "cpu")
 
 
 def test_native_refuses_what_it_has_no_kernel_for() -> None:

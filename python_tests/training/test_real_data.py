@@ -109,6 +109,14 @@ def test_wrong_data_is_named(tensors, message, tmp_path):
         RealData.load(tmp_path / "real.safetensors", (2, 8, 8), 5)
 
 
+def test_a_cut_off_file_is_named(tmp_path):
+    np.savez(tmp_path / "real.npz", images=np.zeros((3, 2, 8, 8), np.float32), labels=np.arange(3))
+    content = (tmp_path / "real.npz").read_bytes()
+    (tmp_path / "real.npz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"real\.npz cannot be read"):
+        RealData.load(tmp_path / "real.npz", (2, 8, 8), 5)
+
+
 def test_no_data(tmp_path):
     with pytest.raises(InputError, match="expected 'digits'"):
         RealData.load(tmp_path / "nothing.npz", (2, 8, 8), 5)

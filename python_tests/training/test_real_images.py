@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,10 @@ def test_latents_are_the_posterior_of_picture_and_mirror_image(tmp_path):
         noise = torch.randn(1, 2, 8, 8)
         (latent,), _ = data.gather([1], [flip], noise)
         torch.testing.assert_close(latent, 0.5 * (posterior.mean + posterior.std * noise)[0], atol=2e-3, rtol=2e-3)
+    with torch.no_grad():
+        codec.vae.encoder.conv_in.bias += 1
+    with pytest.raises(InputError, match="remove it, or give another real_cache"):
+        cached_images(folder, tmp_path / "cache", (2, 8, 8), codec)  # the latents of another VAE
 
 
 def test_a_stopped_encoding_goes_on_and_processes_share_it(tmp_path, monkeypatch):
@@ -110,6 +115,9 @@ def test_other_pictures_and_broken_ones_are_named(tmp_path):
     cached_images(folder, tmp_path / "cache", (3, 8, 8), None)
     with pytest.raises(InputError, match="holds other images"):
         cached_images(folder, tmp_path / "cache", (3, 4, 4), None)
+    (folder / ".thumbnails").mkdir()
+    shutil.copy(folder / "cat" / "1.png", folder / ".thumbnails")
+    cached_images(folder, tmp_path / "cache", (3, 8, 8), None)  # a hidden folder is no class
     with pytest.raises(InputError, match="latents need a VAE"):
         cached_images(folder, tmp_path / "latents", (4, 8, 8), None)
     (folder / "cat" / "x.png").write_bytes(b"no picture")

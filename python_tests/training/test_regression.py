@@ -337,6 +337,7 @@ def test_peaks_of_known_devices():
     assert peak_tflops("NVIDIA H200", "bf16") == 989.0
     assert peak_tflops("NVIDIA A100-SXM4-80GB", "no") == 19.5
     assert peak_tflops("NVIDIA L40S", "bf16") == 362.0
+    assert peak_tflops("NVIDIA L40", "bf16") is None  # which is no L4
     assert peak_tflops("cpu", "no") is None
     torch.set_float32_matmul_precision("high")
     try:

@@ -9,15 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from pyard.training.adversarial_config import DIGITS_DISCRIMINATORS
+
 Scale = Literal["cpu", "gpu"]
 Layers = Literal["0", "L/4", "L/2", "L"]
 
 NUM_STEPS = 4
 PUBLISHED = {"target": "denoised", "output": "direct"}  # what the authors' code trains
 STRONG = {"target": "state", "output": "jump"}  # starts as the teacher's own sampler of S steps
-
-# Of 8x8 pixels, 16 tokens: short kernels, and a weight that leaves the regression most of its say (`docs/quality.md`).
-DISCRIMINATORS = {"width": 32, "kernel_size": 3, "weight": 3.0, "feature_matching": 30.0, "warmup_steps": 100}
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Budget:
     samples: int = 10_000
     held_out: int = 1024
     train: dict[str, Any] = field(default_factory=dict)
-    adversarial: dict[str, Any] = field(default_factory=lambda: dict(DISCRIMINATORS))
+    adversarial: dict[str, Any] = field(default_factory=lambda: dict(DIGITS_DISCRIMINATORS))
 
 
 @dataclass(frozen=True)
@@ -224,7 +223,9 @@ class Plan:
     cells: tuple[Cell, ...]
 
 
-QUICK = Budget(trajectories=256, updates=40, samples=200, held_out=64, adversarial={**DISCRIMINATORS, "warmup_steps": 10})
+QUICK = Budget(
+    trajectories=256, updates=40, samples=200, held_out=64, adversarial={**DIGITS_DISCRIMINATORS, "warmup_steps": 10}
+)
 BUDGETS = {
     "digits": Budget(),
     "mixture-2d": Budget(),
