@@ -52,17 +52,19 @@ build/fuzz_shard: $(FUZZ_SOURCES) $(wildcard csrc/trajectory/*.h)
 SANITIZED := build/sanitized
 SANITIZER_TESTS := $(addprefix python_tests/ops/test_,block_attention.py elementwise.py modulated_layer_norm.py)
 SANITIZER_ENV = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED)/package
+	PYARD_NATIVE=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED)/package
 
 sanitize: $(INSTALLED) ## Run the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer (needs gcc)
-	@cmake -S . -B $(SANITIZED) -G Ninja -DPYARD_SANITIZE=ON -DCMAKE_CXX_COMPILER=g++ \
+	@PATH="$(abspath $(VENV))/bin:$$PATH" && cmake -S . -B $(SANITIZED) -G Ninja -DPYARD_SANITIZE=ON -DCMAKE_CXX_COMPILER=g++ \
 		-DPYARD_TORCH_DIR=$$($(VENV)/bin/python -c 'import torch; print(torch.__path__[0])') > /dev/null
-	@cmake --build $(SANITIZED) --target pyard_ops
+	@PATH="$(abspath $(VENV))/bin:$$PATH" && cmake --build $(SANITIZED) --target pyard_ops
 	@mkdir -p $(SANITIZED)/package
 	@cp -r pyard $(SANITIZED)/package
 	@cp $(SANITIZED)/libpyard_ops.* $(SANITIZED)/package/pyard
+	@$(SANITIZER_ENV) $(VENV)/bin/python -P -c 'from pyard.ops.backend import library; assert "$(SANITIZED)" in str(library.path)'
 	@$(SANITIZER_ENV) $(VENV)/bin/python -P -m pytest -q -p no:cacheprovider $(SANITIZER_TESTS)
-	@$(SANITIZER_ENV) PYARD_CPU_ISA=avx2 $(VENV)/bin/python -P -m pytest -q -p no:cacheprovider $(SANITIZER_TESTS) -k "exact or closed_form"
+	@for isa in baseline avx2; do $(SANITIZER_ENV) PYARD_CPU_ISA=$$isa $(VENV)/bin/python -P -m pytest -q -p no:cacheprovider \
+		$(SANITIZER_TESTS) -k "exact or closed_form or takes_rows or rounds" || exit 1; done
 
 format: $(LINTERS) ## Format Python and C++ in place
 	@$(RUN) ruff check --fix

@@ -47,9 +47,7 @@ class CMakeBuild(build_ext):
         target = (ROOT / self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
-        mode = os.environ.get("PYARD_NATIVE", "auto")
-        if mode not in {"auto", "0", "1"}:
-            raise NativeBuildError(f"PYARD_NATIVE must be auto, 0 or 1, not {mode!r}")
+        mode, cuda_mode = _choice("PYARD_NATIVE"), _choice("PYARD_CUDA")
         record: dict[str, object] = {"built": False}
         try:
             if mode == "0":
@@ -58,11 +56,11 @@ class CMakeBuild(build_ext):
             if torch is None:
                 raise NativeBuildError(f"{TORCH_REQUIREMENT} was not found when pyard was installed")
             name = READER if ext.name.endswith(READER) else LIBRARY
-            library, cuda_note = _build(torch, name)
+            library, cuda_note = _build(torch, name, cuda_mode)
             shutil.copyfile(library, target)
             record = {"built": True, "torch": torch.version, "cuda": cuda_note}
         except NativeBuildError as error:
-            if mode == "1" or (os.environ.get("PYARD_CUDA") == "1" and not ext.name.endswith(READER)):
+            if mode == "1" or (cuda_mode == "1" and not ext.name.endswith(READER)):
                 raise
             record["reason"] = str(error)
             what = "native trajectory reader" if ext.name.endswith(READER) else "native operators"
@@ -89,11 +87,15 @@ class CMakeBuild(build_ext):
         return {}
 
 
-def _build(torch: TorchLocation, library: str) -> tuple[Path, str]:
+def _choice(variable: str) -> str:
+    choice = os.environ.get(variable, "auto")
+    if choice not in {"auto", "0", "1"}:
+        raise NativeBuildError(f"{variable} must be auto, 0 or 1, not {choice!r}")
+    return choice
+
+
+def _build(torch: TorchLocation, library: str, mode: str) -> tuple[Path, str]:
     """Builds with CUDA where PYARD_CUDA asks for it; returns the library and whether, or why not, it has CUDA kernels."""
-    mode = os.environ.get("PYARD_CUDA", "auto")
-    if mode not in {"auto", "0", "1"}:
-        raise NativeBuildError(f"PYARD_CUDA must be auto, 0 or 1, not {mode!r}")
     nvcc = _nvcc()
     if mode == "1" and nvcc is None:
         raise NativeBuildError("PYARD_CUDA=1, but nvcc was not found: put it on the PATH, or set CUDACXX or CUDA_HOME")
@@ -135,15 +137,20 @@ def _run_cmake(torch: TorchLocation, library: str, nvcc: str | None) -> Path:
         f"-DPYARD_PYBIND11_INCLUDE={_pybind11_include() or ''}",
         f"-DPYARD_CUDA={'OFF' if nvcc is None else 'ON'}",
         *([] if nvcc is None else [f"-DCMAKE_CUDA_COMPILER={nvcc}"]),
+        f"-DCMAKE_CXX_FLAGS={os.environ.get('CXXFLAGS', '')}",
     ]
     target = "pyard_ops"
     if library == READER:
         target = "pyard_trajectory"
         if _pybind11_include() is None:
             raise NativeBuildError("pybind11 was not found: pip install pybind11")
-    cache = build / "CMakeCache.txt"
-    if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text(encoding="utf-8"):
+    # CMake takes to neither another source folder nor another compiler in a build folder that it has configured.
+    wanted = f"source {ROOT}\ncompiler {os.environ.get('CXX', '')}\n"
+    configured = build / "configured-for.txt"
+    if build.exists() and (not configured.exists() or configured.read_text(encoding="utf-8") != wanted):
         shutil.rmtree(build)
+    build.mkdir(parents=True, exist_ok=True)
+    configured.write_text(wanted, encoding="utf-8")
     _call(configure, "configuring")
     jobs = os.environ.get("MAX_JOBS")
     output = _call([cmake, "--build", str(build), "--target", target, *(["--parallel", jobs] if jobs else [])], "compiling")

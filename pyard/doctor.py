@@ -75,13 +75,15 @@ def as_text(report: Report) -> str:
     if report.native.get("path"):
         lines.append("  built for {instruction_sets}; this processor takes {active_instruction_set}".format(**report.native))
         lines.append("  with torch {built_with_torch} headers and compiler {compiler}".format(**report.native))
-        lines.append(f"  CUDA kernels: {report.native['cuda_architectures'] or 'not compiled (PYARD_CUDA=1 compiles them)'}")
+        compiled = report.native["cuda_architectures"] or "not compiled: " + report.native["cuda_note"].splitlines()[0]
+        lines.append(f"  CUDA kernels: {compiled}")
     else:
         lines.append("  not built")
+    width = max(map(len, report.operators), default=0)
     for operator, by_device in report.operators.items():
         places = ", ".join(f"{device}: {implementation}" for device, implementation in by_device.items())
         difference = report.self_test.get(operator)
-        lines.append(f"  {operator:<22} {places}" + ("" if difference is None else f" (differs by {difference:.1e})"))
+        lines.append(f"  {operator:<{width}} {places}" + ("" if difference is None else f" (differs by {difference:.1e})"))
     lines += [
         "",
         "trajectory reader",
@@ -133,10 +135,15 @@ def _examine_operators(report: Report) -> None:
             "instruction_sets": " ".join(library.instruction_sets),
             "active_instruction_set": library.active_instruction_set,
             "cuda_architectures": " ".join(library.cuda_architectures),
+            "cuda_note": library.cuda_note,
         }
+        if torch.cuda.is_available() and not library.cuda_architectures:
+            remedy = "install a CUDA toolkit (nvcc) and then pyard again with PYARD_CUDA=1, which makes what fails an error"
+            what = f"this machine has a GPU, and the operators' CUDA kernels were not compiled: {library.cuda_note}"
+            report.problems.append(Problem(what, remedy))
         _run_self_test(report)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for operator in backend.OPERATORS:
+    for operator in backend.KERNELS:
         taken = {device: backend.has_kernel(operator, device) for device in devices}
         report.operators[operator] = {device: "native" if native else "reference" for device, native in taken.items()}
 
@@ -152,11 +159,17 @@ def _examine_trajectory_reader(report: Report) -> None:
 
 
 def _missing_operators(reason: str) -> Problem:
-    remedy = "install a C++17 compiler (Debian, Ubuntu: apt install g++), then `pip install -e .` or `pip install .` again"
-    if "PYARD_NATIVE=0" in reason:
-        remedy = "unset PYARD_NATIVE and install pyard again"
-    elif "does not load" in reason:
-        remedy = "install pyard again, so that it is built with the torch that is installed now"
+    again = "`pip install -e .` or `pip install .` again"
+    remedies = {
+        "PYARD_NATIVE=0": "unset PYARD_NATIVE and install pyard again",
+        "does not load": "install pyard again, so that it is built with the torch that is installed now",
+        "older than pyard's sources": again,
+        "was not built": again,
+        "was not found": f"install what was not found, then {again}",
+        "must be auto": f"correct the variable, then {again}",
+    }
+    otherwise = f"install a C++17 compiler (Debian, Ubuntu: apt install g++), then {again}"
+    remedy = next((remedy for part, remedy in remedies.items() if part in reason), otherwise)
     return Problem(f"the native operators are missing, plain PyTorch runs in their place: {reason}", remedy)
 
 

@@ -13,6 +13,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a CUDA device; PYARD_REQUIRE_CUDA=1 makes its absence a failure")
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if os.environ.get("PYARD_NATIVE") == "1":
+        from pyard.ops.backend import library, missing_reason
+
+        if library is None:  # else all tests of the operators would be skipped, and nothing would be said
+            pytest.exit(f"PYARD_NATIVE=1, but {missing_reason}", returncode=1)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") is None or torch.cuda.is_available():
         return

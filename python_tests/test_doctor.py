@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 import pyard
 from pyard.doctor import Problem, as_text, doctor, examine
 from pyard.ops import native, self_test
-from pyard.ops.backend import OPERATORS, library
+from pyard.ops.backend import KERNELS, OPERATORS, library
 
 needs_native = pytest.mark.skipif(library is None, reason="the native operators are not built")
 
@@ -25,7 +27,7 @@ def test_a_good_installation_has_no_problems(capsys: pytest.CaptureFixture[str])
     assert report["problems"] == []
     assert report["versions"]["torch"] == torch.__version__
     assert report["versions"]["pyard"] == pyard.__version__
-    assert set(report["operators"]) == set(OPERATORS)
+    assert set(report["operators"]) == set(KERNELS)
     assert report["operators"]["modulated_layer_norm"]["cpu"] == "native"
     assert set(report["self_test"]) == set(OPERATORS)
     assert all(0 <= difference < self_test.TOLERANCE for difference in report["self_test"].values())
@@ -42,16 +44,35 @@ def test_the_text_names_versions_operators_and_remedies() -> None:
 
 
 @needs_native
-def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    true_twin = self_test.reference.modulated_layer_norm
-    monkeypatch.setattr(self_test.reference, "modulated_layer_norm", lambda *inputs: true_twin(*inputs) * (1 + 1e-6))
-    assert [problem.what.split()[0] for problem in examine().problems] == ["modulated_layer_norm"]
+@pytest.mark.parametrize("wrong", [lambda x: x * (1 + 1e-6), lambda x: x * x.new_tensor(float("nan"))], ids=["off", "nan"])
+@pytest.mark.parametrize("operator", ["modulated_layer_norm", "timestep_embedding", "block_attention"])
+def test_a_wrong_kernel_is_found(
+    operator: str, wrong: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if operator == "timestep_embedding" and wrong(torch.ones(())).isfinite():
+        pytest.skip("kernel and twin differ by as much in float32")
+    true_twin = getattr(self_test.reference, operator)
+    monkeypatch.setattr(self_test.reference, operator, lambda *inputs: wrong(true_twin(*inputs)))
+    assert [problem.what.split()[0] for problem in examine().problems] == [operator]
+
+
+@needs_native
+def test_a_gradient_that_is_nan_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    true_twin = self_test.reference.gated_residual
+
+    def twin(x: torch.Tensor, gate: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        branch.register_hook(lambda grad: grad * float("nan"))
+        return true_twin(x, gate, branch)
+
+    monkeypatch.setattr(self_test.reference, "gated_residual", twin)
+    assert math.isnan(self_test.self_test()["gated_residual"])
 
 
 @pytest.mark.parametrize(
     ("reason", "remedy"),
     [
         ("compiling the operators failed", "install a C++17 compiler"),
+        ("cmake was not found: pip install cmake", "install what was not found"),
         ("PYARD_NATIVE=0 was set when pyard was installed", "unset PYARD_NATIVE"),
     ],
 )

@@ -58,7 +58,9 @@ using Workspace = std::unique_ptr<void, Free>;
 
 Workspace new_workspace(int64_t bytes) {
   constexpr size_t alignment = 64;
-  return Workspace(std::aligned_alloc(alignment, (static_cast<size_t>(bytes) + alignment - 1) / alignment * alignment));
+  void* memory = std::aligned_alloc(alignment, (static_cast<size_t>(bytes) + alignment - 1) / alignment * alignment);
+  STD_TORCH_CHECK(memory != nullptr, "block_attention: no memory for a workspace of ", bytes, " bytes");
+  return Workspace(memory);
 }
 
 Mask mask_of(const std::string& name, const char* self) {

@@ -62,10 +62,19 @@ Gatherer::Gatherer(const StoreLayout& store, size_t num_threads)
     store_bytes_ += shards_.back()->size();
     count_ += samples;
   }
-  for (size_t i = 0; i < num_threads; ++i) threads_.emplace_back(&Gatherer::work, this);
+  try {
+    for (size_t i = 0; i < num_threads; ++i) threads_.emplace_back(&Gatherer::work, this);
+  } catch (const std::exception& error) {  // the system has no more of them: none may be left running
+    const size_t started = threads_.size();
+    stop();
+    throw InputError("only " + std::to_string(started) + " of " + std::to_string(num_threads) +
+                     " reader threads could be started (" + error.what() + "); ask for fewer: num_threads");
+  }
 }
 
-Gatherer::~Gatherer() {
+Gatherer::~Gatherer() { stop(); }
+
+void Gatherer::stop() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     stopping_ = true;

@@ -59,6 +59,7 @@ class Gatherer {
   void abandon(const std::shared_ptr<Batch>& batch);  // until no thread writes to it any more
 
  private:
+  void stop();
   void work();
   void copy_row(const Batch& batch, size_t row);
   void bound_memory(uint64_t bytes);

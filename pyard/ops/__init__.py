@@ -248,7 +248,7 @@ def block_attention(
         from pyard.ops import flex  # its import costs what few need
 
         return flex.block_attention(q, k, v, T, mask, window, bias)
-    return reference.block_attention(q, k, v, T, mask, window, bias)
+    return reference.block_attention(q, k, v, T, mask, window, bias).to(q.dtype)  # autocast narrows it
 
 
 def gather_trajectories(

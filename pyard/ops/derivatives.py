@@ -39,6 +39,7 @@ def register() -> None:
     register_fake(fused, lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)))
     register_autograd(fused, _fused_backward, setup_context=_save_for_fused_backward)
     register_fake(f"{fused}_backward", _fused_backward_shapes)
+    _differentiate_as(f"{fused}_backward", reference.gated_residual_modulated_layer_norm_backward)
 
 
 def _differentiate_as(operator: str, twin: Callable[..., tuple[Tensor, ...]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 import warnings
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from pyard.errors import InputError
 from pyard.ops import derivatives
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -29,6 +31,7 @@ class NativeLibrary:
     instruction_sets: tuple[str, ...]  # that it was compiled for
     active_instruction_set: str  # that this processor gets
     cuda_architectures: tuple[str, ...]  # empty: no CUDA kernels were compiled
+    cuda_note: str  # `built`, or why there are none
 
 
 def load() -> tuple[NativeLibrary | None, str]:
@@ -36,8 +39,8 @@ def load() -> tuple[NativeLibrary | None, str]:
 
     Warns when it cannot be loaded, unless it was left out on purpose: everything works without, only slower.
     """
+    record = json.loads(BUILD_RECORD.read_text(encoding="utf-8")) if BUILD_RECORD.exists() else {}
     if not LIBRARY.exists():
-        record = json.loads(BUILD_RECORD.read_text(encoding="utf-8")) if BUILD_RECORD.exists() else {}
         reason = str(record.get("reason", f"{LIBRARY.name} was not built; install pyard with `pip install -e .`"))
         if "PYARD_NATIVE=0" not in reason:
             _warn(reason)
@@ -54,7 +57,7 @@ def load() -> tuple[NativeLibrary | None, str]:
         reason = f"{LIBRARY.name} is older than pyard's sources, run `pip install -e .` again: {error}"
         _warn(reason)
         return None, reason
-    return _describe(), ""
+    return _describe(str(record.get("cuda", "not recorded"))), ""
 
 
 def _warn(reason: str) -> None:
@@ -65,7 +68,7 @@ def _warn(reason: str) -> None:
     )
 
 
-def _describe() -> NativeLibrary:
+def _describe(cuda_note: str) -> NativeLibrary:
     handle = ctypes.CDLL(str(LIBRARY))
 
     def text(function: str) -> str:
@@ -73,11 +76,16 @@ def _describe() -> NativeLibrary:
         ask.restype = ctypes.c_char_p
         return str(ask().decode())
 
+    instruction_sets = tuple(text("pyard_built_instruction_sets").split())
+    wish = os.environ.get("PYARD_CPU_ISA", instruction_sets[0])
+    if wish not in instruction_sets:
+        raise InputError(f"PYARD_CPU_ISA is {wish!r}, expected one of {', '.join(instruction_sets)}")
     return NativeLibrary(
         path=LIBRARY,
         built_with_torch=text("pyard_built_with_torch"),
         compiler=text("pyard_compiler"),
-        instruction_sets=tuple(text("pyard_built_instruction_sets").split()),
+        instruction_sets=instruction_sets,
         active_instruction_set=text("pyard_active_instruction_set"),
         cuda_architectures=tuple(text("pyard_built_cuda_architectures").split()),
+        cuda_note=cuda_note,
     )

@@ -58,6 +58,21 @@ def gated_residual_backward(
     return (grad * branch).sum(2), grad * gate[:, :, None]
 
 
+def gated_residual_modulated_layer_norm_backward(
+    grad_residual: Tensor,  # [B, S, T, D]
+    grad_normal: Tensor,  # [B, S, T, D]
+    residual: Tensor,  # [B, S, T, D]
+    gate: Tensor,  # [B, S, D]
+    branch: Tensor,  # [B, S, T, D]
+    scale: Tensor,  # [B, S, D]
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # [B, S, T, D], [B, S, D], [B, S, T, D], [B, S, D], [B, S, D]
+    """The gradients of x, gate, branch, shift and scale."""
+    through_norm, dshift, dscale = modulated_layer_norm_backward(grad_normal, residual, scale, eps)
+    dx = grad_residual + through_norm
+    return dx, *gated_residual_backward(dx, gate, branch), dshift, dscale
+
+
 def gelu_tanh(
     x: Tensor,  # [..., D]
     bias: Tensor,  # [D]
@@ -110,7 +125,8 @@ def block_attention(
 ) -> Tensor:  # [B, H, Sq * T, Dh]
     T, head_dim = tokens_per_step, q.shape[-1]
     query_steps, key_steps = q.shape[2] // T, k.shape[2] // T
-    if key_steps == 1:
+    learns_bias = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    if key_steps == 1 and not learns_bias:  # else the bias gets its gradient, zeros
         return F.scaled_dot_product_attention(q, k, v)
     out = []
     for index in range(query_steps):
@@ -149,6 +165,8 @@ def _with_bias_channel(
     """
     B, H, K, head_dim = k.shape
     earlier = torch.arange(K, device=k.device) < K - T  # [K]
-    channel = (bias * math.sqrt(head_dim)).to(k.dtype)[:, None] * earlier.to(k.dtype)  # [H, K]
+    # Finite and far from overflow: the bias that switches a history off may be -inf.
+    channel = (bias * math.sqrt(head_dim)).to(k.dtype).clamp(min=torch.finfo(k.dtype).min / 2)
+    channel = torch.where(earlier, channel[:, None], 0.0)  # [H, K]
     k = torch.cat([k, channel[None, :, :, None].expand(B, H, K, 1)], dim=-1)
     return F.pad(q, (0, 1), value=1.0), k, F.pad(v, (0, 1))

@@ -65,6 +65,12 @@ def test_native_refuses_what_it_has_no_kernel_for() -> None:
         modulated_layer_norm(x, per_step, per_step)
 
 
+@needs_native
+def test_an_unknown_instruction_set_is_named() -> None:
+    refused = run_python("import pyard.ops", PYARD_CPU_ISA="sse9")
+    assert "PYARD_CPU_ISA is 'sse9', expected one of baseline" in refused.stderr
+
+
 def test_without_the_library_everything_works_and_is_said_once(tmp_path: Path) -> None:
     package = tmp_path / "pyard"
     shutil.copytree(native.PACKAGE, package, ignore=shutil.ignore_patterns("libpyard_ops.*", "__pycache__"))

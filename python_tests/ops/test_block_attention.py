@@ -51,15 +51,31 @@ def test_matches_dense_attention(query_steps: int, key_steps: int, mask: str, wi
     inputs = sample_inputs(query_steps, key_steps, T=3, head_dim=8)
     window = 2 if mask == "window" else None
     bias = torch.tensor([0.7, -1.3, 2.1], dtype=torch.float64, requires_grad=True) if with_bias else None
-    leaves = (*inputs, bias) if bias is not None and mask != "diagonal" and key_steps > 1 else inputs
+    leaves = inputs if bias is None else (*inputs, bias)  # one block, or the diagonal: zeros
     with use_backend(backend):
         ours = block_attention(*inputs, 3, mask, window, bias)
     exact = closed_form(*inputs, 3, mask, window, bias)
     torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-12)
     grad = torch.randn_like(ours)
     torch.testing.assert_close(
-        torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(exact, leaves, grad), rtol=1e-9, atol=1e-11
+        torch.autograd.grad(ours, leaves, grad),
+        torch.autograd.grad(exact, leaves, grad, materialize_grads=True),
+        rtol=1e-9,
+        atol=1e-11,
     )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("off", [-math.inf, -3e4])
+def test_a_bias_may_switch_the_history_off(off: float, dtype: torch.dtype, backend: Backend) -> None:
+    q, k, v = (tensor.to(dtype) for tensor in sample_inputs(3, 3, T=70, head_dim=64))
+    bias = torch.full((3,), off, requires_grad=True)
+    with use_backend(backend):
+        out = block_attention(q, k, v, 70, bias=bias)
+        alone = block_attention(q, k, v, 70, "diagonal")
+    torch.testing.assert_close(out, alone, rtol=1e-2, atol=2e-3)
+    assert torch.equal(torch.autograd.grad(out.sum(), bias)[0], torch.zeros(3))
 
 
 @pytest.mark.parametrize("head_dim", [8, 72])
@@ -122,7 +138,7 @@ def test_large_steps_are_as_exact_as_plain_pytorch(size: tuple[int, int, int, in
 @pytest.mark.parametrize("key_steps", range(1, 9))
 def test_every_mask_and_number_of_steps(mask: str, key_steps: int) -> None:
     bias = torch.randn(2, requires_grad=True)
-    check_against_float64((key_steps, key_steps, 5, 8), torch.float32, mask, bias if key_steps > 1 else None)
+    check_against_float64((key_steps, key_steps, 5, 8), torch.float32, mask, bias)
     check_against_float64((1, key_steps, 5, 8), torch.bfloat16, mask)
 
 
@@ -140,10 +156,11 @@ def test_logits_of_any_size_are_finite() -> None:
 def test_bits_depend_on_neither_threads_nor_addresses() -> None:
     B, H, S, T, head_dim = 2, 3, 3, 40, 24
     q, k, v, grad = torch.randn(4, B, H, S * T, head_dim).unbind(0)
+    bias = torch.randn(H)
 
     def run() -> tuple[Tensor, ...]:
-        leaves = [tensor.requires_grad_() for tensor in moved((q, k, v))]
-        out = block_attention(leaves[0], leaves[1], leaves[2], T)
+        leaves = [tensor.requires_grad_() for tensor in moved((q, k, v, bias))]
+        out = block_attention(leaves[0], leaves[1], leaves[2], T, bias=leaves[3])
         return out, *torch.autograd.grad(out, leaves, moved((grad,))[0])
 
     def moved(tensors: tuple[Tensor, ...]) -> list[Tensor]:

@@ -1,0 +1,86 @@
+"""What people install: the source archive, the wheel built from it, and the wheel of a machine without a compiler."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (ROOT / "build_backend").exists(), reason="no source tree"),
+    pytest.mark.skipif(sys.platform != "linux", reason="names libraries as Linux does"),
+]
+
+
+def build(hook: str, source: Path, out: Path, **environment: str) -> Path:
+    """Call a PEP 517 hook of pyard's build backend, as pip does in `source`; returns the file that it made in `out`."""
+    code = f"import pyard_backend; print(pyard_backend.{hook}({str(out)!r}))"
+    variables = {**os.environ, "PYTHONPATH": str(source / "build_backend"), "PYARD_CUDA": "0", **environment}
+    variables.pop("PYARD_NATIVE", None)
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=source, env=variables, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    return out / finished.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source archive, made from this tree and unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    with tarfile.open(build("build_sdist", ROOT, folder)) as archive:
+        archive.extractall(folder, filter="data")
+    (source,) = (path for path in folder.iterdir() if path.is_dir())
+    return source
+
+
+def test_the_archive_has_what_a_build_and_a_reader_need(unpacked: Path) -> None:
+    tracked = [ROOT / name for name in ("Makefile", "setup.py", "CMakeLists.txt", "constraints.txt", "README.md", "LICENSE")]
+    for folder in ("csrc", "cmake", "build_backend", "docs", "recipes", "examples", "pyard"):
+        tracked += [path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    expected = {path.relative_to(ROOT) for path in tracked if path.suffix not in (".so", ".dylib")}
+    found = {path.relative_to(unpacked) for path in unpacked.rglob("*") if path.is_file()}
+    assert expected - found - {Path("pyard/_build.json")} == set()
+
+
+def test_a_wheel_of_the_archive_has_the_native_parts(unpacked: Path, tmp_path: Path) -> None:
+    wheel = zipfile.ZipFile(build("build_wheel", unpacked, tmp_path))
+    names = set(wheel.namelist())
+    assert {"pyard/libpyard_ops.so", "pyard/_build.json", "pyard/py.typed", "pyard/__main__.py"} <= names
+    assert [name for name in names if name.startswith("pyard/_trajectory.")]
+    assert not [name for name in names if name.startswith(("python_tests", "benchmarks"))]
+    wheel.extractall(tmp_path / "installed")
+    code = "from pyard.ops.backend import library; print(library.path)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    printed = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert Path(printed.strip()) == tmp_path / "installed/pyard/libpyard_ops.so"
+
+
+def test_without_a_compiler_the_wheel_is_plain_and_says_why(unpacked: Path, tmp_path: Path) -> None:
+    wheel = zipfile.ZipFile(build("build_wheel", unpacked, tmp_path, CXX="/bin/false"))
+    assert not [name for name in wheel.namelist() if name.endswith(".so")]
+    record = json.loads(wheel.read("pyard/_build.json"))
+    assert not record["built"]
+    assert "a C++17 compiler is needed" in record["reason"]
+
+
+@pytest.mark.parametrize("variable", ["PYARD_CUDA", "PYARD_NATIVE"])
+def test_a_mistyped_variable_is_an_error(variable: str, unpacked: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(unpacked / "build_backend"), variable: "yes"}
+    code = f"import pyard_backend; pyard_backend.build_wheel({str(tmp_path)!r})"
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=unpacked, env=environment, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode != 0
+    assert f"{variable} must be auto, 0 or 1, not 'yes'" in finished.stderr
