@@ -113,16 +113,42 @@ def wait(processes: list[ForkServerProcess], seconds: float = 300) -> list[int |
     return [process.exitcode for process in processes]
 
 
-def signal_at(processes: list[ForkServerProcess], log: Path, step: int, number: int = signal.SIGKILL) -> int:
-    """Send all of them a signal as soon as the log has a step; returns the last step logged, or -1 if the run had ended."""
+def file_of(log: Path) -> int | None:
+    """Which file a log is: a run that resumes begins another one of the same name."""
+    return log.stat().st_ino if log.exists() else None
+
+
+def signal_at(
+    processes: list[ForkServerProcess],
+    log: Path,
+    step: int,
+    number: int = signal.SIGKILL,
+    *,
+    before: int | None = None,
+    pause: float = 0.0,
+) -> int:
+    """Send all of them a signal some time after they have logged a step.
+
+    Args:
+        processes: of a run.
+        log: of the run.
+        step: in the lines that these processes write.
+        number: of the signal.
+        before: `file_of` the log before they were started; its lines are of earlier processes.
+        pause: seconds from the step to the signal.
+
+    Returns:
+        The last step logged before the signal, or -1 if the run had ended.
+    """
     deadline = time.monotonic() + 300
     while all(process.is_alive() for process in processes):
-        lines = read_log(log)
+        lines = read_log(log) if file_of(log) != before else []
         if lines and lines[-1]["step"] >= step:
+            time.sleep(pause)
             for process in processes:
                 assert process.pid is not None
                 os.kill(process.pid, number)
-            return lines[-1]["step"]
+            return read_log(log)[-1]["step"]
         assert time.monotonic() < deadline
         time.sleep(0.002)
     return -1
@@ -140,21 +166,27 @@ def small_disk(path: Path, size: str) -> Iterator[None]:
 
 
 def kill_and_resume(folder: Path, world: int, kills: int, seed: int, settings: dict[str, Any]) -> list[dict[str, int]]:
-    """Kill the run `killed` at random moments until it has been killed so often; then let it end."""
+    """Kill the run `killed` at random moments until it has been killed so often; then let it end.
+
+    A moment is some time after a step that this life of the run has done, up to as long as an update and a checkpoint take: in
+    an update, while a checkpoint is written, or while an old one is removed.
+    """
     choose, done = random.Random(seed), []
     steps = settings["max_steps"]
     log = folder / "killed" / "log.jsonl"
     while len(done) < kills:
         before = max(Checkpoints(folder / "killed" / "checkpoints").steps(), default=0)
         assert before < steps - settings["save_every"], f"{len(done)} kills, nearly at the end: raise max_steps"
+        last = file_of(log)
         processes = start(folder, "killed", world, **settings)
-        at = choose.randint(before, min(before + 2 * settings["save_every"], steps - 1))
-        time.sleep(choose.random() * 0.01)
-        killed = signal_at(processes, log, at)
+        at = choose.randint(before + 1, min(before + 2 * settings["save_every"], steps - 1))
+        killed = signal_at(processes, log, at, before=last, pause=choose.random() * 0.05)
         codes = wait(processes)
-        if killed >= 0:
-            assert set(codes) == {-signal.SIGKILL}
+        if set(codes) == {-signal.SIGKILL}:
+            assert killed >= at > before
             done.append({"resumed_from": before, "killed_after_step": killed, "asked_step": at})
+        else:
+            assert set(codes) <= {0, -signal.SIGKILL}, codes  # it was faster
     assert set(wait(start(folder, "killed", world, **settings))) == {0}
     return done
 

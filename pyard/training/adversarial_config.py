@@ -9,8 +9,8 @@ from typing import Any
 
 from pyard.errors import InputError
 
-# For the built-in digits, 16 tokens: narrow discriminators with short kernels, no thousands of updates of warm-up, and a weight
-# that leaves the regression most of its say. `docs/quality.md` has what else was tried, and what came of it.
+# For the built-in digits, 16 tokens: narrow discriminators with short kernels, no thousands of updates of warm-up, and feature
+# matching, which gains most there. `docs/quality.md` has what else was tried, and what came of it.
 DIGITS_DISCRIMINATORS: dict[str, Any] = {
     "real": "digits", "width": 32, "kernel_size": 3, "weight": 3.0, "feature_matching": 30.0, "warmup_steps": 100,
 }  # fmt: skip

@@ -231,6 +231,10 @@ class TrainConfig:
                 f"training: stage is {self.stage!r} and student is {self.student!r}; the adversarial stage, and no other, "
                 "starts from a student"
             )
+        if self.stage == "regression" and self.adversarial != AdversarialConfig():
+            raise InputError(
+                "training: adversarial has settings, but stage is 'regression'; expected 'adversarial' and a student"
+            )
         if self.stage == "adversarial" and (self.gradient_accumulation > 1 or self.rollout_probability):
             raise InputError(
                 "training: the adversarial stage knows neither gradient_accumulation, for its weight is that of a whole batch "
@@ -255,6 +259,8 @@ class TrainConfig:
                 near = difflib.get_close_matches(name, known, 1)
                 raise InputError(f"training: no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         adversarial = settings.get("adversarial")
+        if adversarial is not None:
+            settings = {"stage": "adversarial", **settings}
         if isinstance(adversarial, dict):
             settings = {**settings, "adversarial": AdversarialConfig.of(adversarial)}
         return cls(**settings)
@@ -311,12 +317,8 @@ class TrainConfig:
             settings["adversarial"].pop("real_cache")
         mine = {**settings, **inputs}
         mine = json.loads(json.dumps(mine))
-        file = self.out / IDENTITY_NAME
-        if file.exists():
-            try:
-                theirs = json.loads(file.read_text())
-            except ValueError as error:
-                raise InputError(f"{file} is not JSON ({error}); use another --out") from None
+        theirs = self.begun()
+        if theirs is not None:
             differing = [
                 f"{key}: {theirs.get(key)!r} there, {mine.get(key)!r} now"
                 for key in sorted({*mine, *theirs})
@@ -328,4 +330,14 @@ class TrainConfig:
                 )
         self.out.mkdir(parents=True, exist_ok=True)
         write_text(self.out / SETTINGS_NAME, self.to_yaml())
-        write_text(file, json.dumps(mine, indent=2) + "\n")
+        write_text(self.out / IDENTITY_NAME, json.dumps(mine, indent=2) + "\n")
+
+    def begun(self) -> dict[str, Any] | None:
+        """What the run in `out` was begun with: its settings and inputs; None if there is none."""
+        file = self.out / IDENTITY_NAME
+        if not file.exists():
+            return None
+        try:
+            return dict(json.loads(file.read_text()))
+        except ValueError as error:
+            raise InputError(f"{file} is not JSON ({error}); use another --out") from None

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyard.errors import InputError
+from pyard.models.dit import DiT
 from pyard.models.lora import add_lora, merge_lora
 from pyard.models.student import Student
 from pyard.teachers import load_teacher
 from pyard.teachers.fingerprint import weights_digest
 from pyard.training.config import TrainConfig
 from pyard.trajectories import TrajectoryReader, TrajectoryStore, generate_trajectories
+from pyard.trajectories.store import read_manifest
 
 if TYPE_CHECKING:
     from pyard.teachers.dit import DiTTeacher
@@ -32,8 +34,9 @@ def train(
     """Distil a teacher into a student of a few steps.
 
     Missing trajectories are generated first. A run that was stopped, however, resumes from its last checkpoint and ends with
-    the same weights as one that was not; SIGTERM or SIGUSR1 make it write a checkpoint and end with status 75. On several
-    processes (`torchrun -m pyard train ...`, `accelerate launch -m pyard train ...`) each update is shared among them.
+    the same weights as one that was not; SIGTERM or SIGUSR1 make it write a checkpoint, or leave what it prepares where it is,
+    and end with status 75. On several processes (`torchrun -m pyard train ...`, `accelerate launch -m pyard train ...`) each
+    update is shared among them.
 
     The folder `out` holds `student/` (averaged weights), `settings.yaml` (all settings: `pyard train --config` reads it),
     `log.jsonl`, `checkpoints/`, and, with `evaluate_every`, `exposure_bias.jsonl` and `tensorboard/`.
@@ -69,10 +72,10 @@ def train(
         }
         config = TrainConfig.of({**named, "out": Path(out), **settings})
     # Importing accelerate and diffusers takes seconds, which `pyard train --help` need not wait for.
-    from pyard.training.processes import Processes, own_random_state
+    from pyard.training.processes import Processes, ends_at_once, own_random_state
 
     processes = Processes(config.mixed_precision, config.parallel)
-    with own_random_state(processes.device):
+    with own_random_state(processes.device), ends_at_once():
         return _run(config, given_teacher, given_store, processes)
 
 
@@ -112,6 +115,17 @@ def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Proces
     if earlier is not None:
         config = config.like(earlier.config)
     config = config.resolved(teacher.network.config.depth)
+    if processes.sharded and type(teacher.network) is not DiT:
+        raise InputError(
+            f"training: parallel 'fsdp' and a teacher with a network of its own, {type(teacher.network).__name__}, whose "
+            "student cannot be put together from shards; use 'ddp'"
+        )
+    begun = config.begun()  # what it was begun with, before hours go into something else
+    if begun is not None and trajectories is None and begun["manifest"]["count"] != config.num_trajectories:
+        raise InputError(
+            f"{config.out} holds a run on {begun['manifest']['count']} trajectories, but num_trajectories is "
+            f"{config.num_trajectories}; use another --out, or remove it"
+        )
     home = teacher.device
     teacher.to(processes.device)
     store = _open_store(teacher, trajectories, config)  # each process writes its part of a new one, and waits for the others
@@ -120,7 +134,9 @@ def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Proces
     student = _student(teacher, store, config, earlier).to(processes.device)
     if config.lora_rank is not None:
         add_lora(student, config.lora_rank)
-    inputs = {"teacher_fingerprint": teacher.fingerprint, "manifest": {**store.manifest.to_json(), "count": store.count}}
+    # A store that has grown since the run began is read as far as it went then.
+    count = store.count if begun is None else min(store.count, begun["manifest"]["count"])
+    inputs = {"teacher_fingerprint": teacher.fingerprint, "manifest": {**store.manifest.to_json(), "count": count}}
     stage: Regression
     if config.stage == "adversarial":
         data = RealData.load(_real_source(config, student, teacher, processes), student.sample_shape, student.num_classes)
@@ -135,6 +151,7 @@ def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Proces
         seed=config.seed,
         rank=processes.rank,
         world_size=processes.world,
+        count=count,
     )
     if config.stage == "adversarial":
         real = RealReader(
@@ -162,7 +179,7 @@ def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Proces
     for i, decay in enumerate(config.ema_decays):
         name = "student" if i == 0 else f"student-ema-{decay:g}"
         merge_lora(averages[i])
-        result = whole_student(averages[i], student.config, processes) if processes.sharded else averages[i]
+        result = whole_student(averages[i], processes) if processes.sharded else averages[i]
         with processes.main_first():
             if processes.is_main and result is not None:
                 result.save_pretrained(config.out / name)
@@ -252,10 +269,11 @@ def _held_out(teacher: DiTTeacher, config: TrainConfig, store: TrajectoryStore, 
         return None
     if not processes.is_main:
         return TrajectoryStore.open(config.out / "held-out")
-    manifest = store.manifest
+    manifest, path = store.manifest, config.out / "held-out"
+    begun = read_manifest(path)  # more may be asked for now
     return generate_trajectories(
         teacher,
-        config.out / "held-out",
+        path,
         config.evaluation_trajectories,
         grid=manifest.grid,
         cfg_scale=manifest.cfg_scale,
@@ -265,7 +283,8 @@ def _held_out(teacher: DiTTeacher, config: TrainConfig, store: TrajectoryStore, 
         precision=manifest.precision,
         keep=config.target,
         seed=(manifest.seed + _HELD_OUT_SEED) % 2**64,
-        batch_size=min(manifest.batch_size, config.evaluation_trajectories),
+        labels=manifest.labels if isinstance(manifest.labels, str) else list(manifest.labels),
+        batch_size=begun.batch_size if begun else min(manifest.batch_size, config.evaluation_trajectories),
         part="1/1",  # rank 0 is alone here
         progress=False,
     )

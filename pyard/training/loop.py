@@ -38,7 +38,7 @@ def train_stage(
         reader: this process's batches.
         config: settings.
         processes: who trains.
-        watch: called after each logged update and each `evaluate_every`th, on every process.
+        watch: called after each update, on every process.
 
     Raises:
         InputError: updates that are not finite, out of memory, a checkpoint that cannot be read or written.

@@ -89,7 +89,8 @@ def update_memory(
         # Features of both samples in float32; a head keeps input, output and normalised output of each layer.
         kept += 4.0 * tokens * len(blocks) * (2 * network.hidden_size + adversarial.width * (5 + 4 * adversarial.depth))
     return Memory(
-        weights=states + (0 if sharded else cast),
+        # Of a block in shards, autograd keeps the cast weights until its backward pass, unless that computes it again.
+        weights=states + (0 if sharded and checkpointing else cast),
         averages=averages * states,
         optimizer=2 * states,
         gradients=states + (4 * parameters if world > 1 and not sharded else 0),

@@ -10,7 +10,7 @@ import hashlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from types import FrameType
@@ -29,9 +29,13 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Preempted(SystemExit):
-    """A signal asked a run to end; it has saved a checkpoint and ends the process with status 75."""
+    """A signal asked a run to end; what it had done is saved, and the process ends with status 75.
 
-    def __init__(self, step: int):
+    Args:
+        step: of the checkpoint that was written; None: training had not begun.
+    """
+
+    def __init__(self, step: int | None):
         super().__init__(PREEMPTED_STATUS)
         self.step = step
 
@@ -145,21 +149,37 @@ def own_random_state(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def preemption() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGUSR1 set while the block runs; without one where Python forbids handlers (threads)."""
+    """An event that SIGTERM and SIGUSR1 set while the block runs; never set where Python forbids handlers (threads)."""
     asked = threading.Event()
+    with _handling(lambda number, frame: asked.set()):
+        yield asked
+
+
+@contextmanager
+def ends_at_once() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 raise `Preempted` in the block: for work whose files survive a kill at any moment.
+
+    Whatever rank they reach ends alone; launchers then end the others, and clusters signal all.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Preempted(None)
+
+    with _handling(end):
+        yield
+
+
+@contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield
         return
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        asked.set()
-
-    earlier = {number: signal.signal(number, remember) for number in PREEMPTING}
+    earlier = {number: signal.signal(number, handler) for number in PREEMPTING}
     try:
-        yield asked
+        yield
     finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+        for number, before in earlier.items():
+            signal.signal(number, before)
 
 
 @contextmanager

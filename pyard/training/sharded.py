@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -32,8 +33,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from pyard.errors import InputError
+from pyard.models.latents import LatentCodec
 from pyard.models.lora import add_lora, merge_lora
 from pyard.models.student import Student, StudentConfig
+from pyard.training.config import SETTINGS_NAME
 from pyard.training.state import Checkpoints, Stateful
 
 if TYPE_CHECKING:
@@ -55,13 +58,14 @@ def shard(student: Student, processes: Processes) -> None:
         raise RuntimeError(f"parameters that fully_shard left whole: {plain}")
 
 
-def whole_student(student: nn.Module, config: StudentConfig, processes: Processes) -> Student | None:
+def whole_student(student: Student, processes: Processes) -> Student | None:
     """The student in one piece, on rank 0; None on the others. All processes must call it."""
     tensors = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if not processes.is_main:
         return None
-    whole = Student(config)
+    whole = Student(student.config)
     whole.load_state_dict(tensors)
+    whole.codec = student.codec
     return whole.eval()
 
 
@@ -143,6 +147,8 @@ def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str =
         step: updates done at the checkpoint; none: the newest.
         weights: `ema` for the averaged weights, `ema-DECAY` for a further average, `model` for the weights themselves.
 
+    A VAE beside the run's student or its teacher comes along.
+
     Returns:
         The student.
 
@@ -177,6 +183,8 @@ def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str =
             raise InputError(f"checkpoint {folder} cannot be read ({error}); choose another --step of {steps}") from error
     student.load_state_dict(tensors)
     merge_lora(student)
+    settings = yaml.safe_load((run / SETTINGS_NAME).read_text()) if (run / SETTINGS_NAME).exists() else {}
+    student.codec = LatentCodec.beside(run / "student", Path(settings.get("teacher") or run))
     student.save_pretrained(out)
     return student.eval()
 

@@ -87,6 +87,8 @@ class Checkpoints:
             for name, part in parts.items():
                 if isinstance(part, AveragedModel):
                     part.n_averaged.fill_(state["averaged"][name])
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             raise InputError(
                 f"checkpoint {folder} cannot be read ({error}); remove that folder to go on from the one before"
@@ -138,7 +140,8 @@ class Checkpoints:
                 module = part.module if isinstance(part, AveragedModel) else part
                 module.load_state_dict(load_file(folder / f"{name}.safetensors"))
             else:
-                part.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True))
+                # On the CPU first: the device it was saved from may be another, or another process's.
+                part.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True, map_location="cpu"))
 
 
 def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:

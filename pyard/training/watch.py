@@ -99,7 +99,8 @@ class Watcher:
     def __call__(self, step: int, measured: Measured) -> None:
         """Look at the run after an update."""
         last = step == self.config.max_steps
-        if self.trackers and (step % self.config.log_every == 0 or last):
+        # As in log.jsonl, without updates that were skipped.
+        if self.trackers and (step % self.config.log_every == 0 or last) and measured.finite():
             values = {"loss": float(measured.loss), "grad_norm": float(measured.grad_norm)}
             values |= {f"loss_step/{s}": value for s, value in enumerate(measured.per_step.tolist())}
             values |= {name: float(value) for name, value in measured.more.items()}

@@ -43,6 +43,7 @@ class TrajectoryReader:
         backend: `native` (threads, memory maps, batches gathered ahead), `python`, or `auto`: native if it was built.
         prefetch: batches that the native backend gathers ahead.
         num_threads: threads of the native backend; None: one for each processor, at most 8.
+        count: read the first so many trajectories of the store alone; None: all.
         resident: device on which to hold all trajectories, such as `cuda`; batches are made there. None: read from the disk.
 
     Raises:
@@ -63,6 +64,7 @@ class TrajectoryReader:
         backend: Backend = "auto",
         prefetch: int = 2,
         num_threads: int | None = None,
+        count: int | None = None,
         resident: torch.device | str | None = None,
     ):
         self.store = store if isinstance(store, TrajectoryStore) else TrajectoryStore.open(store)
@@ -85,10 +87,13 @@ class TrajectoryReader:
         self.batch_size, self.target, self.seed, self.rank, self.world_size = batch_size, target, seed, rank, world_size
         self.drop_last = drop_last
         # The store adds up its shards, of which there may be thousands.
-        self.count = self.store.count
+        stored = self.store.count
+        if count is not None and not 0 < count <= stored:
+            raise InputError(f"reader: count is {count}; expected 1 to {stored}, the trajectories of {self.store.path}")
+        self.count = stored if count is None else count
         if self.batches_per_epoch == 0:
             raise InputError(
-                f"trajectories {self.store.path}: {self.store.count} trajectories are fewer than one batch of "
+                f"trajectories {self.store.path}: {self.count} trajectories are fewer than one batch of "
                 f"{batch_size} on {world_size} ranks; use a smaller batch_size or generate more"
             )
         out = torch.float32 if dtype == "float32" else getattr(torch, self.store.manifest.dtype)

@@ -294,6 +294,15 @@ def test_one_process_and_two_see_the_same_losses(tmp_path):
     assert max((heads[0][key] - heads[1][key]).abs().max() for key in heads[0]) < 2e-3
 
 
+def test_settings_of_the_stage_ask_for_it(tmp_path):
+    config = TrainConfig.of(dict(teacher="digits", out=tmp_path, student="first", adversarial=dict(weight=2.0)))
+    assert config.stage == "adversarial"
+    with pytest.raises(InputError, match="stage is 'adversarial' and student is None"):
+        TrainConfig.of(dict(teacher="digits", out=tmp_path, adversarial=dict(weight=2.0)))
+    with pytest.raises(InputError, match="adversarial has settings, but stage is 'regression'"):
+        TrainConfig.of(dict(teacher="digits", out=tmp_path, stage="regression", adversarial=dict(weight=2.0)))
+
+
 def test_student_of_another_teacher_is_refused(tmp_path):
     teacher_and_store(tmp_path)
     settings = student_and_real_data(tmp_path)

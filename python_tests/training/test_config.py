@@ -4,12 +4,14 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import yaml
 from factories import tiny_teacher
 
 from pyard.__main__ import main
 from pyard.errors import InputError
 from pyard.noise_schedule import NoiseSchedule
 from pyard.training import TrainConfig, train
+from pyard.training.adversarial_config import DIGITS_DISCRIMINATORS
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -110,3 +112,8 @@ def test_what_is_left_open_is_decided(settings, expected):
     resolved = TrainConfig(teacher="digits", out=Path(), **settings).resolved(teacher_depth=4)
     assert (resolved.target, resolved.output, resolved.history_layers, resolved.history_bias) == expected
     assert resolved.resolved(teacher_depth=4) == resolved
+
+
+def test_the_recipe_of_the_adversarial_stage_has_the_digits_discriminators():
+    recipe = yaml.safe_load((ROOT / "recipes" / "digits-adversarial.yaml").read_text())
+    assert recipe["adversarial"] == DIGITS_DISCRIMINATORS

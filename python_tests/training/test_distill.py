@@ -78,6 +78,36 @@ def test_run_folder_of_other_settings_is_refused(store, tmp_path):
         run(tmp_path, "run", max_steps=2, learning_rate=1e-3)
 
 
+def test_another_number_of_trajectories_is_refused_before_any_is_generated(tmp_path):
+    settings = {**SETTINGS, "num_steps": 3, "teacher_steps": 6}
+    train(tiny_teacher(), out=tmp_path / "run", num_trajectories=16, max_steps=2, **settings)
+    with pytest.raises(InputError, match="a run on 16 trajectories, but num_trajectories is 48"):
+        train(tiny_teacher(), out=tmp_path / "run", num_trajectories=48, max_steps=2, **settings)
+    assert TrajectoryStore.open(tmp_path / "run" / "trajectories").count == 16
+    train(tiny_teacher(), out=tmp_path / "run", num_trajectories=16, max_steps=2, **settings)
+
+
+def test_a_run_goes_on_with_the_trajectories_that_it_began_with(store, tmp_path):
+    whole = run(tmp_path, "whole", max_steps=12)
+    with pytest.MonkeyPatch.context() as patch:
+        save = Checkpoints.save
+
+        def interrupted(self, step, *rest):
+            save(self, step, *rest)
+            if step == 8:
+                raise KeyboardInterrupt
+
+        patch.setattr(Checkpoints, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, "grown", max_steps=12)
+    more = generate_trajectories(
+        tiny_teacher(), tmp_path / "store", 80, num_steps=3, teacher_steps=6, batch_size=20, shard_size=20, progress=False
+    )
+    assert more.count == 80
+    ours, theirs = (load_file(out / "student" / "model.safetensors") for out in (run(tmp_path, "grown", max_steps=12), whole))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
 def test_store_of_another_teacher_or_grid_is_refused(store, tmp_path):
     with pytest.raises(InputError, match="made by teacher"):
         train(tiny_teacher(seed=3), store, out=tmp_path / "run", num_steps=3, max_steps=1, **SETTINGS)

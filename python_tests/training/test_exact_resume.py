@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,23 @@ def test_signals_write_a_checkpoint_and_end_with_a_code_of_their_own(folder, wor
     assert set(wait(start(folder, "killed", world, **settings))) == {0}
     assert set(wait(start(folder, "whole", world, **settings))) == {0}
     assert_same_run(folder / "whole", folder / "killed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_signals_while_trajectories_are_generated_end_with_that_code_too(folder, number):
+    settings = dict(store=None, num_trajectories=60_000, teacher_steps=6, max_steps=2)
+    processes = start(folder, "run", 1, **settings)
+    shards = folder / "run" / "trajectories" / "shards"
+    deadline = time.monotonic() + 120
+    while not list(shards.glob("*.safetensors")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(processes[0].pid, number)
+    assert set(wait(processes)) == {PREEMPTED_STATUS}
+    count = TrajectoryStore.open(folder / "run" / "trajectories").count
+    assert 0 < count < 60_000
+    assert set(wait(start(folder, "run", 1, **{**settings, "num_trajectories": count}))) == {0}
+    TrajectoryStore.open(folder / "run" / "trajectories").verify()
 
 
 def test_handlers_are_put_back(folder):

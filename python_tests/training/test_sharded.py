@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -24,9 +25,14 @@ from training_runs import (
     wait,
 )
 
+import pyard
 from pyard.__main__ import main
 from pyard.errors import InputError
+from pyard.models.dit import DiT
+from pyard.models.latents import LatentCodec
 from pyard.models.student import Student
+from pyard.teachers import load_teacher
+from pyard.teachers.dit import DiTTeacher
 from pyard.training.processes import PREEMPTED_STATUS
 from pyard.training.regression import Regression
 from pyard.training.sharded import consolidate
@@ -109,6 +115,43 @@ def assert_same_shards(a: Path, b: Path) -> None:
     leaves = [torch.utils._pytree.tree_leaves(state) for state in states]
     assert len(leaves[0]) == len(leaves[1]) > 100
     assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(*leaves, strict=True))
+
+
+def test_everything_that_saves_memory_together_is_equal_to_ddp(folder):
+    """Gradients through the rollout, blocks computed again, bfloat16: shards are gathered S times before one backward pass."""
+    changes = dict(rollout_probability=1.0, rollout_gradient="backprop", activation_checkpointing=True, mixed_precision="bf16")
+    settings = {**FSDP, **changes, "max_steps": 4}
+    assert set(wait(start(folder, "ddp", 2, **{**settings, "parallel": "ddp"}))) == {0}
+    assert set(wait(start(folder, "fsdp", 2, assert_in_shards, **settings))) == {0}
+    assert_near(folder / "ddp", folder / "fsdp", ["loss", "grad_norm"], 2e-2)
+
+
+def test_the_vae_comes_along(folder):
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=2)
+    teacher = load_teacher(folder / "teacher")
+    teacher.codec = LatentCodec(vae)
+    teacher.save_pretrained(folder / "latent" / "teacher")
+    (folder / "store").rename(folder / "latent" / "store")
+    assert set(wait(start(folder / "latent", "run", 2, parallel="fsdp", max_steps=2))) == {0}
+    assert pyard.sample(folder / "latent" / "run", [1]).shape == (1, 3, 8, 8)
+    consolidate(folder / "latent" / "run", folder / "whole")
+    assert pyard.sample(folder / "whole", [1]).shape == (1, 3, 8, 8)
+
+
+def test_a_network_of_ones_own_is_refused_before_it_is_trained(folder):
+    assert set(wait(start(folder, "run", 2, own_network, parallel="fsdp"))) == {1}
+    assert "a network of its own, OwnDiT" in (folder / "run.error-0").read_text()
+    assert not (folder / "run").exists()
+
+
+def own_network() -> None:
+    """In each process: teachers are read with a network that is no plain DiT."""
+
+    class OwnDiT(DiT):
+        pass
+
+    read = DiTTeacher.from_pretrained
+    DiTTeacher.from_pretrained = lambda path, **options: read(path, **{**options, "network": OwnDiT})  # type: ignore
 
 
 def test_killed_and_resumed_is_bitwise_the_same(folder):

@@ -4,6 +4,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from factories import tiny_student
@@ -11,11 +12,12 @@ from training_runs import teacher_and_store, train_in
 
 from pyard.errors import InputError
 from pyard.models.student import Student
+from pyard.teachers import load_teacher
 from pyard.training.loop import Meter
 from pyard.training.processes import Processes
 from pyard.training.state import read_log
 from pyard.training.watch import exposure_bias, in_order
-from pyard.trajectories import TrajectoryBatch, TrajectoryStore
+from pyard.trajectories import TrajectoryBatch, TrajectoryStore, generate_trajectories
 
 
 def test_exposure_bias_of_known_errors():
@@ -89,6 +91,21 @@ def test_tensorboard_gets_numbers_pictures_and_curves_once_each(tmp_path: Path):
     stores = [TrajectoryStore.open(folder) for folder in (run / "held-out", tmp_path / "store")]
     first = [store.tensors(store.shards[0])["noise"][0] for store in stores]
     assert (first[0] != first[1]).any()
+
+
+def test_held_out_trajectories_are_of_the_same_classes_and_may_become_more(tmp_path: Path):
+    teacher_and_store(tmp_path)
+    teacher = load_teacher(tmp_path / "teacher")
+    generate_trajectories(
+        teacher, tmp_path / "two", 40, num_steps=3, teacher_steps=6, labels=[1, 4], batch_size=20, progress=False
+    )
+    for count in (4, 12):
+        changes = dict(max_steps=count, evaluate_every=4, evaluation_trajectories=count)
+        run = train_in(tmp_path, f"run-{count}", store=tmp_path / "two", **changes)
+        held_out = TrajectoryStore.open(run / "held-out")
+        assert held_out.manifest.label_of(np.arange(4)).tolist() == [1, 4, 1, 4]
+    train_in(tmp_path, "run-4", store=tmp_path / "two", max_steps=4, evaluate_every=4, evaluation_trajectories=12)
+    assert TrajectoryStore.open(tmp_path / "run-4" / "held-out").count == 12
 
 
 def test_watching_does_not_change_the_run(tmp_path: Path):

@@ -197,3 +197,14 @@ def test_a_gathered_batch_owns_its_memory(store: TrajectoryStore) -> None:
     batch.target.zero_()
     again = reader.gather(np.array([3]))
     assert float(again.target.abs().min()) > 0
+
+
+@pytest.mark.parametrize("backend", ["native", "python"])
+def test_a_part_of_a_store_is_read_as_a_store_of_that_size(backend: Any, tmp_path: Path) -> None:
+    small, large = write(tmp_path / "small", 8), write(tmp_path / "large", 21)
+    part = TrajectoryReader(large, 3, target="state", seed=5, backend=backend, count=8)
+    for ours, theirs in zip(itertools.islice(part, 7), TrajectoryReader(small, 3, target="state", seed=5), strict=False):
+        assert torch.equal(ours.history, theirs.history)
+        assert torch.equal(ours.condition, theirs.condition)
+    with pytest.raises(InputError, match="count is 22; expected 1 to 21"):
+        TrajectoryReader(large, 3, target="state", count=22)
