@@ -52,7 +52,9 @@ COMMANDS = {
     ),
     "consolidate": Command("pyard.training.sharded", "consolidate", "make a student's folder of a checkpoint, sharded or not"),
     "sample": Command("pyard.sampling", "sample_to_file", "draw samples with a student"),
-    "describe": Command("pyard.description", "describe", "say what a student costs: parameters, FLOPs, cache, history"),
+    "describe": Command(
+        "pyard.description", "describe", "say what a student costs: parameters, FLOPs, cache, history", positional=("student",)
+    ),
     "evaluate": Command("pyard.evaluation", "evaluate", "measure a student against its teacher and real data"),
     "export": Command("pyard.export", "export", "write a student as one ONNX file and check it", bare=("--onnx",)),
     "bench onnx": Command("pyard.bench.onnx", "bench_onnx", "time students in PyTorch and onnxruntime"),

@@ -9,8 +9,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pyard.bench.quality import bench_quality
-from pyard.bench.quality.cell import open_workshop, run_cell, train_settings
+from pyard.bench.quality import bench_quality, chosen_cells
+from pyard.bench.quality.cell import open_workshop, run_cell, train_settings, valid_result
 from pyard.bench.quality.intervals import degradation_ratio
 from pyard.bench.quality.plan import (
     MAIN,
@@ -25,10 +25,11 @@ from pyard.bench.quality.plan import (
     full_plan,
     further_ways,
     longer,
-    longer_forced,
+    longer_still,
     one_factor_at_a_time,
     varied,
 )
+from pyard.bench.quality.report import history_changes
 from pyard.errors import InputError
 from pyard.training.config import TrainConfig
 
@@ -47,12 +48,13 @@ def test_the_main_table_has_every_corner_on_every_subject_and_seed():
     plan = full_plan(SUBJECTS["cpu"], 3)
     main = [cell for cell in plan.cells if cell.setting.factor == "main"]
     assert len(main) == 3 * 3 * 6 == len({cell.name for cell in main})
+    assert plan.cells[: len(main)] == tuple(main)
     corners = {(s.train["target"], s.train["output"], s.layers) for s in MAIN}
     assert corners == {(*pair, n) for pair in (("denoised", "direct"), ("state", "jump")) for n in ("0", "L/4", "L")}
 
 
 def test_names_tell_settings_apart_and_every_setting_is_one_of_train(tmp_path, workshop):
-    settings = [*MAIN, *contenders(), *longer(), *longer_forced(), *further_ways(), *one_factor_at_a_time()]
+    settings = [*MAIN, *contenders(), *longer(), *longer_still(), *further_ways(), *one_factor_at_a_time()]
     assert max(Counter(setting.name for setting in settings).values()) == 1
     assert max(Counter(setting.title for setting in settings).values()) == 1
     for setting in settings:
@@ -127,6 +129,53 @@ def test_the_degradation_ratio_of_known_gaussians():
     assert swapped.value == pytest.approx(1 / ratio.value)
 
 
+def test_a_history_is_compared_with_the_student_without_one_of_the_same_seed():
+    plan = full_plan(SUBJECTS["cpu"], 3)
+    settings = {cell.setting.name: cell.setting for cell in plan.cells}
+    errors = {"N0": (2.0, 4.0, 8.0), "N-all": (3.0, 5.0, 8.8), "N0-rollout": (1.0,), "N-all-anchor-rollout": (1.5,)}
+    rows = [
+        {"subject": "digits", "setting": f"state-jump-{name}", "seed": seed, "endpoint_mse": value}
+        for name, values in errors.items()
+        for seed, value in enumerate(values)
+    ]
+
+    def changes(name):
+        return history_changes(plan, rows, "digits", settings[name])
+
+    assert changes("state-jump-N-all") == pytest.approx([0.5, 0.25, 0.1])
+    assert changes("state-jump-N-all-anchor-rollout") == pytest.approx([0.5])
+    assert changes("state-jump-N0") == changes("state-jump-N-quarter") == changes("denoised-direct-N-all") == []
+    # Nearly every student with a history has one to compare with.
+    plain = [setting.but_for_its_history for setting in settings.values() if setting.layers == "0"]
+    alone = {s.name for s in settings.values() if s.layers != "0" and s.but_for_its_history not in plain}
+    assert alone == {
+        *(f"denoised-direct-N-all-{more}" for more in ("gan", "further", "shared", "lr0.0005", "lr0.002", "long")),
+        *(f"state-jump-N-all-{more}" for more in ("gan", "shared")),
+    }
+
+
+def test_settings_are_chosen_by_name_with_those_they_go_on_from():
+    plan = full_plan(SUBJECTS["cpu"], 1)
+    assert {cell.setting.name for cell in chosen_cells(plan, "denoised-direct-N-all")} == {"denoised-direct-N-all"}
+    assert {cell.setting.name for cell in chosen_cells(plan, "*-further")} == {
+        "denoised-direct-N-all", "denoised-direct-N-all-further",
+    }  # fmt: skip
+    assert len(chosen_cells(plan, None)) == len(plan.cells)
+    with pytest.raises(InputError, match="no setting is called 'gan'; there are denoised-direct-N0, "):
+        chosen_cells(plan, "gan")
+
+
+def test_results_of_another_teacher_or_budget_are_not_reported(workshop):
+    cell = Cell("mixture-2d", corner(STRONG, "0"), 0)
+    assert valid_result(workshop, cell) is None
+    made = run_cell(workshop, cell)
+    assert valid_result(workshop, cell) == made
+    assert valid_result(dataclasses.replace(workshop, budget=dataclasses.replace(BUDGET, samples=41)), cell) is None
+    more = dataclasses.replace(workshop, budget=dataclasses.replace(BUDGET, samples=50))
+    assert len(more.teacher_samples()["ends"]) == 50  # not those that were there
+    assert len(workshop.teacher_samples()["ends"]) == 40
+
+
 def test_unknown_subjects_are_named():
     with pytest.raises(InputError, match="unknown subject 'cats'; expected some of digits"):
         bench_quality(subjects=["cats"])
@@ -134,8 +183,13 @@ def test_unknown_subjects_are_named():
 
 @pytest.mark.slow
 def test_the_quick_benchmark_runs_reports_and_resumes(tmp_path, capsys):
-    for _ in range(2):
-        bench_quality(tmp_path / "runs", results=tmp_path, quick=True, progress=False)
+    bench_quality(tmp_path / "runs", results=tmp_path, quick=True, progress=False)
+    written = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.suffix in (".json", ".safetensors")
+    }
+    assert len(written) > 20
+    bench_quality(tmp_path / "runs", results=tmp_path, quick=True, progress=False)
+    assert {path: path.stat().st_mtime_ns for path in written} == written  # nothing was made again
     report = (tmp_path / "quality-quick.md").read_text()
     assert report.count("| x̂0 targets, direct, N = L") == 2  # the main table, and the adversarial stage
     assert "Degradation ratio" in report
@@ -143,3 +197,5 @@ def test_the_quick_benchmark_runs_reports_and_resumes(tmp_path, capsys):
         assert (tmp_path / f"quality-quick-{kind}.png").stat().st_size > 1000
     record = json.loads((tmp_path / "quality-quick.json").read_text())
     assert len(record["cells"]) == 6
+    flops = {row["setting"]: row["training_flops"] for row in record["cells"]}
+    assert flops["denoised-direct-N-all-gan"] > 2 * flops["denoised-direct-N-all"]  # the discriminators are counted

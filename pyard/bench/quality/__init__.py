@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,17 @@ from pyard.errors import InputError
 from pyard.training.processes import PREEMPTED_STATUS, Preempted
 from pyard.training.state import read_log
 
+_SEEDS = 3
+
 
 def bench_quality(
     out: Path = Path("runs/quality"),
     *,
-    results: Path = Path("benchmarks/results"),
+    results: Path | None = None,
     quick: bool = False,
     scale: Scale = "cpu",
     subjects: list[str] | None = None,
-    seeds: int = 3,
+    seeds: int = _SEEDS,
     only: str | None = None,
     workers: int | None = None,
     fresh: bool = False,
@@ -52,12 +55,14 @@ def bench_quality(
 
     Args:
         out: folder of teachers, trajectories and students.
-        results: folder of `quality-SCALE.json`, the tables `quality-SCALE.md` and the figures.
+        results: folder of `quality-SCALE.json`, the tables `quality-SCALE.md` and the figures; none: `benchmarks/results` for
+            the whole benchmark, else `out`.
         quick: a minute's run with next to no training: it shows that everything works, and nothing else.
         scale: cpu | gpu.
         subjects: of digits, mixture-2d, mixture-16 (cpu), scenes (gpu); the first has the one-factor tables. none: all.
         seeds: of the main table.
-        only: train only settings whose names contain this word; the report has what is there.
+        only: train only settings of this name, `*` standing for anything (`state-jump-*`), and those that they go on from; the
+            report has what is there.
         workers: processes; none: one a core, or one a GPU.
         fresh: remove the results of earlier runs first.
         progress: show a progress bar.
@@ -78,7 +83,10 @@ def bench_quality(
             shutil.rmtree(out / subject, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     plan = quick_plan(subjects) if quick else full_plan(subjects, seeds)
-    cells = [cell for cell in plan.cells if only is None or only in cell.setting.name]
+    cells = chosen_cells(plan, only)
+    if results is None:
+        whole = not quick and only is None and subjects == list(SUBJECTS[scale]) and seeds == _SEEDS
+        results = Path("benchmarks/results") if whole else out
     gpus = torch.cuda.device_count()
     failures = _train_all(plan, cells, out, quick, workers or gpus or cores(), gpus, progress)
     with one_thread():  # as the students were measured: the classifiers that features come from are trained on the spot
@@ -87,10 +95,27 @@ def bench_quality(
         raise InputError(f"bench quality: {len(failures)} students failed: " + "; ".join(failures))
 
 
+def chosen_cells(plan: Plan, only: str | None) -> list[Cell]:
+    """The cells of settings whose names match, and those that they go on from; None: all.
+
+    Raises:
+        InputError: no setting matches.
+    """
+    if only is None:
+        return list(plan.cells)
+    names = {cell.name for cell in plan.cells if fnmatchcase(cell.setting.name, only)}
+    if not names:
+        settings = ", ".join(dict.fromkeys(cell.setting.name for cell in plan.cells))
+        raise InputError(f"bench quality: no setting is called {only!r}; there are {settings}")
+    names |= {base for cell in plan.cells if cell.name in names and (base := _base(cell)) is not None}
+    return [cell for cell in plan.cells if cell.name in names]
+
+
 def _train_all(plan: Plan, cells: list[Cell], out: Path, quick: bool, workers: int, gpus: int, progress: bool) -> list[str]:
     """Make all cells, each after the one it goes on from; returns the messages of those that failed."""
     failures: list[str] = []
     names = {cell.name for cell in cells}
+    order = {cell.name: place for place, cell in enumerate(cells)}
     with (
         _pool(workers, gpus) as pool,
         tqdm(total=sum(_updates(plan, cell) for cell in cells), desc="students", unit="update", disable=not progress) as bar,
@@ -100,6 +125,7 @@ def _train_all(plan: Plan, cells: list[Cell], out: Path, quick: bool, workers: i
             pool.submit(_prepare, subject, budget, out, quick): subject for subject, budget in plan.budgets.items()
         }
         waiting = {cell.name: base if (base := _base(cell)) in names else cell.subject for cell in cells}
+        ready: list[Cell] = []
         while pending:
             done, _ = wait(pending, timeout=2.0, return_when=FIRST_COMPLETED)
             for future in done:
@@ -108,12 +134,14 @@ def _train_all(plan: Plan, cells: list[Cell], out: Path, quick: bool, workers: i
                 if error is not None:
                     failures.append(f"{name}: {error}")
                     bar.write("".join(traceback.format_exception(error)))
-                ready = [cell for cell in cells if waiting.get(cell.name) == name]
-                for cell in ready:
-                    if error is None:
-                        del waiting[cell.name]
-                        budget = plan.budgets[cell.subject]
-                        pending[pool.submit(_make, budget, cell, out, quick)] = cell.name
+                if error is None:
+                    ready += [cell for cell in cells if waiting.get(cell.name) == name]
+            # In the plan's order, whatever became ready first: only as many as there are workers.
+            ready.sort(key=lambda cell: order[cell.name])
+            while ready and len(pending) < workers:
+                cell = ready.pop(0)
+                del waiting[cell.name]
+                pending[pool.submit(_make, plan.budgets[cell.subject], cell, out, quick)] = cell.name
             bar.update(sum(_updates_done(plan, cell, out) for cell in cells) - bar.n)
     return failures + [f"{name}: not tried, {base} failed" for name, base in waiting.items()]
 

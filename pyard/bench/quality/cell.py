@@ -21,17 +21,17 @@ from filelock import FileLock
 
 from pyard.bench.quality.plan import Budget, Cell
 from pyard.bench.quality.subjects import TEACHER_STEPS, Subject, load_subject
+from pyard.estimate import stage_flops
 from pyard.evaluation.evaluate_students import DEFAULT_SEED
 from pyard.evaluation.features import Classifier
 from pyard.evaluation.frechet import GaussianStatistics, frechet_distance
 from pyard.evaluation.measure import balanced_labels
 from pyard.evaluation.neighbours import precision_recall
 from pyard.models.folder import WEIGHTS_NAME
-from pyard.models.student import Student
+from pyard.models.student import Student, StudentConfig
 from pyard.noise import standard_normal
 from pyard.solvers import endpoints
-from pyard.training import train
-from pyard.training.flops import update_flops
+from pyard.training import TrainConfig, train
 from pyard.training.state import Checkpoints, write_text
 from pyard.training.watch import exposure_bias
 from pyard.trajectories import TrajectoryReader, TrajectoryStore, generate_trajectories
@@ -87,12 +87,22 @@ class Workshop:
         path = self.folder / "teacher-samples.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name("teacher-samples.lock")):
-            if not path.exists():
-                ends, reference = self._endpoints(DEFAULT_SEED), self._endpoints(DEFAULT_SEED + 1)
+            kept = self._kept_samples(path)
+            if kept is None:
+                kept = {"ends": self._endpoints(DEFAULT_SEED), "reference": self._endpoints(DEFAULT_SEED + 1)}
                 with open(path.with_suffix(".tmp"), "wb") as file:
-                    np.savez(file, ends=ends, reference=reference)
+                    teacher = np.array(self.subject.teacher.fingerprint)
+                    np.savez(file, ends=kept["ends"], reference=kept["reference"], teacher=teacher)
                 path.with_suffix(".tmp").replace(path)
+        return kept
+
+    def _kept_samples(self, path: Path) -> dict[str, np.ndarray] | None:
+        """What a file has of this teacher and so many; None if it has not."""
+        if not path.exists():
+            return None
         with np.load(path) as file:
+            if str(file.get("teacher", "")) != self.subject.teacher.fingerprint or len(file["ends"]) != self.budget.samples:
+                return None
             return {name: file[name] for name in ("ends", "reference")}
 
     def _endpoints(self, seed: int) -> np.ndarray:
@@ -165,17 +175,10 @@ def run_cell(workshop: Workshop, cell: Cell) -> dict[str, Any]:
     budget = workshop.budget
     settings = train_settings(cell, budget, workshop)
     folder = workshop.folder / cell.setting.name / f"seed-{cell.seed}"
-    identity = json.loads(json.dumps({
-        "teacher": workshop.subject.teacher.fingerprint,
-        "features": workshop.subject.features.fingerprint,
-        "budget": {name: getattr(budget, name) for name in ("trajectories", "samples", "held_out")},
-        "settings": {k: v for k, v in settings.items() if k != "student"},
-        "student": None if cell.setting.base is None else file_sha256(Path(settings["student"]) / "student" / WEIGHTS_NAME),
-    }))  # fmt: skip
-    done = read_result(folder / "result.json")
-    if done is not None and done["identity"] == identity:
-        return done
+    done = valid_result(workshop, cell)
     if done is not None:
+        return done
+    if (folder / "result.json").exists():
         shutil.rmtree(folder)
     begin = time.perf_counter()
     store = workshop.store(cell.setting.num_steps, cell.seed)
@@ -187,7 +190,7 @@ def run_cell(workshop: Workshop, cell: Cell) -> dict[str, Any]:
     np.save(folder / "features.npy", workshop.subject.features.features(samples).astype(np.float32))
     bias = exposure_bias(student, _batches(workshop.held_out(cell.setting.num_steps), student))
     result: dict[str, Any] = {
-        "identity": identity,
+        "identity": identity_of(workshop, cell),
         "subject": cell.subject,
         "setting": cell.setting.name,
         "seed": cell.seed,
@@ -196,15 +199,45 @@ def run_cell(workshop: Workshop, cell: Cell) -> dict[str, Any]:
         "updates": settings["max_steps"],
         **workshop.measure(samples),
         "exposure_bias": dataclasses.asdict(bias),
-        "training_flops": settings["max_steps"] * update_flops(student.config, budget.batch_size),
-        # Of the part that this call trained; other cells were trained beside it.
-        "training_samples_per_second": (settings["max_steps"] - begun) * budget.batch_size / seconds,
+        "training_flops": training_flops(workshop, settings, student.config),
+        # While other cells were trained beside it.
+        "training_samples_per_second": None if begun else settings["max_steps"] * budget.batch_size / seconds,
         "seconds": time.perf_counter() - begin,
     }
     text = json.dumps(result, indent=1) + "\n"
     write_text(folder / "result.json", text)
     shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)
     return dict(json.loads(text))
+
+
+def identity_of(workshop: Workshop, cell: Cell) -> dict[str, Any]:
+    """All that decides a cell's numbers, JSON-able; the student that it goes on from has to be there."""
+    settings = train_settings(cell, workshop.budget, workshop)
+    identity = {
+        "teacher": workshop.subject.teacher.fingerprint,
+        "features": workshop.subject.features.fingerprint,
+        "budget": {name: getattr(workshop.budget, name) for name in ("trajectories", "samples", "held_out")},
+        "settings": {k: v for k, v in settings.items() if k != "student"},
+        "student": None if cell.setting.base is None else file_sha256(Path(settings["student"]) / "student" / WEIGHTS_NAME),
+    }
+    return dict(json.loads(json.dumps(identity)))
+
+
+def valid_result(workshop: Workshop, cell: Cell) -> dict[str, Any] | None:
+    """A cell's numbers, if it is done and is what it would be today."""
+    done = read_result(workshop.folder / cell.setting.name / f"seed-{cell.seed}" / "result.json")
+    if done is None:
+        return None
+    try:
+        return done if done["identity"] == identity_of(workshop, cell) else None
+    except FileNotFoundError:  # the student that it went on from
+        return None
+
+
+def training_flops(workshop: Workshop, settings: dict[str, Any], student: StudentConfig) -> float:
+    """Of all updates: the student's, its rollouts', the discriminators'."""
+    config = TrainConfig.of({"teacher": "", "out": Path(), **settings})
+    return stage_flops(config, workshop.subject.teacher.network.config, student)
 
 
 def read_result(path: Path) -> dict[str, Any] | None:

@@ -71,6 +71,12 @@ class Setting:
         """S."""
         return int(self.train.get("num_steps", NUM_STEPS))
 
+    @property
+    def but_for_its_history(self) -> tuple[Any, ...]:
+        """Equal for two settings that differ in their history alone."""
+        own = ("mask", "window", "history_bias")
+        return self.updates, self.base, sorted((k, str(v)) for k, v in self.train.items() if k not in own)
+
     def history_layers(self, depth: int) -> int:
         """N for a teacher of L layers."""
         return {"0": 0, "L/4": max(1, depth // 4), "L/2": max(1, depth // 2), "L": depth}[self.layers]
@@ -154,6 +160,7 @@ def one_factor_at_a_time() -> Iterator[Setting]:
 
 OWN = "own rollout in the second half"
 SWITCHED_OFF = "history bias from -4"
+LONGER = "4 times the updates"
 ROLLOUT: dict[str, Any] = {"rollout_probability": 1.0}  # the first half of the updates is teacher-forced, see `train_settings`
 ENDS: tuple[Layers, Layers] = ("0", "L")
 
@@ -166,20 +173,18 @@ def contenders() -> Iterator[Setting]:
 
 
 def longer() -> Iterator[Setting]:
-    """Four times the updates, the second half on the student's own history; without one, with one, and with one switched off
-    at first."""
-    title = f"4 times the updates, {OWN}"
+    """Four times the updates, the second half on the student's own history; without one and with one."""
     for layers in ENDS:
-        yield varied(STRONG, layers, "history", "long-rollout", title, 4.0, **ROLLOUT)
+        yield varied(STRONG, layers, "history", "long-rollout", f"{LONGER}, {OWN}", 4.0, **ROLLOUT)
+
+
+def longer_still() -> Iterator[Setting]:
+    """The same with a history that is switched off at first; and on the teacher's history."""
     yield varied(
-        STRONG, "L", "history", "long-rollout-bias", f"{title}, {SWITCHED_OFF}", 4.0, history_bias=-4.0, **ROLLOUT
+        STRONG, "L", "history", "long-rollout-bias", f"{LONGER}, {OWN}, {SWITCHED_OFF}", 4.0, history_bias=-4.0, **ROLLOUT
     )  # fmt: skip
-
-
-def longer_forced() -> Iterator[Setting]:
-    """Four times the updates on the teacher's history."""
     for family, layers in ((STRONG, "0"), (STRONG, "L"), (PUBLISHED, "L")):
-        yield varied(family, layers, "history", "long", "4 times the updates", 4.0)  # type: ignore[arg-type]
+        yield varied(family, layers, "history", "long", LONGER, 4.0)  # type: ignore[arg-type]
 
 
 def further_ways() -> Iterator[Setting]:
@@ -243,19 +248,25 @@ SUBJECTS: dict[Scale, tuple[str, ...]] = {"cpu": ("digits", "mixture-2d", "mixtu
 
 
 def full_plan(subjects: Sequence[str], seeds: int) -> Plan:
-    """The main table and its contenders with every seed; then, with one, what else might matter.
+    """The main table with every seed, and so what comes near it; then, with one, what else might matter.
 
-    It is made for two hours of two cores: longer training and the further ways are not tried on `mixture-16`, one factor at a
-    time on the first subject alone.
+    It is made for two hours of two cores. What a subject is not asked: `mixture-16`, whose students take longest, more than one
+    seed of the contenders, and longer training; the digits, more than one seed of longer training, the others one factor at a
+    time.
     """
+    first, *others = subjects
+    one = range(1)
     cells = [Cell(subject, setting, seed) for seed in range(seeds) for subject in subjects for setting in MAIN]
-    cells += [Cell(subject, setting, seed) for seed in range(seeds) for subject in subjects for setting in contenders()]
-    more = [subject for subject in subjects if subject != "mixture-16"]
-    cells += [Cell(subject, setting, seed) for seed in range(seeds) for subject in more for setting in longer()]
-    cells += [Cell(subject, setting, 0) for subject in more for setting in (*longer_forced(), *further_ways())]
+    for subject in subjects:
+        with_seeds = one if subject == "mixture-16" else range(seeds)
+        cells += [Cell(subject, setting, seed) for seed in with_seeds for setting in contenders()]
     judged = [stage(corner(PUBLISHED, "L")) for stage in (adversarial, not_judged)]
-    cells += [Cell(subjects[0], setting, seed) for seed in range(seeds) for setting in judged]
-    cells += [Cell(subjects[0], setting, 0) for setting in one_factor_at_a_time()]
+    cells += [Cell(first, setting, seed) for seed in range(seeds) for setting in judged]
+    cells += [Cell(first, setting, 0) for setting in one_factor_at_a_time()]
+    for subject in (subject for subject in subjects if subject != "mixture-16"):
+        with_seeds = range(seeds) if subject in others else one
+        cells += [Cell(subject, setting, seed) for seed in with_seeds for setting in longer()]
+        cells += [Cell(subject, setting, 0) for setting in (*longer_still(), *further_ways())]
     return Plan({subject: BUDGETS[subject] for subject in subjects}, tuple(cells))
 
 

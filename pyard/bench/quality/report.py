@@ -17,10 +17,12 @@ import torch
 
 import pyard
 from pyard.bench.machine import processor
-from pyard.bench.quality.cell import Workshop, open_workshop, read_result
+from pyard.bench.quality.cell import Workshop, open_workshop, training_flops, valid_result
 from pyard.bench.quality.figures import draw_figures
 from pyard.bench.quality.intervals import Interval, degradation_ratio
-from pyard.bench.quality.plan import MAIN, PUBLISHED, Budget, Plan, corner
+from pyard.bench.quality.plan import MAIN, PUBLISHED, Budget, Plan, Setting, corner
+from pyard.models.folder import load_config
+from pyard.models.student import StudentConfig
 from pyard.training.state import write_text
 
 # METHOD of arXiv 2504.11295, ImageNet-256, ADM protocol, 50k samples: passes, FID, precision, recall.
@@ -38,8 +40,8 @@ _MEASURES = {
     "recall": "recall",
     "label_accuracy": "accuracy",
 }
-_HEAD = f"| | seeds | passes | {' | '.join(_MEASURES.values())} | exposure bias |"
-_RULE = "|---" * (4 + len(_MEASURES)) + "|"
+_HEAD = f"| | seeds | passes | {' | '.join(_MEASURES.values())} | against N = 0 | exposure bias | TFLOP |"
+_RULE = "|---" * (6 + len(_MEASURES)) + "|"
 
 
 def write_report(plan: Plan, out: Path, results: Path, name: str, quick: bool) -> None:
@@ -54,7 +56,17 @@ def write_report(plan: Plan, out: Path, results: Path, name: str, quick: bool) -
     """
     results.mkdir(parents=True, exist_ok=True)
     workshops = {subject: open_workshop(subject, budget, out, quick) for subject, budget in plan.budgets.items()}
-    rows = [row for cell in plan.cells if (row := read_result(out / cell.name / "result.json")) is not None]
+    rows, stale = [], 0
+    for cell in plan.cells:
+        workshop = workshops[cell.subject]
+        row = valid_result(workshop, cell)
+        if row is not None:
+            student = StudentConfig.from_json(load_config(out / cell.name / "run" / "student", kind="Student"))
+            settings = {**row["identity"]["settings"], **({"student": ""} if cell.setting.base else {})}
+            rows.append({**row, "training_flops": training_flops(workshop, settings, student)})
+        stale += row is None and (out / cell.name / "result.json").exists()
+    if stale:
+        print(f"{stale} results in {out} are of other settings, teachers or features; they are left out")
     teachers = {subject: workshop.measure(workshop.teacher_samples()["ends"]) for subject, workshop in workshops.items()}
     ratios = {subject: _ratio(workshop, rows) for subject, workshop in workshops.items()}
     record = {
@@ -112,16 +124,14 @@ def _document(
             _HEAD,
             _RULE,
             _teacher_row(record["teachers"][subject]),
-            *_table_rows(rows, subject, [(setting.name, setting.title) for setting in MAIN]),
+            *_table_rows(plan, rows, subject, MAIN),
             "",
         ]
         if (ratio := ratios[subject]) is not None:
             lines += [f"Degradation ratio of the published setting, N = 0 over N = L: {ratio}; published: 5.1.", ""]
         for factor in dict.fromkeys(cell.setting.factor for cell in plan.cells if cell.setting.factor != "main"):
-            settings = {
-                c.setting.name: c.setting.title for c in plan.cells if c.setting.factor == factor and c.subject == subject
-            }
-            body = _table_rows(rows, subject, list(settings.items()))
+            settings = {c.setting.name: c.setting for c in plan.cells if c.setting.factor == factor and c.subject == subject}
+            body = _table_rows(plan, rows, subject, list(settings.values()))
             if body:
                 lines += [f"### {subject}: {factor}", "", _HEAD, _RULE, *body, ""]
     lines += [
@@ -142,27 +152,58 @@ def _what(budget: Budget, features: str) -> str:
     return (
         f"{budget.updates} updates of {budget.batch_size} from {budget.trajectories} trajectories each, {budget.samples} "
         f"samples a row; features: {features}. Mean ± standard deviation over the seeds. Exposure bias: the last step's error "
-        "on the student's own history over that on the teacher's."
+        "on the student's own history over that on the teacher's. Against N = 0: the change of the endpoint error from the "
+        "student without a history, all else and seed equal. TFLOP: of the whole training, with rollouts and discriminators."
     )
 
 
 def _teacher_row(teacher: dict[str, Any]) -> str:
     cells = [_number(teacher.get(key), key) for key in _MEASURES]
-    return f"| teacher, 25 steps | | | {' | '.join(cells)} | |"
+    return f"| teacher, 25 steps | | | {' | '.join(cells)} | | | |"
 
 
-def _table_rows(rows: Sequence[dict[str, Any]], subject: str, settings: Sequence[tuple[str, str]]) -> list[str]:
+def _table_rows(plan: Plan, rows: Sequence[dict[str, Any]], subject: str, settings: Sequence[Setting]) -> list[str]:
     """A line for each setting that has results."""
     lines = []
-    for name, title in settings:
-        mine = [row for row in rows if row["subject"] == subject and row["setting"] == name]
+    for setting in settings:
+        mine = [row for row in rows if row["subject"] == subject and row["setting"] == setting.name]
         if not mine:
             continue
         cells = [_spread([row.get(key) for row in mine], key) for key in _MEASURES]
         bias = [row["exposure_bias"]["rollout"][-1] / row["exposure_bias"]["teacher_forced"][-1] for row in mine]
         steps = mine[0]["num_steps"]
-        lines.append(f"| {title} | {len(mine)} | {steps} | {' | '.join(cells)} | {statistics.mean(bias):.2f} |")
+        against, tflop = _against_no_history(plan, rows, subject, setting), mine[0]["training_flops"] / 1e12
+        numbers = f"{' | '.join(cells)} | {against} | {statistics.mean(bias):.2f} | {tflop:.2f}"
+        lines.append(f"| {setting.title} | {len(mine)} | {steps} | {numbers} |")
     return lines
+
+
+def _against_no_history(plan: Plan, rows: Sequence[dict[str, Any]], subject: str, setting: Setting) -> str:
+    """The change of the endpoint error from N = 0 in percent, over the seeds that both have; "" if there is no such student."""
+    changes = [100 * change for change in history_changes(plan, rows, subject, setting)]
+    if not changes:
+        return ""
+    mean = f"{statistics.mean(changes):+.1f}"
+    return f"{mean} %" if len(changes) < 2 else f"{mean} ± {statistics.stdev(changes):.1f} %"
+
+
+def history_changes(plan: Plan, rows: Sequence[dict[str, Any]], subject: str, setting: Setting) -> list[float]:
+    """What a setting's history changes about the endpoint error, relative to the student without one, for every seed of both.
+
+    Students of a seed learn from the same trajectories in the same order, so that their difference varies less than either.
+    """
+    if setting.layers == "0":
+        return []
+    plain = [
+        other for other in dict.fromkeys(cell.setting.name for cell in plan.cells if cell.setting.layers == "0")
+        if any(c.setting.name == other and c.setting.but_for_its_history == setting.but_for_its_history for c in plan.cells)
+    ]  # fmt: skip
+    errors = {
+        name: {row["seed"]: row["endpoint_mse"] for row in rows if row["subject"] == subject and row["setting"] == name}
+        for name in (setting.name, *plain)
+    }
+    mine = errors[setting.name]
+    return [mine[seed] / errors[name][seed] - 1 for name in plain[:1] for seed in sorted(mine) if seed in errors[name]]
 
 
 def _spread(values: Sequence[float | None], key: str) -> str:
