@@ -1,6 +1,6 @@
 """What each precision of an exported student costs in quality, beside the spread of students trained from different seeds.
 
-    pyard bench quality --subjects '[digits]' --only denoised-direct-N-all --out QUALITY
+    pyard bench quality --subjects '[digits]' --only denoised-direct-N-all --out QUALITY  # its report goes there, too
     python -m benchmarks.precisions QUALITY/digits/denoised-direct-N-all
 
 Each folder holds seed-0/run, seed-1/run, ...; beside it lies teacher-samples.npz, the endpoints of the benchmark's noise. Every

@@ -60,7 +60,7 @@ def demo(
         quick: a minute's run with a tiny teacher of its own, in the subfolder `quick`: it shows that everything works, and its
             pictures are blurred.
         adversarial: train on with discriminators that compare the published ARD student's samples with real digits, for one
-            more row of the table; a minute or two more.
+            more row of the table; some four minutes more.
         fresh: remove the results of earlier runs first; the built-in teacher in the cache stays.
         seed: of trajectories and training; the samples that are measured start from other noise.
         progress: show progress bars.
