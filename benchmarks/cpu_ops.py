@@ -2,7 +2,7 @@
 
     python -m benchmarks.cpu_ops [--only WORD] [--threads 2] [--clock wall|cpu] [--rounds 15]
 
-Writes benchmarks/results/NAME.json and NAME.md.
+Writes benchmarks/results/NAME.json and NAME.md, unless only a part was measured and --name not given.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a busy machine, with one thread")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--step-rounds", type=int, default=5, help="rounds of whole training steps")
-    parser.add_argument("--name", default="cpu_ops", help="of the files in benchmarks/results")
+    parser.add_argument("--name", help="of the files in benchmarks/results; cpu_ops, or with --only none, if it is not given")
     options = parser.parse_args()
     if library is None:
         parser.error("the native operators are not built; `pyard doctor` says why")
@@ -60,10 +60,13 @@ def main() -> None:
         "load_before_and_after": [load_before, os.getloadavg()[0]],
         **asdict(rates),
     }
+    name = options.name or ("" if options.only else "cpu_ops")
+    if not name:
+        return
     RESULTS.mkdir(exist_ok=True)
     record = {"machine": machine, "measurements": [asdict(measurement) for measurement in done]}
-    (RESULTS / f"{options.name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / f"{options.name}.md").write_text(table(machine, done, rates), encoding="utf-8")
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / f"{name}.md").write_text(table(machine, done, rates), encoding="utf-8")
 
 
 def table(machine: dict[str, object], measurements: list[Measurement], rates: Rates) -> str:

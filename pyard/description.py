@@ -63,7 +63,7 @@ class Description:
 def describe(student: Student | str | Path) -> Description:
     """Print what a student costs.
 
-    Example: pyard describe --student runs/digits
+    Example: pyard describe runs/digits
 
     Args:
         student: the student, or the folder of a run or student.

@@ -7,6 +7,7 @@ import torch
 from factories import tiny_student
 
 import pyard
+from pyard.__main__ import main
 from pyard.description import count, counted_flops
 from pyard.models.dit import DiTConfig
 from pyard.models.student import Student, StudentConfig
@@ -55,8 +56,10 @@ def test_the_formula_is_what_torch_counts(settings):
 def test_describe_prints_and_returns_the_numbers(capsys, tmp_path: Path):
     student = tiny_student(3, history_layers=2)
     student.save_pretrained(tmp_path)
-    description = pyard.describe(tmp_path)
+    assert main(["describe", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
+    description = pyard.describe(tmp_path)
+    assert capsys.readouterr().out == printed
     assert f"+{description.history_percent:.2f} %" in printed
     assert "cache per image    24.6 kB" in printed
     assert description.cache_bytes == 2 * 2 * 3 * 16 * 32 * 4

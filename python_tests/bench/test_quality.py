@@ -200,4 +200,4 @@ def test_the_quick_benchmark_runs_reports_and_resumes(tmp_path, capsys):
     record = json.loads((tmp_path / "quality-quick.json").read_text())
     assert len(record["cells"]) == 6
     flops = {row["setting"]: row["training_flops"] for row in record["cells"]}
-    assert flops["denoised-direct-N-all-gan"] > 2 * flops["denoised-direct-N-all"]  # the discriminators are counted
+    assert flops["denoised-direct-N-all-gan"] > 1.2 * flops["denoised-direct-N-all"]  # the discriminators are counted
