@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a busy machine, with one thread")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--step-rounds", type=int, default=5, help="rounds of whole training steps")
-    parser.add_argument("--name", help="of the files in benchmarks/results; cpu_ops, or with --only none, if it is not given")
+    parser.add_argument("--name", help="of the files in benchmarks/results; without it cpu_ops, and none with --only")
     options = parser.parse_args()
     if library is None:
         parser.error("the native operators are not built; `pyard doctor` says why")

@@ -166,7 +166,6 @@ def _missing_operators(reason: str) -> Problem:
         "older than pyard's sources": again,
         "was not built": again,
         "was not found": f"install what was not found, then {again}",
-        "must be auto": f"correct the variable, then {again}",
     }
     otherwise = f"install a C++17 compiler (Debian, Ubuntu: apt install g++), then {again}"
     remedy = next((remedy for part, remedy in remedies.items() if part in reason), otherwise)

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,15 +43,11 @@ def test_the_text_names_versions_operators_and_remedies() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("wrong", [lambda x: x * (1 + 1e-6), lambda x: x * x.new_tensor(float("nan"))], ids=["off", "nan"])
+@pytest.mark.parametrize("factor", [1 + 1e-4, math.nan])
 @pytest.mark.parametrize("operator", ["modulated_layer_norm", "timestep_embedding", "block_attention"])
-def test_a_wrong_kernel_is_found(
-    operator: str, wrong: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if operator == "timestep_embedding" and wrong(torch.ones(())).isfinite():
-        pytest.skip("kernel and twin differ by as much in float32")
+def test_a_wrong_kernel_is_found(operator: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     true_twin = getattr(self_test.reference, operator)
-    monkeypatch.setattr(self_test.reference, operator, lambda *inputs: wrong(true_twin(*inputs)))
+    monkeypatch.setattr(self_test.reference, operator, lambda *inputs: true_twin(*inputs) * factor)
     assert [problem.what.split()[0] for problem in examine().problems] == [operator]
 
 

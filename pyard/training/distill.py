@@ -121,7 +121,7 @@ def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Proces
             "student cannot be put together from shards; use 'ddp'"
         )
     begun = config.begun()  # what it was begun with, before hours go into something else
-    if begun is not None and trajectories is None and begun["manifest"]["count"] != config.num_trajectories:
+    if begun is not None and trajectories is None and begun["manifest"]["count"] < config.num_trajectories:
         raise InputError(
             f"{config.out} holds a run on {begun['manifest']['count']} trajectories, but num_trajectories is "
             f"{config.num_trajectories}; use another --out, or remove it"

@@ -147,10 +147,8 @@ def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str =
         step: updates done at the checkpoint; none: the newest.
         weights: `ema` for the averaged weights, `ema-DECAY` for a further average, `model` for the weights themselves.
 
-    A VAE beside the run's student or its teacher comes along.
-
     Returns:
-        The student.
+        The student, with the VAE beside the run's student, the one it started from or the teacher.
 
     Raises:
         InputError: no such checkpoint, no such weights in it, or shards that are damaged.
@@ -184,7 +182,7 @@ def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str =
     student.load_state_dict(tensors)
     merge_lora(student)
     settings = yaml.safe_load((run / SETTINGS_NAME).read_text()) if (run / SETTINGS_NAME).exists() else {}
-    student.codec = LatentCodec.beside(run / "student", Path(settings.get("teacher") or run))
+    student.codec = LatentCodec.beside(run / "student", *(Path(settings.get(of) or run) for of in ("student", "teacher")))
     student.save_pretrained(out)
     return student.eval()
 

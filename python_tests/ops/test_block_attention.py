@@ -74,7 +74,8 @@ def test_a_bias_may_switch_the_history_off(off: float, dtype: torch.dtype, backe
     with use_backend(backend):
         out = block_attention(q, k, v, 70, bias=bias)
         alone = block_attention(q, k, v, 70, "diagonal")
-    torch.testing.assert_close(out, alone, rtol=1e-2, atol=2e-3)
+    # In 16 bits the twin's two ways round differently.
+    torch.testing.assert_close(out, alone, **({} if dtype in (torch.float32, torch.float64) else {"rtol": 1e-2, "atol": 2e-3}))
     assert torch.equal(torch.autograd.grad(out.sum(), bias)[0], torch.zeros(3))
 
 

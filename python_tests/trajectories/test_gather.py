@@ -7,8 +7,6 @@ import itertools
 import json
 import os
 import struct
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -388,19 +386,3 @@ def test_the_native_parser_accepts_only_what_the_python_one_accepts(
         content[place % len(content)] = value
     python, native = both_parsers(bytes(content[: len(content) - cut]), tmp_path_factory.getbasetemp() / "mutated")
     assert native is None or native == python
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
-def test_threads_that_cannot_be_started_are_an_error(store: TrajectoryStore) -> None:
-    require_native()
-    code = f"""
-import resource
-from pyard.trajectories import TrajectoryReader, TrajectoryStore
-store = TrajectoryStore.open({str(store.path)!r})
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
-TrajectoryReader(store, 4, target="state", backend="native", num_threads=5000)
-"""
-    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert finished.returncode == 1  # not aborted
-    assert "of 5000 reader threads could be started" in finished.stderr

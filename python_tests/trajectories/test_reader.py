@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from trajectories.gaussian import GaussianTeacher, write
+from trajectories.native import require_native
 
 from pyard.errors import InputError
 from pyard.trajectories import TrajectoryBatch, TrajectoryReader, TrajectoryStore
@@ -208,3 +211,19 @@ def test_a_part_of_a_store_is_read_as_a_store_of_that_size(backend: Any, tmp_pat
         assert torch.equal(ours.condition, theirs.condition)
     with pytest.raises(InputError, match="count is 22; expected 1 to 21"):
         TrajectoryReader(large, 3, target="state", count=22)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_threads_that_cannot_be_started_are_an_error(store: TrajectoryStore) -> None:
+    require_native()
+    code = f"""
+import resource
+from pyard.trajectories import TrajectoryReader, TrajectoryStore
+store = TrajectoryStore.open({str(store.path)!r})
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
+TrajectoryReader(store, 4, target="state", backend="native", num_threads=5000)
+"""
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert finished.returncode == 1  # not aborted
+    assert "of 5000 reader threads could be started" in finished.stderr

@@ -192,18 +192,15 @@ def history_changes(plan: Plan, rows: Sequence[dict[str, Any]], subject: str, se
 
     Students of a seed learn from the same trajectories in the same order, so that their difference varies less than either.
     """
-    if setting.layers == "0":
+    without = (s for s in (cell.setting for cell in plan.cells) if s.layers == "0")
+    plain = next((s.name for s in without if s.but_for_its_history == setting.but_for_its_history), setting.name)
+    if plain == setting.name:
         return []
-    plain = [
-        other for other in dict.fromkeys(cell.setting.name for cell in plan.cells if cell.setting.layers == "0")
-        if any(c.setting.name == other and c.setting.but_for_its_history == setting.but_for_its_history for c in plan.cells)
-    ]  # fmt: skip
-    errors = {
-        name: {row["seed"]: row["endpoint_mse"] for row in rows if row["subject"] == subject and row["setting"] == name}
-        for name in (setting.name, *plain)
-    }
-    mine = errors[setting.name]
-    return [mine[seed] / errors[name][seed] - 1 for name in plain[:1] for seed in sorted(mine) if seed in errors[name]]
+    mine, theirs = (
+        {row["seed"]: row["endpoint_mse"] for row in rows if row["subject"] == subject and row["setting"] == name}
+        for name in (setting.name, plain)
+    )
+    return [mine[seed] / theirs[seed] - 1 for seed in sorted(mine) if seed in theirs]
 
 
 def _spread(values: Sequence[float | None], key: str) -> str:
