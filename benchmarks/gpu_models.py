@@ -19,10 +19,11 @@ from pyard.models.dit import DiTConfig
 from pyard.models.student import Student, StudentConfig
 from pyard.noise_schedule import NoiseSchedule
 from pyard.time_grid import TimeGrid
+from pyard.training.config import HISTORY_SWITCHED_OFF
 
 
 def new_student(device: str, smoke: bool) -> Student:
-    """A student whose every parameter is random: zeros would be quicker than life."""
+    """The paper's N, all else as `pyard.train` makes it; every parameter random: zeros would be quicker than life."""
     network = DiTConfig(
         input_size=8 if smoke else 32,
         in_channels=4,
@@ -33,9 +34,17 @@ def new_student(device: str, smoke: bool) -> Student:
         num_classes=1000,
     )
     schedule = NoiseSchedule()
-    history_layers = 2 if smoke else 6
+    config = StudentConfig(
+        network,
+        TimeGrid.build(schedule, 4, 25),
+        schedule,
+        history_layers=2 if smoke else 6,
+        target="state",
+        output="jump",
+        history_bias=HISTORY_SWITCHED_OFF,
+    )
     with torch.device(device):  # 675 million random numbers are the work of seconds on a CPU
-        student = Student(StudentConfig(network, TimeGrid.build(schedule, 4, 25), schedule, history_layers))
+        student = Student(config)
         with torch.no_grad():
             for parameter in student.parameters():
                 parameter.normal_(std=0.02)
