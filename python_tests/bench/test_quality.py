@@ -24,6 +24,7 @@ from pyard.bench.quality.plan import (
     full_plan,
     further_ways,
     longer,
+    longer_by_other_histories,
     one_factor_at_a_time,
     own_rollouts,
     switched_off,
@@ -55,8 +56,8 @@ def test_the_main_table_has_every_corner_on_every_subject_and_seed():
 
 
 def test_names_tell_settings_apart_and_every_setting_is_one_of_train(tmp_path, workshop):
-    ways = [*own_rollouts(), *switched_off(), *longer(), *further_ways(), *ways_for_fast_students()]
-    settings = [*MAIN, *ways, *one_factor_at_a_time()]
+    ways = [*own_rollouts(), *switched_off(), *longer(), *longer_by_other_histories()]
+    settings = [*MAIN, *ways, *further_ways(), *ways_for_fast_students(), *one_factor_at_a_time()]
     assert max(Counter(setting.name for setting in settings).values()) == 1
     assert max(Counter(setting.title for setting in settings).values()) == 1
     for setting in settings:

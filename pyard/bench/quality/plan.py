@@ -197,6 +197,11 @@ def ways_for_fast_students() -> Iterator[Setting]:
         yield varied(STRONG, layers, "history", "S2-rollout", f"S = 2, {OWN}", num_steps=2, **ROLLOUT)
         yield varied(STRONG, layers, "history", "long", LONGER, 4.0)
     yield varied(STRONG, "L", "history", "anchor-rollout", f"anchor mask, {OWN}", mask="anchor", **ROLLOUT)
+
+
+def longer_by_other_histories() -> Iterator[Setting]:
+    """The way that helps, with other histories than `longer` has."""
+    yield varied(STRONG, "L/4", "history", "long-rollout", f"{LONGER}, {OWN}", 4.0, **ROLLOUT)
     yield varied(
         STRONG, "L", "history", "long-rollout-bias", f"{LONGER}, {OWN}, {SWITCHED_OFF}", 4.0, history_bias=-4.0, **ROLLOUT
     )  # fmt: skip
@@ -254,7 +259,8 @@ def full_plan(subjects: Sequence[str], seeds: int) -> Plan:
     """The main table with every seed; then, with as many as two hours of two cores allow, what else might matter.
 
     Students of `mixture-2d` take half a minute each, so that there every way to use a history is tried, and the one that helps
-    with twice the seeds; those of other subjects take up to two. One factor at a time is for the first subject alone.
+    with twice the seeds; those of other subjects take up to two. One factor at a time is for the first subject alone. Scenes
+    are for a GPU, and 25 minutes of it.
     """
     first, one, every = subjects[0], range(1), range(seeds)
     cells = [Cell(subject, setting, seed) for seed in every for subject in subjects for setting in MAIN]
@@ -264,12 +270,14 @@ def full_plan(subjects: Sequence[str], seeds: int) -> Plan:
         fast, large = subject == "mixture-2d", subject == "mixture-16"
         cells += [Cell(subject, setting, seed) for seed in (one if large else every) for setting in switched_off()]
         cells += [Cell(subject, setting, seed) for seed in (every if fast else one) for setting in own_rollouts()]
+        long_seeds = range(2 * seeds) if fast else one if subject == "scenes" else every
+        cells += [Cell(subject, setting, seed) for seed in long_seeds for setting in longer()]
         if large:
             continue
-        cells += [Cell(subject, setting, seed) for seed in (range(2 * seeds) if fast else one) for setting in longer()]
         cells += [Cell(subject, setting, 0) for setting in further_ways()]
         if fast:
             cells += [Cell(subject, setting, 0) for setting in ways_for_fast_students()]
+            cells += [Cell(subject, setting, seed) for seed in every for setting in longer_by_other_histories()]
     cells += [Cell(first, setting, 0) for setting in one_factor_at_a_time()]
     return Plan({subject: BUDGETS[subject] for subject in subjects}, tuple(cells))
 
