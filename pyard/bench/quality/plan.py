@@ -259,8 +259,8 @@ def full_plan(subjects: Sequence[str], seeds: int) -> Plan:
     """The main table with every seed; then, with as many as two hours of two cores allow, what else might matter.
 
     Students of `mixture-2d` take half a minute each, so that there every way to use a history is tried, and the one that helps
-    with twice the seeds; those of other subjects take up to two. One factor at a time is for the first subject alone. Scenes
-    are for a GPU, and 25 minutes of it.
+    there with twice the seeds; those of other subjects take up to two. One factor at a time is for the first subject alone.
+    Scenes, for a GPU and 25 minutes of it, get that way from one seed.
     """
     first, one, every = subjects[0], range(1), range(seeds)
     cells = [Cell(subject, setting, seed) for seed in every for subject in subjects for setting in MAIN]
