@@ -15,10 +15,10 @@ import torch
 from benchmarks.gpu_operators import dtype_of
 from benchmarks.gpu_timing import Results, median_ms, options
 from pyard import ops
-from pyard.models.dit import DiTConfig
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.time_grid import TimeGrid
+from pyard.models.dit.network import DiTConfig
 from pyard.models.student import Student, StudentConfig
-from pyard.noise_schedule import NoiseSchedule
-from pyard.time_grid import TimeGrid
 
 
 def new_student(device: str, smoke: bool) -> Student:

@@ -21,8 +21,8 @@ from unittest import mock
 
 import torch
 
-from pyard.models.dit import DiT, DiTConfig
-from pyard.noise_schedule import NoiseSchedule
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.models.dit.network import DiT, DiTConfig
 from pyard.teachers.dit import DiTTeacher
 from pyard.trajectories import generate, generate_trajectories
 from pyard.trajectories.store import write_shard

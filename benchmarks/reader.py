@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import pyard
 from pyard.bench.machine import processor
-from pyard.noise_schedule import NoiseSchedule
-from pyard.time_grid import TimeGrid
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.time_grid import TimeGrid
 from pyard.trajectories import TrajectoryManifest, TrajectoryReader, TrajectoryStore
 from pyard.trajectories.compute import pack_shard
 from pyard.trajectories.store import start_writing, write_shard

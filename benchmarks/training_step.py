@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import Measurement
-from pyard.models.dit import Block, DiTConfig, Head, unpatchify
+from pyard.cost.flops import update_flops
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.time_grid import TimeGrid
+from pyard.models.dit.network import Block, DiTConfig, Head, unpatchify
 from pyard.models.student import Student, StudentConfig
-from pyard.noise_schedule import NoiseSchedule
 from pyard.ops import Backend, use_backend, visible_steps
-from pyard.time_grid import TimeGrid
-from pyard.training.flops import update_flops
 
 B, S, N = 4, 4, 6
 DIT_S_2 = DiTConfig(input_size=32, in_channels=4, patch_size=2, hidden_size=384, depth=12, num_heads=6, num_classes=1000)

@@ -10,9 +10,9 @@ from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipeli
 from diffusers.utils.torch_utils import randn_tensor
 
 from pyard.errors import InputError
-from pyard.models.latents import LatentCodec
+from pyard.models.codec import LatentCodec
 from pyard.models.student import Student
-from pyard.sampling import class_indices
+from pyard.sampling.draw import class_indices
 
 
 class StudentModel(ModelMixin, ConfigMixin):  # type: ignore[misc]

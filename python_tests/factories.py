@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from pyard.models.dit import DiT, DiTConfig
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.time_grid import TimeGrid
+from pyard.models.dit.network import DiT, DiTConfig
 from pyard.models.student import Student
-from pyard.noise_schedule import NoiseSchedule
 from pyard.teachers.dit import DiTTeacher
-from pyard.time_grid import TimeGrid
 
 
 def randomise(module: torch.nn.Module, seed: int = 0, std: float = 0.1) -> None:

@@ -13,14 +13,14 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from factories import randomise
 from safetensors.torch import load_file
 
-from pyard.models.ard_checkpoint import save_ard_student
-from pyard.models.dit import DiT, DiTConfig
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.time_grid import TimeGrid
+from pyard.models.dit.ard_checkpoint import save_ard_student
+from pyard.models.dit.network import DiT, DiTConfig
 from pyard.models.student import Student
-from pyard.noise_schedule import NoiseSchedule
-from pyard.teachers.checkpoint import save_checkpoint
 from pyard.teachers.diffusers_folder import to_diffusers
 from pyard.teachers.dit import DiTTeacher
-from pyard.time_grid import TimeGrid
+from pyard.teachers.dit_checkpoint import save_checkpoint
 
 PAGE = Path(__file__).parents[1] / "docs" / "checkpoints.md"
 

@@ -11,9 +11,9 @@ import torch
 from golden import relative_error
 
 from pyard import Student, TimeGrid
+from pyard.diffusion.solvers import solve
 from pyard.errors import InputError
 from pyard.models.lora import add_lora
-from pyard.solvers import solve
 from pyard.teachers.dit import DiTTeacher
 
 PAGE = Path(__file__).parents[1] / "docs" / "own-teacher.md"

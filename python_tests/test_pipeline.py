@@ -14,7 +14,7 @@ from golden import relative_error
 import pyard
 from pyard import ARDPipeline, Student, TimeGrid
 from pyard.errors import InputError
-from pyard.models.latents import LatentCodec
+from pyard.models.codec import LatentCodec
 from pyard.pipeline import StudentModel
 from pyard.teachers.dit import DiTTeacher
 

@@ -16,18 +16,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import pyard
 from pyard.bench.machine import processor
+from pyard.cost.flops import student_flops
+from pyard.diffusion.noise import standard_normal, uniform_labels
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
 from pyard.export import export_onnx
-from pyard.models.dit import DiT, DiTConfig
+from pyard.models.dit.network import DiT, DiTConfig
 from pyard.models.student import Student
-from pyard.noise import standard_normal, uniform_labels
-from pyard.noise_schedule import NoiseSchedule
 from pyard.teachers.dit import DiTTeacher
-from pyard.time_grid import TimeGrid
 from pyard.training.config import HISTORY_SWITCHED_OFF
-from pyard.training.flops import student_flops
+from pyard.version import __version__
 
 # Peebles & Xie 2023, table 1: depth, hidden size, heads; latents of 32 x 32 x 4 in patches of 2 are 256 tokens.
 MODELS = {"DiT-S/2": (12, 384, 6), "DiT-B/2": (12, 768, 12), "DiT-L/2": (24, 1024, 16), "DiT-XL/2": (28, 1152, 16)}
@@ -211,7 +211,7 @@ def _median_ratio(numerators: list[float], denominators: list[float]) -> float:
 def _machine(threads: int) -> dict[str, Any]:
     import onnxruntime
 
-    versions = {"pyard": pyard.__version__, "torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
+    versions = {"pyard": __version__, "torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     return {"cpu": processor(), "cores": os.cpu_count(), "threads": threads, "load_average": load, "versions": versions}
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyard.data.digits import digits_data
+from pyard.diffusion.solvers import endpoints
 from pyard.errors import InputError
 from pyard.evaluation.feature_file import FeatureSettings, FileFeatures
 from pyard.evaluation.features import FeatureNetwork, digits_classifier
@@ -19,14 +21,12 @@ from pyard.evaluation.measure import Candidate, LabelPolicy, labels_of, measure
 from pyard.evaluation.pixels import to_bytes
 from pyard.evaluation.reference import Reference, load_reference
 from pyard.evaluation.report import Evaluation
-from pyard.models.latents import LatentCodec
+from pyard.models.codec import LatentCodec
 from pyard.models.student import Student
 from pyard.runtime import OnnxStudent
-from pyard.solvers import endpoints
+from pyard.sampling.exposure_bias import ExposureBias, exposure_bias
 from pyard.teachers import load_teacher
-from pyard.teachers.digits import digits_data
 from pyard.teachers.dit import DiTTeacher
-from pyard.training.watch import ExposureBias, exposure_bias
 from pyard.trajectories import TrajectoryReader, TrajectoryStore
 
 # Kept apart from the seeds that trajectories are made with: a student is not to be measured on the noise it was trained on.

@@ -7,8 +7,6 @@ stored once, `files` lets the result appear, checked and equal to PyTorch, or no
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
@@ -17,6 +15,7 @@ import numpy as np
 import onnx
 import torch
 
+from pyard.diffusion.noise import standard_normal, uniform_labels
 from pyard.errors import InputError
 from pyard.export.assembly import Form, assemble
 from pyard.export.decoder import Decoder, load_decoder
@@ -33,7 +32,6 @@ from pyard.export.files import (
 from pyard.export.quantise import quantise
 from pyard.models.folder import CONFIG_NAME
 from pyard.models.student import Student
-from pyard.noise import standard_normal, uniform_labels
 from pyard.runtime import OnnxStudent
 
 if TYPE_CHECKING:
@@ -190,10 +188,3 @@ def check_parity(parity: dict[int, float], bound: float, path: Path) -> None:
                 f"{path} was not written: at batch {size} onnxruntime differs from PyTorch by {error:.1e} of the "
                 f"largest value; expected at most {bound:.0e}"
             )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m pyard.export` is `pyard export`."""
-    from pyard.__main__ import COMMANDS, run
-
-    return run("export", COMMANDS["export"], sys.argv[1:] if argv is None else argv)

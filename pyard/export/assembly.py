@@ -15,11 +15,11 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-import pyard
 from pyard.export.decoder import Decoder, trace_decoder
 from pyard.export.parts import TracedPart, block_weights, embed_weights, head_weights, trace
 from pyard.models.student import Student
 from pyard.ops import use_backend
+from pyard.version import __version__
 
 Form = Literal["sampler", "step"]
 
@@ -48,7 +48,7 @@ def assemble(
     for value in assembly.constants.values():
         if value.uses():
             graph.register_initializer(value)
-    return ir.Model(graph, ir_version=IR_VERSION[opset], producer_name="pyard", producer_version=pyard.__version__)
+    return ir.Model(graph, ir_version=IR_VERSION[opset], producer_name="pyard", producer_version=__version__)
 
 
 def remembered_layers(student: Student) -> int:

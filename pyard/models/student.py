@@ -20,16 +20,16 @@ import torch
 from torch import nn
 
 from pyard import ops
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.time_grid import Target, TimeGrid
 from pyard.errors import InputError
-from pyard.models.checkpoint import without_variance
-from pyard.models.dit import Attend, DiT, DiTConfig, Head
+from pyard.models.codec import LatentCodec
+from pyard.models.dit.network import Attend, DiT, DiTConfig, Head
+from pyard.models.dit.tensor_names import without_variance
 from pyard.models.folder import load_folder, save_folder
 from pyard.models.history import HistoryCache, PreallocatedCache
 from pyard.models.hub import local_folder, push_folder
-from pyard.models.latents import LatentCodec
-from pyard.noise_schedule import NoiseSchedule
 from pyard.ops.masks import Mask, check_mask
-from pyard.time_grid import Target, TimeGrid
 
 if TYPE_CHECKING:
     from pyard.teachers.dit import DiTTeacher

@@ -10,7 +10,7 @@ from pyard.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from pyard.noise_schedule import NoiseSchedule
+    from pyard.diffusion.noise_schedule import NoiseSchedule
     from pyard.teachers.dit import DiTTeacher
 
 # Which code a checkpoint with DiT's tensor names belongs to.
@@ -78,7 +78,7 @@ def load_teacher(
     """
     teacher = _load(source, family, num_heads, num_classes, schedule)
     if vae is not None:
-        from pyard.models.latents import LatentCodec
+        from pyard.models.codec import LatentCodec
 
         teacher.codec = LatentCodec(vae)
         channels = teacher.codec.vae.config.latent_channels
@@ -104,7 +104,7 @@ def _load(
     if not path.exists():
         raise InputError(f"teacher {str(source)!r}: neither a built-in teacher ('digits') nor an existing file or folder")
     if path.is_file():
-        from pyard.teachers.checkpoint import load_checkpoint
+        from pyard.teachers.dit_checkpoint import load_checkpoint
 
         return load_checkpoint(path, family=family, num_heads=num_heads, num_classes=num_classes, schedule=schedule)
     for name, given in (("family", family), ("num_heads", num_heads), ("num_classes", num_classes)):

@@ -40,7 +40,7 @@ def convert(
 
         save_diffusers(teacher, out)
     elif to == "dit":
-        from pyard.teachers.checkpoint import save_checkpoint
+        from pyard.teachers.dit_checkpoint import save_checkpoint
 
         save_checkpoint(teacher, out)
     else:

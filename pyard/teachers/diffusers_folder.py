@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.schedulers import load_schedule, scheduler_of
 from pyard.errors import InputError
-from pyard.models.checkpoint import Tensors
-from pyard.models.dit import DiT, DiTConfig, sincos_position_embedding
-from pyard.models.folder import new_folder
-from pyard.models.latents import LatentCodec
-from pyard.noise_schedule import NoiseSchedule
+from pyard.models.codec import LatentCodec
+from pyard.models.dit.network import DiT, DiTConfig, sincos_position_embedding
+from pyard.models.dit.tensor_names import Tensors
+from pyard.storage.files import new_folder
 from pyard.teachers.dit import DiTTeacher
-from pyard.teachers.schedulers import load_schedule, scheduler_of
 
 # The published DiT-XL/2 folder still names the class that diffusers had for all of its transformers.
 _TRANSFORMERS = ("DiTTransformer2DModel", "Transformer2DModel")

@@ -5,30 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from pyard.models.dit import DiTConfig
-from pyard.noise_schedule import NoiseSchedule
+from pyard.data.digits import NUM_CLASSES, digits_data
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.models.dit.network import DiTConfig
 from pyard.teachers.dit import DiTTeacher
 from pyard.teachers.teaching import TeachBatch, TeachConfig, new_network, taught_once, teaching_device, train_network
 
-NUM_CLASSES = 10
 # Raised whenever the defaults of `teach` or its arithmetic change, so that nobody's cached teacher is an older one.
 _CACHED_NAME = "digits-teacher-1"
-
-
-def digits_data() -> tuple[np.ndarray, np.ndarray]:
-    """The 1797 handwritten digits that scikit-learn ships (UCI, Alpaydin & Kaynak 1998).
-
-    Returns:
-        (images float32 [1797, 1, 8, 8], -1 paper to 1 ink; labels int64 [1797], 0 to 9).
-    """
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images = (bunch.images / 8 - 1).astype(np.float32)  # 17 grey levels, 0 to 16
-    return images[:, None], bunch.target.astype(np.int64)
 
 
 def cache_folder() -> Path:

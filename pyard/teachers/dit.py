@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.errors import InputError
-from pyard.models.dit import DiT, DiTConfig
+from pyard.models.codec import LatentCodec
+from pyard.models.dit.network import DiT, DiTConfig
+from pyard.models.fingerprint import fingerprint_of
 from pyard.models.folder import load_folder, save_folder
-from pyard.models.latents import LatentCodec
-from pyard.noise_schedule import NoiseSchedule
-from pyard.teachers.fingerprint import fingerprint_of
 
 
 class DiTTeacher:

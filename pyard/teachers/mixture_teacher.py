@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from pyard.data.mixture import GaussianMixture
+from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.errors import InputError
-from pyard.models.dit import DiT, DiTConfig
+from pyard.models.dit.network import DiT, DiTConfig
+from pyard.models.fingerprint import fingerprint_of
 from pyard.models.folder import load_config, load_folder, save_folder
-from pyard.noise_schedule import NoiseSchedule
 from pyard.teachers.dit import DiTTeacher
-from pyard.teachers.fingerprint import fingerprint_of
-from pyard.teachers.mixture import GaussianMixture
 from pyard.teachers.teaching import TeachBatch, TeachConfig, new_network, taught_once, teaching_device, train_network
 
 _ARRAYS = ("means", "weights", "variances", "factors")

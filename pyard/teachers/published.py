@@ -6,10 +6,10 @@ import json
 import re
 from pathlib import Path
 
+from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.errors import InputError
-from pyard.models.dit import DiTConfig
+from pyard.models.dit.network import DiTConfig
 from pyard.models.folder import CONFIG_NAME, load_config
-from pyard.noise_schedule import NoiseSchedule
 from pyard.teachers import load_teacher
 
 # (depth, hidden_size, num_heads): Peebles & Xie 2023, table 1; SiT (Ma et al. 2024) has the same.

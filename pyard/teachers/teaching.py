@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from filelock import FileLock
 from torch import nn
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from pyard.errors import InputError
-from pyard.models.dit import DiT, DiTConfig
+from pyard.models.dit.network import DiT, DiTConfig
 from pyard.teachers.dit import DiTTeacher
 
 _SETTINGS_NAME = "teach.json"
@@ -60,12 +59,6 @@ class TeachBatch(NamedTuple):
     times: torch.Tensor  # [B], the schedule's times
     labels: torch.Tensor  # [B] int64
     target: torch.Tensor  # [B, C, H, W]
-
-
-def sample_generator(seed: int, index: int, stream: int) -> np.random.Generator:
-    """What sample `index` of a seed is drawn from, whatever else is drawn; streams 0 and 1 are `pyard.noise`'s."""
-    key = np.array([seed, index], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, stream], dtype=np.uint64)))
 
 
 def teaching_device() -> torch.device:
@@ -146,7 +139,7 @@ def train_network(
     Returns:
         The network with its averaged weights.
     """
-    from pyard.training.state import Checkpoints, Stateful, ema_of
+    from pyard.storage.checkpoints import Checkpoints, Stateful, ema_of
 
     device = next(network.parameters()).device
     ema = ema_of(network, config.ema_decay)

@@ -14,16 +14,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pyard.cost.flops import adversarial_flops
+from pyard.data.real_data import RealReader
 from pyard.errors import InputError
 from pyard.models.discriminator import Discriminator
-from pyard.models.dit import Head, unpatchify
+from pyard.models.dit.network import Head, unpatchify
 from pyard.models.student import Student
 from pyard.teachers.dit import DiTTeacher
 from pyard.training.adversarial_config import AdversarialConfig
 from pyard.training.config import TrainConfig
-from pyard.training.flops import adversarial_flops
 from pyard.training.processes import Processes, seed_of
-from pyard.training.real_data import RealReader
 from pyard.training.regression import Measured, Regression
 from pyard.trajectories import TrajectoryBatch
 

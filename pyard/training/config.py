@@ -12,12 +12,12 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from pyard.diffusion.time_grid import Target
 from pyard.errors import InputError
 from pyard.models.student import Heads, Output, StudentConfig, default_output
 from pyard.ops.masks import Mask
-from pyard.time_grid import Target
+from pyard.storage.files import write_text
 from pyard.training.adversarial_config import AdversarialConfig
-from pyard.training.state import write_text
 from pyard.trajectories.manifest import DType, Keep, Precision
 
 SETTINGS_NAME = "settings.yaml"

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyard.errors import InputError
-from pyard.models.dit import DiT
+from pyard.models.dit.network import DiT
+from pyard.models.fingerprint import weights_digest
 from pyard.models.lora import add_lora, merge_lora
 from pyard.models.student import Student
 from pyard.teachers import load_teacher
-from pyard.teachers.fingerprint import weights_digest
 from pyard.training.config import TrainConfig
 from pyard.trajectories import TrajectoryReader, TrajectoryStore, generate_trajectories
 from pyard.trajectories.store import read_manifest
@@ -94,13 +94,13 @@ def train_command(config: TrainConfig) -> None:
 
 
 def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Processes) -> Student:
+    from pyard.data.real_data import RealData, RealReader
+    from pyard.storage.checkpoints import Checkpoints
     from pyard.training.adversarial import Adversarial
     from pyard.training.loop import train_stage
     from pyard.training.processes import seed_of
-    from pyard.training.real_data import RealData, RealReader
     from pyard.training.regression import Regression
     from pyard.training.sharded import whole_student
-    from pyard.training.state import Checkpoints
     from pyard.training.watch import Watcher
 
     if config.batch_size % (processes.world * config.gradient_accumulation):
@@ -216,7 +216,7 @@ def _student(teacher: DiTTeacher, store: TrajectoryStore, config: TrainConfig, e
 
 def _real_source(config: TrainConfig, student: Student, teacher: DiTTeacher, processes: Processes) -> str | Path:
     """Where the real data is; pictures are encoded first, each process its share."""
-    from pyard.training.real_images import cached_images, is_image_folder
+    from pyard.data.real_images import cached_images, is_image_folder
 
     source = config.adversarial.real
     if source == "digits" or not is_image_folder(Path(source)):

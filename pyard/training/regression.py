@@ -14,13 +14,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from pyard.cost.flops import update_flops
 from pyard.models.history import ConcatenatingCache
 from pyard.models.student import Student
+from pyard.storage.checkpoints import Stateful, ema_of
 from pyard.training.config import TrainConfig
-from pyard.training.flops import update_flops
 from pyard.training.losses import RegressionLoss
 from pyard.training.processes import Processes, seed_of
-from pyard.training.state import Stateful, ema_of
 from pyard.trajectories import TrajectoryBatch
 
 

@@ -33,11 +33,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from pyard.errors import InputError
-from pyard.models.latents import LatentCodec
+from pyard.models.codec import LatentCodec
 from pyard.models.lora import add_lora, merge_lora
 from pyard.models.student import Student, StudentConfig
+from pyard.storage.checkpoints import Checkpoints, Stateful
 from pyard.training.config import SETTINGS_NAME
-from pyard.training.state import Checkpoints, Stateful
 
 if TYPE_CHECKING:
     from pyard.training.processes import Processes

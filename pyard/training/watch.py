@@ -9,64 +9,26 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from pyard.data.pictures import tiles
+from pyard.diffusion.noise import standard_normal
 from pyard.errors import InputError
 from pyard.models.history import ConcatenatingCache
 from pyard.models.student import Student
-from pyard.noise import standard_normal
-from pyard.pictures import tiles
+from pyard.sampling.exposure_bias import exposure_bias
+from pyard.storage.log import TrainingLog
 from pyard.training.config import TrainConfig
 from pyard.training.regression import Measured
-from pyard.training.state import TrainingLog
 from pyard.trajectories import TrajectoryBatch, TrajectoryReader, TrajectoryStore
 
 CURVES_NAME = "exposure_bias.jsonl"
 _GRID_SAMPLES = 20
-
-
-@dataclass(frozen=True)
-class ExposureBias:
-    """Errors to the teacher at each step.
-
-    Args:
-        times: S, the grid times that the predictions belong to (tau_{S-1} ... tau_0).
-        teacher_forced: S mean squared errors on the teacher's history.
-        rollout: S mean squared errors on the student's own.
-    """
-
-    times: tuple[float, ...]
-    teacher_forced: tuple[float, ...]
-    rollout: tuple[float, ...]
-
-
-@torch.no_grad()
-def exposure_bias(student: Student, batches: Iterable[TrajectoryBatch]) -> ExposureBias:
-    """Measure a student against trajectories of its teacher.
-
-    Args:
-        student: in evaluation mode.
-        batches: trajectories with the student's grid and target.
-    """
-    device = student.embed_times.device
-    errors = np.zeros((2, student.num_steps))
-    count = 0
-    for batch in batches:
-        history, target, labels = (t.to(device) for t in (batch.history, batch.target, batch.condition))
-        own = torch.stack(list(student.rollout(history[:, 0], labels, ConcatenatingCache())), dim=1)
-        for row, prediction in enumerate((student(history, labels), own)):
-            squares = (prediction.float() - target).square().mean(dim=(2, 3, 4)).sum(dim=0)  # [S]
-            errors[row] += squares.double().cpu().numpy()
-        count += len(labels)
-    if not count:
-        raise InputError("exposure bias: no trajectories; expected at least one batch")
-    forced, rolled = (tuple(float(e) for e in row / count) for row in errors)
-    return ExposureBias(student.config.grid.times[1:], forced, rolled)
 
 
 class Watcher:

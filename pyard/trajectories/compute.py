@@ -13,13 +13,13 @@ import numpy as np
 import safetensors.torch
 import torch
 
-import pyard
+from pyard.diffusion.noise import standard_normal
+from pyard.diffusion.solvers import solve
 from pyard.errors import InputError
-from pyard.noise import standard_normal
-from pyard.solvers import solve
 from pyard.teachers import Teacher
 from pyard.trajectories.manifest import IMPORTED, TrajectoryManifest
 from pyard.trajectories.shard import ShardRecord
+from pyard.version import __version__
 
 _TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -157,7 +157,7 @@ def pack_shard(
         sha256=hashlib.sha256(content).hexdigest(),
         manifest=manifest.digest,
         rounding=dict(sorted(rounding.items())),
-        written_by={"pyard": pyard.__version__, "torch": torch.__version__, "device": device},
+        written_by={"pyard": __version__, "torch": torch.__version__, "device": device},
     )
     return content, record
 

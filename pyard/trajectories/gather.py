@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pyard.diffusion.time_grid import Target
 from pyard.errors import InputError
 from pyard.ops import gather_trajectories
-from pyard.time_grid import Target
 from pyard.trajectories.batch import BatchBuffer, BufferPool, TrajectoryBatch
 from pyard.trajectories.manifest import SAFETENSORS_DTYPES
 from pyard.trajectories.store import TrajectoryStore

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from tqdm import tqdm
 
+from pyard.diffusion.solvers import Solver, solver_of
+from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
-from pyard.solvers import Solver, solver_of
+from pyard.storage.units import format_bytes, format_seconds
 from pyard.teachers import Teacher, load_teacher
-from pyard.time_grid import TimeGrid
 from pyard.trajectories.compute import compiled, compute_batch, device_name, drawn_ahead, pack_shard, warm_up
 from pyard.trajectories.manifest import DType, Keep, Precision, TrajectoryManifest
 from pyard.trajectories.parts import Part, wait_for_others, writing
@@ -231,22 +232,3 @@ def require_disk_space(store: TrajectoryStore, missing: list[tuple[int, int]]) -
             f"{format_bytes(needed)}, {format_bytes(free)} free in {store.path}; free some, choose another folder, "
             "keep only one of state and denoised, or use dtype=bfloat16"
         )
-
-
-def format_bytes(size: float) -> str:
-    """1536 -> '1.5 KB'."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
-
-
-def format_seconds(seconds: float) -> str:
-    """4000 -> '1 h 7 min'."""
-    minutes, hours, days = round(seconds / 60), round(seconds / 3600), round(seconds / 86400)
-    if seconds < 90:
-        return f"{seconds:.2g} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{days} days"

@@ -13,11 +13,11 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from pyard.diffusion.noise import uniform_labels
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.solvers import Solver, solver_of
+from pyard.diffusion.time_grid import Target, TimeGrid
 from pyard.errors import InputError
-from pyard.noise import uniform_labels
-from pyard.noise_schedule import NoiseSchedule
-from pyard.solvers import Solver, solver_of
-from pyard.time_grid import Target, TimeGrid
 
 FORMAT_VERSION = 1
 

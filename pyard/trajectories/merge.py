@@ -11,9 +11,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pyard.errors import InputError
+from pyard.storage.files import file_sha256, sync_directory, to_bytes, write_atomically
 from pyard.trajectories.parts import Part, writing
-from pyard.trajectories.shard import ShardRecord, file_sha256, sync_directory, write_atomically
-from pyard.trajectories.store import TrajectoryStore, remove_leftovers, to_bytes
+from pyard.trajectories.shard import ShardRecord
+from pyard.trajectories.store import TrajectoryStore, remove_leftovers
 
 
 def merge_trajectories(stores: list[str], out: str | Path, *, move: bool = False, progress: bool = True) -> TrajectoryStore:

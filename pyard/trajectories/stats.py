@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from pyard.data.pictures import save_tiles
 from pyard.errors import InputError
-from pyard.pictures import save_tiles
+from pyard.storage.units import format_bytes, format_seconds
 from pyard.trajectories.gather import as_tensor
-from pyard.trajectories.generate import format_bytes, format_seconds
 from pyard.trajectories.store import TrajectoryStore
 
 # Enough for two digits of a mean; the whole store would take as long as reading it does.

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyard.errors import InputError
+from pyard.storage.files import file_sha256, read_json, to_bytes, write_atomically
 from pyard.trajectories.manifest import TrajectoryManifest
-from pyard.trajectories.shard import (
-    ForeignShardError,
-    ShardRecord,
-    file_sha256,
-    map_shard,
-    read_json,
-    read_record,
-    shard_name,
-    shard_range,
-    write_atomically,
-)
+from pyard.trajectories.shard import ForeignShardError, ShardRecord, map_shard, read_record, shard_name, shard_range
 
 
 @dataclass(frozen=True)
@@ -215,8 +205,3 @@ def remove_leftovers(path: Path, record: ShardRecord) -> None:
     for file in sorted((path / "shards").glob(f"{record.first:010d}-*")):
         if not file.name.startswith(record.name + ".") or file.suffix == ".tmp":
             file.unlink(missing_ok=True)
-
-
-def to_bytes(value: Any) -> bytes:
-    """JSON that a person can read."""
-    return (json.dumps(value, indent=2) + "\n").encode()

@@ -12,16 +12,16 @@ from evaluation.feature_files import SmallInception, save_torchscript
 from factories import randomise, tiny_teacher
 
 import pyard
-from pyard.__main__ import main
+from pyard.cli.command_line import main
+from pyard.diffusion.noise import standard_normal, uniform_labels
+from pyard.diffusion.time_grid import TimeGrid
 from pyard.evaluation.evaluate_students import student_candidate, teacher_candidate
 from pyard.evaluation.feature_file import FeatureSettings
 from pyard.evaluation.frechet import GaussianStatistics, frechet_distance
 from pyard.export import export_onnx
-from pyard.models.latents import LatentCodec
+from pyard.models.codec import LatentCodec
 from pyard.models.student import Student
-from pyard.noise import standard_normal, uniform_labels
 from pyard.teachers.dit import DiTTeacher
-from pyard.time_grid import TimeGrid
 
 DIGITS = {"in_channels": 1, "num_classes": 10}
 

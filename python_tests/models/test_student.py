@@ -9,13 +9,13 @@ import torch
 from factories import randomise, tiny_student, tiny_teacher
 from ops.tolerance import assert_as_exact_as_plain
 
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.solvers import solve
+from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
 from pyard.models.history import ConcatenatingCache
 from pyard.models.student import Student, StudentConfig
-from pyard.noise_schedule import NoiseSchedule
 from pyard.ops.masks import visible
-from pyard.solvers import solve
-from pyard.time_grid import TimeGrid
 
 MASKS = [("diagonal", None), ("window", 1), ("window", 2), ("anchor", None), ("causal", None)]
 

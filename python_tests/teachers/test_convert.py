@@ -9,9 +9,9 @@ from factories import tiny_teacher
 from golden import relative_error
 
 from pyard import load_teacher
-from pyard.__main__ import main
-from pyard.noise_schedule import NoiseSchedule
-from pyard.teachers.checkpoint import save_checkpoint
+from pyard.cli.command_line import main
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.teachers.dit_checkpoint import save_checkpoint
 
 
 def run(*words: str | Path) -> int:

@@ -13,10 +13,10 @@ from factories import randomise, tiny_config, tiny_teacher
 from golden import relative_error
 
 from pyard import Student, TimeGrid, load_teacher, sample
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.solvers import endpoints
 from pyard.errors import InputError
-from pyard.models.dit import DiT
-from pyard.noise_schedule import NoiseSchedule
-from pyard.solvers import endpoints
+from pyard.models.dit.network import DiT
 from pyard.teachers.diffusers_folder import from_diffusers, save_diffusers, to_diffusers
 from pyard.teachers.dit import DiTTeacher
 

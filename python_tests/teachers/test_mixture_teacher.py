@@ -9,15 +9,15 @@ import pytest
 import torch
 from factories import randomise
 
+from pyard.data.mixture import GaussianMixture, mixture_2d
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.solvers import endpoints, guided_prediction
+from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
-from pyard.models.dit import DiT, DiTConfig
+from pyard.models.dit.network import DiT, DiTConfig
 from pyard.models.student import Student
-from pyard.noise_schedule import NoiseSchedule
-from pyard.solvers import endpoints, guided_prediction
 from pyard.teachers import Teacher, load_teacher
-from pyard.teachers.mixture import GaussianMixture, mixture_2d
 from pyard.teachers.mixture_teacher import MixtureTeacher, fit
-from pyard.time_grid import TimeGrid
 from pyard.trajectories import generate_trajectories
 
 TINY = {"patch_size": 1, "hidden_size": 16, "depth": 1, "num_heads": 2, "batch_size": 8, "progress": False}

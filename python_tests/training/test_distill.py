@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 import pyard
+from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.errors import InputError
-from pyard.noise_schedule import NoiseSchedule
+from pyard.storage.checkpoints import Checkpoints
+from pyard.storage.log import read_log
 from pyard.teachers.dit import DiTTeacher
 from pyard.training import train
-from pyard.training.state import Checkpoints, read_log
 from pyard.trajectories import TrajectoryStore, generate_trajectories
 
 FLOW = dict(kind="flow", prediction="velocity")  # the trajectories of a random eps-prediction explode

@@ -12,18 +12,18 @@ import pytest
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from pyard.description import counted_flops
+from pyard.cost.devices import peak_tflops
+from pyard.cost.flops import counted_flops, student_flops, update_flops
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
 from pyard.models.history import ConcatenatingCache
 from pyard.models.lora import add_lora
 from pyard.models.student import Student
-from pyard.noise_schedule import NoiseSchedule
-from pyard.time_grid import TimeGrid
+from pyard.storage.checkpoints import Checkpoints
 from pyard.training import TrainConfig
-from pyard.training.flops import peak_tflops, student_flops, update_flops
 from pyard.training.processes import Processes
 from pyard.training.regression import Regression, own_history
-from pyard.training.state import Checkpoints
 from pyard.trajectories import TrajectoryBatch
 
 S, B = 3, 8

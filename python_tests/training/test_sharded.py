@@ -26,17 +26,18 @@ from training_runs import (
 )
 
 import pyard
-from pyard.__main__ import main
+from pyard.cli.command_line import main
 from pyard.errors import InputError
-from pyard.models.dit import DiT
-from pyard.models.latents import LatentCodec
+from pyard.models.codec import LatentCodec
+from pyard.models.dit.network import DiT
 from pyard.models.student import Student
+from pyard.storage.checkpoints import Checkpoints
+from pyard.storage.log import read_log
 from pyard.teachers import load_teacher
 from pyard.teachers.dit import DiTTeacher
 from pyard.training.processes import PREEMPTED_STATUS
 from pyard.training.regression import Regression
 from pyard.training.sharded import consolidate
-from pyard.training.state import Checkpoints, read_log
 
 FSDP = dict(parallel="fsdp", ema_decay=[0.9, 0.99], gradient_accumulation=2, rollout_probability=0.5, history_bias=-1.0)
 

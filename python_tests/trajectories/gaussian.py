@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pyard.noise_schedule import NoiseSchedule
+from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.teachers import Teacher
 from pyard.trajectories import TrajectoryStore, generate_trajectories
 

@@ -20,11 +20,12 @@ from factories import tiny_teacher
 from trajectories.gaussian import SPREAD, GaussianTeacher, contents, write
 
 from pyard import TimeGrid
+from pyard.diffusion.noise import standard_normal, uniform_labels
+from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.errors import InputError
-from pyard.noise import standard_normal, uniform_labels
-from pyard.noise_schedule import NoiseSchedule
+from pyard.storage.units import format_bytes, format_seconds
 from pyard.trajectories import TrajectoryStore
-from pyard.trajectories.generate import MAX_SHARD_BYTES, default_shard_size, format_bytes, format_seconds
+from pyard.trajectories.generate import MAX_SHARD_BYTES, default_shard_size
 from pyard.trajectories.store import write_shard
 
 

@@ -16,9 +16,9 @@ import torch
 from trajectories.gaussian import GaussianTeacher, write
 from trajectories.native import require_native
 
+from pyard.diffusion.noise import epoch_order
 from pyard.errors import InputError
 from pyard.trajectories import TrajectoryBatch, TrajectoryReader, TrajectoryStore
-from pyard.trajectories.reader import epoch_order
 
 # numpy.random.Philox(key=[0, 0], counter=[0, 0, 0, 2]).random_raw(12), sorted.
 GOLDEN_ORDER = [6, 7, 9, 10, 5, 1, 4, 8, 11, 3, 0, 2]

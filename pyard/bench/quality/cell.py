@@ -21,7 +21,9 @@ from filelock import FileLock
 
 from pyard.bench.quality.plan import Budget, Cell
 from pyard.bench.quality.subjects import TEACHER_STEPS, Subject, load_subject
-from pyard.estimate import stage_flops
+from pyard.diffusion.noise import standard_normal
+from pyard.diffusion.solvers import endpoints
+from pyard.estimate.recipe_cost import stage_flops
 from pyard.evaluation.evaluate_students import DEFAULT_SEED
 from pyard.evaluation.features import Classifier
 from pyard.evaluation.frechet import GaussianStatistics, frechet_distance
@@ -29,13 +31,11 @@ from pyard.evaluation.measure import balanced_labels
 from pyard.evaluation.neighbours import precision_recall
 from pyard.models.folder import WEIGHTS_NAME
 from pyard.models.student import Student, StudentConfig
-from pyard.noise import standard_normal
-from pyard.solvers import endpoints
+from pyard.sampling.exposure_bias import exposure_bias
+from pyard.storage.checkpoints import Checkpoints
+from pyard.storage.files import file_sha256, write_text
 from pyard.training import TrainConfig, train
-from pyard.training.state import Checkpoints, write_text
-from pyard.training.watch import exposure_bias
 from pyard.trajectories import TrajectoryReader, TrajectoryStore, generate_trajectories
-from pyard.trajectories.shard import file_sha256
 
 _DRAWN_TOGETHER = 500
 _HELD_OUT_SEED = 3000
