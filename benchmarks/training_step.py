@@ -41,7 +41,7 @@ class NaiveStudent(nn.Module):
     def __init__(self, student: Student):
         super().__init__()
         self.student = student
-        T = student.config.network.tokens_per_step
+        T = student.trunk.tokens_per_step()
         for name, mask in (("history_mask", student.config.mask), ("own_mask", "diagonal")):
             dense = torch.full((S, T, S, T), -math.inf)
             for step in range(S):
@@ -51,7 +51,7 @@ class NaiveStudent(nn.Module):
     def forward(self, history: Tensor, labels: Tensor) -> Tensor:  # [B, S, C, H, W], [B] -> [B, S, C, H, W]
         student, config = self.student, self.student.config.network
         T = config.tokens_per_step
-        condition = student.trunk.condition(student.embed_times[None], labels).repeat_interleave(T, dim=1)  # [B, S*T, D]
+        condition = student.trunk.step_vectors(student.embed_times[None], labels).repeat_interleave(T, dim=1)  # [B, S*T, D]
         x = student.trunk.embed(history).flatten(1, 2)  # [B, S*T, D]
         for layer, block in enumerate(student.trunk.blocks):
             x = self._block(block, x, condition, self.history_mask if layer < N else self.own_mask)

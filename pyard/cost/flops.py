@@ -1,125 +1,135 @@
-"""Floating-point operations of an update, and what devices can do at best.
+"""Floating-point operations of any backbone, counted by torch while it runs without data, on the meta device.
 
-L depth · D hidden · T tokens · K blocks looked at · W width of a discriminator's layers
+A multiplication with its addition counts as two. Matrix products, convolutions and attention are counted; norms, activations
+and sinusoids are not: together they are less than a percent.
+
+    S steps · T tokens · D hidden · E width of the conditioning · W width of a discriminator's layers
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Protocol
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from pyard.models.dit.network import DiTConfig
-from pyard.models.student import Student, StudentConfig
-from pyard.ops.masks import visible_steps
+from pyard.conditions import Condition
+from pyard.models.backbone import Denoiser
+from pyard.models.student import Student
 
-
-class Discriminators(Protocol):
-    """Sizes and terms of the adversarial stage, by the names of its settings."""
-
-    @property
-    def blocks(self) -> tuple[int, ...] | None: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def depth(self) -> int: ...
-    @property
-    def kernel_size(self) -> int: ...
-    @property
-    def r1(self) -> float: ...
-    @property
-    def feature_matching(self) -> float: ...
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
-def student_flops(student: StudentConfig) -> float:
+def without_weights(module: _Module) -> _Module:
+    """A copy of a module on the meta device: shapes without numbers, whatever the size of the original."""
+    tensors = [*module.parameters(), *module.buffers()]
+    memo = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors}
+    memo = {
+        key: nn.Parameter(memo[key], tensor.requires_grad) if isinstance(tensor, nn.Parameter) else memo[key]
+        for key, tensor in zip(memo, tensors, strict=True)
+    }
+    return copy.deepcopy(module, memo)
+
+
+def counted(run: Callable[[], object]) -> int:
+    """FLOPs of what a function does to tensors on the meta device."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def flops_per_pass(student: Student, condition: Condition | None = None) -> tuple[int, ...]:
+    """FLOPs of each of the S cached passes for one sample.
+
+    Args:
+        student: on any device.
+        condition: of one sample; None: the first row of the student's table.
+    """
+    ghost = without_weights(student)
+    condition = _one(student.require_conditions().take([0]) if condition is None else condition)
+    latest = torch.empty((1, *student.sample_shape), device="meta")
+    cache, counts = ghost.new_cache(1), []
+    for step in range(student.num_steps):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            latest, cache = ghost.step(latest, step, condition, cache)  # type: ignore[assignment]
+        counts.append(int(counter.get_total_flops()))
+    return tuple(counts)
+
+
+def student_flops(student: Student) -> float:
     """One forward pass of one sample through all S steps, its history included."""
-    return float(sum(flops_of_pass(student, step) for step in range(student.grid.num_steps)))
+    return float(sum(flops_per_pass(student)))
 
 
-def update_flops(student: StudentConfig, batch_size: int) -> float:
+def update_flops(student: Student, batch_size: int) -> float:
     """An update: forward, and twice that backward. What activation checkpointing computes again does not count (MFU)."""
     return 3.0 * batch_size * student_flops(student)
 
 
-def teacher_flops(network: DiTConfig) -> float:
+def teacher_flops(network: Denoiser, condition: Condition) -> float:
     """One evaluation of a teacher for one sample, its predicted variance included; guidance takes two."""
-    assert network.out_channels is not None
-    head = 2 * network.hidden_size * network.patch_size**2 * network.out_channels * network.tokens_per_step
-    return _trunk_flops(network, network.depth) + head + 2 * network.hidden_size * 2 * network.hidden_size
+    ghost, one = without_weights(network), _one(condition)
+    x, times = torch.empty((1, *network.config.sample_shape), device="meta"), torch.empty(1, device="meta")
+    with torch.no_grad():
+        return float(counted(lambda: ghost(x, times, one)))
 
 
-def adversarial_flops(network: DiTConfig, settings: Discriminators) -> float:
-    """What the adversarial stage adds to one sample's share of an update: the frozen teacher's passes and the discriminators'.
+def feature_flops(network: Denoiser, condition: Condition, blocks: tuple[int, ...]) -> float:
+    """What discriminators cost in the frozen teacher, for one sample of a batch and its real counterpart.
 
-    The teacher passes the student's prediction forward, the gradient back to its input (once the products with weights, twice
-    those of the attention) and the real sample forward. A discriminator passes on the way to the student's gradient forward
-    and back to its input; on the way to its own, both samples forward and back to its weights, and, behind its first layer,
-    to its inputs. R1 adds the slopes of the real sample's logits and, twice that, their own slopes; feature matching one more
-    pass of it.
+    Both pass forward to the highest block looked at, and the student's prediction gets its gradient back.
     """
-    blocks = tuple(range(network.depth)) if settings.blocks is None else settings.blocks
-    depth = max(blocks) + 1
-    attention = depth * 4.0 * network.tokens_per_step**2 * network.hidden_size
-    teacher = 3 * _trunk_flops(network, depth) + attention
-    first, rest = head_flops(network, settings)
+    ghost, one = without_weights(network).requires_grad_(False), _one(condition)
+    x = torch.empty((1, *network.config.sample_shape), device="meta")
+    times = torch.empty(1, device="meta")
+
+    def features(x: torch.Tensor) -> torch.Tensor:
+        ghost.trunk.conditioning(times, one)
+        seen = ghost.trunk.features(x, times, one, ghost.head, blocks)
+        return torch.stack([tokens.sum() for tokens in seen]).sum()
+
+    def forward() -> None:
+        with torch.no_grad():
+            features(x)
+
+    def both_ways() -> None:
+        leaf = x.clone().requires_grad_()
+        torch.autograd.grad(features(leaf), leaf)
+
+    return float(counted(forward) + counted(both_ways))
+
+
+def discriminator_flops(
+    tokens: int, hidden: int, condition: int, *, width: int, depth: int, kernel_size: int, r1: bool, feature_matching: bool
+) -> float:
+    """One discriminator head in an update, for one sample of a batch and its real counterpart.
+
+    It passes forward and back to its input on the way to the student's gradient; on the way to its own, both samples forward
+    and back to its weights, and, behind its first layer, to its inputs. R1 adds the slopes of the real sample's logits and,
+    twice that, their own slopes; feature matching one more pass of it.
+    """
+    first, rest = head_flops(tokens, hidden, condition, width=width, depth=depth, kernel_size=kernel_size)
     passes = 2 * (first + rest) + 2 * (2 * first + 3 * rest)
-    if settings.feature_matching:
+    if feature_matching:
         passes += first + rest
-    if settings.r1:
+    if r1:
         passes += 3 * (first + rest)
-    return teacher + len(blocks) * passes
+    return passes
 
 
-def head_flops(network: DiTConfig, settings: Discriminators) -> tuple[float, float]:
-    """One discriminator head forward on one sample: its first layer, and the rest."""
-    tokens, hidden, width = network.tokens_per_step, network.hidden_size, settings.width
-    rest = 2.0 * tokens * width * width * (settings.depth * settings.kernel_size + 1) + 2.0 * hidden * width
+def head_flops(tokens: int, hidden: int, condition: int, *, width: int, depth: int, kernel_size: int) -> tuple[float, float]:
+    """One discriminator head forward on one sample, by formula: its first layer, and the rest.
+
+    Args:
+        tokens, hidden, condition: T, D, E.
+        width, depth, kernel_size: W, residual layers and their kernel.
+    """
+    rest = 2.0 * tokens * width * width * (depth * kernel_size + 1) + 2.0 * condition * width
     return 2.0 * tokens * hidden * width, rest
 
 
-def _trunk_flops(network: DiTConfig, depth: int) -> float:
-    """Embeddings and the lowest `depth` blocks, one sample, no history."""
-    tokens, hidden = network.tokens_per_step, network.hidden_size
-    mlp = round(hidden * network.mlp_ratio)
-    block = 2 * tokens * hidden * (4 * hidden + 2 * mlp) + 2 * hidden * 6 * hidden + 4 * tokens**2 * hidden
-    embed = 2 * tokens * network.patch_size**2 * network.in_channels * hidden + 2 * hidden * (network.frequency_size + hidden)
-    return float(embed + depth * block)
-
-
-def flops_of_pass(config: StudentConfig, step: int) -> int:
-    """FLOPs of the matrix products of one cached pass for one sample, by formula.
-
-    Norms, activations and the sinusoids are not counted: together they are less than a percent.
-    """
-    network = config.network
-    tokens, hidden = network.tokens_per_step, network.hidden_size
-    seen = len(visible_steps(config.mask, step, config.window)) * tokens
-    biased = config.history_bias is not None and seen > tokens
-    history = config.history_layers * _attention(network, seen, bias=biased)
-    rest = (network.depth - config.history_layers) * _attention(network, tokens, bias=False)
-    mlp_size = round(hidden * network.mlp_ratio)
-    block = 2 * tokens * hidden * (3 * hidden + hidden + 2 * mlp_size) + 2 * hidden * 6 * hidden
-    patch = network.patch_size**2 * network.in_channels
-    embed = 2 * tokens * patch * hidden + 2 * hidden * (network.frequency_size + hidden)
-    head = 2 * tokens * hidden * patch + 2 * hidden * 2 * hidden
-    return embed + network.depth * block + history + rest + head
-
-
-def counted_flops(student: Student) -> int:
-    """FLOPs of all S cached passes for one sample, counted by torch while they run without data (the meta device)."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    ghost = copy.deepcopy(student).to("meta")
-    noise = torch.empty((1, *student.sample_shape), device="meta")
-    labels = torch.empty(1, dtype=torch.int64, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        for _ in ghost.rollout(noise, labels):
-            pass
-    return int(counter.get_total_flops())
-
-
-def _attention(network: DiTConfig, seen: int, *, bias: bool) -> int:
-    # Queries with keys, weights with values; a bias is one more channel in each (`ops.block_attention`).
-    width = network.hidden_size + (network.num_heads if bias else 0)
-    return 2 * 2 * network.tokens_per_step * seen * width
+def _one(condition: Condition) -> Condition:
+    return Condition({name: torch.empty_like(tensor[:1], device="meta") for name, tensor in condition.items()})

@@ -8,10 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Protocol
 
-from pyard.cost.flops import Discriminators
 from pyard.models.dit.network import DiTConfig
 from pyard.models.student import StudentConfig
+
+
+class Discriminators(Protocol):
+    """Sizes of the adversarial stage, by the names of its settings."""
+
+    @property
+    def blocks(self) -> tuple[int, ...] | None: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def depth(self) -> int: ...
+    @property
+    def kernel_size(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,7 @@ def update_memory(
     """
     share = 1 / world if sharded else 1.0
     cast = 2 * parameters if mixed else 0
-    network = student.network
+    network = _dit(student)
     block = block_parameters(network)
     outside = parameters - network.depth * block
     states, discriminators, kept = 4 * parameters * share, 0.0, _activations(student, batch, mixed, checkpointing, plain)
@@ -99,6 +112,11 @@ def update_memory(
         discriminators=discriminators,
         activations=kept,
     )
+
+
+def _dit(student: StudentConfig) -> DiTConfig:
+    assert isinstance(student.network, DiTConfig)
+    return student.network
 
 
 def block_bytes(network: DiTConfig, mixed: bool, plain: bool) -> float:
@@ -129,7 +147,7 @@ def head_parameters(network: DiTConfig, settings: Discriminators) -> int:
 
 
 def _activations(student: StudentConfig, batch: int, mixed: bool, checkpointing: bool, plain: bool) -> float:
-    network = student.network
+    network = _dit(student)
     tokens = batch * student.grid.num_steps * network.tokens_per_step
     block = block_bytes(network, mixed, plain)
     # Checkpointing keeps each block's input, and all of the one that is computed again. The gradients in a block's backward

@@ -35,7 +35,7 @@ class GaussianMixture:
         factors: low-rank part of the covariances, float64 [K, M, D, R]; R may be 0.
     """
 
-    sample_shape: tuple[int, int, int]
+    sample_shape: tuple[int, ...]
     means: np.ndarray
     weights: np.ndarray
     variances: np.ndarray

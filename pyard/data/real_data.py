@@ -59,7 +59,7 @@ class RealData:
         return "std" in self.shards[0]
 
     @classmethod
-    def load(cls, source: str | Path, sample_shape: tuple[int, int, int], num_classes: int) -> RealData:
+    def load(cls, source: str | Path, sample_shape: tuple[int, ...], num_classes: int) -> RealData:
         """Real data by name.
 
         Args:

@@ -32,7 +32,7 @@ def is_image_folder(path: Path) -> bool:
 def cached_images(
     path: Path,
     cache: Path,
-    sample_shape: tuple[int, int, int],
+    sample_shape: tuple[int, ...],
     codec: LatentCodec | None,
     *,
     device: torch.device | str = "cpu",

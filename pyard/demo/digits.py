@@ -114,7 +114,7 @@ def demo(
         }
         evaluation = _earlier_evaluation(out / "quality.json", evaluated)
         if evaluation is None:
-            evaluation = _evaluate(rows, teacher.num_classes, budget.samples, progress)
+            evaluation = _evaluate(rows, teacher.conditions.count, budget.samples, progress)
             evaluation.settings.update(
                 evaluated=evaluated,
                 budget=dataclasses.asdict(budget),
@@ -139,7 +139,7 @@ def _export(student: Student, path: Path) -> OnnxStudent:
     if path.exists():
         with suppress(InputError):
             exported = OnnxStudent(path)
-            if _difference(exported, student, 2 * student.num_classes) < 1e-4:
+            if _difference(exported, student, 2 * student.num_conditions) < 1e-4:
                 return exported
     export_onnx(student, path)
     return OnnxStudent(path)
@@ -147,7 +147,7 @@ def _export(student: Student, path: Path) -> OnnxStudent:
 
 def _difference(exported: OnnxStudent, student: Student, count: int) -> float:
     """The largest absolute difference of `count` samples of both from the same noise."""
-    labels = balanced_labels(count, student.num_classes)
+    labels = balanced_labels(count, student.num_conditions)
     ours = sample(student, labels, seed=DEFAULT_SEED).numpy()
     return float(np.abs(exported.sample(labels, seed=DEFAULT_SEED, batch_size=256) - ours).max())
 

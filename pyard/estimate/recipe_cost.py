@@ -8,21 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from pyard.conditions import Condition
 from pyard.cost.devices import DEVICES, known_device
-from pyard.cost.flops import adversarial_flops, student_flops, teacher_flops, update_flops
+from pyard.cost.flops import student_flops, teacher_flops, update_flops
 from pyard.cost.memory import Memory, update_memory
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.solvers import solver_of
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
-from pyard.models.dit.network import DiT, DiTConfig
+from pyard.models.backbone import Denoiser
+from pyard.models.dit.network import dit_trunk
 from pyard.models.folder import load_config
 from pyard.models.student import Student, StudentConfig
 from pyard.ops.backend import AUTO_DEVICES
 from pyard.storage.units import format_bytes, format_seconds
 from pyard.teachers.published import network_of
+from pyard.training.adversarial_cost import adversarial_flops
 from pyard.training.config import TrainConfig
 from pyard.trajectories.generate import DEFAULT_BATCH_SIZE, default_shard_size
 from pyard.trajectories.manifest import SAFETENSORS_DTYPES, TrajectoryManifest
@@ -66,6 +67,7 @@ class Estimate:
         teacher: its name.
         teacher_parameters: of its network.
         student: its sizes.
+        tokens_per_step: T.
         parameters: of the student.
         trajectories: how many.
         sample_bytes: of one.
@@ -84,6 +86,7 @@ class Estimate:
     teacher: str
     teacher_parameters: int
     student: StudentConfig
+    tokens_per_step: int
     parameters: int
     trajectories: int
     sample_bytes: int
@@ -108,10 +111,11 @@ class Estimate:
         return {**flat, "student": self.student.to_json(), "stages": stages, "memory": memory}
 
     def __str__(self) -> str:
-        network, student = self.student.network, self.student
+        student = self.student
+        depth, tokens = student.network.depth, self.tokens_per_step
         made = "to generate" if self.generated else "not there yet: sizes by default" if self.guessed else "there already"
-        sizes = f"S = {student.grid.num_steps} steps, N = {student.history_layers} of {network.depth} layers, "
-        sizes += f"T = {network.tokens_per_step} tokens"
+        sizes = f"S = {student.grid.num_steps} steps, N = {student.history_layers} of {depth} layers, "
+        sizes += f"T = {tokens} tokens"
         store = f"{self.trajectories} of {format_bytes(self.sample_bytes)}: {format_bytes(self.store_bytes)}, {made}"
         lines = [
             f"recipe         {self.recipe}",
@@ -185,9 +189,9 @@ def estimate(
         if value is not None and value <= 0:
             raise InputError(f"estimate: {name} is {value}; expected more than 0")
     config = TrainConfig.read(recipe)
-    network, schedule = network_of(config.teacher)
+    network, schedule = network_of(config.teacher, config.network)
     config, student = student_of(config, network, schedule)
-    manifest = manifest_of(config, network, schedule)
+    manifest = manifest_of(config, network, schedule, 1 if student.conditions is None else student.conditions.count)
     count, generated, guessed = config.num_trajectories, config.trajectories is None, config.trajectories is not None
     if config.trajectories is not None and Path(config.trajectories).is_dir():
         store = TrajectoryStore.open(config.trajectories)
@@ -201,14 +205,19 @@ def estimate(
     precision = "bf16" if config.trajectory_precision == "bfloat16" else "no"
     stages = []
     if generated:
-        stages.append(StageCost("trajectories", trajectory_flops(config, network), sustained(precision)))
+        stages.append(
+            StageCost(
+                "trajectories", trajectory_flops(config, network, student.require_conditions().take([0])), sustained(precision)
+            )
+        )
     stages.append(StageCost(config.stage, stage_flops(config, network, student), sustained(config.mixed_precision)))
-    parameters = parameters_of(student)
+    parameters = sum(p.numel() for p in student.parameters())
     result = Estimate(
         recipe=str(recipe),
         teacher=config.teacher,
-        teacher_parameters=sum(p.numel() for p in _ghost(network).parameters()),
-        student=student,
+        teacher_parameters=sum(p.numel() for p in network.parameters()),
+        student=student.config,
+        tokens_per_step=student.trunk.tokens_per_step(),
         parameters=parameters,
         trajectories=count,
         sample_bytes=manifest.sample_bytes,
@@ -235,32 +244,36 @@ def estimate(
     return result
 
 
-def student_of(config: TrainConfig, network: DiTConfig, schedule: NoiseSchedule) -> tuple[TrainConfig, StudentConfig]:
-    """The recipe with everything decided, and the sizes of its student; that of an earlier stage is read if it is there."""
+def student_of(config: TrainConfig, network: Denoiser, schedule: NoiseSchedule) -> tuple[TrainConfig, Student]:
+    """The recipe with everything decided, and its student without weights; that of an earlier stage is read if it is there."""
+    trunk, head = network.trunk.for_student(network.head)
     if config.student is not None and Path(config.student).is_dir():
         folder = Path(config.student)
         earlier = load_config(folder / "student" if (folder / "student").is_dir() else folder, kind="Student")
-        student = StudentConfig.from_json(earlier)
-        return config.like(student), student
-    config = config.resolved(network.depth)
-    assert config.history_layers is not None
-    assert config.output is not None
-    assert config.history_bias != "auto"
-    return config, StudentConfig(
-        network=dataclasses.replace(network, out_channels=network.in_channels),
-        grid=TimeGrid.build(schedule, config.num_steps, config.teacher_steps),
-        schedule=schedule,
-        history_layers=config.history_layers,
-        mask=config.mask,
-        window=config.window,
-        target=config.target,
-        output=config.output,
-        heads=config.heads,
-        history_bias=config.history_bias,
-    )
+        student = StudentConfig.from_json(earlier, type(trunk))
+        config = config.like(student)
+    else:
+        config = config.resolved(trunk.config.depth)
+        assert config.history_layers is not None
+        assert config.output is not None
+        assert config.history_bias != "auto"
+        student = StudentConfig(
+            network=trunk.config,
+            grid=TimeGrid.build(schedule, config.num_steps, config.teacher_steps),
+            schedule=schedule,
+            history_layers=config.history_layers,
+            mask=config.mask,
+            window=config.window,
+            target=config.target,
+            output=config.output,
+            heads=config.heads,
+            history_bias=config.history_bias,
+            family=trunk.family(),
+        )
+    return config, Student(student, trunk, head).to("meta")
 
 
-def manifest_of(config: TrainConfig, network: DiTConfig, schedule: NoiseSchedule) -> TrajectoryManifest:
+def manifest_of(config: TrainConfig, network: Denoiser, schedule: NoiseSchedule, classes: int) -> TrajectoryManifest:
     """The manifest that the recipe's trajectories will have, but for the teacher's fingerprint."""
     manifest = TrajectoryManifest(
         teacher_fingerprint="0" * 64,
@@ -272,8 +285,8 @@ def manifest_of(config: TrainConfig, network: DiTConfig, schedule: NoiseSchedule
         cfg_interval=None,
         precision=config.trajectory_precision,
         compiled=False,
-        sample_shape=network.sample_shape,
-        num_classes=network.num_classes,
+        sample_shape=network.config.sample_shape,
+        num_classes=classes,
         keep=config.trajectory_keep,
         dtype=config.trajectory_dtype,
         seed=config.seed,
@@ -301,13 +314,13 @@ def store_bytes(manifest: TrajectoryManifest, count: int) -> int:
     return total
 
 
-def trajectory_flops(config: TrainConfig, network: DiTConfig) -> float:
+def trajectory_flops(config: TrainConfig, network: Denoiser, condition: Condition) -> float:
     """Of the teacher for all trajectories: DDIM and Euler evaluate it once a step, twice with guidance."""
     passes = config.teacher_steps * (1 if config.cfg_scale == 1 else 2)
-    return config.num_trajectories * passes * teacher_flops(network)
+    return config.num_trajectories * passes * teacher_flops(network, condition)
 
 
-def stage_flops(config: TrainConfig, network: DiTConfig, student: StudentConfig) -> float:
+def stage_flops(config: TrainConfig, network: Denoiser, student: Student) -> float:
     """Of all updates, with the rollouts that make own histories and checkpointing's second forward pass."""
     forward = config.batch_size * student_flops(student)
     update = update_flops(student, config.batch_size)
@@ -317,14 +330,14 @@ def stage_flops(config: TrainConfig, network: DiTConfig, student: StudentConfig)
         share = max(0.0, 1 - config.rollout_start / config.max_steps)
         update += config.rollout_probability * share * forward
     if config.stage == "adversarial":
-        update += config.batch_size * adversarial_flops(network, config.adversarial)
+        update += config.batch_size * adversarial_flops(network, student.require_conditions().take([0]), config.adversarial)
     return config.max_steps * update
 
 
 def memory_of(
     config: TrainConfig,
-    network: DiTConfig,
-    student: StudentConfig,
+    network: Denoiser,
+    student: Student,
     batch: int,
     gpus: int,
     sharded: bool,
@@ -334,8 +347,8 @@ def memory_of(
 ) -> Memory:
     """Memory of an update of the recipe with a micro-batch of `batch` samples."""
     return update_memory(
-        student,
-        parameters_of(student),
+        student.config,
+        sum(p.numel() for p in student.parameters()),
         batch,
         world=gpus,
         averages=len(config.ema_decays),
@@ -344,16 +357,5 @@ def memory_of(
         sharded=sharded,
         plain=device_type not in AUTO_DEVICES,
         adversarial=config.adversarial if config.stage == "adversarial" else None,
-        teacher=(network, sum(p.numel() for p in _ghost(network).parameters())),
+        teacher=(dit_trunk(network, "estimate").config, sum(p.numel() for p in network.parameters())),
     )
-
-
-def parameters_of(student: StudentConfig) -> int:
-    """P, counted on a student without weights."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in Student(student).parameters())
-
-
-def _ghost(network: DiTConfig) -> DiT:
-    with torch.device("meta"):
-        return DiT(network)

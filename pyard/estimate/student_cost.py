@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyard.cost.flops import flops_of_pass
+from pyard.cost.flops import flops_per_pass, without_weights
+from pyard.models.backbone import Backbone
 from pyard.models.student import Student
 
 
@@ -56,37 +57,40 @@ class Description:
         ])  # fmt: skip
 
 
-def describe(student: Student | str | Path) -> Description:
+def describe(student: Student | str | Path, *, network: type[Backbone] | str | None = None) -> Description:
     """Print what a student costs.
 
     Example: pyard describe runs/digits
 
     Args:
         student: the student, or the folder of a run or student.
+        network: class of the backbone of a folder's student that is none of pyard's, or its "package.module:Class".
 
     Returns:
         The numbers, for one image.
     """
-    student = student if isinstance(student, Student) else Student.from_pretrained(student)
+    student = student if isinstance(student, Student) else Student.from_pretrained(student, network=network)
     description = count(student)
     print(description)
     return description
 
 
 def count(student: Student) -> Description:
-    """The numbers of `describe`, from the sizes of matrices alone."""
-    config, network = student.config, student.config.network
-    plain = dataclasses.replace(config, history_layers=0)
-    weight = next(student.trunk.parameters())
-    kept = 2 * config.history_layers * student.num_steps * network.tokens_per_step * network.hidden_size
+    """The numbers of `describe`, counted while the student runs without data."""
+    config = student.config
+    shapes = student.trunk.attention_shapes(config.history_layers, student.sample_shape)
+    kept = 2 * student.num_steps * sum(math.prod(shape) for shape in shapes)
+    ghost = without_weights(student)
+    plain = Student(dataclasses.replace(config, history_layers=0, history_bias=None), ghost.trunk, ghost.heads[0])
+    plain.conditions = student.conditions
     return Description(
         num_steps=student.num_steps,
         history_layers=config.history_layers,
         parameters=sum(p.numel() for p in student.parameters()),
         trainable_parameters=sum(p.numel() for p in student.parameters() if p.requires_grad),
-        flops_per_pass=tuple(flops_of_pass(config, s) for s in range(student.num_steps)),
-        flops_without_history=sum(flops_of_pass(plain, s) for s in range(student.num_steps)),
-        cache_bytes=kept * weight.element_size(),
+        flops_per_pass=flops_per_pass(student),
+        flops_without_history=sum(flops_per_pass(plain)),
+        cache_bytes=kept * next(student.trunk.parameters()).element_size(),
     )
 
 

@@ -166,7 +166,7 @@ def measure_parity(student: Student, exported: OnnxStudent, decoder: Decoder | N
     parity = {}
     for size in PARITY_BATCH_SIZES:
         index = np.arange(size)
-        labels = uniform_labels(1, index, student.num_classes)
+        labels = uniform_labels(1, index, student.num_conditions)
         noise = standard_normal(1, index, student.sample_shape)
         with torch.inference_mode():
             *_, last = student.rollout(torch.from_numpy(noise), torch.from_numpy(labels))

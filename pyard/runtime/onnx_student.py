@@ -49,8 +49,8 @@ class OnnxStudentInfo:
     num_steps: int
     history_layers: int
     num_classes: int
-    sample_shape: tuple[int, int, int]
-    output_shape: tuple[int, int, int]
+    sample_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
     times: tuple[float, ...]
     precision: str
     pictures: bool

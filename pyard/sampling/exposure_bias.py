@@ -41,12 +41,12 @@ def exposure_bias(student: Student, batches: Iterable[TrajectoryBatch]) -> Expos
     errors = np.zeros((2, student.num_steps))
     count = 0
     for batch in batches:
-        history, target, labels = (t.to(device) for t in (batch.history, batch.target, batch.condition))
-        own = torch.stack(list(student.rollout(history[:, 0], labels, ConcatenatingCache())), dim=1)
-        for row, prediction in enumerate((student(history, labels), own)):
-            squares = (prediction.float() - target).square().mean(dim=(2, 3, 4)).sum(dim=0)  # [S]
-            errors[row] += squares.double().cpu().numpy()
-        count += len(labels)
+        history, target, condition = batch.history.to(device), batch.target.to(device), batch.condition.to(device)
+        own = torch.stack(list(student.rollout(history[:, 0], condition, ConcatenatingCache())), dim=1)
+        for row, prediction in enumerate((student(history, condition), own)):
+            squares = (prediction.float() - target).square()
+            errors[row] += squares.mean(dim=tuple(range(2, squares.ndim))).sum(dim=0).double().cpu().numpy()  # [S]
+        count += len(history)
     if not count:
         raise InputError("exposure bias: no trajectories; expected at least one batch")
     forced, rolled = (tuple(float(e) for e in row / count) for row in errors)

@@ -6,6 +6,7 @@ B batch · S steps · C channels · N history layers · H heads · T tokens per 
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,27 +14,29 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pyard.conditions import Condition
+from pyard.conditions.condition import pad_to
 from pyard.errors import InputError
 from pyard.models.history import PreallocatedCache
 
 if TYPE_CHECKING:
     from pyard.models.student import Student
 
-# (noise [B, C, H, W], labels [B]) to the S predictions, each [B, C, H, W]
-Rollout = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
+# (noise [B, C, ...], condition of B rows) to the S predictions, each [B, C, ...]
+Rollout = Callable[[torch.Tensor, Condition], list[torch.Tensor]]
 
 LARGEST_BATCH = 256
 
 
 def plain_rollout(student: Student) -> Rollout:
     """The cached rollout; batches of one size share one cache."""
-    kept: dict[int, PreallocatedCache] = {}
+    kept: dict[torch.Size, PreallocatedCache] = {}
 
-    def run(noise: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
-        if len(noise) not in kept:
+    def run(noise: torch.Tensor, condition: Condition) -> list[torch.Tensor]:
+        if noise.shape not in kept:
             kept.clear()
-            kept[len(noise)] = student.new_cache(len(noise))
-        return list(student.rollout(noise, labels, kept[len(noise)]))
+            kept[noise.shape] = student.new_cache(len(noise), tuple(noise.shape[1:]))
+        return list(student.rollout(noise, condition, kept[noise.shape]))
 
     return run
 
@@ -45,8 +48,13 @@ def compiled(student: Student) -> Student:
     return faster
 
 
-def graphed_rollout(student: Student, batch_size: int) -> Rollout:
+def graphed_rollout(student: Student, batch_size: int, like: Condition) -> Rollout:
     """The whole rollout as one CUDA graph for batches of up to `batch_size`: no launch costs between its kernels.
+
+    Args:
+        student: on a CUDA device.
+        batch_size: of the largest batch.
+        like: any condition of the kind and length that will be drawn; longer ones are refused.
 
     Raises:
         InputError: the student is not on a CUDA device.
@@ -55,23 +63,25 @@ def graphed_rollout(student: Student, batch_size: int) -> Rollout:
     if device.type != "cuda":
         raise InputError(f"CUDA graphs need a student on a CUDA device; this one is on {device}")
     noise = torch.zeros((batch_size, *student.sample_shape), device=device)
-    labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    first = like.index(slice(0, 1)).to(device)
+    condition = Condition({name: tensor.expand(batch_size, *tensor.shape[1:]).clone() for name, tensor in first.items()})
     rollout = plain_rollout(student)
     # Libraries allocate workspaces in their first calls, which a capture must not see.
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
-            rollout(noise, labels)
+            rollout(noise, condition)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        predictions = rollout(noise, labels)
+        predictions = rollout(noise, condition)
 
-    def run(some_noise: torch.Tensor, some_labels: torch.Tensor) -> list[torch.Tensor]:
+    def run(some_noise: torch.Tensor, some_condition: Condition) -> list[torch.Tensor]:
         count = len(some_noise)
         noise[:count].copy_(some_noise)
-        labels[:count].copy_(some_labels)
+        for name, tensor in condition.items():
+            tensor[:count].copy_(pad_to(some_condition[name], tensor.shape[1:]))
         graph.replay()
         return [prediction[:count].clone() for prediction in predictions]
 
@@ -80,12 +90,12 @@ def graphed_rollout(student: Student, batch_size: int) -> Rollout:
 
 def batch_size_that_fits(student: Student) -> int:
     """How many samples may run together in half of the free memory; at most 256, beyond which nothing gets faster."""
-    network = student.config.network
     weight = next(student.trunk.parameters())
-    # The widest moment of a block: the residual stream, its norm, the MLP's hidden units before and after GELU; q, k, v and
-    # their copies are less. float32 copies inside operators double it.
-    tokens = network.tokens_per_step * network.hidden_size * (3 + 2 * network.mlp_ratio)
-    cache = 2 * student.config.history_layers * student.num_steps * network.tokens_per_step * network.hidden_size
+    # The widest moment of a block: the residual stream, its norm, the MLP's hidden units (four times the width) before and
+    # after their activation; q, k, v and their copies are less. float32 copies inside operators double it.
+    tokens = student.trunk.tokens_per_step() * student.trunk.hidden_size * 11
+    shapes = student.trunk.attention_shapes(student.config.history_layers, student.sample_shape)
+    cache = 2 * student.num_steps * sum(math.prod(shape) for shape in shapes)
     needed = weight.element_size() * (2 * tokens + cache)
     return int(min(LARGEST_BATCH, max(1, free_memory(weight.device) / 2 // needed)))
 

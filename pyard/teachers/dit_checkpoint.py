@@ -11,7 +11,7 @@ import torch
 
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.errors import InputError
-from pyard.models.dit.network import DiT
+from pyard.models.dit.network import DiT, dit_trunk
 from pyard.models.dit.tensor_names import (
     Tensors,
     join_checkpoint,
@@ -22,7 +22,7 @@ from pyard.models.dit.tensor_names import (
     write_checkpoint,
 )
 from pyard.teachers import Family
-from pyard.teachers.dit import DiTTeacher
+from pyard.teachers.network_teacher import NetworkTeacher
 
 # What the two papers' code trains with. DiT (Peebles & Xie 2023): eps, 1000 linear betas, respaced with both ends. SiT
 # (Ma et al. 2024), its default: the velocity of a linear path.
@@ -37,7 +37,7 @@ def load_checkpoint(
     num_classes: int | None = None,
     schedule: NoiseSchedule | None = None,
     weights: Literal["ema", "model"] = "ema",
-) -> DiTTeacher:
+) -> NetworkTeacher:
     """Read a DiT's or SiT's `.pt` or `.safetensors`.
 
     SiT's time runs from 0, noise, to 1, data, and its velocity points there. pyard's flows run from 1, noise, to 0, data: the
@@ -74,10 +74,10 @@ def load_checkpoint(
         network = DiT(config)
     network.trunk.load_state_dict(trunk, assign=True)
     network.head.load_state_dict(head, assign=True)
-    return DiTTeacher(network, schedule or SCHEDULES[family])
+    return NetworkTeacher(network, schedule or SCHEDULES[family])
 
 
-def save_checkpoint(teacher: DiTTeacher, path: str | Path) -> None:
+def save_checkpoint(teacher: NetworkTeacher, path: str | Path) -> None:
     """Write a teacher with DiT's own names, as `.pt` or `.safetensors`; a flow is written with SiT's time and sign.
 
     A teacher of C output channels gets C more that are zero, since DiT's and SiT's code expects a variance there.
@@ -85,7 +85,8 @@ def save_checkpoint(teacher: DiTTeacher, path: str | Path) -> None:
     Raises:
         InputError: the network has settings that DiT's code fixes otherwise.
     """
-    config, schedule = teacher.network.config, teacher.schedule
+    trunk, schedule = dit_trunk(teacher.network, f"{path}, a checkpoint with DiT's names"), teacher.schedule
+    config = trunk.config
     family = "sit" if schedule.kind == "flow" else "dit"
     head = dict(teacher.network.head.state_dict())
     if config.out_channels == config.in_channels:
@@ -107,7 +108,7 @@ def save_checkpoint(teacher: DiTTeacher, path: str | Path) -> None:
     other = [f"{name} is {found}, theirs {theirs}" for name, (found, theirs) in fixed.items() if found != theirs]
     if other:
         raise InputError(f"this teacher cannot be written as a {family} checkpoint, whose code fixes: {'; '.join(other)}")
-    write_checkpoint(Path(path), join_checkpoint(dict(teacher.network.trunk.state_dict()), [head], config))
+    write_checkpoint(Path(path), join_checkpoint(dict(trunk.state_dict()), [head], config))
 
 
 def _turned(head: Tensors) -> Tensors:

@@ -10,7 +10,7 @@ import torch
 from pyard.data.scenes import CLASS_NAMES, NUM_CLASSES, SIZE, draw_scenes, scene_uniforms
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.models.dit.network import DiTConfig
-from pyard.teachers.dit import DiTTeacher
+from pyard.teachers.network_teacher import NetworkTeacher
 from pyard.teachers.teaching import TeachBatch, TeachConfig, new_network, taught_once, teaching_device, train_network
 
 
@@ -36,7 +36,7 @@ def teach(
     seed: int = 0,
     save_every: int = 2000,
     progress: bool = True,
-) -> DiTTeacher:
+) -> NetworkTeacher:
     """Train a class-conditional DiT on scenes, each of which it sees once.
 
     It predicts the velocity of a flow in pixel space (3x32x32) and knows an unconditional label for classifier-free guidance.
@@ -67,10 +67,12 @@ def teach(
         seed=seed,
         patch_size=patch_size,
     )
-    return taught_once(out, config, lambda working: _train(config, working, save_every, progress), DiTTeacher.from_pretrained)
+    return taught_once(
+        out, config, lambda working: _train(config, working, save_every, progress), NetworkTeacher.from_pretrained
+    )
 
 
-def _train(config: ScenesConfig, working: Path, save_every: int, progress: bool) -> DiTTeacher:
+def _train(config: ScenesConfig, working: Path, save_every: int, progress: bool) -> NetworkTeacher:
     device = teaching_device()
     sizes = DiTConfig(
         input_size=SIZE,
@@ -106,4 +108,4 @@ def _train(config: ScenesConfig, working: Path, save_every: int, progress: bool)
         progress=progress,
         mixed_precision=device.type == "cuda",
     )
-    return DiTTeacher(network, NoiseSchedule(kind="flow", prediction="velocity"), class_names=CLASS_NAMES)
+    return NetworkTeacher(network, NoiseSchedule(kind="flow", prediction="velocity"), class_names=CLASS_NAMES)

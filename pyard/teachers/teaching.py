@@ -17,14 +17,16 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from pyard.conditions import Condition
 from pyard.errors import InputError
 from pyard.models.dit.network import DiT, DiTConfig
-from pyard.teachers.dit import DiTTeacher
+from pyard.storage.checkpoints import Checkpoints, Stateful, ema_of
+from pyard.teachers.network_teacher import NetworkTeacher
 
 _SETTINGS_NAME = "teach.json"
 _WARM_UP_STEPS = 100
 
-_Teacher = TypeVar("_Teacher", bound=DiTTeacher)
+_Teacher = TypeVar("_Teacher", bound=NetworkTeacher)
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,6 @@ def train_network(
     Returns:
         The network with its averaged weights.
     """
-    from pyard.storage.checkpoints import Checkpoints, Stateful, ema_of
-
     device = next(network.parameters()).device
     ema = ema_of(network, config.ema_decay)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
@@ -157,7 +157,7 @@ def train_network(
             warm_up = min(1.0, step / _WARM_UP_STEPS)
             group["lr"] = config.learning_rate * warm_up * 0.5 * (1 + math.cos(math.pi * step / config.max_steps))
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
-            prediction = network(batch.noisy.to(device), batch.times.to(device), batch.labels.to(device))
+            prediction = network(batch.noisy.to(device), batch.times.to(device), Condition({"label": batch.labels.to(device)}))
         loss = F.mse_loss(prediction.float(), batch.target.to(device))
         optimizer.zero_grad()
         loss.backward()

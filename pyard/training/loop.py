@@ -61,7 +61,7 @@ def train_stage(
     advice = memory_advice(
         reader.batch_size // config.gradient_accumulation,
         student.num_steps,
-        student.config.network.tokens_per_step,
+        student.trunk.tokens_per_step(),
         None if config.stage == "adversarial" else config.gradient_accumulation,
     )
 

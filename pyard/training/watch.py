@@ -54,9 +54,9 @@ class Watcher:
         self.config, self.student, self.held_out = config, student, held_out
         self.trackers = _trackers(config, resume_step) if records else []
         self.curves = TrainingLog(config.out / CURVES_NAME, resume_step) if held_out and records else None
-        labels = np.arange(_GRID_SAMPLES) % student.num_classes
+        numbers = np.arange(_GRID_SAMPLES) % student.num_conditions
         noise = standard_normal(config.seed, np.arange(_GRID_SAMPLES), student.sample_shape)
-        self._noise, self._labels = torch.from_numpy(noise), torch.from_numpy(labels)
+        self._noise, self._condition = torch.from_numpy(noise), student.require_conditions().take(numbers)
 
     def __call__(self, step: int, measured: Measured) -> None:
         """Look at the run after an update."""
@@ -80,11 +80,12 @@ class Watcher:
     @torch.no_grad()
     def _evaluate(self, step: int) -> None:
         student, device = self.student.eval(), self.student.embed_times.device
-        *_, samples = student.rollout(self._noise.to(device), self._labels.to(device), ConcatenatingCache())
-        picture = tiles(samples.float().cpu().numpy(), columns=_GRID_SAMPLES // 2)  # [rows, columns, 3]
-        for tracker in self.trackers:
-            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": picture[None]}, step=step, **options)
+        *_, samples = student.rollout(self._noise.to(device), self._condition.to(device), ConcatenatingCache())
+        if samples.ndim == 4:  # else they are no pictures
+            picture = tiles(samples.float().cpu().numpy(), columns=_GRID_SAMPLES // 2)  # [rows, columns, 3]
+            for tracker in self.trackers:
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": picture[None]}, step=step, **options)
         if self.held_out is not None:
             curve = exposure_bias(student, in_order(self.held_out, self.config))
             if self.curves is not None:

@@ -79,7 +79,7 @@ def convert_trajectories(
     samples, teacher_steps, shape = list_samples(source)
     grid = TimeGrid.build(schedule, num_steps, teacher_steps)
     if known is not None:
-        num_classes = known.num_classes
+        num_classes = known.conditions.count
         if known.sample_shape != shape:
             raise InputError(f"convert: samples of {shape} in {source}; teacher {teacher} makes {known.sample_shape}")
     manifest = TrajectoryManifest(

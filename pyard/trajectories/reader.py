@@ -26,7 +26,7 @@ class TrajectoryReader:
 
     Example:
         reader = TrajectoryReader("trajectories/digits", 64, target="denoised")
-        history, target, labels = (batch := next(reader)).history, batch.target, batch.condition
+        student(batch.history, batch.condition)  # with batch = next(reader)
 
     Args:
         store: a complete store, or its folder.

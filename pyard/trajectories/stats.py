@@ -107,7 +107,7 @@ def label_counts(store: TrajectoryStore) -> str:
     """How often the classes occur."""
     counts = np.zeros(store.manifest.num_classes, dtype=np.int64)
     for shard in store.shards:
-        counts += np.bincount(store.manifest.label_of(np.arange(shard.first, shard.end)), minlength=len(counts))
+        counts += np.bincount(store.manifest.number_of(np.arange(shard.first, shard.end)), minlength=len(counts))
     how = store.manifest.labels if isinstance(store.manifest.labels, str) else "given"
     return f"{how}; {np.count_nonzero(counts)} of {len(counts)} classes, {counts.min()} to {counts.max()} of each"
 

@@ -35,7 +35,7 @@ def test_overview_lists_the_commands(capsys):
     (["sample", "--student", "{tmp}", "--out", "{tmp}/a.png"], "no config.json"),
     (["sample", "--student", "{tmp}/run", "--out", "{tmp}/a.bmp"], ".npz or .png"),
     (["sample", "--student", "{tmp}/run", "--labels", "[0, 9]", "--out", "{tmp}/a.png"], "label 9: expected 0 to 4"),
-    (["trajectories", "--teacher", "{tmp}/run/student", "--out", "{tmp}/t", "--count", "3"], "expected a DiTTeacher"),
+    (["trajectories", "--teacher", "{tmp}/run/student", "--out", "{tmp}/t", "--count", "3"], "expected a NetworkTeacher"),
 ])  # fmt: skip
 def test_wrong_input_is_one_line_and_status_2(argv, message, tmp_path: Path, capsys):
     tiny_student(2, history_layers=1).save_pretrained(tmp_path / "run" / "student")

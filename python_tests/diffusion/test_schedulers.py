@@ -20,8 +20,8 @@ from golden import relative_error
 
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.schedulers import load_schedule, schedule_of, scheduler_of
-from pyard.diffusion.solvers import solve
 from pyard.errors import InputError
+from pyard.teachers.guidance import solve
 
 DDIM: list[dict[str, Any]] = [
     {},

@@ -8,16 +8,17 @@ import pytest
 import torch
 from factories import tiny_teacher
 
+from pyard.conditions import ClassConditions, Condition
 from pyard.diffusion.noise_schedule import NoiseSchedule
-from pyard.diffusion.solvers import endpoints, solve
 from pyard.errors import InputError
+from pyard.teachers.guidance import endpoints, solve
 
 
 class GaussianTeacher:
     """The exact prediction for data ~ N(mean_label, spread^2), every pixel alike; "no class" has mean 0."""
 
     sample_shape = (1, 2, 2)
-    num_classes = 2
+    conditions = ClassConditions(2)
     fingerprint = "gaussian"
     device = torch.device("cpu")
     means = torch.tensor([0.8, -0.5, 0.0], dtype=torch.float64)
@@ -26,9 +27,9 @@ class GaussianTeacher:
     def __init__(self, schedule: NoiseSchedule):
         self.schedule = schedule
 
-    def predict(self, x: torch.Tensor, time: float, labels: torch.Tensor) -> torch.Tensor:
+    def predict(self, x: torch.Tensor, time: float, condition: Condition) -> torch.Tensor:
         alpha, sigma = self.schedule.alpha(time), self.schedule.sigma(time)
-        mean = self.means[labels][:, None, None, None]
+        mean = self.means[condition["label"]][:, None, None, None]
         eps = sigma * (x.double() - alpha * mean) / (alpha**2 * self.spread**2 + sigma**2)
         denoised = mean + alpha * self.spread**2 * (x.double() - alpha * mean) / (alpha**2 * self.spread**2 + sigma**2)
         return {"eps": eps, "velocity": eps - denoised, "v_prediction": alpha * eps - sigma * denoised}[

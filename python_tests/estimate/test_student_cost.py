@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from dit_formulas import flops_of_passes
 from factories import tiny_student
 
 import pyard
 from pyard.cli.command_line import main
-from pyard.cost.flops import counted_flops
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.estimate.student_cost import count
@@ -38,11 +38,11 @@ def test_the_history_of_the_paper_costs_1_15_percent():
     assert description.parameters == pytest.approx(683e6, rel=3e-3)
 
 
-def test_torch_counts_the_same_for_dit_xl():
+def test_torch_counts_what_the_formula_says_of_dit_xl():
     with_history, without = xl_student(6), xl_student(0)
-    counted = counted_flops(with_history)
-    assert counted == count(with_history).flops_per_image
-    assert 100 * (counted / counted_flops(without) - 1) == pytest.approx(1.15, abs=0.005)
+    counted = count(with_history).flops_per_image
+    assert counted == flops_of_passes(with_history.config)
+    assert 100 * (counted / flops_of_passes(without.config) - 1) == pytest.approx(1.15, abs=0.005)
 
 
 @pytest.mark.parametrize("settings", [
@@ -51,7 +51,7 @@ def test_torch_counts_the_same_for_dit_xl():
 ], ids=str)  # fmt: skip
 def test_the_formula_is_what_torch_counts(settings):
     student = tiny_student(5, **settings)
-    assert counted_flops(student) == count(student).flops_per_image
+    assert flops_of_passes(student.config) == count(student).flops_per_image
 
 
 def test_describe_prints_and_returns_the_numbers(capsys, tmp_path: Path):

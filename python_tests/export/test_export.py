@@ -15,6 +15,7 @@ from factories import tiny_student, tiny_teacher
 
 import pyard
 from pyard import export
+from pyard.cli.command_line import main
 from pyard.errors import InputError
 from pyard.models.student import Student
 from pyard.runtime import OnnxStudent

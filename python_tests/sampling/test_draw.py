@@ -9,10 +9,11 @@ import torch
 from factories import tiny_student
 from golden import relative_error
 
+from pyard.conditions import ClassConditions
 from pyard.diffusion.noise import check_labels, standard_normal
 from pyard.errors import InputError
 from pyard.models.student import Student
-from pyard.sampling.draw import class_indices, sample
+from pyard.sampling.draw import condition_numbers, sample
 from pyard.sampling.inference import batch_size_that_fits, graphed_rollout
 
 
@@ -35,7 +36,7 @@ def test_every_sample_can_have_a_seed_of_its_own(student):
     torch.testing.assert_close(apart[0], sample(student, [2], seed=7)[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(apart[1], sample(student, [3], seed=8)[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(apart[2], apart[0], rtol=1e-5, atol=1e-5)
-    with pytest.raises(InputError, match="2 seeds for 3 labels"):
+    with pytest.raises(InputError, match="2 seeds for 3 samples"):
         sample(student, [2, 3, 2], seed=[7, 8])
 
 
@@ -68,14 +69,14 @@ def test_labels_of_any_integer_array():
 def test_names_stand_for_classes_where_the_student_knows_them():
     named = tiny_student(2, history_layers=1)
     with pytest.raises(InputError, match="knows no class names"):
-        class_indices(["zero"], named)
+        condition_numbers(["zero"], named)
     names = ("tench, Tinca tinca", "goldfish", "white shark", "cock", "hen")
-    object.__setattr__(named.config, "class_names", names)
-    assert class_indices(["Tinca tinca", "tench", "HEN", 3, "tench, Tinca tinca"], named).tolist() == [0, 0, 4, 3, 0]
+    named.conditions = ClassConditions(5, names)
+    assert condition_numbers(["Tinca tinca", "tench", "HEN", 3, "tench, Tinca tinca"], named).tolist() == [0, 0, 4, 3, 0]
     with pytest.raises(InputError, match=r"no class is named 'shark'; near: white shark"):
-        class_indices(["shark"], named)
+        condition_numbers(["shark"], named)
     with pytest.raises(InputError, match=r"expected a list, such as \['hen'\]"):
-        class_indices("hen", named)
+        condition_numbers("hen", named)
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(target="state", output="jump", history_bias=-1.0)], ids=str)
@@ -139,7 +140,7 @@ def test_the_batch_size_follows_free_memory(student, monkeypatch):
 
 def test_cuda_graphs_need_cuda(student):
     with pytest.raises(InputError, match="CUDA graphs need a student on a CUDA device"):
-        graphed_rollout(student, 2)
+        graphed_rollout(student, 2, student.require_conditions().take([0]))
 
 
 @pytest.mark.cuda

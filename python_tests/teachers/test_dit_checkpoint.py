@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from pyard import load_teacher
 from pyard.diffusion.noise_schedule import NoiseSchedule
-from pyard.diffusion.solvers import solve
 from pyard.errors import InputError
 from pyard.models.dit.network import DiT, DiTConfig
 from pyard.models.dit.tensor_names import KNOWN_HEADS, join_checkpoint, read_config
-from pyard.teachers.dit import DiTTeacher
 from pyard.teachers.dit_checkpoint import load_checkpoint, save_checkpoint
+from pyard.teachers.guidance import solve
+from pyard.teachers.network_teacher import NetworkTeacher
 
 SIT = NoiseSchedule(kind="flow", prediction="velocity")
 
@@ -190,5 +190,5 @@ def test_a_teacher_without_variance_is_written_with_zeros_there(tmp_path: Path):
 def test_settings_that_dit_fixes_otherwise_are_not_exported(tmp_path: Path):
     shifted = DiT(dataclasses.replace(tiny_config(frequency_size=256), freq_shift=1.0))
     with pytest.raises(InputError, match=r"freq_shift is 1\.0, theirs 0\.0"):
-        save_checkpoint(DiTTeacher(shifted, NoiseSchedule()), tmp_path / "dit.pt")
+        save_checkpoint(NetworkTeacher(shifted, NoiseSchedule()), tmp_path / "dit.pt")
     assert not list(tmp_path.iterdir())

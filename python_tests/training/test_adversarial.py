@@ -22,7 +22,7 @@ from pyard.errors import InputError
 from pyard.models.student import Student
 from pyard.ops import use_backend
 from pyard.storage.log import read_log
-from pyard.teachers.dit import DiTTeacher
+from pyard.teachers.network_teacher import NetworkTeacher
 from pyard.training import AdversarialConfig, TrainConfig
 from pyard.training.adversarial import Adversarial
 from pyard.training.processes import Processes
@@ -33,7 +33,7 @@ S, B = 3, 8
 SMALL = dict(virtual_batch=4, width=8, warmup_steps=0, flips=True)
 
 
-def teacher(kind: str = "flow") -> DiTTeacher:
+def teacher(kind: str = "flow") -> NetworkTeacher:
     return factories.tiny_teacher(NoiseSchedule(kind="flow", prediction="velocity") if kind == "flow" else NoiseSchedule())
 
 

@@ -104,7 +104,7 @@ def test_held_out_trajectories_are_of_the_same_classes_and_may_become_more(tmp_p
         changes = dict(max_steps=count, evaluate_every=4, evaluation_trajectories=count)
         run = train_in(tmp_path, f"run-{count}", store=tmp_path / "two", **changes)
         held_out = TrajectoryStore.open(run / "held-out")
-        assert held_out.manifest.label_of(np.arange(4)).tolist() == [1, 4, 1, 4]
+        assert held_out.manifest.number_of(np.arange(4)).tolist() == [1, 4, 1, 4]
     train_in(tmp_path, "run-4", store=tmp_path / "two", max_steps=4, evaluate_every=4, evaluation_trajectories=12)
     assert TrajectoryStore.open(tmp_path / "run-4" / "held-out").count == 12
 

@@ -41,7 +41,7 @@ def test_import_takes_the_published_places(tmp_path: Path) -> None:
     assert store.manifest.grid.denoised_index == (10, 15, 20)
     batch = TrajectoryReader(store, 5, target="denoised").gather(np.arange(5))
     states = TrajectoryReader(store, 5, target="state").gather(np.arange(5))
-    assert batch.condition.tolist() == LABELS
+    assert batch.condition["label"].tolist() == LABELS
     for i in range(5):
         # x_T and the predictions with 15, 10 and 5 steps to do; x_0 last: as the authors' training reads them.
         wanted = [arrays["zt", 25, i], *(arrays["pred_z0", t, i] for t in (15, 10, 5)), arrays["zt", 0, i]]
@@ -67,7 +67,7 @@ def test_import_resumes_and_takes_what_there_is(tmp_path: Path) -> None:
 def test_export_then_import_gives_the_numbers_back(tmp_path: Path, dtype: str) -> None:
     store = write(tmp_path / "store", 21, dtype=dtype)
     assert convert_trajectories(store.path, tmp_path / "tree", progress=False) is None
-    labels = store.manifest.label_of(np.arange(21))
+    labels = store.manifest.number_of(np.arange(21))
     file = tmp_path / "tree" / "pred_z0" / str(6 - store.manifest.grid.denoised_index[0]) / str(labels[20]) / "7_000020.npz"
     with np.load(file) as arrays:
         assert np.array_equal(arrays["pred_z0"], as_tensor(store.tensors(store.shards[2])["denoised"][4, 0].copy()).float())
@@ -77,7 +77,7 @@ def test_export_then_import_gives_the_numbers_back(tmp_path: Path, dtype: str) -
         mine, theirs = (TrajectoryReader(s, 21, target=target).gather(np.arange(21)) for s in (store, again))  # type: ignore[arg-type]
         assert torch.equal(mine.history, theirs.history)
         assert torch.equal(mine.target, theirs.target)
-        assert torch.equal(mine.condition, theirs.condition)
+        assert torch.equal(mine.condition["label"], theirs.condition["label"])
 
 
 def harm_missing(tree: Path) -> None:

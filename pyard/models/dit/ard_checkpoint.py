@@ -11,13 +11,13 @@ import torch
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
+from pyard.models.dit.network import DiTConfig, Trunk, without_variance
 from pyard.models.dit.tensor_names import (
     join_checkpoint,
     read_checkpoint,
     read_config,
     split_checkpoint,
     with_zero_variance,
-    without_variance,
     write_checkpoint,
 )
 from pyard.models.student import Student, StudentConfig
@@ -62,7 +62,7 @@ def load_ard_student(
     )
     student.trunk.load_state_dict(trunk)
     for own, theirs in zip(student.heads, heads, strict=True):
-        own.load_state_dict(without_variance(theirs, config))
+        own.load_state_dict(without_variance(theirs, config.patch_size, config.in_channels))
     return student.eval()
 
 
@@ -76,6 +76,9 @@ def save_ard_student(student: Student, path: str | Path) -> None:
         InputError: the student does something that their code would not do with its weights.
     """
     config = student.config
+    if not isinstance(student.trunk, Trunk) or not isinstance(config.network, DiTConfig):
+        raise InputError(f"this student cannot be written as an ARD checkpoint: its network is no DiT but {config.family}")
+    network = config.network
     published = TimeGrid.build(config.schedule, student.num_steps, config.grid.teacher_steps)
     fixed = {
         "target": (config.target, "denoised"),
@@ -83,18 +86,18 @@ def save_ard_student(student: Student, path: str | Path) -> None:
         "mask": (config.mask, "causal"),
         "history_bias": (config.history_bias, None),
         "embed_times": (config.grid.embed_times, published.embed_times),
-        "freq_shift": (config.network.freq_shift, 0.0),
-        "norm_eps": (config.network.norm_eps, 1e-6),
-        "mlp_norm_eps": (config.network.mlp_norm_eps, 1e-6),
-        "(time_scale, time_offset)": ((config.network.time_scale, config.network.time_offset), (1.0, 0.0)),
+        "freq_shift": (network.freq_shift, 0.0),
+        "norm_eps": (network.norm_eps, 1e-6),
+        "mlp_norm_eps": (network.mlp_norm_eps, 1e-6),
+        "(time_scale, time_offset)": ((network.time_scale, network.time_offset), (1.0, 0.0)),
     }
     other = [f"{name} is {found}, theirs {theirs}" for name, (found, theirs) in fixed.items() if found != theirs]
     if other:
         raise InputError(f"this student cannot be written as an ARD checkpoint, whose code fixes: {'; '.join(other)}")
     # A shared head becomes as many equal ones as there are steps.
     heads = [student.heads[s % len(student.heads)].state_dict() for s in range(student.num_steps)]
-    wide = [with_zero_variance(dict(head), config.network) for head in heads]
-    tensors = join_checkpoint(dict(student.trunk.state_dict()), wide, config.network)
+    wide = [with_zero_variance(dict(head), network) for head in heads]
+    tensors = join_checkpoint(dict(student.trunk.state_dict()), wide, network)
     parameters = [torch.nn.Parameter(tensor) for tensor in tensors.values()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
     write_checkpoint(Path(path), tensors, opt=optimizer.state_dict())

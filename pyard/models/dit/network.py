@@ -7,17 +7,22 @@ Written so that a student can reuse every part: all tensors carry the step dimen
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from pyard import ops
+from pyard.conditions import Condition
 from pyard.errors import InputError
+from pyard.models.backbone import AttentionShape, Backbone, Denoiser
+from pyard.models.history import History
 
 # (q, k, v), each [B, H, S*T, Dh], to [B, H, S*T, Dh]
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -122,6 +127,15 @@ def sincos_position_embedding(side: int, dim: int) -> torch.Tensor:
     return torch.cat([columns, rows], dim=-1).reshape(side * side, dim).float()
 
 
+def without_variance(head: Mapping[str, torch.Tensor], patch_size: int, channels: int) -> dict[str, torch.Tensor]:
+    """The tensors of a head with the rows of its first C output channels only."""
+    kept = dict(head)
+    for name in ("linear.weight", "linear.bias"):
+        rows = head[name].unflatten(0, (patch_size**2, -1))  # channels are last in a token
+        kept[name] = rows[:, :channels].flatten(0, 1).clone()
+    return kept
+
+
 class TimeEmbedding(nn.Module):
     """Times to conditioning vectors: sinusoids, then a two-layer MLP."""
 
@@ -204,9 +218,11 @@ class Head(nn.Module):
         return self.linear(ops.modulated_layer_norm(x, shift, scale, self.eps))
 
 
-class Trunk(nn.Module):
+class Trunk(Backbone):
     """Everything of a DiT below its head: embeddings and blocks, for any number of steps."""
 
+    config_class = DiTConfig
+    config: DiTConfig
     pos_embed: torch.Tensor
 
     def __init__(self, config: DiTConfig):
@@ -219,51 +235,127 @@ class Trunk(nn.Module):
         self.label_embed = nn.Embedding(config.num_classes + config.has_null_label, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
 
+    def forward(
+        self,
+        x: torch.Tensor,  # [B, S, C, H, W]
+        times: torch.Tensor,  # [B or 1, S]
+        condition: Condition,  # label int64 [B]
+        heads: Sequence[nn.Module],  # S of them, or one
+        history: History | None = None,
+    ) -> torch.Tensor:  # [B, S, C_out, H, W]
+        vectors = self.step_vectors(times, condition["label"])
+        tokens = self.run_blocks(self.embed(x.to(self.patch_embed.weight.dtype)), vectors, history)
+        return self.unembed(run_heads(heads, tokens, vectors), self.config.sample_shape)
+
+    @property
+    def dit_blocks(self) -> list[Block]:
+        """The blocks, for those who look into them."""
+        return [cast(Block, block) for block in self.blocks]
+
     def embed(self, x: torch.Tensor) -> torch.Tensor:  # [B, S, C, H, W] -> [B, S, T, D]
         return self.patch_embed(patchify(x, self.config.patch_size)) + self.pos_embed
 
-    def unembed(self, tokens: torch.Tensor, channels: int) -> torch.Tensor:  # [B, S, T, P*P*C] -> [B, S, C, H, W]
-        return unpatchify(tokens, self.config.patch_size, channels)
+    def unembed(self, tokens: torch.Tensor, sample_shape: tuple[int, ...]) -> torch.Tensor:  # [..., T, P*P*C] -> [..., C, H, W]
+        return unpatchify(tokens, self.config.patch_size, tokens.shape[-1] // self.config.patch_size**2)
 
-    def condition(self, times: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # [B or 1, S], [B] -> [B, S, D]
-        """The conditioning vectors, SiLU applied: every adaLN of the network begins with it."""
+    def step_vectors(self, times: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # [B or 1, S], [B] -> [B, S, D]
+        """Time and class of every step, SiLU applied: every adaLN of the network begins with it."""
         return F.silu(self.time_embed(times) + self.label_embed(labels)[:, None])
 
-    def forward(
+    def conditioning(self, times: torch.Tensor, condition: Condition) -> torch.Tensor:  # [B], B rows -> [B, D]
+        return self.step_vectors(times[:, None], condition["label"])[:, 0]
+
+    def run_blocks(
         self,
         x: torch.Tensor,  # [B, S, T, D]
-        condition: torch.Tensor,  # [B, S, D]
-        attends: tuple[Attend | None, ...] = (),
+        vectors: torch.Tensor,  # [B, S, D]
+        history: History | None = None,
     ) -> torch.Tensor:  # [B, S, T, D]
-        """Run the blocks; block i attends with `attends[i]`, within each step where there is none."""
+        """Run the blocks; the lowest ones attend to the history, the others within each step."""
+        remembering = 0 if history is None else history.layers
         for i, block in enumerate(self.blocks):
-            x = block(x, condition, attends[i] if i < len(attends) else None)
+            attend = None if history is None or i >= remembering else functools.partial(history.attend, i)
+            x = block(x, vectors, attend)
         return x
 
+    def features(
+        self,
+        x: torch.Tensor,  # [B, C, H, W]
+        times: torch.Tensor,  # [B]
+        condition: Condition,
+        head: nn.Module,
+        blocks: Sequence[int],
+    ) -> list[torch.Tensor]:  # K times [B, T, D]
+        vectors = self.step_vectors(times[:, None], condition["label"])
+        tokens, seen = self.embed(x[:, None].to(self.patch_embed.weight.dtype)), {}
+        for i, block in enumerate(self.blocks[: max(blocks) + 1]):
+            tokens = block(tokens, vectors)
+            seen[i] = tokens[:, 0]
+        return [seen[i] for i in blocks]
 
-class DiT(nn.Module):
+    def attention_shapes(self, layers: int, sample_shape: tuple[int, ...]) -> list[AttentionShape]:
+        self.check_sample(sample_shape)
+        return [AttentionShape(self.config.num_heads, self.config.tokens_per_step, self.config.head_dim)] * layers
+
+    def new_head(self) -> Head:
+        return Head(self.config)
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.num_classes
+
+    @property
+    def has_null_class(self) -> bool:
+        return self.config.has_null_label
+
+    def for_student(self, head: nn.Module) -> tuple[Trunk, nn.Module]:
+        """Copies without the variance that a teacher may predict: a student's head has C output channels."""
+        trunk, config = copy.deepcopy(self), self.config
+        if config.out_channels == config.in_channels:
+            return trunk, copy.deepcopy(head)
+        trunk.config = dataclasses.replace(config, out_channels=config.in_channels)
+        with torch.device(next(head.parameters()).device):
+            narrow = Head(trunk.config)
+        narrow.load_state_dict(without_variance(head.state_dict(), config.patch_size, config.in_channels))
+        return trunk, narrow
+
+
+def dit_trunk(network: Denoiser, wanted: str) -> Trunk:
+    """The trunk of a network that must be a DiT; an InputError names what is wanted of it where it is none."""
+    if not isinstance(network.trunk, Trunk):
+        raise InputError(f"{wanted}: expected a DiT, found a network of the family {network.trunk.family()}")
+    return network.trunk
+
+
+def run_heads(heads: Sequence[nn.Module], x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Each step's tokens through its head: [B, S, T, D], [B, S, D] -> [B, S, T, P*P*C]."""
+    if len(heads) == 1:
+        tokens: torch.Tensor = heads[0](x, vectors)
+        return tokens
+    # Steps first, so that every head multiplies contiguous slices: BLAS rounds strided ones by their address, and a
+    # resumed run must repeat every bit.
+    x, vectors = x.transpose(0, 1).contiguous(), vectors.transpose(0, 1).contiguous()
+    per_step = [head(x[s].unsqueeze(1), vectors[s].unsqueeze(1)).squeeze(1) for s, head in enumerate(heads)]
+    return torch.stack(per_step).transpose(0, 1)
+
+
+class DiT(Denoiser):
     """The teacher's network: x_t, t and class to a prediction.
 
     A fresh one is initialised as adaLN-Zero prescribes: gates and head are zero, so every block is the identity.
     """
 
+    trunk: Trunk
+    head: Head
+
     def __init__(self, config: DiTConfig):
-        super().__init__()
-        self.config = config
-        self.trunk = Trunk(config)
-        self.head = Head(config)
+        super().__init__(Trunk(config))
         self._initialise()
 
-    def forward(
-        self,
-        x: torch.Tensor,  # [B, C, H, W]
-        times: torch.Tensor,  # [B], may be fractional
-        labels: torch.Tensor,  # [B] int64; num_classes is "no class"
-    ) -> torch.Tensor:  # [B, C_out, H, W]
-        condition = self.trunk.condition(times[:, None], labels)
-        tokens = self.head(self.trunk(self.trunk.embed(x[:, None]), condition), condition)
-        assert self.config.out_channels is not None
-        return self.trunk.unembed(tokens, self.config.out_channels)[:, 0]
+    @property
+    def config(self) -> DiTConfig:
+        """Sizes."""
+        return self.trunk.config
 
     def _initialise(self) -> None:
         for module in self.modules():

@@ -224,15 +224,6 @@ def head_prefix(index: int) -> str:
     return f"final_layer{index + 1}" if index else "final_layer"
 
 
-def without_variance(head: Tensors, config: DiTConfig) -> Tensors:
-    """A head with the rows of its first C output channels only."""
-    kept = dict(head)
-    for name in ("linear.weight", "linear.bias"):
-        rows = head[name].unflatten(0, (config.patch_size**2, -1))  # channels are last in a token
-        kept[name] = rows[:, : config.in_channels].flatten(0, 1).clone()
-    return kept
-
-
 def with_zero_variance(head: Tensors, config: DiTConfig) -> Tensors:
     """A head of C output channels with C more that are always zero, where DiT predicts a variance."""
     wider = dict(head)
