@@ -13,11 +13,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu.__main__ import merge
 from benchmarks.gpu.checks import TESTS
+from benchmarks.gpu.measure import Setting
 from benchmarks.gpu.sections import CALL_LIMITS, CALLS, SECTIONS, Section
 from benchmarks.gpu.steps import Call
+from benchmarks.gpu.students import NaiveStudent, new_student
 from benchmarks.gpu.table import as_markdown, with_floors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,10 +36,12 @@ class Find:
     def __call__(self, name, *rest, **named):
         return None if name.split(".")[0] in {refused!r} else find(name, *rest, **named)
 PathFinder.find_spec = Find()
+from benchmarks.gpu.measure import Setting
 from benchmarks.gpu.sections import SECTIONS, Section
 SECTIONS.update({sections!r})
 """
-SECTIONS_OF_THIS_TEST = {name: Section("broken_sections", name, 1.0) for name in ("hangs", "poisons", "raises", "is_late")}
+LIMITS = {"hangs": 1.0, "poisons": 60.0, "raises": 60.0, "is_late": 1.0}
+SECTIONS_OF_THIS_TEST = {name: Section("broken_sections", name, limit_s) for name, limit_s in LIMITS.items()}
 BROKEN_SECTIONS = """
 import time
 def hangs(results, setting):
@@ -114,7 +119,8 @@ def test_all_sections_run_on_a_bare_machine(bare: dict[str, str], tmp_path: Path
     assert set(steps) == {"library", *SECTIONS}
     assert set(steps.values()) == {"ok"}
     assert set(tables) == set(SECTIONS)
-    assert (out / "c.md").read_text(encoding="utf-8") in printed
+    assert "| batch 2, naive |" in (out / "c.md").read_text(encoding="utf-8")
+    assert "biased, native: forward_ms" in printed
     copy = tables["ceilings"]["copy"]
     row = tables["rows"]["modulated_layer_norm bf16 native"]
     assert row["forward_floor_ms"] == pytest.approx(row["forward_gb"] / copy["tb_per_s"])  # type: ignore[operator]
@@ -123,9 +129,22 @@ def test_all_sections_run_on_a_bare_machine(bare: dict[str, str], tmp_path: Path
     assert tables["training"]["batch 2, naive"]["tflop_per_s"]
 
 
+def test_the_naive_student_is_the_student() -> None:
+    student = new_student(Setting("cpu", True), torch.float32)
+    assert student.history_bias is not None
+    student.history_bias.data.zero_()  # the usual way has none
+    naive = NaiveStudent(student)
+    history = torch.randn(2, student.num_steps, *student.sample_shape)
+    labels = torch.tensor([3, 700])
+    with torch.no_grad():
+        torch.testing.assert_close(naive(history, labels), student(history, labels), rtol=1e-4, atol=1e-4)
+        *_, sample = student.rollout(history[:, 0], labels)
+        torch.testing.assert_close(naive.rollout(history[:, 0], labels), sample, rtol=1e-4, atol=1e-4)
+
+
 def test_what_breaks_costs_itself_alone(bare: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.gpu.steps.SECTIONS", {**SECTIONS, **SECTIONS_OF_THIS_TEST})
-    monkeypatch.setattr("benchmarks.gpu.steps.GRACE_S", 0.5)
+    monkeypatch.setattr("benchmarks.gpu.steps.GRACE_S", 4.0)
     monkeypatch.chdir(ROOT)
     published: list[int] = []
     call = Call(tmp_path, time.monotonic() + 100, lambda call: published.append(len(call.steps)))

@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.gpu import checks
 from benchmarks.gpu.sections import CALL_LIMITS, CALLS, SECTIONS
 from benchmarks.gpu.steps import Call
-from benchmarks.gpu.table import read_tables, with_floors, write
+from benchmarks.gpu.table import as_summary, read_tables, with_floors, write
 
 ROOT = Path(__file__).resolve().parents[2]
 CARRIED = ROOT / "build" / "gpu-carry"
@@ -112,7 +112,7 @@ def run(letter: str, wanted: list[str], out: Path, smoke: bool) -> int:
         call.stop()
         publisher(call)
         publisher.logs(call)
-    print(publisher.path.with_name(publisher.path.name + ".md").read_text(encoding="utf-8"))
+    print(as_summary(json.loads(publisher.path.with_name(publisher.path.name + ".json").read_text(encoding="utf-8"))))
     return int(any(step["result"] not in ("ok", checks.NOT_HERE) for step in call.steps))
 
 

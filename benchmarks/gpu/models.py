@@ -54,7 +54,9 @@ def _measure_training(
 ) -> None:
     name = f"batch {B}{_recomputed(recomputes)}, {backend}{', compiled blocks' if compiled else ''}"
     way = "compiled" if compiled else "eager"
-    results.measure(name, partial(_train, setting, B, recomputes, backend, way), needs_s=15.0 if compiled else 4.0)
+    results.measure(
+        name, partial(_train, setting, B, recomputes, backend, way), needs_s=20.0 if compiled else 4.0 if B < 64 else 8.0
+    )
 
 
 def _train(setting: Setting, B: int, recomputes: bool, backend: ops.Backend, way: str) -> dict[str, Any]:
@@ -199,7 +201,9 @@ def teacher(results: Results, setting: Setting) -> None:
 
     for B in _sampling_sizes(setting):
         for graph in (True, False):
-            results.measure(f"batch {B}{', CUDA graph' if graph else ''}", partial(run, B, graph), needs_s=4.0)
+            results.measure(
+                f"batch {B}{', CUDA graph' if graph else ''}", partial(run, B, graph), needs_s=3.0 if B < 64 else 10.0
+            )
 
 
 class _InHalf:

@@ -17,7 +17,8 @@ from typing import Any
 from benchmarks.gpu.sections import POISONED, SECTIONS
 
 START_S = 60.0  # of a worker, before its first section
-GRACE_S = 5.0  # between a section's limit, at which it ends by itself, and its being ended
+GRACE_S = 15.0  # after a section's limit, for its last row: starting a worker anew takes about as long
+RESERVE_S = 3.0  # before the end of the call, at which the worker is to have ended by itself
 LOG_LINES = 15  # of a step that did not end well, in the results
 
 
@@ -98,7 +99,7 @@ class Call:
     def run_sections(self, sections: list[str], device: str, smoke: bool) -> None:
         """Runs sections in a worker, and in another where one is lost on the way."""
         remaining, attempt = list(sections), 0
-        while remaining and self.left_s() > GRACE_S:
+        while remaining and self.left_s() > RESERVE_S:
             attempt += 1
             stopped, reason = self._run_worker(remaining, device, smoke, attempt)
             if stopped is None:
@@ -114,7 +115,7 @@ class Call:
         current, ended = self.parts / "current.json", self.parts / "ended.jsonl"
         current.unlink(missing_ok=True)
         command = [sys.executable, "-m", "benchmarks.gpu.worker", *sections, "--parts", str(self.parts), "--device", device]
-        command += ["--seconds", str(self.left_s() - GRACE_S), *(["--smoke"] if smoke else [])]
+        command += ["--seconds", str(self.left_s() - RESERVE_S), *(["--smoke"] if smoke else [])]
         program = Program(command, self.log(f"worker_{attempt}"))
         try:
             while True:

@@ -78,6 +78,22 @@ def as_markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def as_summary(results: dict[str, Any]) -> str:
+    """Steps, then a line a row: its times in ms, and the floor's share of each."""
+    lines = [f"{step['step']}: {step['result']}" for step in results["steps"]]
+    for table in results["tables"]:
+        lines.append(f"-- {table['section']}")
+        for row in table["rows"]:
+            found = [
+                f"{key} {row[key]:.4g}"
+                + (f" ({row[share]:.0%})" if (share := f"{key.removesuffix('ms')}of_floor") in row else "")
+                for key in ("ms", "forward_ms", "both_ms")
+                if key in row
+            ]
+            lines.append(f"{row['name']}: " + (", ".join(found) or row.get("error") or row.get("left_out") or ""))
+    return "\n".join(lines)
+
+
 def _cell(value: object) -> str:
     if value is None:
         return ""
