@@ -5,8 +5,8 @@ from __future__ import annotations
 from pyard import ops
 
 # `auto` and `sdpa` stand for one of the rest; FlexAttention compiles for each shape and is measured by itself.
-_NOT_COMPARED = ("auto", "sdpa", "flex")
-_PLAIN = "reference"
+_NOT_COMPARED: tuple[ops.Backend, ...] = ("auto", "sdpa", "flex")
+_PLAIN: ops.Backend = "reference"
 
 
 def attention_backends() -> list[ops.Backend]:

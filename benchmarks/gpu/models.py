@@ -104,8 +104,9 @@ def compile_blocks(student: Student, setting: Setting) -> None:
     Blocks with a history get a new closure each pass, which the compiler would take for a new function.
     """
     if not setting.smoke:
+        torch.compiler.reset()  # else the variants of earlier rows count towards the compiler's limit for one function
         for block in student.trunk.blocks[student.config.history_layers :]:
-            block.compile(dynamic=False)
+            block.forward = torch.compile(block.forward, dynamic=False)
 
 
 def sampling(results: Results, setting: Setting) -> None:

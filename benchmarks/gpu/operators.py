@@ -72,6 +72,8 @@ def rows(results: Results, setting: Setting) -> None:
 def _row(
     backend: ops.Backend, compiled: bool, function: Any, leaves: list[Tensor], moved: tuple[int, int], device: str
 ) -> dict[str, Any]:
+    if compiled:
+        torch.compiler.reset()
     with ops.use_backend(backend):
         call = torch.compile(function, dynamic=False) if compiled else function
         times = both_times(lambda: call(*leaves), leaves, device)

@@ -37,6 +37,7 @@ class Call:
     publish: Callable[[Call], None]
     background: dict[str, tuple[float, Program]] = field(default_factory=dict)
     steps: list[dict[str, Any]] = field(default_factory=list)
+    ended_seen: int = 0  # lines of `ended.jsonl`, which workers add to
 
     def left_s(self) -> float:
         """Until the last step must have ended."""
@@ -105,7 +106,7 @@ class Call:
             if stopped is None:
                 return
             index = remaining.index(stopped)
-            # What poisoned the device is one row, which is not tried again; a section that hung is.
+            # The row that broke the device is written down, so its section goes on behind it; a section that hung is given up.
             remaining = remaining[index:] if reason == "poisoned" and attempt < 8 else remaining[index + 1 :]
         for name in remaining:
             self.note(name, 0, "left out: no time")
@@ -144,10 +145,10 @@ class Call:
 
     def _note_ended(self, ended: Path) -> None:
         lines = ended.read_text(encoding="utf-8").splitlines() if ended.exists() else []
-        ended.unlink(missing_ok=True)
-        for line in lines:
+        for line in lines[self.ended_seen :]:
             row = json.loads(line)
             self.note(row["step"], row["seconds"], row["result"])
+        self.ended_seen = len(lines)
 
 
 class Program:

@@ -5,17 +5,21 @@ B batch, S num_steps, T tokens_per_step, D hidden size, H heads, Dh head size, L
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.gpu.measure import Setting
-from pyard.models.dit import DiT, DiTConfig
+from pyard.models.dit import Block, DiT, DiTConfig, Head
 from pyard.models.student import Student, StudentConfig
 from pyard.noise_schedule import NoiseSchedule
 from pyard.teachers.dit import DiTTeacher
 from pyard.time_grid import TimeGrid
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def network_sizes(smoke: bool, out_channels: int | None = None) -> DiTConfig:
@@ -58,7 +62,7 @@ def new_teacher(setting: Setting, dtype: torch.dtype) -> DiTTeacher:
     return teacher
 
 
-def randomise(module: nn.Module) -> nn.Module:
+def randomise(module: M) -> M:
     """Draws all parameters anew; returns the module."""
     with torch.no_grad():
         for parameter in module.parameters():
@@ -139,7 +143,7 @@ class NaiveStudent(nn.Module):
         return history[:, -1]
 
 
-def _naive_block(block: nn.Module, x: Tensor, condition: Tensor, mask: Tensor) -> Tensor:  # [B, s T, D] twice
+def _naive_block(block: Block, x: Tensor, condition: Tensor, mask: Tensor) -> Tensor:  # [B, s T, D] twice
     shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(condition).chunk(6, dim=-1)
     D = (x.shape[-1],)
     normal = F.layer_norm(x, D, eps=block.eps) * (1 + scale1) + shift1
@@ -151,6 +155,6 @@ def _naive_block(block: nn.Module, x: Tensor, condition: Tensor, mask: Tensor) -
     return x + gate2 * block.fc2(F.gelu(block.fc1(normal), approximate="tanh"))
 
 
-def _naive_head(head: nn.Module, x: Tensor, condition: Tensor) -> Tensor:  # [B, T, D] twice -> [B, T, P P C]
+def _naive_head(head: Head, x: Tensor, condition: Tensor) -> Tensor:  # [B, T, D] twice -> [B, T, P P C]
     shift, scale = head.modulation(condition).chunk(2, dim=-1)
     return head.linear(F.layer_norm(x, (x.shape[-1],), eps=head.eps) * (1 + scale) + shift)
