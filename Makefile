@@ -20,10 +20,10 @@ FUZZ_SOURCES := $(addprefix csrc/trajectory/,fuzz_shard.cpp shard.cpp json.cpp)
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE_SOURCES)) $(wildcard examples/*.cpp examples/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint fuzz sanitize format clean
+.PHONY: help install demo test lint fuzz sanitize torch-headers oldest-torch gpu-carry format clean
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/:[^#]*## /: /' | sort
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /: /' | sort
 
 install: $(INSTALLED) ## Create .venv and install pyard in it, built against the torch that is there
 
@@ -66,6 +66,40 @@ sanitize: $(INSTALLED) ## Run the operators' tests under AddressSanitizer and Un
 	@narrower=$$($(SANITIZER_ENV) $(VENV)/bin/python -P -c 'from pyard.ops.backend import library; print(*library.instruction_sets[:-1])') \
 		&& for isa in $$narrower; do $(SANITIZER_ENV) PYARD_CPU_ISA=$$isa $(VENV)/bin/python -P -m pytest -q -p no:cacheprovider \
 		$(SANITIZER_TESTS) -k "exact or closed_form or takes_rows or rounds" || exit 1; done
+
+# One library serves every torch from this one on, so it must compile against the headers of this one. Its CUDA kernels are for
+# Hopper alone: so it is what benchmarks/GPU.md takes to a GPU machine.
+OLDEST_TORCH := 2.11.0
+OLDEST := build/oldest-torch
+HOPPER := TORCH_CUDA_ARCH_LIST=9.0
+torch-headers: $(INSTALLED) ## Download the headers of the oldest supported torch
+	@$(VENV)/bin/python build_backend/torch_headers.py $(OLDEST_TORCH) build/torch-$(OLDEST_TORCH)
+
+oldest-torch: torch-headers ## Build the operators against those headers, with CUDA kernels where there is nvcc, and test them
+	@PATH="$(abspath $(VENV))/bin:$$PATH" && $(HOPPER) cmake -S . -B $(OLDEST) -G Ninja \
+		-DPYARD_TORCH_INCLUDE=$(CURDIR)/build/torch-$(OLDEST_TORCH)/torch/include \
+		-DPYARD_TORCH_LIB=$$($(VENV)/bin/python -c 'import torch; print(torch.__path__[0])')/lib \
+		-DPYARD_CUDA=$$(command -v $${CUDACXX:-nvcc} > /dev/null && echo ON || echo OFF) > /dev/null
+	@PATH="$(abspath $(VENV))/bin:$$PATH" && $(HOPPER) cmake --build $(OLDEST) --target pyard_ops > $(OLDEST)/build.log \
+		|| { grep -v 'ptxas info' $(OLDEST)/build.log | tail -n 40; exit 1; }
+	@PYARD_PREBUILT=$(OLDEST)/libpyard_ops.so $(RUN) pytest -q -p no:cacheprovider python_tests/ops/test_library.py \
+		python_tests/ops/test_elementwise.py
+
+# What benchmarks/GPU.md takes to a GPU machine. The trajectory reader is made for that machine's Python, if GPU_PYTHON names one of
+# the same version; otherwise it is built there.
+GPU_PYTHON ?=
+CARRY := build/gpu-carry
+gpu-carry: oldest-torch ## Build what is carried to a GPU machine into build/gpu-carry (GPU_PYTHON=python3.12, needs nvcc)
+	@PATH="$(abspath $(VENV))/bin:$$PATH" && $(HOPPER) cmake -S . -B $(OLDEST) \
+		-DPYARD_PYBIND11_INCLUDE=$$($(VENV)/bin/python -c 'import pybind11; print(pybind11.get_include())') \
+		$(if $(GPU_PYTHON),-DPYARD_PYTHON_INCLUDE=$$($(GPU_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')) \
+		> /dev/null
+	@PATH="$(abspath $(VENV))/bin:$$PATH" && $(HOPPER) cmake --build $(OLDEST) --target pyard_gpu_sanitize $(if $(GPU_PYTHON),pyard_trajectory) \
+		> $(OLDEST)/build.log || { grep -v 'ptxas info' $(OLDEST)/build.log | tail -n 40; exit 1; }
+	@rm -rf $(CARRY) && mkdir -p $(CARRY) && cp $(OLDEST)/libpyard_ops.so $(OLDEST)/pyard_gpu_sanitize $(CARRY)
+	@$(if $(GPU_PYTHON),cp $(OLDEST)/_trajectory.so $(CARRY)/_trajectory$$($(GPU_PYTHON) -c \
+		'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))'))
+	@ls -l $(CARRY)
 
 format: $(LINTERS) ## Format Python and C++ in place
 	@$(RUN) ruff check --fix

@@ -2,13 +2,15 @@
 
 Environment: PYARD_NATIVE=auto|0|1 (auto: build if it can be built, otherwise install without; 1: a failed build is an
 error), CXX, CXXFLAGS, MAX_JOBS; PYARD_CUDA=auto|0|1 (auto: compile the CUDA kernels if nvcc is found and torch has CUDA;
-1: without a CUDA torch, too, and a failure is an error), TORCH_CUDA_ARCH_LIST, CUDACXX.
+1: without a CUDA torch, too, and a failure is an error), TORCH_CUDA_ARCH_LIST, CUDACXX; PYARD_TORCH_INCLUDE,
+PYARD_TORCH_LIB: folders of torch's headers and of libtorch_cpu, where they are not those of the installed torch.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -56,9 +58,9 @@ class CMakeBuild(build_ext):
             if torch is None:
                 raise NativeBuildError(f"{TORCH_REQUIREMENT} was not found when pyard was installed")
             name = READER if ext.name.endswith(READER) else LIBRARY
-            library, cuda_note = _build(torch, name, cuda_mode)
+            library, cuda_note, cuda_failed = _build(torch, name, cuda_mode)
             shutil.copyfile(library, target)
-            record = {"built": True, "torch": torch.version, "cuda": cuda_note}
+            record = {"built": True, "torch": torch.version, "cuda": cuda_note, "cuda_failed": cuda_failed}
         except NativeBuildError as error:
             if mode == "1" or (cuda_mode == "1" and not ext.name.endswith(READER)):
                 raise
@@ -94,24 +96,28 @@ def _choice(variable: str) -> str:
     return choice
 
 
-def _build(torch: TorchLocation, library: str, mode: str) -> tuple[Path, str]:
-    """Builds with CUDA where PYARD_CUDA asks for it; returns the library and whether, or why not, it has CUDA kernels."""
+def _build(torch: TorchLocation, library: str, mode: str) -> tuple[Path, str, bool]:
+    """Builds with CUDA where PYARD_CUDA asks for it.
+
+    Returns:
+        The library, `built` or why it has no CUDA kernels, and whether building them failed.
+    """
     nvcc = _nvcc()
     if mode == "1" and nvcc is None:
         raise NativeBuildError("PYARD_CUDA=1, but nvcc was not found: put it on the PATH, or set CUDACXX or CUDA_HOME")
     if mode == "0":
-        return _run_cmake(torch, library, None), "PYARD_CUDA=0 was set when pyard was installed"
+        return _run_cmake(torch, library, None), "PYARD_CUDA=0 was set when pyard was installed", False
     if nvcc is None:
-        return _run_cmake(torch, library, None), "nvcc was not found when pyard was installed"
+        return _run_cmake(torch, library, None), "nvcc was not found when pyard was installed", False
     if mode == "auto" and torch.cuda is None:
-        return _run_cmake(torch, library, None), f"torch {torch.version} has no CUDA"
+        return _run_cmake(torch, library, None), f"torch {torch.version} has no CUDA", False
     try:
-        return _run_cmake(torch, library, nvcc), "built"
+        return _run_cmake(torch, library, nvcc), "built", False
     except NativeBuildError as error:
         if mode == "1":
             raise
         warnings.warn(f"pyard installs without CUDA kernels: {error}", stacklevel=2)
-        return _run_cmake(torch, library, None), str(error)
+        return _run_cmake(torch, library, None), str(error), True
 
 
 def _nvcc() -> str | None:
@@ -133,6 +139,7 @@ def _run_cmake(torch: TorchLocation, library: str, nvcc: str | None) -> Path:
         *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
         f"-DCMAKE_MAKE_PROGRAM={ninja}",
         f"-DPYARD_TORCH_DIR={torch.folder}",
+        *(f"-D{name}={os.environ.get(name, '')}" for name in ("PYARD_TORCH_INCLUDE", "PYARD_TORCH_LIB")),
         f"-DPYARD_PYTHON_INCLUDE={sysconfig.get_path('include')}",
         f"-DPYARD_PYBIND11_INCLUDE={_pybind11_include() or ''}",
         f"-DPYARD_CUDA={'OFF' if nvcc is None else 'ON'}",
@@ -189,9 +196,18 @@ def _call(command: list[str], what: str) -> str:
     finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     print(finished.stdout, flush=True)
     if finished.returncode != 0:
-        tail = "\n".join(finished.stdout.strip().splitlines()[-15:])
-        raise NativeBuildError(f"{what} the operators failed (a C++17 compiler is needed; set CXX):\n{tail}")
+        raise NativeBuildError(f"{what} the operators failed (a C++17 compiler is needed; set CXX): {_cause(finished.stdout)}")
     return finished.stdout
+
+
+def _cause(output: str) -> str:
+    """The first error that a compiler or CMake reported, in one line, and the end of the output in more."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [index for index, line in enumerate(lines) if re.search(r"\berror\b", line, re.IGNORECASE)]
+    first = lines[errors[0]] if errors else "no error was printed"
+    if first.startswith("CMake Error") and errors[0] + 1 < len(lines):
+        first += f" {lines[errors[0] + 1]}"
+    return "\n".join([first, *lines[-15:]])
 
 
 setup(

@@ -1,4 +1,4 @@
-// Every kernel at small, ragged sizes, without Python or torch: what gpu_check.sh runs under compute-sanitizer, and
+// Every kernel at small, ragged sizes, without Python or torch: what benchmarks/gpu runs under compute-sanitizer, and
 // python_tests/ops/test_cuda_sanitized.py, on the emulated machine, under ThreadSanitizer and AddressSanitizer.
 #include <launchers.h>
 

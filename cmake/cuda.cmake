@@ -52,7 +52,7 @@ set_property(SOURCE csrc/library.cpp APPEND PROPERTY
   COMPILE_DEFINITIONS PYARD_HAS_CUDA "PYARD_CUDA_ARCHS=\"${PYARD_CUDA_ARCHS}\"")
 target_link_libraries(pyard_ops PRIVATE pyard_cuda_kernels ${CMAKE_DL_LIBS})
 
-# Every kernel without torch or Python, for compute-sanitizer: benchmarks/gpu_check.sh.
+# Every kernel without torch or Python, for compute-sanitizer: benchmarks/GPU.md.
 if(EXISTS "${CMAKE_CURRENT_SOURCE_DIR}/benchmarks/gpu_sanitize.cu")
   add_executable(pyard_gpu_sanitize EXCLUDE_FROM_ALL benchmarks/gpu_sanitize.cu)
   target_link_libraries(pyard_gpu_sanitize PRIVATE pyard_cuda_kernels)

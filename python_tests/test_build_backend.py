@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,33 @@ def test_the_torch_of_the_build_comes_first_if_it_is_new_enough(tmp_path: Path, 
     _, found = look(tmp_path)
     assert found is not None
     assert (found == [str(package), version]) == taken
+
+
+def fetch_headers(folder: Path, wheels: Path) -> subprocess.CompletedProcess[str]:
+    pip = {"NO_INDEX": "1", "FIND_LINKS": str(wheels), "CONSTRAINT": "", "EXTRA_INDEX_URL": "", "CONFIG_FILE": os.devnull}
+    environment = {**os.environ, **{f"PIP_{name}": value for name, value in pip.items()}}
+    command = [sys.executable, str(BACKEND / "torch_headers.py"), "2.11.0", str(folder)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_headers_are_taken_out_of_a_wheel_and_kept(tmp_path: Path) -> None:
+    wheels, folder = tmp_path / "wheels", tmp_path / "build" / "torch-2.11.0"
+    wheels.mkdir()
+    missing = fetch_headers(folder, wheels)
+    assert missing.returncode == 1
+    assert missing.stderr.startswith("the headers of torch 2.11.0 cannot be downloaded from PyPI: ERROR: ")
+    assert len(missing.stderr.splitlines()) == 1
+    assert not folder.exists()
+
+    wheel = wheels / "torch-2.11.0-cp311-cp311-macosx_11_0_arm64.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("torch/include/torch/version.h", "2.11")
+        archive.writestr("torch/lib/libtorch_cpu.dylib", "large")
+        archive.writestr("torch-2.11.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0\n")
+        archive.writestr("torch-2.11.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: cp311-cp311-macosx_11_0_arm64\n")
+    found = fetch_headers(folder, wheels)
+    assert found.stdout.strip() == str(folder / "torch/include"), found.stderr
+    assert (folder / "torch/include/torch/version.h").read_text() == "2.11"
+    assert not (folder / "torch/lib").exists()
+    wheel.unlink()
+    assert fetch_headers(folder, wheels).returncode == 0

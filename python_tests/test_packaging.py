@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -72,6 +73,23 @@ def test_without_a_compiler_the_wheel_is_plain_and_says_why(unpacked: Path, tmp_
     record = json.loads(wheel.read("pyard/_build.json"))
     assert not record["built"]
     assert "a C++17 compiler is needed" in record["reason"]
+
+
+def test_cuda_kernels_that_do_not_build_leave_their_reason(unpacked: Path, tmp_path: Path) -> None:
+    real, other = Path(torch.__file__).parent, tmp_path / "overlay" / "torch"
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+    (other / "version.py").write_text(f"__version__ = {torch.__version__!r}\ncuda = '13.0'\n")  # a torch with CUDA
+    for part in ("include", "lib"):
+        (other / part).symlink_to(real / part)
+    path = os.pathsep.join([str(unpacked / "build_backend"), str(other.parent)])
+    wheel = zipfile.ZipFile(build("build_wheel", unpacked, tmp_path, PYARD_CUDA="auto", CUDACXX="/bin/false", PYTHONPATH=path))
+    assert "pyard/libpyard_ops.so" in wheel.namelist()
+    record = json.loads(wheel.read("pyard/_build.json"))
+    assert record["built"]
+    assert record["cuda_failed"]
+    assert record["cuda"].startswith("configuring the operators failed")
+    assert "error" in record["cuda"].splitlines()[0].lower()
 
 
 @pytest.mark.parametrize("variable", ["PYARD_CUDA", "PYARD_NATIVE"])

@@ -13,7 +13,7 @@ void* current_stream(int32_t device) {
   }();
   STD_TORCH_CHECK(function != nullptr, "pyard: this torch has no CUDA (libtorch_cuda.so is not loaded)");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  TORCH_ERROR_CODE_CHECK(function(device, &stream));
   return stream;
 }
 

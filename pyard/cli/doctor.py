@@ -7,9 +7,12 @@ import platform
 import warnings
 from dataclasses import asdict, dataclass, field
 from json import dumps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyard.version import __version__
+
+if TYPE_CHECKING:
+    from pyard.ops.native import NativeLibrary
 
 PACKAGES = ("torch", "numpy", "safetensors", "diffusers", "accelerate", "onnx", "onnxscript", "scikit-learn")
 ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
@@ -137,15 +140,31 @@ def _examine_operators(report: Report) -> None:
             "cuda_architectures": " ".join(library.cuda_architectures),
             "cuda_note": library.cuda_note,
         }
-        if torch.cuda.is_available() and not library.cuda_architectures:
-            remedy = "install a CUDA toolkit (nvcc) and then pyard again with PYARD_CUDA=1, which makes what fails an error"
-            what = f"this machine has a GPU, and the operators' CUDA kernels were not compiled: {library.cuda_note}"
-            report.problems.append(Problem(what, remedy))
+        _examine_cuda_kernels(report, library)
         _run_self_test(report)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for operator in backend.KERNELS:
         taken = {device: backend.has_kernel(operator, device) for device in devices}
         report.operators[operator] = {device: "native" if native else "reference" for device, native in taken.items()}
+
+
+def _examine_cuda_kernels(report: Report, library: NativeLibrary) -> None:
+    import torch
+
+    from pyard.ops.prebuilt import runs_on
+
+    has_gpu = torch.cuda.is_available()
+    again = "install pyard again with PYARD_CUDA=1, which makes what fails an error"
+    if library.cuda_failed:
+        what = f"the operators' CUDA kernels were to be built, and building them failed: {library.cuda_note}"
+        report.problems.append(Problem(what, f"{again}, or with PYARD_CUDA=0 to leave them out"))
+    elif has_gpu and not library.cuda_architectures:
+        what = f"this machine has a GPU, and the operators' CUDA kernels were not compiled: {library.cuda_note}"
+        report.problems.append(Problem(what, f"install a CUDA toolkit (nvcc), then {again}"))
+    elif has_gpu and not runs_on(library.cuda_architectures, torch.cuda.get_device_capability()):
+        found = ".".join(map(str, torch.cuda.get_device_capability()))
+        what = f"the CUDA kernels were compiled for {' '.join(library.cuda_architectures)}, this GPU needs {found}"
+        report.problems.append(Problem(what, f"set TORCH_CUDA_ARCH_LIST={found} and {again}"))
 
 
 def _examine_trajectory_reader(report: Report) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
@@ -50,6 +51,7 @@ def _checked(name: str, source: str) -> Backend:
 
 
 library, missing_reason = native.load()
+_told_of_failed_build = False
 _choice: Backend = _checked(os.environ.get("PYARD_BACKEND", "auto"), "PYARD_BACKEND")
 
 
@@ -86,6 +88,8 @@ def takes_native(operator: str, x: Tensor) -> bool:
         InputError: If the backend is `native` and the operator's kernel cannot run.
     """
     device = x.device.type
+    if device == "cuda":
+        _tell_of_failed_build()
     if operator not in KERNELS or _choice == "reference" or torch.onnx.is_in_onnx_export():
         return False
     if device in DTYPES and device not in KERNELS[operator]:
@@ -94,6 +98,19 @@ def takes_native(operator: str, x: Tensor) -> bool:
     if not taken and _choice == "native":
         raise InputError(f"backend 'native' cannot run {operator} on {device} in {x.dtype}: {_obstacle(operator, device)}")
     return taken
+
+
+def _tell_of_failed_build() -> None:
+    """Warns, once, that the installation could not build the CUDA kernels: pip hides the output of a build that succeeds."""
+    global _told_of_failed_build
+    if _told_of_failed_build or library is None or not library.cuda_failed or torch.compiler.is_compiling():
+        return
+    _told_of_failed_build = True
+    reason = library.cuda_note.splitlines()[0]
+    warnings.warn(
+        f"pyard runs without its CUDA kernels: building them failed ({reason}); `python -m pyard doctor` says what to do.",
+        stacklevel=4,
+    )
 
 
 def has_kernel(operator: str, device: str) -> bool:

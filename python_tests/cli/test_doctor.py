@@ -63,6 +63,27 @@ def test_a_gradient_that_is_nan_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
     assert math.isnan(self_test.self_test()["gated_residual"])
 
 
+def run_doctor(package_in: Path, record: dict[str, object]) -> subprocess.CompletedProcess[str]:
+    (package_in / "pyard" / "_build.json").write_text(json.dumps(record))
+    command = [sys.executable, "-P", "-c", "import sys; from pyard.cli.doctor import doctor; sys.exit(doctor())"]
+    environment = {**os.environ, "PYTHONPATH": str(package_in)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@needs_native
+def test_cuda_kernels_that_could_not_be_built_are_a_problem(tmp_path: Path) -> None:
+    shutil.copytree(native.PACKAGE, tmp_path / "pyard", ignore=shutil.ignore_patterns("__pycache__"))
+    record = {"built": True, "torch": "2.11.0+cu130", "cuda": "compiling failed: stream.cpp:16: error: x", "cuda_failed": True}
+    finished = run_doctor(tmp_path, record)
+    assert finished.returncode == 1, finished.stdout
+    assert (
+        "CUDA kernels were to be built, and building them failed: compiling failed: stream.cpp:16: error: x" in finished.stdout
+    )
+    assert "do: install pyard again with PYARD_CUDA=1" in finished.stdout
+    left_out = {**record, "cuda": "PYARD_CUDA=0 was set when pyard was installed", "cuda_failed": False}
+    assert run_doctor(tmp_path, left_out).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("reason", "remedy"),
     [
@@ -74,10 +95,7 @@ def test_a_gradient_that_is_nan_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_missing_operators_come_with_a_remedy(tmp_path: Path, reason: str, remedy: str) -> None:
     package = tmp_path / "pyard"
     shutil.copytree(native.PACKAGE, package, ignore=shutil.ignore_patterns("libpyard_ops.*", "__pycache__"))
-    (package / "_build.json").write_text(json.dumps({"built": False, "reason": reason}))
-    command = [sys.executable, "-P", "-c", "import sys; from pyard.cli.doctor import doctor; sys.exit(doctor())"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    finished = run_doctor(tmp_path, {"built": False, "reason": reason})
     assert finished.returncode == 1, finished.stderr
     assert f"plain PyTorch runs in their place: {reason}\n  do: {remedy}" in finished.stdout
     assert finished.stderr == ""

@@ -86,3 +86,28 @@ for _ in range(2):
     assert finished.stderr.count("pyard runs without its native operators (no compiler was found)") == 1
     refused = run_python(code, PYTHONPATH=str(tmp_path), PYARD_BACKEND="native")
     assert "cannot run modulated_layer_norm on cpu in torch.float32: the operators are not built" in refused.stderr
+
+
+@needs_native
+@pytest.mark.parametrize(("failed", "warnings"), [(True, 1), (False, 0)])
+def test_cuda_kernels_that_could_not_be_built_are_missed_once(tmp_path: Path, failed: bool, warnings: int) -> None:
+    shutil.copytree(native.PACKAGE, tmp_path / "pyard", ignore=shutil.ignore_patterns("__pycache__"))
+    record = {"built": True, "torch": "2.13.0", "cuda": "compiling failed: stream.cpp:16: error: x\nlog", "cuda_failed": failed}
+    (tmp_path / "pyard" / "_build.json").write_text(json.dumps(record))
+    code = """
+import torch, pyard.ops as ops
+from torch._subclasses.fake_tensor import FakeTensorMode
+def call(device):
+    ops.gelu_tanh(torch.empty(3, 4, device=device), torch.empty(4, device=device))
+call("cpu")
+print("on the CPU nothing is missed")
+with FakeTensorMode():  # a CUDA device to Python, without a GPU
+    call("cuda")
+    call("cuda")
+"""
+    finished = run_python(code, PYTHONPATH=str(tmp_path), PYTHONWARNINGS="always")
+    assert finished.returncode == 0, finished.stderr
+    said = "pyard runs without its CUDA kernels: building them failed (compiling failed: stream.cpp:16: error: x)"
+    assert finished.stderr.count(said) == warnings
+    before = run_python(code.split("with Fake")[0], PYTHONPATH=str(tmp_path))
+    assert said not in before.stderr

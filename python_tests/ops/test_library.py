@@ -9,7 +9,6 @@ import sys
 
 import pytest
 
-from pyard.ops import native
 from pyard.ops.backend import library
 
 pytestmark = [
@@ -25,7 +24,8 @@ SYSTEM = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_|^(__gmon_start__|_ITM_\w+)$")
 def tool_output(tool: str, *arguments: str) -> str:
     if shutil.which(tool) is None:
         pytest.skip(f"{tool} (binutils) is not installed")
-    command = [tool, *arguments, str(native.LIBRARY)]
+    assert library is not None
+    command = [tool, *arguments, str(library.path)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
