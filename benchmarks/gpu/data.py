@@ -41,7 +41,7 @@ def trajectories(results: Results, setting: Setting) -> None:
             start_s = time.perf_counter()
             write(count=batch + count)
             ms = (time.perf_counter() - start_s) * 1e3
-        flops = 2 * steps * count * teacher_flops(teacher.network.config)
+        flops = 2 * steps * count * teacher_flops(teacher.network, teacher.conditions.take([0]))
         return {"trajectories": count, "ms": ms, "gflop": flops / 1e9, "trajectories_per_s": count / ms * 1e3}
 
     results.measure("eager", partial(run, False), needs_s=8.0)

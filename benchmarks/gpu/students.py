@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.gpu.measure import Setting
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.time_grid import TimeGrid
 from pyard.models.dit.network import Block, DiT, DiTConfig, Head
 from pyard.models.student import Student, StudentConfig
-from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.teachers.network_teacher import NetworkTeacher
-from pyard.diffusion.time_grid import TimeGrid
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -124,13 +124,13 @@ class NaiveStudent(nn.Module):
         trunk, config = self.student.trunk, self.student.config
         T, steps = config.network.tokens_per_step, history.shape[1]
         x = trunk.embed(history.to(next(trunk.parameters()).dtype)).flatten(1, 2)  # [B, s T, D]
-        condition = trunk.condition(self.student.embed_times[None, :steps], labels).repeat_interleave(T, dim=1)
+        condition = trunk.step_vectors(self.student.embed_times[None, :steps], labels).repeat_interleave(T, dim=1)
         for layer, block in enumerate(trunk.blocks):
             inputs = block, x, condition, self.masks[int(layer >= config.history_layers), : steps * T, : steps * T]
             x = checkpoint(_naive_block, *inputs, use_reentrant=False) if self.recomputes else _naive_block(*inputs)
         pieces = zip(self.student.heads, x.split(T, dim=1), condition.split(T, dim=1), strict=False)
         tokens = torch.stack([_naive_head(*piece) for piece in pieces], dim=1)
-        out = trunk.unembed(tokens, config.network.in_channels)
+        out = trunk.unembed(tokens, config.network.sample_shape)
         jumps = self.student.jumps[:steps]
         return torch.stack([a * history[:, s].float() + b * out[:, s].float() for s, (a, b) in enumerate(jumps)], dim=1)
 
