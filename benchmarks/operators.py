@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.timing import Measurement
 from pyard import ops
 from pyard.ops import reference
+from pyard.ops.masks import mask_number
 
 Case = tuple[Measurement, dict[str, Callable[[], object]]]
 
@@ -120,7 +121,7 @@ def attention(mask: str, H: int, head_dim: int, dtype: torch.dtype) -> Iterator[
     dense = dense.view(S * T, S * T).to(dtype)
 
     def ours() -> Tensor:
-        return torch.ops.pyard.block_attention(q, k, v, T, mask, None, None)[0]
+        return torch.ops.pyard.block_attention(q, k, v, T, mask_number(mask), None, None)[0]
 
     def with_dense_mask() -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=dense)
@@ -155,7 +156,7 @@ def attention_cached(H: int, head_dim: int) -> Case:
     q = torch.randn(B, T, H, head_dim).transpose(1, 2)
     k, v = torch.randn(2, B, H, S * T, head_dim).unbind(0)
     rivals = {
-        "pyard": lambda: torch.ops.pyard.block_attention(q, k, v, T, "causal", None, None)[0],
+        "pyard": lambda: torch.ops.pyard.block_attention(q, k, v, T, mask_number("causal"), None, None)[0],
         "SDPA per step": lambda: F.scaled_dot_product_attention(q, k, v),
     }
     flops = 4 * B * H * head_dim * T * S * T

@@ -12,7 +12,7 @@ from pyard.errors import InputError
 from pyard.ops import reference
 from pyard.ops.backend import BACKENDS, Backend, current_backend, takes_native, use_backend
 from pyard.ops.derivatives import accumulator
-from pyard.ops.masks import MASKS, Mask, check_mask, visible, visible_steps
+from pyard.ops.masks import MASKS, Mask, check_mask, mask_number, visible, visible_steps
 
 __all__ = [
     "BACKENDS",
@@ -242,7 +242,7 @@ def block_attention(
     k, v = k.to(q.dtype), v.to(q.dtype)
     if takes_native("block_attention", q):
         bias = None if bias is None else bias.to(accumulator(q.dtype))
-        out: Tensor = torch.ops.pyard.block_attention(q, k, v, T, mask, window, bias)[0]
+        out: Tensor = torch.ops.pyard.block_attention(q, k, v, T, mask_number(mask), window, bias)[0]
         return out
     if q.is_cuda and current_backend() == "flex":
         from pyard.ops import flex  # its import costs what few need

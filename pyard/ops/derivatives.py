@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyard.ops import reference
+from pyard.ops.masks import MASKS
 
 
 def register() -> None:
@@ -85,7 +86,7 @@ def _new_heads(like: Tensor) -> Tensor:  # [B, H, tokens, Dh] over the memory of
 
 
 def _attention_shapes(
-    q: Tensor, k: Tensor, v: Tensor, tokens_per_step: int, mask: str, window: int | None, bias: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, tokens_per_step: int, mask: int, window: int | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     return _new_heads(q), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
@@ -121,11 +122,12 @@ def _save_for_attention_second_order(ctx: Any, inputs: tuple[Any, ...], output: 
 def _attention_second_order(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     """As `_differentiate_as`, for the softmax; `out` and `log_sum_exp` are functions of q, k, v, so these carry their share."""
     grad, q, k, v, bias = ctx.saved_tensors
+    tokens_per_step, mask, window = ctx.options
     learned = () if bias is None else (bias,)
 
     def gradients(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         def forward(q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Tensor:
-            return reference.block_attention(q, k, v, *ctx.options, *(bias or (None,)))
+            return reference.block_attention(q, k, v, tokens_per_step, MASKS[mask], window, *(bias or (None,)))
 
         pull_back: Any = torch.func.vjp(forward, *inputs)[1]
         return pull_back(grad)

@@ -129,7 +129,10 @@ const char* launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared
   constexpr int kAllowedUnasked = 48 * 1024;
   if (shared_bytes > kAllowedUnasked) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // takes the error back, or the next launch would report it as its own
+      return cudaGetErrorString(error);
+    }
   }
   kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
   const cudaError_t error = cudaGetLastError();
