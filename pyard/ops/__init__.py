@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyard.errors import InputError
 from pyard.ops import reference
-from pyard.ops.backend import BACKENDS, Backend, current_backend, takes_native, use_backend
+from pyard.ops.backend import BACKENDS, Backend, current_backend, takes_native, use_backend, why_not_native
 from pyard.ops.derivatives import accumulator
 from pyard.ops.masks import MASKS, Mask, check_mask, mask_number, visible, visible_steps
 
@@ -32,6 +32,7 @@ __all__ = [
     "use_backend",
     "visible",
     "visible_steps",
+    "why_not_native",
 ]
 
 
@@ -240,7 +241,7 @@ def block_attention(
     if bias is not None and bias.shape != q.shape[1:2]:
         raise InputError(f"block_attention: bias has shape {list(bias.shape)}, expected [{q.shape[1]}], one per head")
     k, v = k.to(q.dtype), v.to(q.dtype)
-    if takes_native("block_attention", q):
+    if takes_native("block_attention", k):
         bias = None if bias is None else bias.to(accumulator(q.dtype))
         out: Tensor = torch.ops.pyard.block_attention(q, k, v, T, mask_number(mask), window, bias)[0]
         return out

@@ -124,6 +124,23 @@ def test_attention_in_every_instantiation(kernels: AnyKernels, head_dim: int, dt
         check_attention(kernels, dtype, 66, "causal", head_dim, 1, 2, with_bias=True, deterministic=deterministic)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_bias_may_switch_the_history_off(kernels: AnyKernels, dtype: torch.dtype, deterministic: bool) -> None:
+    T, H = 70, 2  # more than one tile of earlier keys
+    q, k, v, grad = torch.randn(4, 1, H, 3 * T, 72).to(dtype).unbind(0)
+    bias = torch.tensor([-math.inf, 0.3])
+    out, lse = kernels.attention_forward(q, k, v, T, "causal", None, bias)
+    grads = kernels.attention_backward(grad, q, k, v, out, lse, T, "causal", None, bias, deterministic)
+    assert grads[3] is not None
+    assert grads[3][0] == 0
+    alone, alone_lse = kernels.attention_forward(q, k, v, T, "diagonal")
+    alone_grads = kernels.attention_backward(grad, q, k, v, alone, alone_lse, T, "diagonal", None, None, deterministic)
+    for ours, expected in zip((out, lse, *grads[:3]), (alone, alone_lse, *alone_grads[:3]), strict=True):
+        torch.testing.assert_close(ours[:, 0], expected[:, 0])
+        assert bool(ours.isfinite().all())
+
+
 def test_attention_refuses_what_it_was_not_compiled_for(kernels: AnyKernels) -> None:
     q = torch.randn(1, 1, 4, 136)
     with pytest.raises((AssertionError, RuntimeError), match="multiple of 8 from 8 to 128"):
