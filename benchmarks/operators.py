@@ -129,7 +129,16 @@ def attention(mask: str, H: int, head_dim: int, dtype: torch.dtype) -> Iterator[
     def step_by_step() -> Tensor:
         return reference.block_attention(q, k, v, T, mask, None, None)
 
-    work = {"pyard": ours, "SDPA, dense mask": with_dense_mask, "SDPA per step": step_by_step}
+    def merged_parts() -> Tensor:
+        with ops.use_backend("merged"):
+            return ops.block_attention(q, k, v, T, mask)
+
+    work = {
+        "pyard": ours,
+        "SDPA, dense mask": with_dense_mask,
+        "SDPA per step": step_by_step,
+        "SDPA merged": merged_parts,
+    }
     flops = 4 * B * H * head_dim * T * T * sum(map(len, seen))
     # FLOP/s floors are those of float32, whatever the storage.
     kind = str(dtype).removeprefix("torch.")

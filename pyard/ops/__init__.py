@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyard.errors import InputError
-from pyard.ops import reference
+from pyard.ops import merged, reference
 from pyard.ops.backend import BACKENDS, Backend, current_backend, takes_native, use_backend, why_not_native
 from pyard.ops.derivatives import accumulator
 from pyard.ops.masks import MASKS, Mask, check_mask, mask_number, visible, visible_steps
@@ -241,7 +241,11 @@ def block_attention(
     if bias is not None and bias.shape != q.shape[1:2]:
         raise InputError(f"block_attention: bias has shape {list(bias.shape)}, expected [{q.shape[1]}], one per head")
     k, v = k.to(q.dtype), v.to(q.dtype)
-    if takes_native("block_attention", k):
+    if current_backend() == "merged" and not torch.onnx.is_in_onnx_export():
+        return merged.block_attention(q, k, v, T, mask, window, bias)
+    # Own blocks alone are what the library's kernels are best at on CUDA: there `auto` leaves them to SDPA.
+    without_history = k.shape[2] == T and q.is_cuda and current_backend() == "auto"
+    if not without_history and takes_native("block_attention", k):
         bias = None if bias is None else bias.to(accumulator(q.dtype))
         out: Tensor = torch.ops.pyard.block_attention(q, k, v, T, mask_number(mask), window, bias)[0]
         return out

@@ -13,9 +13,9 @@ from torch import Tensor
 from pyard.errors import InputError
 from pyard.ops import limits, native
 
-Backend = Literal["auto", "native", "reference", "sdpa", "flex"]
+Backend = Literal["auto", "native", "reference", "sdpa", "merged", "flex"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-ATTENTION_BACKENDS = ("sdpa", "flex")
+ATTENTION_BACKENDS = ("sdpa", "merged", "flex")
 
 OPERATORS = (
     "modulated_layer_norm",
@@ -65,8 +65,9 @@ def use_backend(name: Backend) -> Iterator[None]:
     Args:
         name: `auto` (what is fastest: on the CPU the kernel where there is one, else the plain twin), `native` (the kernel of
             every operator that has one, or an error that says why not) or `reference` (plain PyTorch; what exporters
-            want). `sdpa` and `flex` choose for `block_attention` alone: PyTorch's SDPA step by step, or FlexAttention
-            on CUDA, where other devices have SDPA; for the rest they are `auto`.
+            want). `sdpa`, `merged` and `flex` choose for `block_attention` alone, and are `auto` for the rest: PyTorch's
+            SDPA step by step; its kernels over own and over earlier blocks, merged by log-sum-exp; FlexAttention on CUDA,
+            where other devices have SDPA.
 
     Raises:
         InputError: If `name` is none of these.

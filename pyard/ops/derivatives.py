@@ -80,7 +80,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _new_heads(like: Tensor) -> Tensor:  # [B, H, tokens, Dh] over the memory of [B, tokens, H, Dh]
+def new_heads(like: Tensor) -> Tensor:  # [B, H, tokens, Dh] over the memory of [B, tokens, H, Dh]
     B, H, tokens, head_dim = like.shape
     return like.new_empty(B, tokens, H, head_dim).transpose(1, 2)
 
@@ -88,7 +88,7 @@ def _new_heads(like: Tensor) -> Tensor:  # [B, H, tokens, Dh] over the memory of
 def _attention_shapes(
     q: Tensor, k: Tensor, v: Tensor, tokens_per_step: int, mask: int, window: int | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return _new_heads(q), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
+    return new_heads(q), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
 
 def _save_for_attention_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -111,7 +111,7 @@ def _attention_backward_shapes(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads = 0 if options[-1] is None else q.shape[1]
-    return _new_heads(q), _new_heads(k), _new_heads(v), q.new_empty(heads, dtype=accumulator(q.dtype))
+    return new_heads(q), new_heads(k), new_heads(v), q.new_empty(heads, dtype=accumulator(q.dtype))
 
 
 def _save_for_attention_second_order(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -120,9 +120,25 @@ def _save_for_attention_second_order(ctx: Any, inputs: tuple[Any, ...], output: 
 
 
 def _attention_second_order(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-    """As `_differentiate_as`, for the softmax; `out` and `log_sum_exp` are functions of q, k, v, so these carry their share."""
-    grad, q, k, v, bias = ctx.saved_tensors
-    tokens_per_step, mask, window = ctx.options
+    dgrad, dq, dk, dv, dbias = attention_second_order(*ctx.saved_tensors, ctx.options, cotangents)
+    return dgrad, dq, dk, dv, None, None, None, None, None, dbias
+
+
+def attention_second_order(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    options: list[Any],  # tokens_per_step, number of the mask, window
+    cotangents: tuple[Tensor, ...],  # of dq, dk, dv and dbias
+) -> tuple[Tensor | None, ...]:
+    """As `_differentiate_as`, for the softmax; what forward saved is a function of q, k, v, so these carry its share.
+
+    Returns:
+        The gradients of grad, q, k, v and bias.
+    """
+    tokens_per_step, mask, window = options
     learned = () if bias is None else (bias,)
 
     def gradients(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -135,7 +151,7 @@ def _attention_second_order(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | Non
     with sdpa_kernel(SDPBackend.MATH):
         pull_back: Any = torch.func.vjp(gradients, grad, q, k, v, *learned)[1]
         dgrad, dq, dk, dv, *dbias = pull_back(cotangents[: 3 + len(learned)])
-    return dgrad, dq, dk, dv, None, None, None, None, None, dbias[0] if dbias else None
+    return dgrad, dq, dk, dv, dbias[0] if dbias else None
 
 
 def _save_for_residual_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
