@@ -51,6 +51,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> block_attention_backward_unordered(
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& log_sum_exp,
     int64_t tokens_per_step, int64_t mask, std::optional<int64_t> window, std::optional<Tensor> bias);
 
+Tensor gelu_tanh(const Tensor& x, const Tensor& bias);
+std::tuple<Tensor, Tensor> gelu_tanh_backward(const Tensor& grad, const Tensor& x, const Tensor& bias);
+
 Tensor timestep_embedding(const Tensor& times, int64_t dim, double max_period, double freq_shift);
 
 // An index outside the store gives NaN: the device cannot raise.

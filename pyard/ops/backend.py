@@ -29,7 +29,6 @@ OPERATORS = (
 # Device types on which an operator has a kernel; what is not here runs as its twin everywhere.
 KERNELS: dict[str, frozenset[str]] = {
     **{operator: frozenset({"cpu", "cuda"}) for operator in OPERATORS},
-    "gelu_tanh": frozenset({"cpu"}),
     "gated_residual_modulated_layer_norm": frozenset({"cuda"}),
 }
 DTYPES: dict[str, frozenset[torch.dtype]] = {

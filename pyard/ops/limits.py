@@ -58,6 +58,8 @@ def shape_obstacle(operator: str, shape: Sequence[int], dtype: torch.dtype) -> s
             return f"the hidden size is {D}, expected a multiple of {per_chunk} from {per_chunk} to 8192"
         if B > MOST_BLOCKS or S > 20000 or T > MOST_ROWS:
             return f"batch {B}, {S} steps and {T} tokens, expected at most {MOST_BLOCKS}, 20000 and 2^30"
+    if operator == "gelu_tanh" and (shape[-1] % per_chunk or not 1 <= shape[-1] <= 2**24):
+        return f"rows of {shape[-1]}, expected a multiple of {per_chunk} from {per_chunk} to 2^24"
     if operator == "block_attention":
         B, H, keys, head_dim = shape
         if head_dim % 8 or not 8 <= head_dim <= 128:

@@ -94,6 +94,14 @@ class DeviceKernels:
             )
         return {name: grad.cpu() for name, grad in zip(names, grads, strict=True)}
 
+    def gelu_forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        out: Tensor = torch.ops.pyard.gelu_tanh(*_moved(x, bias))
+        return out.cpu()
+
+    def gelu_backward(self, grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        dx, dbias = torch.ops.pyard.gelu_tanh_backward(*_moved(grad, x, bias))
+        return dx.cpu(), dbias.cpu()
+
     def timestep_embedding(self, times: Tensor, dim: int, max_period: float, freq_shift: float) -> Tensor:
         out: Tensor = torch.ops.pyard.timestep_embedding(times.cuda(), dim, max_period, freq_shift)
         return out.cpu()

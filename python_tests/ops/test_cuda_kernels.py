@@ -180,6 +180,8 @@ def test_no_result_depends_on_the_order_of_threads(emulated: Kernels, dtype: tor
         grads = emulated.residual_norm_backward(branch, x, residual, gate, branch, scale, EPS)
         return [residual, normal, *grads.values()]
 
+    hidden, hidden_bias = torch.randn(700, 72).to(dtype), torch.randn(72).to(dtype)
+    in_drawn_orders(emulated, lambda: [*emulated.gelu_backward(hidden, hidden, hidden_bias)])
     in_drawn_orders(emulated, attend)
     in_drawn_orders(emulated, norm)
 
@@ -322,6 +324,38 @@ def test_rows_far_from_zero_keep_their_digits(kernels: AnyKernels) -> None:
     normal = kernels.residual_norm_forward(x, None, None, shift, scale, EPS)[1]
     plain = reference.modulated_layer_norm(x, shift, scale, EPS)
     assert_as_exact_as_plain(normal, plain, reference.modulated_layer_norm(x.double(), shift.double(), scale.double(), EPS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+# No row; ragged parts; more parts than groups of the sum; more columns than a block has threads.
+@pytest.mark.parametrize("shape", [(0, 8), (1, 8), (67, 72), (700, 40), (5, 1160)], ids=str)
+def test_gelu_tanh(kernels: AnyKernels, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, grad, bias = ((2 * torch.randn(size)).to(dtype) for size in (shape, shape, shape[1:]))
+    ours = kernels.gelu_forward(x, bias), *kernels.gelu_backward(grad, x, bias)
+
+    def results(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, bias: Tensor) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_(), bias.detach().requires_grad_()]
+        out = function(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+    plain, exact = results(reference.gelu_tanh, x, bias), results(gelu_closed_form, x.double(), bias.double())
+    for our, plain_one, exact_one in zip(ours, plain, exact, strict=True):
+        assert_as_exact_as_plain(our, plain_one, exact_one)
+
+
+def gelu_closed_form(x: Tensor, bias: Tensor) -> Tensor:
+    z = x + bias
+    return 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+
+def test_gelu_tanh_has_its_limits_far_out(kernels: AnyKernels) -> None:
+    x = torch.tensor([[-1e30, -1e4, -60.0, 60.0, 1e4, 1e30, math.nan, 0.0]])
+    zeros, ones = torch.zeros(8), torch.ones(1, 8)
+    torch.testing.assert_close(kernels.gelu_forward(x, zeros)[0, :6], x[0, :6].clamp(min=0), atol=1e-12, rtol=0)
+    slope = kernels.gelu_backward(ones, x, zeros)[0][0]
+    torch.testing.assert_close(slope[:6], torch.tensor([0.0, 0, 0, 1, 1, 1]), atol=1e-12, rtol=0)
+    assert bool(slope[6].isnan())
+    assert slope[7] == 0.5
 
 
 @pytest.mark.parametrize(("dim", "freq_shift"), [(8, 0.0), (9, 0.0), (256, 1.0)])

@@ -75,6 +75,18 @@ def test_rows_of_the_sizes_that_are_said(emulated: Kernels, dtype: torch.dtype) 
         assert is_accepted(both) == (not found), (D, found)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gelu_takes_the_rows_that_it_says(emulated: Kernels, dtype: torch.dtype) -> None:
+    for D in (1, 2, 4, 8, 12, 16, 1160):
+        x, bias = torch.randn(2, D).to(dtype), torch.randn(D).to(dtype)
+
+        def both(x: torch.Tensor = x, bias: torch.Tensor = bias) -> None:
+            emulated.gelu_forward(x, bias)
+            emulated.gelu_backward(x, x, bias)
+
+        assert is_accepted(both) == (not obstacle("gelu_tanh", x))
+
+
 def test_samples_of_the_sizes_that_are_said(emulated: Kernels) -> None:
     for row in (1, 4, 8, 12, 16, 72):
         noise, steps, index = torch.randn(2, row), torch.randn(2, 2, row), torch.tensor([1])

@@ -119,6 +119,16 @@ class _ResidualNormBackward(ctypes.Structure):
     ]
 
 
+class _Gelu(ctypes.Structure):
+    _fields_ = [
+        *_fields("scalar", "dim", kind=ctypes.c_int),
+        ("rows", ctypes.c_int64),
+        *_fields("grad", "x", "bias", "out", kind=ctypes.c_void_p),
+        ("parts", ctypes.c_int),
+        *_fields("partial", "dbias", kind=ctypes.c_void_p),
+    ]
+
+
 class _TimestepEmbedding(ctypes.Structure):
     _fields_ = [
         *_fields("times", "out", kind=ctypes.c_void_p),
@@ -273,6 +283,25 @@ class Kernels:
         )
         self._call("pyard_cuda_residual_norm_backward", arguments, [*outputs.values(), partial])
         return {name: output for name, (output, _) in outputs.items()}
+
+    def gelu_forward(self, x: Tensor, bias: Tensor) -> Tensor:  # [rows, D], [D] -> [rows, D]
+        out = guarded(tuple(x.shape), x.dtype)
+        pointers = x.data_ptr(), bias.data_ptr(), out[0].data_ptr()
+        arguments = _Gelu(SCALARS[x.dtype], x.shape[1], x.shape[0], None, *pointers, 0, None, None)
+        self._call("pyard_cuda_gelu_forward", arguments, [out])
+        return out[0]
+
+    def gelu_backward(self, grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of x and bias."""
+        rows, dim = x.shape
+        self.library.pyard_cuda_gelu_parts.argtypes = [ctypes.c_int64]
+        parts = self.library.pyard_cuda_gelu_parts(rows)
+        dx, dbias = guarded((rows, dim), x.dtype), guarded((dim,), x.dtype)
+        partial = guarded((parts, dim), torch.float32)
+        pointers = grad.data_ptr(), x.data_ptr(), bias.data_ptr(), dx[0].data_ptr()
+        arguments = _Gelu(SCALARS[x.dtype], dim, rows, *pointers, parts, partial[0].data_ptr(), dbias[0].data_ptr())
+        self._call("pyard_cuda_gelu_backward", arguments, [dx, dbias, partial])
+        return dx[0], dbias[0]
 
     def timestep_embedding(self, times: Tensor, dim: int, max_period: float, freq_shift: float) -> Tensor:
         out = guarded((len(times), dim), torch.float32)

@@ -260,6 +260,7 @@ inline uint32_t to_tf32(float x) {
   return std::isfinite(x) ? (bits_of_float(x) + 0x1000u) & ~0x1fffu : bits_of_float(x);
 }
 inline float exp2_approximate(float x) { return std::exp2(x); }
+inline float reciprocal_approximate(float x) { return 1.0f / x; }
 inline void add_atomically(float* sums, float a, float b) { sums[0] += a, sums[1] += b; }
 
 template <typename Arguments>
