@@ -32,6 +32,9 @@ struct ResidualNormSizes {
   int batch, steps, tokens, dim;
   float eps;
   int has_gate, has_norm;  // gated_residual, modulated_layer_norm, or both in one pass
+  // 0: all tensors are of `scalar`. Else the Scalar, of 16 bits, of all but x, residual and their gradients, which are
+  // float32: what autocast makes of a float32 network.
+  int narrow;
 };
 
 // residual = x + gate * branch; normal = LayerNorm(residual) * (1 + scale) + shift.

@@ -11,6 +11,7 @@ namespace pyard::cuda {
 
 using torch::stable::Tensor;
 
+// Of the row operators, x, the residual and their gradients may be float32 where all else is bfloat16 or float16.
 Tensor modulated_layer_norm(const Tensor& x, const Tensor& shift, const Tensor& scale, double eps);
 std::tuple<Tensor, Tensor, Tensor> modulated_layer_norm_backward(const Tensor& grad, const Tensor& x,
                                                                  const Tensor& scale, double eps);

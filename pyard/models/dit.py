@@ -177,8 +177,9 @@ class Block(nn.Module):
         attend: Attend | None = None,
     ) -> torch.Tensor:  # [B, S, T, D]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
-        branch = self.attention(ops.modulated_layer_norm(x, shift1, scale1, self.eps), attend)
-        x, normal = ops.gated_residual_modulated_layer_norm(x, gate1, branch, shift2, scale2, self.mlp_eps)
+        dtype = ops.dtype_of_linears(x)  # norms come as the linear layers behind them want them
+        branch = self.attention(ops.modulated_layer_norm(x, shift1, scale1, self.eps, dtype), attend)
+        x, normal = ops.gated_residual_modulated_layer_norm(x, gate1, branch, shift2, scale2, self.mlp_eps, dtype)
         hidden = self._activate(normal)
         return ops.gated_residual(x, gate2, self.fc2(hidden))
 
@@ -201,7 +202,7 @@ class Head(nn.Module):
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:  # [B,S,T,D], [B,S,D] -> [B,S,T,P*P*C_out]
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
-        return self.linear(ops.modulated_layer_norm(x, shift, scale, self.eps))
+        return self.linear(ops.modulated_layer_norm(x, shift, scale, self.eps, ops.dtype_of_linears(x)))
 
 
 class Trunk(nn.Module):

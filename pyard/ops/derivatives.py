@@ -37,28 +37,38 @@ def register() -> None:
     register_autograd("pyard::timestep_embedding", _embedding_backward, setup_context=_save_for_embedding_backward)
     register_fake("pyard::gather_trajectories", _gather_shapes)
     fused = "pyard::gated_residual_modulated_layer_norm"
-    register_fake(fused, lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)))
+    register_fake(fused, lambda x, gate, *_: (x.new_empty(x.shape), gate.new_empty(x.shape)))
     register_autograd(fused, _fused_backward, setup_context=_save_for_fused_backward)
     register_fake(f"{fused}_backward", _fused_backward_shapes)
     _differentiate_as(f"{fused}_backward", reference.gated_residual_modulated_layer_norm_backward)
 
 
 def _differentiate_as(operator: str, twin: Callable[..., tuple[Tensor, ...]]) -> None:
-    """Gradients of gradients are rare (penalties on them): the derivative of the backward's twin serves, at any order."""
+    """Gradients of gradients are rare (penalties on them): the derivative of the backward's twin serves, at any order.
+
+    The twin computes in the widest dtype of its inputs; each result is in that of the operator's.
+    """
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
         ctx.options = [value for value in inputs if not isinstance(value, Tensor)]
+        ctx.dtypes = [value.dtype for value in output]
 
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        pull_back: Any = torch.func.vjp(lambda *tensors: twin(*tensors, *ctx.options), *ctx.saved_tensors)[1]
+        def results(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return tuple(value.to(dtype) for value, dtype in zip(twin(*tensors, *ctx.options), ctx.dtypes, strict=True))
+
+        pull_back: Any = torch.func.vjp(results, *ctx.saved_tensors)[1]
         return *pull_back(cotangents), *(None for _ in ctx.options)
 
     torch.library.register_autograd(operator, backward, setup_context=save)
 
 
+# x and the residual may be float32 where all else has 16 bits.
+
+
 def _layer_norm_shapes(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
+    return scale.new_empty(x.shape)
 
 
 def _save_for_layer_norm_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
@@ -72,7 +82,7 @@ def _layer_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _layer_norm_backward_shapes(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(scale.shape), x.new_empty(scale.shape)
+    return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -211,4 +221,4 @@ def _fused_backward_shapes(
     grad_residual: Tensor, grad_normal: Tensor, residual: Tensor, gate: Tensor, *_: Any
 ) -> tuple[Tensor, ...]:
     tokens, per_step = residual.shape, gate.shape
-    return tuple(residual.new_empty(shape) for shape in (tokens, per_step, tokens, per_step, per_step))
+    return residual.new_empty(tokens), *(gate.new_empty(shape) for shape in (per_step, tokens, per_step, per_step))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ops.cuda_emulator.kernels import BlockMask, Kernels, compile_kernels, compiler
+from ops.cuda_emulator.kernels import BlockMask, Kernels
 from ops.device_kernels import DeviceKernels
 from ops.tolerance import assert_as_exact_as_plain
 from torch import Tensor
@@ -17,18 +17,6 @@ from pyard.ops import MASKS, reference, visible
 from pyard.ops.backend import library
 
 AnyKernels = Kernels | DeviceKernels
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    if compiler() is None:
-        pytest.skip("no C++ compiler to compile the kernels with")
-    return Kernels(compile_kernels(tmp_path_factory.mktemp("emulated")))
-
-
-@pytest.fixture(scope="module", params=["emulated", pytest.param("cuda", marks=pytest.mark.cuda)])
-def kernels(request: pytest.FixtureRequest) -> AnyKernels:
-    return DeviceKernels() if request.param == "cuda" else request.getfixturevalue("emulated")
 
 
 def closed_form(q: Tensor, k: Tensor, v: Tensor, T: int, mask: str, window: int | None, bias: Tensor | None) -> Tensor:

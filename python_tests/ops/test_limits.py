@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from ops.cuda_emulator.kernels import Kernels, compile_kernels, compiler
+from ops.cuda_emulator.kernels import Kernels
 
 from pyard.errors import InputError
 from pyard.ops import limits, modulated_layer_norm, use_backend, why_not_native
@@ -16,13 +16,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 AMPERE = limits.CudaDevice((8, 0), 163 * 1024)
 CONSUMER = limits.CudaDevice((8, 6), limits.SMALL_SHARED_BYTES)
 BUILT = ("8.0", "9.0+PTX")
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    if compiler() is None:
-        pytest.skip("no C++ compiler to compile the kernels with")
-    return Kernels(compile_kernels(tmp_path_factory.mktemp("emulated")))
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ class _Sizes(ctypes.Structure):
     _fields_ = [
         *_fields("scalar", "batch", "steps", "tokens", "dim", kind=ctypes.c_int),
         ("eps", ctypes.c_float),
-        *_fields("has_gate", "has_norm", kind=ctypes.c_int),
+        *_fields("has_gate", "has_norm", "narrow", kind=ctypes.c_int),
     ]
 
 
@@ -155,6 +155,10 @@ def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]
     size, guard = math.prod(shape), 64
     memory = torch.full((size + 2 * guard,), math.nan, dtype=dtype)
     return memory[guard : guard + size].view(shape), memory
+
+
+def _narrow(stream: torch.dtype, others: torch.dtype) -> int:
+    return 0 if stream == others else SCALARS[others]
 
 
 class Kernels:
@@ -244,8 +248,9 @@ class Kernels:
         eps: float,
     ) -> tuple[Tensor, Tensor]:
         """(residual, normal); what was not asked for stays NaN."""
-        outputs = [guarded(tuple(x.shape), x.dtype) for _ in range(2)]
-        sizes = _Sizes(SCALARS[x.dtype], *x.shape, eps, gate is not None, scale is not None)
+        narrow = gate.dtype if gate is not None else scale.dtype if scale is not None else x.dtype
+        outputs = [guarded(tuple(x.shape), dtype) for dtype in (x.dtype, narrow)]
+        sizes = _Sizes(SCALARS[x.dtype], *x.shape, eps, gate is not None, scale is not None, _narrow(x.dtype, narrow))
         arguments = _ResidualNormForward(
             sizes,
             *[_strided(_Tokens, tensor, 3) for tensor in (x, branch)],
@@ -269,12 +274,13 @@ class Kernels:
         B, S, T, D = residual.shape
         dtype = residual.dtype
         shapes = {"dx": (B, S, T, D), "dbranch": (B, S, T, D), "dgate": (B, S, D), "dshift": (B, S, D), "dscale": (B, S, D)}
-        outputs = {name: guarded(shape, dtype) for name, shape in shapes.items()}
+        narrow = gate.dtype if gate is not None else scale.dtype if scale is not None else dtype
+        outputs = {name: guarded(shape, dtype if name == "dx" else narrow) for name, shape in shapes.items()}
         sums = (gate is not None) + 2 * (scale is not None)
         parts = self.library.pyard_cuda_residual_norm_parts(T)
         partial = guarded((B * S, parts, sums, D), torch.float32)
         arguments = _ResidualNormBackward(
-            _Sizes(SCALARS[dtype], B, S, T, D, eps, gate is not None, scale is not None),
+            _Sizes(SCALARS[dtype], B, S, T, D, eps, gate is not None, scale is not None, _narrow(dtype, narrow)),
             *[_strided(_Tokens, tensor, 3) for tensor in (grad_residual, grad_normal, residual, branch)],
             *[_strided(_PerStep, tensor, 2) for tensor in (gate, scale)],
             *[_strided(_Tokens, outputs[name][0], 3) for name in ("dx", "dbranch")],
