@@ -68,8 +68,8 @@ Mask mask_of(int64_t number, const char* self) {
   return static_cast<Mask>(number);
 }
 
-Sizes check(const char* self, const Tensor& q, const Tensor& k, const Tensor& v, int64_t tokens_per_step,
-            int64_t mask, std::optional<int64_t> window, const std::optional<Tensor>& bias) {
+Sizes check(const char* self, const Tensor& q, const Tensor& k, const Tensor& v, int64_t tokens_per_step, int64_t mask,
+            std::optional<int64_t> window, const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, self, ": q and k have shapes ", shape_of(q), " and ", shape_of(k),
                   ", expected [B, H, Sq * T, Dh] and [B, H, Sk * T, Dh]");
   const int64_t T = tokens_per_step, queries = q.size(2), keys = k.size(2);

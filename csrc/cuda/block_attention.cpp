@@ -131,8 +131,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const char* self, bool deter
 }  // namespace
 
 std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t tokens_per_step,
-                                           int64_t mask, std::optional<int64_t> window,
-                                           std::optional<Tensor> bias) {
+                                           int64_t mask, std::optional<int64_t> window, std::optional<Tensor> bias) {
   const char* self = "block_attention";
   const Tensor q_rows = with_aligned_rows(q), k_rows = with_aligned_rows(k), v_rows = with_aligned_rows(v);
   const std::optional<Tensor> bias_row = contiguous(bias);

@@ -16,7 +16,7 @@ constexpr int kColumnsOfSum = 32;
 constexpr int kGroupsOfSum = 8;
 
 constexpr float kCubic = 0.044715f;
-constexpr float kRate = 0.7978845608028654f;           // sqrt(2 / pi)
+constexpr float kRate = 0.7978845608028654f;                   // sqrt(2 / pi)
 constexpr float kDecay = -2.0f * kRate * 1.4426950408889634f;  // of e^-2u, in base 2
 
 __device__ __forceinline__ float gelu(float z) {

@@ -81,7 +81,8 @@ struct AttentionBackward {
   float* dbias;      // out [B, H, key tiles]: summed over B and tiles it is bias's gradient; null: not wanted
 };
 
-// x + bias through the tanh form of GELU, or its backward; rows of dim are contiguous and start at multiples of 16 bytes.
+// x + bias through the tanh form of GELU, or its backward; rows of dim are contiguous and start at multiples of 16
+// bytes.
 struct Gelu {
   int scalar;  // Scalar
   int dim;

@@ -1,5 +1,6 @@
-// modulated_layer_norm, gated_residual and the two in one pass on CUDA tensors. x, the residual and their gradients may be
-// float32 where all else has 16 bits, as autocast leaves a float32 network: nothing is converted forth and back then.
+// modulated_layer_norm, gated_residual and the two in one pass on CUDA tensors. x, the residual and their gradients may
+// be float32 where all else has 16 bits, as autocast leaves a float32 network: nothing is converted forth and back
+// then.
 #include "cpu/tensors.h"
 #include "cuda/operators.h"
 #include "cuda/tensors.h"

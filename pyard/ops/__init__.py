@@ -140,10 +140,10 @@ def gated_residual_modulated_layer_norm(
         raise InputError(f"{operator}: branch has shape {list(branch.shape)}, expected that of x, {list(x.shape)}")
     for name, value in (("gate", gate), ("shift", shift), ("scale", scale)):
         _check_per_step(operator, name, value, x)
-    dtype, others = dtype or x.dtype, (gate, branch, shift, scale)
-    if not takes_mixed(operator, x, dtype, *(tensor.dtype for tensor in others)):
-        others = tuple(tensor.to(x.dtype) for tensor in others)
-    residual, normal = torch.ops.pyard.gated_residual_modulated_layer_norm(x, *others, eps)
+    dtype = dtype or x.dtype
+    if not takes_mixed(operator, x, dtype, gate.dtype, branch.dtype, shift.dtype, scale.dtype):
+        gate, branch, shift, scale = (tensor.to(x.dtype) for tensor in (gate, branch, shift, scale))
+    residual, normal = torch.ops.pyard.gated_residual_modulated_layer_norm(x, gate, branch, shift, scale, eps)
     return residual, normal.to(dtype)
 
 

@@ -130,16 +130,12 @@ def _save_for_attention_second_order(ctx: Any, inputs: tuple[Any, ...], output: 
 
 
 def _attention_second_order(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-    dgrad, dq, dk, dv, dbias = attention_second_order(*ctx.saved_tensors, ctx.options, cotangents)
+    dgrad, dq, dk, dv, dbias = attention_second_order(ctx.saved_tensors, ctx.options, cotangents)
     return dgrad, dq, dk, dv, None, None, None, None, None, dbias
 
 
 def attention_second_order(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
+    inputs: tuple[Tensor, ...],  # grad, q, k, v, and bias or None
     options: list[Any],  # tokens_per_step, number of the mask, window
     cotangents: tuple[Tensor, ...],  # of dq, dk, dv and dbias
 ) -> tuple[Tensor | None, ...]:
@@ -148,6 +144,7 @@ def attention_second_order(
     Returns:
         The gradients of grad, q, k, v and bias.
     """
+    grad, q, k, v, bias = inputs
     tokens_per_step, mask, window = options
     learned = () if bias is None else (bias,)
 

@@ -99,9 +99,7 @@ def _forward_cuda(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out.narrow(3, 0, head_dim), lse.flatten(2).narrow(2, 0, q.shape[2])
 
 
-def _backward_cuda(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_cuda(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Without dropout the random numbers' state is not read, and without ragged batches neither are the cumulated lengths."""
     scale, head_dim, rows, keys = 1 / math.sqrt(q.shape[3]), q.shape[3], q.shape[2], k.shape[2]
     grad, q, k, v, out = (_aligned(x) for x in (grad, q, k, v, out))
@@ -114,7 +112,9 @@ def _backward_cuda(
     elif kernel == "cudnn":
         state = torch.zeros((), dtype=torch.int64, device=q.device)
         backward = aten._scaled_dot_product_cudnn_attention_backward
-        grads = backward(grad, q, k, v, out, lse.unsqueeze(3), state, state, None, None, None, rows, keys, 0.0, False, scale=scale)
+        grads = backward(
+            grad, q, k, v, out, lse.unsqueeze(3), state, state, None, None, None, rows, keys, 0.0, False, scale=scale
+        )
     else:
         state = torch.zeros((), dtype=torch.int64, device=q.device)
         # A row that is not there has weights e^(logits - inf) = 0.

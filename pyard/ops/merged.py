@@ -44,17 +44,16 @@ def block_attention(
     library_attention.check(q)
     number, T = mask_number(mask), tokens_per_step
     if bias is None and not _parts(q, k, T, number, window):
-        own = F.scaled_dot_product_attention(*(_fold(x, q.shape[2] // T) for x in (q, *_own_blocks(q, k, v))))
-        return _unfold(own.to(q.dtype), q.shape[2] // T)  # autocast narrows it
+        steps = q.shape[2] // T
+        rows, keys, values = (_fold(x, steps) for x in (q, *_own_blocks(q, k, v)))
+        return _unfold(F.scaled_dot_product_attention(rows, keys, values).to(q.dtype), steps)  # autocast narrows it
     if bias is not None:
         bias = bias.to(derivatives.accumulator(q.dtype))
     out: Tensor = torch.ops.pyard.merged_attention(q, k, v, T, number, window, bias)[0]
     return out
 
 
-def _parts(
-    q: Tensor, k: Tensor, T: int, mask: int, window: int | None
-) -> list[tuple[slice, slice]]:
+def _parts(q: Tensor, k: Tensor, T: int, mask: int, window: int | None) -> list[tuple[slice, slice]]:
     """Rows of q and the rows of k before their own blocks that they see; neighbours that see the same are one part."""
     first, key_steps = (k.shape[2] - q.shape[2]) // T, k.shape[2] // T
     parts = []
@@ -183,7 +182,7 @@ def _save_for_second_order(ctx: Any, inputs: tuple[Any, ...], output: Any) -> No
 
 
 def _second_order(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-    dgrad, dq, dk, dv, dbias = derivatives.attention_second_order(*ctx.saved_tensors, ctx.options, cotangents)
+    dgrad, dq, dk, dv, dbias = derivatives.attention_second_order(ctx.saved_tensors, ctx.options, cotangents)
     return dgrad, dq, dk, dv, *(None for _ in range(7)), dbias
 
 
