@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.timing import Measurement
 from pyard import ops
 from pyard.ops import reference
+from pyard.ops.masks import mask_number
 
 Case = tuple[Measurement, dict[str, Callable[[], object]]]
 
@@ -23,6 +24,7 @@ def all_cases() -> Iterator[Case]:
     """Operator by operator, forward and forward + backward."""
     for D in (384, 1152):
         yield from layer_norm(D)
+    yield from layer_norm(1152, torch.bfloat16)
     yield from gate(384)
     yield from gelu(1536)
     for dtype in (torch.float32, torch.bfloat16):
@@ -34,22 +36,24 @@ def all_cases() -> Iterator[Case]:
     yield gather()
 
 
-def layer_norm(D: int) -> Iterator[Case]:
-    x, grad = torch.randn(B, S, T, D, requires_grad=True), torch.randn(B, S, T, D)
-    shift, scale = torch.randn(B, S, D, requires_grad=True), torch.randn(B, S, D, requires_grad=True)
-    size = FLOAT_BYTES * x.numel()
+def layer_norm(D: int, beside: torch.dtype = torch.float32) -> Iterator[Case]:
+    """`beside`: dtype of all but the stream, which autocast leaves in float32."""
+    x, grad = torch.randn(B, S, T, D, requires_grad=True), torch.randn(B, S, T, D).to(beside)
+    shift, scale = (torch.randn(B, S, D).to(beside).requires_grad_() for _ in range(2))
+    wide, narrow = FLOAT_BYTES * x.numel(), beside.itemsize * x.numel()
 
     def ours() -> Tensor:
         return torch.ops.pyard.modulated_layer_norm(x, shift, scale, 1e-6)
 
     def composed() -> Tensor:
-        return reference.modulated_layer_norm(x, shift, scale, 1e-6)
+        return reference.modulated_layer_norm(x, shift.to(x.dtype), scale.to(x.dtype), 1e-6).to(beside)
 
-    name = f"modulated_layer_norm D {D}"
-    yield forward(Measurement(f"{name} forward", "pyard", bytes=2 * size, aim={"composed": 2.5}), ours, composed)
-    yield backward(
-        Measurement(f"{name} backward", "pyard", bytes=3 * size, aim={"composed": 2.0}), ours, composed, (x, shift, scale), grad
-    )
+    uniform = beside == torch.float32
+    name = f"modulated_layer_norm D {D}" + ("" if uniform else f" float32 to {str(beside).removeprefix('torch.')}")
+    of_forward = Measurement(f"{name} forward", "pyard", bytes=wide + narrow, aim={"composed": 2.5} if uniform else {})
+    yield forward(of_forward, ours, composed)
+    of_backward = Measurement(f"{name} backward", "pyard", bytes=2 * wide + narrow, aim={"composed": 2.0} if uniform else {})
+    yield backward(of_backward, ours, composed, (x, shift, scale), grad)
 
 
 def gate(D: int) -> Iterator[Case]:
@@ -120,7 +124,7 @@ def attention(mask: str, H: int, head_dim: int, dtype: torch.dtype) -> Iterator[
     dense = dense.view(S * T, S * T).to(dtype)
 
     def ours() -> Tensor:
-        return torch.ops.pyard.block_attention(q, k, v, T, mask, None, None)[0]
+        return torch.ops.pyard.block_attention(q, k, v, T, mask_number(mask), None, None)[0]
 
     def with_dense_mask() -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=dense)
@@ -128,7 +132,16 @@ def attention(mask: str, H: int, head_dim: int, dtype: torch.dtype) -> Iterator[
     def step_by_step() -> Tensor:
         return reference.block_attention(q, k, v, T, mask, None, None)
 
-    work = {"pyard": ours, "SDPA, dense mask": with_dense_mask, "SDPA per step": step_by_step}
+    def merged_parts() -> Tensor:
+        with ops.use_backend("merged"):
+            return ops.block_attention(q, k, v, T, mask)
+
+    work = {
+        "pyard": ours,
+        "SDPA, dense mask": with_dense_mask,
+        "SDPA per step": step_by_step,
+        "SDPA merged": merged_parts,
+    }
     flops = 4 * B * H * head_dim * T * T * sum(map(len, seen))
     # FLOP/s floors are those of float32, whatever the storage.
     kind = str(dtype).removeprefix("torch.")
@@ -155,7 +168,7 @@ def attention_cached(H: int, head_dim: int) -> Case:
     q = torch.randn(B, T, H, head_dim).transpose(1, 2)
     k, v = torch.randn(2, B, H, S * T, head_dim).unbind(0)
     rivals = {
-        "pyard": lambda: torch.ops.pyard.block_attention(q, k, v, T, "causal", None, None)[0],
+        "pyard": lambda: torch.ops.pyard.block_attention(q, k, v, T, mask_number("causal"), None, None)[0],
         "SDPA per step": lambda: F.scaled_dot_product_attention(q, k, v),
     }
     flops = 4 * B * H * head_dim * T * S * T

@@ -35,6 +35,7 @@ add_library(pyard_cuda_kernels OBJECT
   csrc/cuda/block_attention_backward.cu
   csrc/cuda/block_attention_forward.cu
   csrc/cuda/gather_rows.cu
+  csrc/cuda/gelu_tanh.cu
   csrc/cuda/residual_norm_backward.cu
   csrc/cuda/residual_norm_forward.cu
   csrc/cuda/timestep_embedding.cu)

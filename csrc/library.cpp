@@ -10,11 +10,11 @@ STABLE_TORCH_LIBRARY(pyard, m) {
       "modulated_layer_norm_backward(Tensor grad, Tensor x, Tensor scale, float eps) -> (Tensor dx, Tensor dshift, "
       "Tensor dscale)");
   m.def(
-      "block_attention(Tensor q, Tensor k, Tensor v, int tokens_per_step, str mask, int? window, Tensor? bias) -> "
+      "block_attention(Tensor q, Tensor k, Tensor v, int tokens_per_step, int mask, int? window, Tensor? bias) -> "
       "(Tensor out, Tensor log_sum_exp)");
   m.def(
       "block_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sum_exp, int "
-      "tokens_per_step, str mask, int? window, Tensor? bias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)");
+      "tokens_per_step, int mask, int? window, Tensor? bias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)");
   m.def("gated_residual(Tensor x, Tensor gate, Tensor branch) -> Tensor");
   m.def("gated_residual_backward(Tensor grad, Tensor gate, Tensor branch) -> (Tensor dgate, Tensor dbranch)");
   m.def("gelu_tanh(Tensor x, Tensor bias) -> Tensor");
@@ -34,7 +34,7 @@ STABLE_TORCH_LIBRARY(pyard, m) {
       "Tensor dscale)");
   m.def(
       "block_attention_backward_unordered(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sum_exp, "
-      "int tokens_per_step, str mask, int? window, Tensor? bias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)");
+      "int tokens_per_step, int mask, int? window, Tensor? bias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyard, CPU, m) {

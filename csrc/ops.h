@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <string>
 #include <tuple>
 
 namespace pyard {
@@ -13,6 +12,9 @@ namespace pyard {
 using torch::stable::Tensor;
 
 namespace cpu {
+
+// Of modulated_layer_norm and gated_residual, x, the residual and their gradients may be float32 where all else is
+// bfloat16 or float16: the dtypes of scale and gate say so.
 
 // LayerNorm over D without affine parameters, then * (1 + scale) + shift.
 Tensor modulated_layer_norm(const Tensor& x,      // [B, S, T, D]
@@ -28,11 +30,12 @@ std::tuple<Tensor, Tensor, Tensor> modulated_layer_norm_backward(const Tensor& g
 
 // Attention of each query block to the key blocks that the mask shows it; the Sq query blocks are the last of the Sk
 // key blocks. Returns out [B, H, Sq * T, Dh] over the memory of [B, Sq * T, H, Dh], and log_sum_exp [B, H, Sq * T] of
-// the scaled logits in the accumulator's dtype.
+// the scaled logits in the accumulator's dtype. `mask` counts in pyard.ops.masks.MASKS: a string would leak, as the
+// stable ABI hands over a copy that nobody frees.
 std::tuple<Tensor, Tensor> block_attention(const Tensor& q,  // [B, H, Sq * T, Dh]
                                            const Tensor& k,  // [B, H, Sk * T, Dh]
                                            const Tensor& v,  // [B, H, Sk * T, Dh]
-                                           int64_t tokens_per_step, std::string mask, std::optional<int64_t> window,
+                                           int64_t tokens_per_step, int64_t mask, std::optional<int64_t> window,
                                            std::optional<Tensor> bias);  // [H], in the accumulator's dtype
 
 // Gradients (dq, dk, dv, dbias [H], or [0] where there is no bias).
@@ -42,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> block_attention_backward(const Tensor
                                                                     const Tensor& v,            // [B, H, Sk * T, Dh]
                                                                     const Tensor& out,          // [B, H, Sq * T, Dh]
                                                                     const Tensor& log_sum_exp,  // [B, H, Sq * T]
-                                                                    int64_t tokens_per_step, std::string mask,
+                                                                    int64_t tokens_per_step, int64_t mask,
                                                                     std::optional<int64_t> window,
                                                                     std::optional<Tensor> bias);  // [H]
 

@@ -5,7 +5,6 @@
 #include <cstdlib>
 #include <memory>
 #include <optional>
-#include <string>
 
 #include "dispatch.h"
 #include "ops.h"
@@ -63,16 +62,14 @@ Workspace new_workspace(int64_t bytes) {
   return Workspace(memory);
 }
 
-Mask mask_of(const std::string& name, const char* self) {
-  if (name == "diagonal") return Mask::diagonal;
-  if (name == "window") return Mask::window;
-  if (name == "anchor") return Mask::anchor;
-  STD_TORCH_CHECK(name == "causal", self, ": mask is '", name, "', expected diagonal, window, anchor or causal");
-  return Mask::causal;
+Mask mask_of(int64_t number, const char* self) {
+  STD_TORCH_CHECK(number >= 0 && number <= static_cast<int64_t>(Mask::causal), self, ": mask is ", number,
+                  ", expected 0 diagonal, 1 window, 2 anchor or 3 causal");
+  return static_cast<Mask>(number);
 }
 
-Sizes check(const char* self, const Tensor& q, const Tensor& k, const Tensor& v, int64_t tokens_per_step,
-            const std::string& mask, std::optional<int64_t> window, const std::optional<Tensor>& bias) {
+Sizes check(const char* self, const Tensor& q, const Tensor& k, const Tensor& v, int64_t tokens_per_step, int64_t mask,
+            std::optional<int64_t> window, const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, self, ": q and k have shapes ", shape_of(q), " and ", shape_of(k),
                   ", expected [B, H, Sq * T, Dh] and [B, H, Sk * T, Dh]");
   const int64_t T = tokens_per_step, queries = q.size(2), keys = k.size(2);
@@ -81,8 +78,8 @@ Sizes check(const char* self, const Tensor& q, const Tensor& k, const Tensor& v,
                   " and 1 <= query blocks <= key blocks");
   const Mask kind = mask_of(mask, self);
   STD_TORCH_CHECK(window.has_value() == (kind == Mask::window) && window.value_or(1) >= 1, self,
-                  ": a window of at least 1 belongs to mask 'window' and to no other, found ", window.value_or(-1),
-                  " with mask '", mask, "'");
+                  ": a window of at least 1 belongs to mask 1 (window) and to no other, found ", window.value_or(-1),
+                  " with mask ", mask);
   check_shape(k, self, "k", {q.size(0), q.size(1), keys, q.size(3)});
   check_shape(v, self, "v", {q.size(0), q.size(1), keys, q.size(3)});
   for (const Tensor* other : {&k, &v}) {
@@ -117,7 +114,7 @@ Tensor new_heads(const Tensor& like, int64_t tokens) {
 std::tuple<Tensor, Tensor> block_attention(const Tensor& q,  // [B, H, Sq * T, Dh]
                                            const Tensor& k,  // [B, H, Sk * T, Dh]
                                            const Tensor& v,  // [B, H, Sk * T, Dh]
-                                           int64_t tokens_per_step, std::string mask, std::optional<int64_t> window,
+                                           int64_t tokens_per_step, int64_t mask, std::optional<int64_t> window,
                                            std::optional<Tensor> bias) {  // [H]
   const char* self = "block_attention";
   const Sizes sizes = check(self, q, k, v, tokens_per_step, mask, window, bias);
@@ -171,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> block_attention_backward(const Tensor
                                                                     const Tensor& v,            // [B, H, Sk * T, Dh]
                                                                     const Tensor& out,          // [B, H, Sq * T, Dh]
                                                                     const Tensor& log_sum_exp,  // [B, H, Sq * T]
-                                                                    int64_t tokens_per_step, std::string mask,
+                                                                    int64_t tokens_per_step, int64_t mask,
                                                                     std::optional<int64_t> window,
                                                                     std::optional<Tensor> bias) {  // [H]
   const char* self = "block_attention_backward";

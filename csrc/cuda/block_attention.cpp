@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
-#include <string>
 #include <tuple>
 
 #include "cpu/tensors.h"
@@ -16,16 +15,14 @@ namespace {
 // The kernels count the rows of a head in 32 bits, a tile beyond the last one included.
 constexpr int64_t kMostRows = int64_t{1} << 30;
 
-int mask_of(const std::string& name, const char* self) {
-  if (name == "diagonal") return kDiagonal;
-  if (name == "window") return kWindow;
-  if (name == "anchor") return kAnchor;
-  STD_TORCH_CHECK(name == "causal", self, ": mask is '", name, "', expected diagonal, window, anchor or causal");
-  return kCausal;
+int mask_of(int64_t number, const char* self) {
+  STD_TORCH_CHECK(number >= 0 && number <= kCausal, self, ": mask is ", number,
+                  ", expected 0 diagonal, 1 window, 2 anchor or 3 causal");
+  return static_cast<int>(number);
 }
 
 Attention checked(const char* self, const Tensor& q, const Tensor& k, const Tensor& v, int64_t tokens_per_step,
-                  const std::string& mask, std::optional<int64_t> window, const std::optional<Tensor>& bias) {
+                  int64_t mask, std::optional<int64_t> window, const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, self, ": q and k have shapes ", cpu::shape_of(q), " and ",
                   cpu::shape_of(k), ", expected [B, H, Sq * T, Dh] and [B, H, Sk * T, Dh]");
   const int64_t B = q.size(0), H = q.size(1), queries = q.size(2), keys = k.size(2), dim = q.size(3);
@@ -43,14 +40,14 @@ Attention checked(const char* self, const Tensor& q, const Tensor& k, const Tens
   check_like(v, q, self, "v");
   const int kind = mask_of(mask, self);
   STD_TORCH_CHECK(window.has_value() == (kind == kWindow) && window.value_or(1) >= 1, self,
-                  ": a window of at least 1 belongs to mask 'window' and to no other, found ", window.value_or(-1),
-                  " with mask '", mask, "'");
+                  ": a window of at least 1 belongs to mask 1 (window) and to no other, found ", window.value_or(-1),
+                  " with mask ", mask);
   const float* bias_data = nullptr;
   if (bias.has_value()) {
     cpu::check_shape(*bias, self, "bias", {H});
     check_device(*bias, q, self, "bias");
-    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && (H == 1 || bias->stride(0) == 1), self,
-                    ": bias must be contiguous float32");
+    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float, self, ": bias has dtype ",
+                    torch::headeronly::toString(bias->scalar_type()), ", expected float32");
     bias_data = static_cast<const float*>(bias->const_data_ptr());
   }
   const BlockMask block_mask = {small(queries / T, self), small(keys / T, self), small(T, self), kind,
@@ -67,6 +64,10 @@ Attention checked(const char* self, const Tensor& q, const Tensor& k, const Tens
           heads(v)};
 }
 
+std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
+
 // [B, H, tokens, Dh] over the memory of [B, tokens, H, Dh], so that joining the heads afterwards costs nothing.
 Tensor new_heads(const Tensor& like) {
   const int64_t sizes[] = {like.size(0), like.size(2), like.size(1), like.size(3)};
@@ -80,11 +81,12 @@ Tensor new_floats(const Tensor& like, std::initializer_list<int64_t> sizes) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const char* self, bool deterministic, const Tensor& grad,
                                                     const Tensor& q, const Tensor& k, const Tensor& v,
                                                     const Tensor& out, const Tensor& log_sum_exp,
-                                                    int64_t tokens_per_step, const std::string& mask,
+                                                    int64_t tokens_per_step, int64_t mask,
                                                     std::optional<int64_t> window, const std::optional<Tensor>& bias) {
   const Tensor q_rows = with_aligned_rows(q), k_rows = with_aligned_rows(k), v_rows = with_aligned_rows(v);
   const Tensor grad_rows = with_aligned_rows(grad), out_rows = with_aligned_rows(out);
-  const Attention attention = checked(self, q_rows, k_rows, v_rows, tokens_per_step, mask, window, bias);
+  const std::optional<Tensor> bias_row = contiguous(bias);
+  const Attention attention = checked(self, q_rows, k_rows, v_rows, tokens_per_step, mask, window, bias_row);
   const int64_t B = q.size(0), H = q.size(1), queries = q.size(2);
   for (const Tensor* tensor : {&grad, &out}) {
     const char* argument = tensor == &grad ? "grad" : "out";
@@ -129,12 +131,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const char* self, bool deter
 }  // namespace
 
 std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t tokens_per_step,
-                                           std::string mask, std::optional<int64_t> window,
-                                           std::optional<Tensor> bias) {
+                                           int64_t mask, std::optional<int64_t> window, std::optional<Tensor> bias) {
   const char* self = "block_attention";
   const Tensor q_rows = with_aligned_rows(q), k_rows = with_aligned_rows(k), v_rows = with_aligned_rows(v);
+  const std::optional<Tensor> bias_row = contiguous(bias);
   AttentionForward arguments{};
-  arguments.attention = checked(self, q_rows, k_rows, v_rows, tokens_per_step, mask, window, bias);
+  arguments.attention = checked(self, q_rows, k_rows, v_rows, tokens_per_step, mask, window, bias_row);
   const OnDevice device(q);
   const Tensor out = new_heads(q), log_sum_exp = new_floats(q, {q.size(0), q.size(1), q.size(2)});
   arguments.out = heads(out);
@@ -146,7 +148,7 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const Tensor& k, con
 std::tuple<Tensor, Tensor, Tensor, Tensor> block_attention_backward(const Tensor& grad, const Tensor& q,
                                                                     const Tensor& k, const Tensor& v, const Tensor& out,
                                                                     const Tensor& log_sum_exp, int64_t tokens_per_step,
-                                                                    std::string mask, std::optional<int64_t> window,
+                                                                    int64_t mask, std::optional<int64_t> window,
                                                                     std::optional<Tensor> bias) {
   return backward("block_attention_backward", true, grad, q, k, v, out, log_sum_exp, tokens_per_step, mask, window,
                   bias);
@@ -154,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> block_attention_backward(const Tensor
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> block_attention_backward_unordered(
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& log_sum_exp,
-    int64_t tokens_per_step, std::string mask, std::optional<int64_t> window, std::optional<Tensor> bias) {
+    int64_t tokens_per_step, int64_t mask, std::optional<int64_t> window, std::optional<Tensor> bias) {
   return backward("block_attention_backward_unordered", false, grad, q, k, v, out, log_sum_exp, tokens_per_step, mask,
                   window, bias);
 }

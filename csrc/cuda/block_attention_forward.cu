@@ -58,8 +58,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) forward_kernel(const A
   float out[kHeadDim / 8][4];
 #pragma unroll
   for (int n = 0; n < kHeadDim / 8; ++n) out[n][0] = out[n][1] = out[n][2] = out[n][3] = 0.0f;
-  // Of rows g and g + 8 of this warp's 16, in base 2.
-  float highest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
+  // Of rows g and g + 8 of this warp's 16, in base 2. From a finite start: under a bias of -inf the first tiles are all
+  // -inf, and -inf - -inf is NaN. The CPU's kernel starts at the same number.
+  float highest[2] = {-1e30f, -1e30f}, sum[2] = {0.0f, 0.0f};
 
   for (int index = 0; index < tiles; ++index) {
     copy_async_wait();

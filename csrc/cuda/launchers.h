@@ -32,6 +32,9 @@ struct ResidualNormSizes {
   int batch, steps, tokens, dim;
   float eps;
   int has_gate, has_norm;  // gated_residual, modulated_layer_norm, or both in one pass
+  // 0: all tensors are of `scalar`. Else the Scalar, of 16 bits, of all but x, residual and their gradients, which are
+  // float32: what autocast makes of a float32 network.
+  int narrow;
 };
 
 // residual = x + gate * branch; normal = LayerNorm(residual) * (1 + scale) + shift.
@@ -78,6 +81,21 @@ struct AttentionBackward {
   float* dbias;      // out [B, H, key tiles]: summed over B and tiles it is bias's gradient; null: not wanted
 };
 
+// x + bias through the tanh form of GELU, or its backward; rows of dim are contiguous and start at multiples of 16
+// bytes.
+struct Gelu {
+  int scalar;  // Scalar
+  int dim;
+  int64_t rows;
+  const void* grad;  // [rows, dim], in backward
+  const void* x;     // [rows, dim]
+  const void* bias;  // [dim]
+  void* out;         // out [rows, dim], or dx
+  int parts;         // in backward: pyard_cuda_gelu_parts(rows)
+  float* partial;    // [parts, dim] scratch
+  void* dbias;       // out [dim]
+};
+
 struct TimestepEmbedding {
   const float* times;  // [count]
   float* out;          // [count, dim]
@@ -101,6 +119,9 @@ extern "C" {
 int pyard_cuda_residual_norm_parts(int tokens);
 const char* pyard_cuda_residual_norm_forward(const ResidualNormForward* arguments, void* stream);
 const char* pyard_cuda_residual_norm_backward(const ResidualNormBackward* arguments, void* stream);
+int pyard_cuda_gelu_parts(int64_t rows);
+const char* pyard_cuda_gelu_forward(const Gelu* arguments, void* stream);
+const char* pyard_cuda_gelu_backward(const Gelu* arguments, void* stream);
 int pyard_cuda_attention_key_tiles(int key_steps, int tokens);
 const char* pyard_cuda_attention_forward(const AttentionForward* arguments, void* stream);
 const char* pyard_cuda_attention_backward(const AttentionBackward* arguments, void* stream);

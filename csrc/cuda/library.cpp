@@ -14,6 +14,8 @@ STABLE_TORCH_LIBRARY_IMPL(pyard, CUDA, m) {
   m.impl("block_attention", TORCH_BOX(&pyard::cuda::block_attention));
   m.impl("block_attention_backward", TORCH_BOX(&pyard::cuda::block_attention_backward));
   m.impl("block_attention_backward_unordered", TORCH_BOX(&pyard::cuda::block_attention_backward_unordered));
+  m.impl("gelu_tanh", TORCH_BOX(&pyard::cuda::gelu_tanh));
+  m.impl("gelu_tanh_backward", TORCH_BOX(&pyard::cuda::gelu_tanh_backward));
   m.impl("timestep_embedding", TORCH_BOX(&pyard::cuda::timestep_embedding));
   m.impl("gather_trajectories", TORCH_BOX(&pyard::cuda::gather_trajectories));
 }

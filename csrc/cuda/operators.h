@@ -5,13 +5,13 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
-#include <string>
 #include <tuple>
 
 namespace pyard::cuda {
 
 using torch::stable::Tensor;
 
+// Of the row operators, x, the residual and their gradients may be float32 where all else is bfloat16 or float16.
 Tensor modulated_layer_norm(const Tensor& x, const Tensor& shift, const Tensor& scale, double eps);
 std::tuple<Tensor, Tensor, Tensor> modulated_layer_norm_backward(const Tensor& grad, const Tensor& x,
                                                                  const Tensor& scale, double eps);
@@ -38,19 +38,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_modulated_laye
     double eps);
 
 std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t tokens_per_step,
-                                           std::string mask, std::optional<int64_t> window, std::optional<Tensor> bias);
+                                           int64_t mask, std::optional<int64_t> window, std::optional<Tensor> bias);
 
 // The same bits in every run.
 std::tuple<Tensor, Tensor, Tensor, Tensor> block_attention_backward(const Tensor& grad, const Tensor& q,
                                                                     const Tensor& k, const Tensor& v, const Tensor& out,
                                                                     const Tensor& log_sum_exp, int64_t tokens_per_step,
-                                                                    std::string mask, std::optional<int64_t> window,
+                                                                    int64_t mask, std::optional<int64_t> window,
                                                                     std::optional<Tensor> bias);
 
 // Two products of seven less; dq is summed in the order in which blocks come.
 std::tuple<Tensor, Tensor, Tensor, Tensor> block_attention_backward_unordered(
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& log_sum_exp,
-    int64_t tokens_per_step, std::string mask, std::optional<int64_t> window, std::optional<Tensor> bias);
+    int64_t tokens_per_step, int64_t mask, std::optional<int64_t> window, std::optional<Tensor> bias);
+
+Tensor gelu_tanh(const Tensor& x, const Tensor& bias);
+std::tuple<Tensor, Tensor> gelu_tanh_backward(const Tensor& grad, const Tensor& x, const Tensor& bias);
 
 Tensor timestep_embedding(const Tensor& times, int64_t dim, double max_period, double freq_shift);
 

@@ -21,7 +21,9 @@ inline constexpr int kResident = Shape::kThreads > 128                    ? 1
 template <typename Shape, bool kGate, bool kNorm>
 __global__ void __launch_bounds__(Shape::kThreads, kResident<Shape, kGate, kNorm>)
     backward_kernel(const ResidualNormBackward tensors) {
-  using T = typename Shape::T;
+  using Stream = typename Shape::Stream;
+  using Branch = typename Shape::Branch;
+  constexpr int kValues = Shape::kValues;
   constexpr int kSums = (kGate ? 1 : 0) + (kNorm ? 2 : 0);
   constexpr int kDshift = kGate ? 1 : 0, kDscale = kDshift + 1;  // dgate is the first where there is one
   // Loads in flight are worth registers; the longest rows have none to spare.
@@ -31,41 +33,42 @@ __global__ void __launch_bounds__(Shape::kThreads, kResident<Shape, kGate, kNorm
   const ResidualNormSizes& sizes = tensors.sizes;
   const int s = static_cast<int>(blockIdx.y), b = static_cast<int>(blockIdx.z), dim = sizes.dim;
   const float of_dim = 1.0f / static_cast<float>(dim);
-  const T* gate = kGate ? row_of<T>(tensors.gate, b, s) : nullptr;
-  const T* scale = kNorm ? row_of<T>(tensors.scale, b, s) : nullptr;
-  float sums[kSums][Shape::kChunks][Shape::kValues] = {};
+  const Branch* gate = kGate ? row_of<Branch>(tensors.gate, b, s) : nullptr;
+  const Branch* scale = kNorm ? row_of<Branch>(tensors.scale, b, s) : nullptr;
+  float sums[kSums][Shape::kPieces][kValues] = {};
 
   for (int r = Shape::group(); r < kRowsOfPart; r += Shape::kGroups) {
     const int t = static_cast<int>(blockIdx.x) * kRowsOfPart + r;
     const int end = t < sizes.tokens ? dim : 0;  // a row that is not there has no columns
-    const T* residual = kNorm ? row_of<const T>(tensors.residual, b, s, t) : nullptr;
-    const T* grad_normal = kNorm ? row_of<const T>(tensors.grad_normal, b, s, t) : nullptr;
-    const T* grad_residual = kGate ? row_of<const T>(tensors.grad_residual, b, s, t) : nullptr;
-    const T* branch = kGate ? row_of<const T>(tensors.branch, b, s, t) : nullptr;
-    Chunk row[Shape::kChunks], grad[Shape::kChunks], early_grad[Shape::kChunks], early_branch[Shape::kChunks];
+    const Stream* residual = kNorm ? row_of<const Stream>(tensors.residual, b, s, t) : nullptr;
+    const Branch* grad_normal = kNorm ? row_of<const Branch>(tensors.grad_normal, b, s, t) : nullptr;
+    const Stream* grad_residual = kGate ? row_of<const Stream>(tensors.grad_residual, b, s, t) : nullptr;
+    const Branch* branch = kGate ? row_of<const Branch>(tensors.branch, b, s, t) : nullptr;
+    Piece<Stream, kValues> row[Shape::kPieces], early_grad[Shape::kPieces];
+    Piece<Branch, kValues> grad[Shape::kPieces], early_branch[Shape::kPieces];
 #pragma unroll
-    for (int i = 0; i < Shape::kChunks; ++i) {
+    for (int i = 0; i < Shape::kPieces; ++i) {
       if constexpr (kNorm) {
-        row[i] = load_chunk(residual, Shape::column(i), end);
-        grad[i] = load_chunk(grad_normal, Shape::column(i), end);
+        row[i] = load_piece<kValues>(residual, Shape::column(i), end);
+        grad[i] = load_piece<kValues>(grad_normal, Shape::column(i), end);
       }
       if constexpr (kGate && kLoadsEarly) {
-        early_grad[i] = load_chunk(grad_residual, Shape::column(i), end);
-        early_branch[i] = load_chunk(branch, Shape::column(i), end);
+        early_grad[i] = load_piece<kValues>(grad_residual, Shape::column(i), end);
+        early_branch[i] = load_piece<kValues>(branch, Shape::column(i), end);
       }
     }
     float mean = 0.0f, rstd = 0.0f, inner_mean = 0.0f, slope = 0.0f;
-    float values[Shape::kValues], grads[Shape::kValues], factors[Shape::kValues], others[Shape::kValues];
+    float values[kValues], grads[kValues], factors[kValues], others[kValues];
     if constexpr (kNorm) {
       moments<Shape>(row, dim, sizes.eps, row_sum, mean, rstd);
       // A row that is not there is zeros of no variance: with eps = 0 its infinity would reach the sums over tokens.
       if (end == 0) rstd = 0.0f;
 #pragma unroll
-      for (int i = 0; i < Shape::kChunks; ++i) {
-        unpack(values, row[i], T{}), unpack(grads, grad[i], T{});
-        unpack(factors, load_chunk(scale, Shape::column(i), dim), T{});
+      for (int i = 0; i < Shape::kPieces; ++i) {
+        unpack(values, row[i]), unpack(grads, grad[i]);
+        unpack(factors, load_piece<kValues>(scale, Shape::column(i), dim));
 #pragma unroll
-        for (int j = 0; j < Shape::kValues; ++j) {
+        for (int j = 0; j < kValues; ++j) {
           const float inner = grads[j] * (1.0f + factors[j]);
           inner_mean += inner;
           slope += inner * (values[j] - mean) * rstd;
@@ -75,32 +78,32 @@ __global__ void __launch_bounds__(Shape::kThreads, kResident<Shape, kGate, kNorm
       inner_mean *= of_dim, slope *= of_dim;
     }
 #pragma unroll
-    for (int i = 0; i < Shape::kChunks; ++i) {
+    for (int i = 0; i < Shape::kPieces; ++i) {
       const int column = Shape::column(i);
-      float dresidual[Shape::kValues] = {};
+      float dresidual[kValues] = {};
       if constexpr (kGate) {
-        unpack(dresidual, kLoadsEarly ? early_grad[i] : load_chunk(grad_residual, column, end), T{});
+        unpack(dresidual, kLoadsEarly ? early_grad[i] : load_piece<kValues>(grad_residual, column, end));
       }
       if constexpr (kNorm) {
-        unpack(values, row[i], T{}), unpack(grads, grad[i], T{}), unpack(factors, load_chunk(scale, column, dim), T{});
+        unpack(values, row[i]), unpack(grads, grad[i]), unpack(factors, load_piece<kValues>(scale, column, dim));
 #pragma unroll
-        for (int j = 0; j < Shape::kValues; ++j) {
+        for (int j = 0; j < kValues; ++j) {
           const float normal = (values[j] - mean) * rstd;
           dresidual[j] += rstd * (grads[j] * (1.0f + factors[j]) - inner_mean - normal * slope);
           sums[kDshift][i][j] += grads[j];
           sums[kDscale][i][j] += grads[j] * normal;
         }
-        store_chunk(row_of<T>(tensors.dx, b, s, t), column, end, pack_chunk(dresidual, T{}));
+        store_piece(row_of<Stream>(tensors.dx, b, s, t), column, end, pack_piece<Stream>(dresidual));
       }
       if constexpr (kGate) {
-        unpack(others, kLoadsEarly ? early_branch[i] : load_chunk(branch, column, end), T{});
-        unpack(factors, load_chunk(gate, column, dim), T{});
+        unpack(others, kLoadsEarly ? early_branch[i] : load_piece<kValues>(branch, column, end));
+        unpack(factors, load_piece<kValues>(gate, column, dim));
 #pragma unroll
-        for (int j = 0; j < Shape::kValues; ++j) {
+        for (int j = 0; j < kValues; ++j) {
           sums[0][i][j] += dresidual[j] * others[j];
           dresidual[j] *= factors[j];
         }
-        store_chunk(row_of<T>(tensors.dbranch, b, s, t), column, end, pack_chunk(dresidual, T{}));
+        store_piece(row_of<Branch>(tensors.dbranch, b, s, t), column, end, pack_piece<Branch>(dresidual));
       }
     }
   }
@@ -116,10 +119,10 @@ __global__ void __launch_bounds__(Shape::kThreads, kResident<Shape, kGate, kNorm
 #pragma unroll
     for (int sum = 0; sum < kSums; ++sum) {
 #pragma unroll
-      for (int i = 0; i < Shape::kChunks; ++i) {
+      for (int i = 0; i < Shape::kPieces; ++i) {
         if (Shape::column(i) >= dim) continue;
 #pragma unroll
-        for (int j = 0; j < Shape::kValues; j += 4) {
+        for (int j = 0; j < kValues; j += 4) {
           const int place = sum * dim + Shape::column(i) + j;
           float total[4], before[4] = {};
           if (group > 0) unpack(before, read_chunk(shared + place), float{});
@@ -164,7 +167,7 @@ const char* run(const ResidualNormBackward& tensors, void* stream) {
   const char* error =
       launch(backward_kernel<Shape, kGate, kNorm>, parts, Shape::kThreads, shared_bytes, stream, tensors);
   if (error != nullptr) return error;
-  return launch(sum_kernel<typename Shape::T, kGate, kNorm>, columns, 128, 0, stream, tensors);
+  return launch(sum_kernel<typename Shape::Branch, kGate, kNorm>, columns, 128, 0, stream, tensors);
 }
 
 }  // namespace
@@ -173,8 +176,8 @@ extern "C" int pyard_cuda_residual_norm_parts(int tokens) { return divide_up(tok
 
 extern "C" const char* pyard_cuda_residual_norm_backward(const ResidualNormBackward* arguments, void* stream) {
   const ResidualNormSizes& sizes = arguments->sizes;
-  return with_scalar(sizes.scalar, [&](auto scalar) {
-    return with_row_shape<decltype(scalar)>(sizes.dim, [&](auto shape) {
+  return with_scalars(sizes.scalar, sizes.narrow, [&](auto stream_scalar, auto branch_scalar) {
+    return with_row_shape<decltype(stream_scalar), decltype(branch_scalar)>(sizes.dim, [&](auto shape) {
       using Shape = decltype(shape);
       if (sizes.has_norm == 0) return run<Shape, true, false>(*arguments, stream);
       if (sizes.has_gate == 0) return run<Shape, false, true>(*arguments, stream);

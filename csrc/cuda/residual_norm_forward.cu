@@ -13,7 +13,9 @@ struct Task {
 
 template <typename Shape, bool kGate, bool kNorm>
 __global__ void __launch_bounds__(Shape::kThreads) forward_kernel(const Task task) {
-  using T = typename Shape::T;
+  using Stream = typename Shape::Stream;
+  using Branch = typename Shape::Branch;
+  constexpr int kValues = Shape::kValues;
   __shared__ float parts[2 * Shape::kGroups * Shape::kWarps * 2];
   RowSum<Shape> row_sum(parts);
   const ResidualNormForward& tensors = task.tensors;
@@ -21,52 +23,52 @@ __global__ void __launch_bounds__(Shape::kThreads) forward_kernel(const Task tas
   const int s = static_cast<int>(blockIdx.y), b = static_cast<int>(blockIdx.z), dim = sizes.dim;
   const int first = (static_cast<int>(blockIdx.x) * Shape::kGroups + Shape::group()) * task.rows_per_group;
 
-  Chunk gate[Shape::kChunks], shift[Shape::kChunks], scale[Shape::kChunks];
+  Piece<Branch, kValues> gate[Shape::kPieces], shift[Shape::kPieces], scale[Shape::kPieces];
 #pragma unroll
-  for (int i = 0; i < Shape::kChunks; ++i) {
-    if constexpr (kGate) gate[i] = load_chunk(row_of<T>(tensors.gate, b, s), Shape::column(i), dim);
+  for (int i = 0; i < Shape::kPieces; ++i) {
+    if constexpr (kGate) gate[i] = load_piece<kValues>(row_of<Branch>(tensors.gate, b, s), Shape::column(i), dim);
     if constexpr (kNorm) {
-      shift[i] = load_chunk(row_of<T>(tensors.shift, b, s), Shape::column(i), dim);
-      scale[i] = load_chunk(row_of<T>(tensors.scale, b, s), Shape::column(i), dim);
+      shift[i] = load_piece<kValues>(row_of<Branch>(tensors.shift, b, s), Shape::column(i), dim);
+      scale[i] = load_piece<kValues>(row_of<Branch>(tensors.scale, b, s), Shape::column(i), dim);
     }
   }
   for (int r = 0; r < task.rows_per_group; ++r) {
     const int t = first + r;
     const int end = t < sizes.tokens ? dim : 0;  // a row that is not there has no columns
-    Chunk row[Shape::kChunks];
-    float values[Shape::kValues], other[Shape::kValues];
+    Piece<Stream, kValues> row[Shape::kPieces];
+    float values[kValues], other[kValues];
 #pragma unroll
-    for (int i = 0; i < Shape::kChunks; ++i)
-      row[i] = load_chunk(row_of<const T>(tensors.x, b, s, t), Shape::column(i), end);
+    for (int i = 0; i < Shape::kPieces; ++i)
+      row[i] = load_piece<kValues>(row_of<const Stream>(tensors.x, b, s, t), Shape::column(i), end);
     if constexpr (kGate) {
-      Chunk branch[Shape::kChunks];
+      Piece<Branch, kValues> branch[Shape::kPieces];
 #pragma unroll
-      for (int i = 0; i < Shape::kChunks; ++i) {
-        branch[i] = load_chunk(row_of<const T>(tensors.branch, b, s, t), Shape::column(i), end);
+      for (int i = 0; i < Shape::kPieces; ++i) {
+        branch[i] = load_piece<kValues>(row_of<const Branch>(tensors.branch, b, s, t), Shape::column(i), end);
       }
 #pragma unroll
-      for (int i = 0; i < Shape::kChunks; ++i) {
-        float gates[Shape::kValues];
-        unpack(values, row[i], T{}), unpack(other, branch[i], T{}), unpack(gates, gate[i], T{});
+      for (int i = 0; i < Shape::kPieces; ++i) {
+        float gates[kValues];
+        unpack(values, row[i]), unpack(other, branch[i]), unpack(gates, gate[i]);
 #pragma unroll
-        for (int j = 0; j < Shape::kValues; ++j) values[j] += gates[j] * other[j];
+        for (int j = 0; j < kValues; ++j) values[j] += gates[j] * other[j];
         // The norm sees the residual as it is stored, since backward will.
-        row[i] = pack_chunk(values, T{});
-        store_chunk(row_of<T>(tensors.residual, b, s, t), Shape::column(i), end, row[i]);
+        row[i] = pack_piece<Stream>(values);
+        store_piece(row_of<Stream>(tensors.residual, b, s, t), Shape::column(i), end, row[i]);
       }
     }
     if constexpr (kNorm) {
       float mean, rstd;
       moments<Shape>(row, dim, sizes.eps, row_sum, mean, rstd);
 #pragma unroll
-      for (int i = 0; i < Shape::kChunks; ++i) {
-        float scales[Shape::kValues];
-        unpack(values, row[i], T{}), unpack(other, shift[i], T{}), unpack(scales, scale[i], T{});
+      for (int i = 0; i < Shape::kPieces; ++i) {
+        float scales[kValues];
+        unpack(values, row[i]), unpack(other, shift[i]), unpack(scales, scale[i]);
 #pragma unroll
-        for (int j = 0; j < Shape::kValues; ++j) {
+        for (int j = 0; j < kValues; ++j) {
           values[j] = (values[j] - mean) * rstd * (1.0f + scales[j]) + other[j];
         }
-        store_chunk(row_of<T>(tensors.normal, b, s, t), Shape::column(i), end, pack_chunk(values, T{}));
+        store_piece(row_of<Branch>(tensors.normal, b, s, t), Shape::column(i), end, pack_piece<Branch>(values));
       }
     }
   }
@@ -80,8 +82,8 @@ extern "C" const char* pyard_cuda_residual_norm_forward(const ResidualNormForwar
   constexpr int64_t kManyRows = 16384;
   const int rows = static_cast<int64_t>(sizes.batch) * sizes.steps * sizes.tokens < kManyRows ? 1 : 4;
   const Task task{*arguments, rows};
-  return with_scalar(sizes.scalar, [&](auto scalar) {
-    return with_row_shape<decltype(scalar)>(sizes.dim, [&](auto shape) {
+  return with_scalars(sizes.scalar, sizes.narrow, [&](auto stream_scalar, auto branch_scalar) {
+    return with_row_shape<decltype(stream_scalar), decltype(branch_scalar)>(sizes.dim, [&](auto shape) {
       using Shape = decltype(shape);
       const dim3 grid(divide_up(sizes.tokens, Shape::kGroups * rows), sizes.steps, sizes.batch);
       const auto kernel = sizes.has_norm == 0   ? forward_kernel<Shape, true, false>

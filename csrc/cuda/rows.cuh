@@ -7,18 +7,21 @@
 
 namespace pyard::cuda {
 
-// kWarps warps hold a row, each lane kChunks chunks of 16 bytes of it; kGroups rows are held by a block at a time.
-template <typename T_, int kWarps_, int kChunks_>
+// kWarps warps hold a row, each lane kPieces pieces of it, kValues elements each; kGroups rows are held by a block at a
+// time. Stream: what the residual stream is stored in. Branch: what all else is, the same or a narrower one.
+template <typename Stream_, typename Branch_, int kWarps_, int kPieces_>
 struct RowShape {
-  using T = T_;
+  using Stream = Stream_;
+  using Branch = Branch_;
+  static constexpr bool kMixed = sizeof(Stream) != sizeof(Branch);
   static constexpr int kWarps = kWarps_;
-  static constexpr int kChunks = kChunks_;
+  static constexpr int kPieces = kPieces_;
   static constexpr int kGroups = kWarps < 4 ? 4 / kWarps : 1;
   static constexpr int kThreads = kWarps * kGroups * 32;
-  static constexpr int kValues = kPerChunk<T>;
+  static constexpr int kValues = kPerChunk<Branch>;
 
   static __device__ __forceinline__ int group() { return static_cast<int>(threadIdx.x) / (kWarps * 32); }
-  // First element of this lane's chunk i: neighbouring lanes read neighbouring chunks.
+  // First element of this lane's piece i: neighbouring lanes read neighbouring pieces.
   static __device__ __forceinline__ int column(int i) {
     return (i * kWarps * 32 + static_cast<int>(threadIdx.x) % (kWarps * 32)) * kValues;
   }
@@ -58,6 +61,49 @@ __device__ __forceinline__ Chunk pack_chunk(const float (&values)[4], float) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) chunk.words[i] = bits_of_float(values[i]);
   return chunk;
+}
+
+// kValues neighbours of a row, as they are stored: a chunk, or of a float32 stream beside 16 bits two.
+template <typename T, int kValues>
+struct Piece {
+  Chunk chunks[kValues / kPerChunk<T>];
+};
+
+// A piece that begins beyond the row is zeros: dim is a multiple of kValues.
+template <int kValues, typename T>
+__device__ __forceinline__ Piece<T, kValues> load_piece(const T* row, int column, int dim) {
+  Piece<T, kValues> piece;
+#pragma unroll
+  for (int i = 0; i < kValues / kPerChunk<T>; ++i) piece.chunks[i] = load_chunk(row + i * kPerChunk<T>, column, dim);
+  return piece;
+}
+
+template <typename T, int kValues>
+__device__ __forceinline__ void store_piece(T* row, int column, int dim, const Piece<T, kValues>& piece) {
+#pragma unroll
+  for (int i = 0; i < kValues / kPerChunk<T>; ++i) store_chunk(row + i * kPerChunk<T>, column, dim, piece.chunks[i]);
+}
+
+template <typename T, int kValues>
+__device__ __forceinline__ void unpack(float (&values)[kValues], const Piece<T, kValues>& piece) {
+  if constexpr (kValues == kPerChunk<T>) {
+    unpack(values, piece.chunks[0], T{});
+  } else {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) values[i] = float_of_bits(piece.chunks[i / 4].words[i % 4]);
+  }
+}
+
+template <typename T, int kValues>
+__device__ __forceinline__ Piece<T, kValues> pack_piece(const float (&values)[kValues]) {
+  Piece<T, kValues> piece;
+  if constexpr (kValues == kPerChunk<T>) {
+    piece.chunks[0] = pack_chunk(values, T{});
+  } else {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) piece.chunks[i / 4].words[i % 4] = bits_of_float(values[i]);
+  }
+  return piece;
 }
 
 template <typename T>
@@ -104,22 +150,21 @@ class RowSum {
 
 // mean and 1 / sqrt(variance + eps) of a row held in registers. Two passes: E[x^2] - E[x]^2 would cancel far from zero.
 template <typename Shape>
-__device__ __forceinline__ void moments(const Chunk (&row)[Shape::kChunks], int dim, float eps, RowSum<Shape>& row_sum,
-                                        float& mean, float& rstd) {
-  typename Shape::T scalar{};
+__device__ __forceinline__ void moments(const Piece<typename Shape::Stream, Shape::kValues> (&row)[Shape::kPieces],
+                                        int dim, float eps, RowSum<Shape>& row_sum, float& mean, float& rstd) {
   float sum = 0.0f;
   float values[Shape::kValues];
 #pragma unroll
-  for (int i = 0; i < Shape::kChunks; ++i) {
-    unpack(values, row[i], scalar);  // chunks beyond the row are zero
+  for (int i = 0; i < Shape::kPieces; ++i) {
+    unpack(values, row[i]);  // pieces beyond the row are zero
 #pragma unroll
     for (int j = 0; j < Shape::kValues; ++j) sum += values[j];
   }
   mean = row_sum(sum) / static_cast<float>(dim);
   float squares = 0.0f;
 #pragma unroll
-  for (int i = 0; i < Shape::kChunks; ++i) {
-    unpack(values, row[i], scalar);
+  for (int i = 0; i < Shape::kPieces; ++i) {
+    unpack(values, row[i]);
 #pragma unroll
     for (int j = 0; j < Shape::kValues; ++j) {
       const float centred = Shape::column(i) < dim ? values[j] - mean : 0.0f;
@@ -139,19 +184,26 @@ __device__ __forceinline__ const T* row_of(const PerStep& tensor, int b, int s) 
 }
 
 // Calls run with the narrowest RowShape that holds rows of `dim` elements.
-template <typename T, typename Run>
+template <typename Stream, typename Branch, typename Run>
 const char* with_row_shape(int dim, const Run& run) {
-  const int chunks = dim / kPerChunk<T>;
-  if (dim < 1 || dim > 8192 || dim % kPerChunk<T> != 0) {
+  const int pieces = dim / kPerChunk<Branch>;
+  if (dim < 1 || dim > 8192 || dim % kPerChunk<Branch> != 0) {
     return "the hidden size must be a multiple of 16 bytes and at most 8192";
   }
-  if (chunks <= 64) return run(RowShape<T, 1, 2>{});
-  if (chunks <= 192) return run(RowShape<T, 2, 3>{});
-  if (chunks <= 512) return run(RowShape<T, 4, 4>{});
-  if constexpr (sizeof(T) == 4) {
-    return run(RowShape<T, 8, 8>{});
+  if (pieces <= 64) return run(RowShape<Stream, Branch, 1, 2>{});
+  if constexpr (sizeof(Stream) != sizeof(Branch)) {
+    // A piece of the stream takes twice the registers.
+    if (pieces <= 160) return run(RowShape<Stream, Branch, 5, 1>{});
+    if (pieces <= 512) return run(RowShape<Stream, Branch, 8, 2>{});
+    return run(RowShape<Stream, Branch, 8, 4>{});
   } else {
-    return run(RowShape<T, 16, 2>{});
+    if (pieces <= 192) return run(RowShape<Stream, Branch, 2, 3>{});
+    if (pieces <= 512) return run(RowShape<Stream, Branch, 4, 4>{});
+    if constexpr (sizeof(Stream) == 4) {
+      return run(RowShape<Stream, Branch, 8, 8>{});
+    } else {
+      return run(RowShape<Stream, Branch, 16, 2>{});
+    }
   }
 }
 
@@ -166,6 +218,14 @@ const char* with_scalar(int scalar, const Run& run) {
       return run(fp16{});
   }
   return "unknown dtype";
+}
+
+// Calls run with the types of the stream and of all else: the same, or float32 and 16 bits.
+template <typename Run>
+const char* with_scalars(int stream, int narrow, const Run& run) {
+  if (narrow == 0) return with_scalar(stream, [&](auto scalar) { return run(scalar, scalar); });
+  if (static_cast<Scalar>(stream) != Scalar::float32) return "only beside float32 may there be another dtype";
+  return static_cast<Scalar>(narrow) == Scalar::bfloat16 ? run(float{}, bf16{}) : run(float{}, fp16{});
 }
 
 }  // namespace pyard::cuda

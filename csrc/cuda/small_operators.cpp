@@ -1,4 +1,4 @@
-// timestep_embedding and gather_trajectories on CUDA tensors.
+// gelu_tanh, timestep_embedding and gather_trajectories on CUDA tensors.
 #include <cmath>
 #include <vector>
 
@@ -7,6 +7,62 @@
 #include "cuda/tensors.h"
 
 namespace pyard::cuda {
+
+namespace {
+
+Gelu gelu_of(const Tensor& x, const Tensor& bias, const char* self) {
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) > 0, self, ": x has shape ", cpu::shape_of(x),
+                  ", expected [..., D]");
+  const int64_t dim = x.size(x.dim() - 1);
+  cpu::check_shape(bias, self, "bias", {dim});
+  check_like(bias, x, self, "bias");
+  Gelu arguments{};
+  arguments.scalar = scalar_of(x.scalar_type(), self);
+  arguments.dim = small(dim, self);
+  arguments.rows = x.numel() / dim;
+  return arguments;
+}
+
+Tensor aligned(const Tensor& x) { return with_aligned_rows(torch::stable::contiguous(x)); }
+
+}  // namespace
+
+Tensor gelu_tanh(const Tensor& x, const Tensor& bias) {
+  const char* self = "gelu_tanh";
+  Gelu arguments = gelu_of(x, bias, self);
+  const OnDevice device(x);
+  const Tensor x_rows = aligned(x), bias_row = aligned(bias);
+  const Tensor out = torch::stable::new_empty(x, x.sizes());
+  arguments.x = x_rows.const_data_ptr();
+  arguments.bias = bias_row.const_data_ptr();
+  arguments.out = out.mutable_data_ptr();
+  device.run(self, pyard_cuda_gelu_forward, arguments);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> gelu_tanh_backward(const Tensor& grad, const Tensor& x, const Tensor& bias) {
+  const char* self = "gelu_tanh_backward";
+  Gelu arguments = gelu_of(x, bias, self);
+  check_like(grad, x, self, "grad");
+  bool same = grad.dim() == x.dim();
+  for (int64_t i = 0; same && i < x.dim(); ++i) same = grad.size(i) == x.size(i);
+  STD_TORCH_CHECK(same, self, ": grad has shape ", cpu::shape_of(grad), ", expected that of x, ", cpu::shape_of(x));
+  const OnDevice device(x);
+  const Tensor grad_rows = aligned(grad), x_rows = aligned(x), bias_row = aligned(bias);
+  const Tensor dx = torch::stable::new_empty(x, x.sizes());
+  arguments.parts = pyard_cuda_gelu_parts(arguments.rows);
+  const int64_t partial_sizes[] = {arguments.parts, arguments.dim};
+  const Tensor partial = torch::stable::new_empty(x, {partial_sizes, 2}, ScalarType::Float);
+  const Tensor dbias = torch::stable::new_zeros(x, bias.sizes());  // zeros where there are no rows to sum
+  arguments.grad = grad_rows.const_data_ptr();
+  arguments.x = x_rows.const_data_ptr();
+  arguments.bias = bias_row.const_data_ptr();
+  arguments.out = dx.mutable_data_ptr();
+  arguments.partial = static_cast<float*>(partial.mutable_data_ptr());
+  arguments.dbias = dbias.mutable_data_ptr();
+  device.run(self, pyard_cuda_gelu_backward, arguments);
+  return {dx, dbias};
+}
 
 Tensor timestep_embedding(const Tensor& times, int64_t dim, double max_period, double freq_shift) {
   const char* self = "timestep_embedding";

@@ -165,6 +165,18 @@ class Backbone(nn.Module, abc.ABC):
             raise InputError(f"adversarial: the head of {type(self).__name__} has no linear layer; override last_linear")
         return linears[-1]
 
+    def prepare(self, times: torch.Tensor, condition: Condition) -> Sequence[Condition]:
+        """The conditions of the S steps of a rollout, with whatever depends on time and condition alone computed once.
+
+        Args:
+            times: of all steps, [1, S].
+            condition: of the rollout, B rows.
+
+        Returns:
+            S conditions that `forward` takes for one step each, such as with further tensors; the base class adds none.
+        """
+        return [condition] * times.shape[1]
+
     def features(
         self,
         x: torch.Tensor,  # [B, C, ...]

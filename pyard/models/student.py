@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -241,11 +241,18 @@ class Student(nn.Module):
     ) -> Iterator[torch.Tensor]:
         """Yield the S successive predictions, each made from the history of its predecessors; the last one is the sample."""
         cache = self.new_cache(len(noise), tuple(noise.shape[1:])) if cache is None else cache
-        condition = self.as_condition(condition)
+        conditions = self._prepared(self.as_condition(condition))
         latest = noise
         for step in range(self.num_steps):
-            latest, cache = self.step(latest, step, condition, cache)
+            latest, cache = self.step(latest, step, conditions[step], cache)
             yield latest
+
+    def _prepared(self, condition: Condition) -> Sequence[Condition]:
+        # Not where a gradient is wanted, so that blocks stay what is recomputed, nor where a block gathers its own weights.
+        sharded = hasattr(next(self.trunk.parameters()), "device_mesh")
+        if torch.is_grad_enabled() or sharded:
+            return [condition] * self.num_steps
+        return self.trunk.prepare(self.embed_times[None], condition)
 
     def new_cache(self, batch_size: int, sample_shape: tuple[int, ...] | None = None) -> PreallocatedCache:
         """An empty cache for `batch_size` samples, of the parameters' dtype and device."""

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from pyard.errors import InputError
-from pyard.ops import reference
-from pyard.ops.backend import BACKENDS, Backend, current_backend, takes_native, use_backend
+from pyard.ops import merged, reference
+from pyard.ops.autocast import dtype_of_linears, takes_mixed
+from pyard.ops.backend import BACKENDS, Backend, current_backend, takes_native, use_backend, why_not_native
 from pyard.ops.derivatives import accumulator
-from pyard.ops.masks import MASKS, Mask, check_mask, visible, visible_steps
+from pyard.ops.masks import MASKS, Mask, check_mask, mask_number, visible, visible_steps
 
 __all__ = [
     "BACKENDS",
@@ -22,6 +23,7 @@ __all__ = [
     "block_attention",
     "check_mask",
     "current_backend",
+    "dtype_of_linears",
     "gated_residual",
     "gated_residual_modulated_layer_norm",
     "gather_trajectories",
@@ -32,6 +34,7 @@ __all__ = [
     "use_backend",
     "visible",
     "visible_steps",
+    "why_not_native",
 ]
 
 
@@ -40,6 +43,7 @@ def modulated_layer_norm(
     shift: Tensor,  # [B, S, D]
     scale: Tensor,  # [B, S, D]
     eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:  # [B, S, T, D]
     """LayerNorm over D without affine parameters, then `* (1 + scale) + shift` with one shift and scale per step.
 
@@ -48,9 +52,10 @@ def modulated_layer_norm(
         shift: [B, S, D]; converted to the dtype of x.
         scale: [B, S, D]; converted to the dtype of x.
         eps: Added to the variance.
+        dtype: Of the result; None: that of x. `dtype_of_linears` under autocast, where a linear layer would convert it.
 
     Returns:
-        [B, S, T, D] in the dtype of x, contiguous.
+        [B, S, T, D], contiguous.
 
     Raises:
         InputError: If the shapes do not fit.
@@ -60,11 +65,13 @@ def modulated_layer_norm(
     _check_tokens("modulated_layer_norm", "x", x)
     _check_per_step("modulated_layer_norm", "shift", shift, x)
     _check_per_step("modulated_layer_norm", "scale", scale, x)
-    shift, scale = shift.to(x.dtype), scale.to(x.dtype)
-    if takes_native("modulated_layer_norm", x):
-        out: Tensor = torch.ops.pyard.modulated_layer_norm(x, shift, scale, eps)
-        return out
-    return reference.modulated_layer_norm(x, shift, scale, eps)
+    dtype = dtype or x.dtype
+    native = takes_native("modulated_layer_norm", x)
+    if not (native and takes_mixed("modulated_layer_norm", x, shift.dtype, scale.dtype, dtype)):
+        shift, scale = shift.to(x.dtype), scale.to(x.dtype)
+    compute = torch.ops.pyard.modulated_layer_norm if native else reference.modulated_layer_norm
+    out: Tensor = compute(x, shift, scale, eps)
+    return out.to(dtype)
 
 
 def gated_residual(
@@ -89,11 +96,12 @@ def gated_residual(
     _check_per_step("gated_residual", "gate", gate, x)
     if branch.shape != x.shape:
         raise InputError(f"gated_residual: branch has shape {list(branch.shape)}, expected that of x, {list(x.shape)}")
-    gate, branch = gate.to(x.dtype), branch.to(x.dtype)
-    if takes_native("gated_residual", x):
-        out: Tensor = torch.ops.pyard.gated_residual(x, gate, branch)
-        return out
-    return reference.gated_residual(x, gate, branch)
+    native = takes_native("gated_residual", x)
+    if not (native and takes_mixed("gated_residual", x, gate.dtype, branch.dtype)):
+        gate, branch = gate.to(x.dtype), branch.to(x.dtype)
+    compute = torch.ops.pyard.gated_residual if native else reference.gated_residual
+    out: Tensor = compute(x, gate, branch)
+    return out
 
 
 def gated_residual_modulated_layer_norm(
@@ -103,8 +111,9 @@ def gated_residual_modulated_layer_norm(
     shift: Tensor,  # [B, S, D]
     scale: Tensor,  # [B, S, D]
     eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:  # [B, S, T, D] twice
-    """`residual = gated_residual(x, gate, branch)` and `modulated_layer_norm(residual, shift, scale, eps)`, in one pass
+    """`residual = gated_residual(x, gate, branch)` and `modulated_layer_norm(residual, shift, scale, eps, dtype)`, in one pass
     over memory where there is a kernel for it.
 
     Args:
@@ -114,9 +123,10 @@ def gated_residual_modulated_layer_norm(
         shift: [B, S, D].
         scale: [B, S, D].
         eps: Added to the variance.
+        dtype: Of the norm, as in `modulated_layer_norm`.
 
     Returns:
-        (residual, normal), each [B, S, T, D] in the dtype of x.
+        (residual, normal), each [B, S, T, D]; the residual in the dtype of x.
 
     Raises:
         InputError: If the shapes do not fit.
@@ -124,15 +134,17 @@ def gated_residual_modulated_layer_norm(
     operator = "gated_residual_modulated_layer_norm"
     if not takes_native(operator, x):
         residual = gated_residual(x, gate, branch)
-        return residual, modulated_layer_norm(residual, shift, scale, eps)
+        return residual, modulated_layer_norm(residual, shift, scale, eps, dtype)
     _check_tokens(operator, "x", x)
     if branch.shape != x.shape:
         raise InputError(f"{operator}: branch has shape {list(branch.shape)}, expected that of x, {list(x.shape)}")
     for name, value in (("gate", gate), ("shift", shift), ("scale", scale)):
         _check_per_step(operator, name, value, x)
-    gate, branch, shift, scale = (tensor.to(x.dtype) for tensor in (gate, branch, shift, scale))
-    fused: tuple[Tensor, Tensor] = torch.ops.pyard.gated_residual_modulated_layer_norm(x, gate, branch, shift, scale, eps)
-    return fused
+    dtype = dtype or x.dtype
+    if not takes_mixed(operator, x, dtype, gate.dtype, branch.dtype, shift.dtype, scale.dtype):
+        gate, branch, shift, scale = (tensor.to(x.dtype) for tensor in (gate, branch, shift, scale))
+    residual, normal = torch.ops.pyard.gated_residual_modulated_layer_norm(x, gate, branch, shift, scale, eps)
+    return residual, normal.to(dtype)
 
 
 def gelu_tanh(
@@ -240,9 +252,13 @@ def block_attention(
     if bias is not None and bias.shape != q.shape[1:2]:
         raise InputError(f"block_attention: bias has shape {list(bias.shape)}, expected [{q.shape[1]}], one per head")
     k, v = k.to(q.dtype), v.to(q.dtype)
-    if takes_native("block_attention", q):
+    if current_backend() == "merged" and not torch.onnx.is_in_onnx_export():
+        return merged.block_attention(q, k, v, T, mask, window, bias)
+    # Own blocks alone are what the library's kernels are best at on CUDA: there `auto` leaves them to SDPA.
+    without_history = k.shape[2] == T and q.is_cuda and current_backend() == "auto"
+    if not without_history and takes_native("block_attention", k):
         bias = None if bias is None else bias.to(accumulator(q.dtype))
-        out: Tensor = torch.ops.pyard.block_attention(q, k, v, T, mask, window, bias)[0]
+        out: Tensor = torch.ops.pyard.block_attention(q, k, v, T, mask_number(mask), window, bias)[0]
         return out
     if q.is_cuda and current_backend() == "flex":
         from pyard.ops import flex  # its import costs what few need

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from pyard.errors import InputError
-from pyard.ops import native
+from pyard.ops import limits, native
 
-Backend = Literal["auto", "native", "reference", "sdpa", "flex"]
+Backend = Literal["auto", "native", "reference", "sdpa", "merged", "flex"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-ATTENTION_BACKENDS = ("sdpa", "flex")
+ATTENTION_BACKENDS = ("sdpa", "merged", "flex")
 
 OPERATORS = (
     "modulated_layer_norm",
@@ -30,7 +30,6 @@ OPERATORS = (
 # Device types on which an operator has a kernel; what is not here runs as its twin everywhere.
 KERNELS: dict[str, frozenset[str]] = {
     **{operator: frozenset({"cpu", "cuda"}) for operator in OPERATORS},
-    "gelu_tanh": frozenset({"cpu"}),
     "gated_residual_modulated_layer_norm": frozenset({"cuda"}),
 }
 DTYPES: dict[str, frozenset[torch.dtype]] = {
@@ -67,8 +66,9 @@ def use_backend(name: Backend) -> Iterator[None]:
     Args:
         name: `auto` (what is fastest: on the CPU the kernel where there is one, else the plain twin), `native` (the kernel of
             every operator that has one, or an error that says why not) or `reference` (plain PyTorch; what exporters
-            want). `sdpa` and `flex` choose for `block_attention` alone: PyTorch's SDPA step by step, or FlexAttention
-            on CUDA, where other devices have SDPA; for the rest they are `auto`.
+            want). `sdpa`, `merged` and `flex` choose for `block_attention` alone, and are `auto` for the rest: PyTorch's
+            SDPA step by step; its kernels over own and over earlier blocks, merged by log-sum-exp; FlexAttention on CUDA,
+            where other devices have SDPA.
 
     Raises:
         InputError: If `name` is none of these.
@@ -82,7 +82,7 @@ def use_backend(name: Backend) -> Iterator[None]:
 
 
 def takes_native(operator: str, x: Tensor) -> bool:
-    """Whether `operator` runs natively on `x` under the backend in force.
+    """Whether `operator` runs natively on `x` under the backend in force; `x` as for `why_not_native`.
 
     Raises:
         InputError: If the backend is `native` and the operator's kernel cannot run.
@@ -94,10 +94,36 @@ def takes_native(operator: str, x: Tensor) -> bool:
         return False
     if device in DTYPES and device not in KERNELS[operator]:
         return False  # no kernel was written for it there: `native` takes the twin, too
-    taken = has_kernel(operator, device) and x.dtype in _dtypes(operator, device)
-    if not taken and _choice == "native":
-        raise InputError(f"backend 'native' cannot run {operator} on {device} in {x.dtype}: {_obstacle(operator, device)}")
-    return taken
+    if _choice != "native" and not has_kernel(operator, device):
+        return False
+    obstacle = why_not_native(operator, x)
+    if obstacle and _choice == "native":
+        raise InputError(
+            f"backend 'native' cannot run {operator} on {device} in {x.dtype}: {obstacle}; use backend 'auto' or 'reference'"
+        )
+    return not obstacle
+
+
+def why_not_native(operator: str, x: Tensor) -> str:
+    """Why the compiled kernel of an operator cannot serve a tensor: library, device, dtype or shape; "" if it can.
+
+    Args:
+        operator: Its name.
+        x: Its first tensor; of `block_attention` the keys, of `gather_trajectories` the steps.
+    """
+    device = x.device.type
+    if library is None:
+        return f"the operators are not built ({missing_reason})"
+    if device == "cuda" and not library.cuda_architectures:
+        return "the library was built without CUDA; install with PYARD_CUDA=1"
+    if device not in KERNELS[operator] or x.dtype not in _dtypes(operator, device):
+        return _what_there_is(operator)
+    if device != "cuda":
+        return ""
+    if obstacle := limits.shape_obstacle(operator, x.shape, x.dtype):
+        return obstacle
+    gpu = limits.describe_device(x.device)
+    return limits.device_obstacle(operator, x.shape, x.dtype, gpu, library.cuda_architectures)
 
 
 def _tell_of_failed_build() -> None:
@@ -129,14 +155,10 @@ def _dtypes(operator: str, device: str) -> frozenset[torch.dtype]:
     return TIME_DTYPES if operator == "timestep_embedding" else DTYPES[device]
 
 
-def _obstacle(operator: str, device: str) -> str:
-    if library is None:
-        return f"the operators are not built ({missing_reason}); use backend 'auto' or 'reference'"
-    if device == "cuda" and not library.cuda_architectures:
-        return "the library was built without CUDA; install with PYARD_CUDA=1, or use backend 'auto' or 'reference'"
+def _what_there_is(operator: str) -> str:
     devices = sorted(name for name in KERNELS[operator] if _is_built(name))
     kernels = "; ".join(
         f"{name} in " + ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in _dtypes(operator, name)))
         for name in devices
     )
-    return f"it has kernels for {kernels}; use backend 'auto' or 'reference'"
+    return f"it has kernels for {kernels}"

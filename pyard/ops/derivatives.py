@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyard.ops import reference
+from pyard.ops.masks import MASKS
 
 
 def register() -> None:
@@ -36,28 +37,38 @@ def register() -> None:
     register_autograd("pyard::timestep_embedding", _embedding_backward, setup_context=_save_for_embedding_backward)
     register_fake("pyard::gather_trajectories", _gather_shapes)
     fused = "pyard::gated_residual_modulated_layer_norm"
-    register_fake(fused, lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)))
+    register_fake(fused, lambda x, gate, *_: (x.new_empty(x.shape), gate.new_empty(x.shape)))
     register_autograd(fused, _fused_backward, setup_context=_save_for_fused_backward)
     register_fake(f"{fused}_backward", _fused_backward_shapes)
     _differentiate_as(f"{fused}_backward", reference.gated_residual_modulated_layer_norm_backward)
 
 
 def _differentiate_as(operator: str, twin: Callable[..., tuple[Tensor, ...]]) -> None:
-    """Gradients of gradients are rare (penalties on them): the derivative of the backward's twin serves, at any order."""
+    """Gradients of gradients are rare (penalties on them): the derivative of the backward's twin serves, at any order.
+
+    The twin computes in the widest dtype of its inputs; each result is in that of the operator's.
+    """
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
         ctx.options = [value for value in inputs if not isinstance(value, Tensor)]
+        ctx.dtypes = [value.dtype for value in output]
 
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        pull_back: Any = torch.func.vjp(lambda *tensors: twin(*tensors, *ctx.options), *ctx.saved_tensors)[1]
+        def results(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return tuple(value.to(dtype) for value, dtype in zip(twin(*tensors, *ctx.options), ctx.dtypes, strict=True))
+
+        pull_back: Any = torch.func.vjp(results, *ctx.saved_tensors)[1]
         return *pull_back(cotangents), *(None for _ in ctx.options)
 
     torch.library.register_autograd(operator, backward, setup_context=save)
 
 
+# x and the residual may be float32 where all else has 16 bits.
+
+
 def _layer_norm_shapes(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
+    return scale.new_empty(x.shape)
 
 
 def _save_for_layer_norm_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
@@ -71,7 +82,7 @@ def _layer_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _layer_norm_backward_shapes(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(scale.shape), x.new_empty(scale.shape)
+    return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -79,15 +90,15 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _new_heads(like: Tensor) -> Tensor:  # [B, H, tokens, Dh] over the memory of [B, tokens, H, Dh]
+def new_heads(like: Tensor) -> Tensor:  # [B, H, tokens, Dh] over the memory of [B, tokens, H, Dh]
     B, H, tokens, head_dim = like.shape
     return like.new_empty(B, tokens, H, head_dim).transpose(1, 2)
 
 
 def _attention_shapes(
-    q: Tensor, k: Tensor, v: Tensor, tokens_per_step: int, mask: str, window: int | None, bias: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, tokens_per_step: int, mask: int, window: int | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return _new_heads(q), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
+    return new_heads(q), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
 
 def _save_for_attention_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -110,7 +121,7 @@ def _attention_backward_shapes(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum_exp: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads = 0 if options[-1] is None else q.shape[1]
-    return _new_heads(q), _new_heads(k), _new_heads(v), q.new_empty(heads, dtype=accumulator(q.dtype))
+    return new_heads(q), new_heads(k), new_heads(v), q.new_empty(heads, dtype=accumulator(q.dtype))
 
 
 def _save_for_attention_second_order(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -119,13 +130,27 @@ def _save_for_attention_second_order(ctx: Any, inputs: tuple[Any, ...], output: 
 
 
 def _attention_second_order(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-    """As `_differentiate_as`, for the softmax; `out` and `log_sum_exp` are functions of q, k, v, so these carry their share."""
-    grad, q, k, v, bias = ctx.saved_tensors
+    dgrad, dq, dk, dv, dbias = attention_second_order(ctx.saved_tensors, ctx.options, cotangents)
+    return dgrad, dq, dk, dv, None, None, None, None, None, dbias
+
+
+def attention_second_order(
+    inputs: tuple[Tensor, ...],  # grad, q, k, v, and bias or None
+    options: list[Any],  # tokens_per_step, number of the mask, window
+    cotangents: tuple[Tensor, ...],  # of dq, dk, dv and dbias
+) -> tuple[Tensor | None, ...]:
+    """As `_differentiate_as`, for the softmax; what forward saved is a function of q, k, v, so these carry its share.
+
+    Returns:
+        The gradients of grad, q, k, v and bias.
+    """
+    grad, q, k, v, bias = inputs
+    tokens_per_step, mask, window = options
     learned = () if bias is None else (bias,)
 
     def gradients(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         def forward(q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Tensor:
-            return reference.block_attention(q, k, v, *ctx.options, *(bias or (None,)))
+            return reference.block_attention(q, k, v, tokens_per_step, MASKS[mask], window, *(bias or (None,)))
 
         pull_back: Any = torch.func.vjp(forward, *inputs)[1]
         return pull_back(grad)
@@ -133,7 +158,7 @@ def _attention_second_order(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | Non
     with sdpa_kernel(SDPBackend.MATH):
         pull_back: Any = torch.func.vjp(gradients, grad, q, k, v, *learned)[1]
         dgrad, dq, dk, dv, *dbias = pull_back(cotangents[: 3 + len(learned)])
-    return dgrad, dq, dk, dv, None, None, None, None, None, dbias[0] if dbias else None
+    return dgrad, dq, dk, dv, dbias[0] if dbias else None
 
 
 def _save_for_residual_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -193,4 +218,4 @@ def _fused_backward_shapes(
     grad_residual: Tensor, grad_normal: Tensor, residual: Tensor, gate: Tensor, *_: Any
 ) -> tuple[Tensor, ...]:
     tokens, per_step = residual.shape, gate.shape
-    return tuple(residual.new_empty(shape) for shape in (tokens, per_step, tokens, per_step, per_step))
+    return residual.new_empty(tokens), *(gate.new_empty(shape) for shape in (per_step, tokens, per_step, per_step))

@@ -13,6 +13,11 @@ Mask = Literal["diagonal", "window", "anchor", "causal"]
 MASKS: tuple[Mask, ...] = get_args(Mask)
 
 
+def mask_number(mask: str) -> int:
+    """What the compiled operators call a mask: its place in `MASKS`. A string would leak in the stable ABI."""
+    return MASKS.index(mask)  # type: ignore[arg-type]
+
+
 def check_mask(mask: str, window: int | None) -> None:
     """Refuses unknown masks, a `window` mask without a width and a width with any other mask.
 

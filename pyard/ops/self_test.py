@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyard.ops import reference
 from pyard.ops.backend import KERNELS
+from pyard.ops.masks import mask_number
 
 # In float64 kernel and twin differ by rounding alone.
 TOLERANCE = 1e-10
@@ -61,7 +62,7 @@ def _block_attention() -> Tensor:
     inputs = _random([(B, H, S * T, head_dim)] * 3 + [(H,)])
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        out: Tensor = torch.ops.pyard.block_attention(q, k, v, T, "causal", None, bias)[0]
+        out: Tensor = torch.ops.pyard.block_attention(q, k, v, T, mask_number("causal"), None, bias)[0]
         return out
 
     def twin(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:

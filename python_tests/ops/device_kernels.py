@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyard.ops.masks import mask_number
+
 
 def to_device(tensor: Tensor) -> Tensor:
     """The same view of the same memory, on the GPU: strides, offset and what lies between the rows included."""
@@ -25,7 +27,7 @@ class DeviceKernels:
         self, q: Tensor, k: Tensor, v: Tensor, T: int, mask: str, window: int | None = None, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         q_, k_, v_, bias_ = _moved(q, k, v, bias)
-        out, lse = torch.ops.pyard.block_attention(q_, k_, v_, T, mask, window, bias_)
+        out, lse = torch.ops.pyard.block_attention(q_, k_, v_, T, mask_number(mask), window, bias_)
         return out.cpu(), lse.cpu()
 
     def attention_backward(
@@ -44,7 +46,7 @@ class DeviceKernels:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         operators = torch.ops.pyard
         backward = operators.block_attention_backward if deterministic else operators.block_attention_backward_unordered
-        dq, dk, dv, dbias = backward(*_moved(grad, q, k, v, out, lse), T, mask, window, *_moved(bias))
+        dq, dk, dv, dbias = backward(*_moved(grad, q, k, v, out, lse), T, mask_number(mask), window, *_moved(bias))
         return dq.cpu(), dk.cpu(), dv.cpu(), None if bias is None else dbias.cpu()
 
     def residual_norm_forward(
@@ -91,6 +93,14 @@ class DeviceKernels:
                 grad_residual_, grad_normal_, residual_, gate_, branch_, scale_, eps
             )
         return {name: grad.cpu() for name, grad in zip(names, grads, strict=True)}
+
+    def gelu_forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        out: Tensor = torch.ops.pyard.gelu_tanh(*_moved(x, bias))
+        return out.cpu()
+
+    def gelu_backward(self, grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        dx, dbias = torch.ops.pyard.gelu_tanh_backward(*_moved(grad, x, bias))
+        return dx.cpu(), dbias.cpu()
 
     def timestep_embedding(self, times: Tensor, dim: int, max_period: float, freq_shift: float) -> Tensor:
         out: Tensor = torch.ops.pyard.timestep_embedding(times.cuda(), dim, max_period, freq_shift)

@@ -10,9 +10,11 @@ from torch import Tensor
 from pyard.errors import InputError
 from pyard.ops import MASKS, Backend, block_attention, reference, use_backend, visible
 from pyard.ops.backend import library
+from pyard.ops.masks import mask_number
 
 needs_native = pytest.mark.skipif(library is None, reason="the native operators are not built")
 BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
+CAUSAL = mask_number("causal")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Sq, Sk, T, Dh: no multiple of any vector, panel or tile; one token; cached steps; more keys than one tile takes.
 SIZES = [(4, 4, 1, 8), (8, 8, 3, 24), (3, 3, 17, 72), (1, 5, 17, 64), (2, 3, 33, 128), (1, 1, 130, 40)]
@@ -190,16 +192,16 @@ def test_keeps_no_matrix_of_logits() -> None:
 def test_the_operator_itself_names_wrong_input() -> None:
     q, k, v = sample_inputs(2, 2, T=3, head_dim=8)
     operator = torch.ops.pyard.block_attention
-    with pytest.raises(RuntimeError, match="mask is 'dense'"):
-        operator(q, k, v, 3, "dense", None, None)
+    with pytest.raises(RuntimeError, match="mask is 4, expected 0 diagonal"):
+        operator(q, k, v, 3, 4, None, None)
     with pytest.raises(RuntimeError, match="6 queries and 6 keys"):
-        operator(q, k, v, 4, "causal", None, None)
-    with pytest.raises(RuntimeError, match="a window of at least 1 belongs to mask 'window'"):
-        operator(q, k, v, 3, "window", None, None)
+        operator(q, k, v, 4, CAUSAL, None, None)
+    with pytest.raises(RuntimeError, match=r"a window of at least 1 belongs to mask 1 \(window\)"):
+        operator(q, k, v, 3, mask_number("window"), None, None)
     with pytest.raises(RuntimeError, match=r"v has shape \[2, 3, 3, 8\]"):
-        operator(q, k, v[:, :, :3], 3, "causal", None, None)
+        operator(q, k, v[:, :, :3], 3, CAUSAL, None, None)
     with pytest.raises(RuntimeError, match="bias has dtype Float, expected Double"):
-        operator(q, k, v, 3, "causal", None, torch.zeros(3))
+        operator(q, k, v, 3, CAUSAL, None, torch.zeros(3))
 
 
 def test_wrong_input_is_named() -> None:

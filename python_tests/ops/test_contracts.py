@@ -16,10 +16,12 @@ from torch import Tensor
 from pyard import ops
 from pyard.ops import reference, use_backend
 from pyard.ops.backend import OPERATORS, library
+from pyard.ops.masks import mask_number
 
 pytestmark = pytest.mark.skipif(library is None, reason="the native operators are not built")
 
 B, S, T, D, H, HEAD_DIM = 2, 2, 3, 5, 2, 4
+CAUSAL = mask_number("causal")
 
 
 @dataclass(frozen=True)
@@ -86,16 +88,16 @@ def test_the_derivative_of_an_embedding() -> None:
 
 def opcheck_samples() -> list[tuple[str, tuple[object, ...]]]:
     q, k, v, bias = CASES["block_attention"].inputs(torch.float32)
-    out, log_sum_exp = torch.ops.pyard.block_attention(q.detach(), k.detach(), v.detach(), T, "causal", None, bias.detach())
+    out, log_sum_exp = torch.ops.pyard.block_attention(q.detach(), k.detach(), v.detach(), T, CAUSAL, None, bias.detach())
     x, gate, branch = CASES["gated_residual"].inputs(torch.float32)
     hidden, hidden_bias = CASES["gelu_tanh"].inputs(torch.float32)
     noise, steps = (tensor.detach() for tensor in CASES["gather_trajectories"].inputs(torch.float32))
     grad = torch.randn_like(q)
     return [
-        ("block_attention", (q, k, v, T, "causal", None, bias)),
-        ("block_attention", (q[:0], k[:0], v[:0], T, "window", 2, None)),
-        ("block_attention_backward", (grad, q, k, v, out, log_sum_exp, T, "causal", None, bias)),
-        ("block_attention_backward", (grad, q, k, v, out, log_sum_exp, T, "causal", None, None)),
+        ("block_attention", (q, k, v, T, CAUSAL, None, bias)),
+        ("block_attention", (q[:0], k[:0], v[:0], T, mask_number("window"), 2, None)),
+        ("block_attention_backward", (grad, q, k, v, out, log_sum_exp, T, CAUSAL, None, bias)),
+        ("block_attention_backward", (grad, q, k, v, out, log_sum_exp, T, CAUSAL, None, None)),
         ("gated_residual", (x, gate, branch)),
         ("gated_residual_backward", (torch.randn_like(x), gate, branch)),
         ("gelu_tanh", (hidden, hidden_bias)),

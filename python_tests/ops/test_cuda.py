@@ -12,10 +12,11 @@ from torch import Tensor
 
 from pyard import ops
 from pyard.ops.backend import library
+from pyard.ops.masks import mask_number
 
 pytestmark = pytest.mark.cuda
 
-NAMES = ("modulated_layer_norm", "gated_residual", "gated_residual_modulated_layer_norm", "block_attention")
+NAMES = ("modulated_layer_norm", "gated_residual", "gated_residual_modulated_layer_norm", "gelu_tanh", "block_attention")
 Case = tuple[Callable[..., object], tuple[object, ...]]
 
 
@@ -33,6 +34,7 @@ def cases() -> dict[str, Case]:
         "modulated_layer_norm": (ops.modulated_layer_norm, (x, shift, scale)),
         "gated_residual": (ops.gated_residual, (x, gate, branch)),
         "gated_residual_modulated_layer_norm": (ops.gated_residual_modulated_layer_norm, (x, gate, branch, shift, scale)),
+        "gelu_tanh": (ops.gelu_tanh, (x, gate.detach()[0, 0].requires_grad_())),
         "block_attention": (ops.block_attention, (q, k, v, 17, "window", 2, bias)),
     }
 
@@ -69,8 +71,8 @@ def test_compiles_without_graph_breaks(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_schema_is_kept(name: str) -> None:
-    inputs = cases()[name][1]
-    eps = () if name in ("gated_residual", "block_attention") else (EPS,)
+    inputs = tuple(mask_number(value) if isinstance(value, str) else value for value in cases()[name][1])
+    eps = () if name in ("gated_residual", "gelu_tanh", "block_attention") else (EPS,)
     operator = getattr(torch.ops.pyard, name).default
     torch.library.opcheck(operator, (*inputs, *eps), test_utils=("test_schema", "test_faketensor"))
 

@@ -17,6 +17,7 @@ NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 # Accesses that are narrower by design: indices, sums over tokens (a column a thread), log-sum-exps.
 NARROW = {
     "gather_rows": {"ld.global.u64"},
+    "gelu_tanh": {"ld.global.f32", "st.global.f32", "st.global.u16"},
     "residual_norm_forward": set(),
     "residual_norm_backward": {"ld.global.f32", "st.global.f32", "st.global.u16"},
     "block_attention_forward": {"ld.global.f32", "st.global.f32"},

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ops.cuda_emulator.kernels import BlockMask, Kernels, compile_kernels, compiler
+from ops.cuda_emulator.kernels import BlockMask, Kernels
 from ops.device_kernels import DeviceKernels
 from ops.tolerance import assert_as_exact_as_plain
 from torch import Tensor
@@ -17,18 +17,6 @@ from pyard.ops import MASKS, reference, visible
 from pyard.ops.backend import library
 
 AnyKernels = Kernels | DeviceKernels
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    if compiler() is None:
-        pytest.skip("no C++ compiler to compile the kernels with")
-    return Kernels(compile_kernels(tmp_path_factory.mktemp("emulated")))
-
-
-@pytest.fixture(scope="module", params=["emulated", pytest.param("cuda", marks=pytest.mark.cuda)])
-def kernels(request: pytest.FixtureRequest) -> AnyKernels:
-    return DeviceKernels() if request.param == "cuda" else request.getfixturevalue("emulated")
 
 
 def closed_form(q: Tensor, k: Tensor, v: Tensor, T: int, mask: str, window: int | None, bias: Tensor | None) -> Tensor:
@@ -78,8 +66,9 @@ def check_attention(
     learned = [] if bias is None else [bias]
     exact = results(closed_form, *(tensor.double() for tensor in (q, k, v, *learned)))
     plain = results(reference.block_attention, q, k, v, *learned)
-    # A query that sees one key has a softmax of 1: dq and dk are zero, as differences of numbers of this size.
-    alone = mask == "diagonal" and T == 1
+    # A query that sees one key has a softmax of 1: its shares of dq and dk are zero, as differences of numbers of this size.
+    # Under every mask that is so of the first step's, where a step is one token.
+    alone = T == 1 and (mask == "diagonal" or query_steps == key_steps)
     cancels = max(1.0, (grad.float() @ v.float().transpose(2, 3)).abs().max().item()) if alone else 1.0
     for index, (our, plain_one, exact_one) in enumerate(zip(ours[:4], plain, exact, strict=False)):
         size = cancels if index in (1, 2) else 1.0
@@ -124,6 +113,23 @@ def test_attention_in_every_instantiation(kernels: AnyKernels, head_dim: int, dt
         check_attention(kernels, dtype, 66, "causal", head_dim, 1, 2, with_bias=True, deterministic=deterministic)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_bias_may_switch_the_history_off(kernels: AnyKernels, dtype: torch.dtype, deterministic: bool) -> None:
+    T, H = 70, 2  # more than one tile of earlier keys
+    q, k, v, grad = torch.randn(4, 1, H, 3 * T, 72).to(dtype).unbind(0)
+    bias = torch.tensor([-math.inf, 0.3])
+    out, lse = kernels.attention_forward(q, k, v, T, "causal", None, bias)
+    grads = kernels.attention_backward(grad, q, k, v, out, lse, T, "causal", None, bias, deterministic)
+    assert grads[3] is not None
+    assert grads[3][0] == 0
+    alone, alone_lse = kernels.attention_forward(q, k, v, T, "diagonal")
+    alone_grads = kernels.attention_backward(grad, q, k, v, alone, alone_lse, T, "diagonal", None, None, deterministic)
+    for ours, expected in zip((out, lse, *grads[:3]), (alone, alone_lse, *alone_grads[:3]), strict=True):
+        torch.testing.assert_close(ours[:, 0], expected[:, 0])
+        assert bool(ours.isfinite().all())
+
+
 def test_attention_refuses_what_it_was_not_compiled_for(kernels: AnyKernels) -> None:
     q = torch.randn(1, 1, 4, 136)
     with pytest.raises((AssertionError, RuntimeError), match="multiple of 8 from 8 to 128"):
@@ -163,6 +169,8 @@ def test_no_result_depends_on_the_order_of_threads(emulated: Kernels, dtype: tor
         grads = emulated.residual_norm_backward(branch, x, residual, gate, branch, scale, EPS)
         return [residual, normal, *grads.values()]
 
+    hidden, hidden_bias = torch.randn(700, 72).to(dtype), torch.randn(72).to(dtype)
+    in_drawn_orders(emulated, lambda: [*emulated.gelu_backward(hidden, hidden, hidden_bias)])
     in_drawn_orders(emulated, attend)
     in_drawn_orders(emulated, norm)
 
@@ -305,6 +313,38 @@ def test_rows_far_from_zero_keep_their_digits(kernels: AnyKernels) -> None:
     normal = kernels.residual_norm_forward(x, None, None, shift, scale, EPS)[1]
     plain = reference.modulated_layer_norm(x, shift, scale, EPS)
     assert_as_exact_as_plain(normal, plain, reference.modulated_layer_norm(x.double(), shift.double(), scale.double(), EPS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+# No row; ragged parts; more parts than groups of the sum; more columns than a block has threads.
+@pytest.mark.parametrize("shape", [(0, 8), (1, 8), (67, 72), (700, 40), (5, 1160)], ids=str)
+def test_gelu_tanh(kernels: AnyKernels, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, grad, bias = ((2 * torch.randn(size)).to(dtype) for size in (shape, shape, shape[1:]))
+    ours = kernels.gelu_forward(x, bias), *kernels.gelu_backward(grad, x, bias)
+
+    def results(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, bias: Tensor) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_(), bias.detach().requires_grad_()]
+        out = function(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+    plain, exact = results(reference.gelu_tanh, x, bias), results(gelu_closed_form, x.double(), bias.double())
+    for our, plain_one, exact_one in zip(ours, plain, exact, strict=True):
+        assert_as_exact_as_plain(our, plain_one, exact_one)
+
+
+def gelu_closed_form(x: Tensor, bias: Tensor) -> Tensor:
+    z = x + bias
+    return 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+
+def test_gelu_tanh_has_its_limits_far_out(kernels: AnyKernels) -> None:
+    x = torch.tensor([[-1e30, -1e4, -60.0, 60.0, 1e4, 1e30, math.nan, 0.0]])
+    zeros, ones = torch.zeros(8), torch.ones(1, 8)
+    torch.testing.assert_close(kernels.gelu_forward(x, zeros)[0, :6], x[0, :6].clamp(min=0), atol=1e-12, rtol=0)
+    slope = kernels.gelu_backward(ones, x, zeros)[0][0]
+    torch.testing.assert_close(slope[:6], torch.tensor([0.0, 0, 0, 1, 1, 1]), atol=1e-12, rtol=0)
+    assert bool(slope[6].isnan())
+    assert slope[7] == 0.5
 
 
 @pytest.mark.parametrize(("dim", "freq_shift"), [(8, 0.0), (9, 0.0), (256, 1.0)])

@@ -5,7 +5,8 @@
 
 namespace pyard::cpu {
 
-enum class Mask { diagonal, window, anchor, causal };
+// In the order of pyard.ops.masks.MASKS.
+enum class Mask : int64_t { diagonal, window, anchor, causal };
 
 // The query steps are the last of the key steps.
 struct BlockMask {

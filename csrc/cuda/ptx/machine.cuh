@@ -94,6 +94,12 @@ __device__ __forceinline__ float exp2_approximate(float x) {
   return y;
 }
 
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ __forceinline__ float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ uint32_t bits_of_float(float x) { return __float_as_uint(x); }
 
@@ -129,7 +135,10 @@ const char* launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared
   constexpr int kAllowedUnasked = 48 * 1024;
   if (shared_bytes > kAllowedUnasked) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // takes the error back, or the next launch would report it as its own
+      return cudaGetErrorString(error);
+    }
   }
   kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
   const cudaError_t error = cudaGetLastError();

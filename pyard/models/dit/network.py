@@ -189,10 +189,13 @@ class Block(nn.Module):
         x: torch.Tensor,  # [B, S, T, D]
         condition: torch.Tensor,  # [B, S, D], after SiLU
         attend: Attend | None = None,
+        modulation: torch.Tensor | None = None,  # [B, S, 6D]: self.modulation(condition), where it is known already
     ) -> torch.Tensor:  # [B, S, T, D]
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
-        branch = self.attention(ops.modulated_layer_norm(x, shift1, scale1, self.eps), attend)
-        x, normal = ops.gated_residual_modulated_layer_norm(x, gate1, branch, shift2, scale2, self.mlp_eps)
+        modulation = self.modulation(condition) if modulation is None else modulation
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+        dtype = ops.dtype_of_linears(x)  # norms come as the linear layers behind them want them
+        branch = self.attention(ops.modulated_layer_norm(x, shift1, scale1, self.eps, dtype), attend)
+        x, normal = ops.gated_residual_modulated_layer_norm(x, gate1, branch, shift2, scale2, self.mlp_eps, dtype)
         hidden = self._activate(normal)
         return ops.gated_residual(x, gate2, self.fc2(hidden))
 
@@ -215,7 +218,7 @@ class Head(nn.Module):
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:  # [B,S,T,D], [B,S,D] -> [B,S,T,P*P*C_out]
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
-        return self.linear(ops.modulated_layer_norm(x, shift, scale, self.eps))
+        return self.linear(ops.modulated_layer_norm(x, shift, scale, self.eps, ops.dtype_of_linears(x)))
 
 
 class Trunk(Backbone):
@@ -243,8 +246,10 @@ class Trunk(Backbone):
         heads: Sequence[nn.Module],  # S of them, or one
         history: History | None = None,
     ) -> torch.Tensor:  # [B, S, C_out, H, W]
-        vectors = self.step_vectors(times, condition["label"])
-        tokens = self.run_blocks(self.embed(x.to(self.patch_embed.weight.dtype)), vectors, history)
+        known = "step_vectors" in condition  # by `prepare`
+        vectors = condition["step_vectors"] if known else self.step_vectors(times, condition["label"])
+        modulations = [condition[f"modulation.{i}"] for i in range(len(self.blocks))] if known else None
+        tokens = self.run_blocks(self.embed(x.to(self.patch_embed.weight.dtype)), vectors, history, modulations)
         return self.unembed(run_heads(heads, tokens, vectors), self.config.sample_shape)
 
     @property
@@ -270,13 +275,24 @@ class Trunk(Backbone):
         x: torch.Tensor,  # [B, S, T, D]
         vectors: torch.Tensor,  # [B, S, D]
         history: History | None = None,
+        modulations: Sequence[torch.Tensor] | None = None,  # L times [B, S, 6D]; None: each block computes its own
     ) -> torch.Tensor:  # [B, S, T, D]
         """Run the blocks; the lowest ones attend to the history, the others within each step."""
         remembering = 0 if history is None else history.layers
         for i, block in enumerate(self.blocks):
             attend = None if history is None or i >= remembering else functools.partial(history.attend, i)
-            x = block(x, vectors, attend)
+            x = block(x, vectors, attend, None if modulations is None else modulations[i])
         return x
+
+    def prepare(self, times: torch.Tensor, condition: Condition) -> list[Condition]:
+        """Modulations of all steps in one product a block: their weights, a third of a DiT's, are read once."""
+        vectors = self.step_vectors(times, condition["label"])  # [B, S, D]
+        known = {"step_vectors": vectors}
+        known |= {f"modulation.{i}": block.modulation(vectors) for i, block in enumerate(self.dit_blocks)}  # [B, S, 6D]
+        return [
+            Condition({**condition, **{name: tensor[:, s : s + 1] for name, tensor in known.items()}})
+            for s in range(times.shape[1])
+        ]
 
     def features(
         self,

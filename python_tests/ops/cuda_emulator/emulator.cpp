@@ -17,6 +17,7 @@ namespace emulator {
 
 dim3 thread_index, block_index, grid_size, block_size;
 char* dynamic_shared_memory;
+int most_shared_bytes = 163 * 1024;  // of an sm_80
 
 namespace {
 
@@ -218,6 +219,8 @@ std::vector<unsigned> drawn_blocks(dim3 grid) {
 }  // namespace emulator
 
 extern "C" void emulated_order(unsigned seed) { emulator::draw_orders_from(seed); }
+
+extern "C" void emulated_shared_bytes(int bytes) { emulator::most_shared_bytes = bytes; }
 
 void pyard::cuda::check_row_address(const void* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0)

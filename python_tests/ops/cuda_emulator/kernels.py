@@ -96,7 +96,7 @@ class _Sizes(ctypes.Structure):
     _fields_ = [
         *_fields("scalar", "batch", "steps", "tokens", "dim", kind=ctypes.c_int),
         ("eps", ctypes.c_float),
-        *_fields("has_gate", "has_norm", kind=ctypes.c_int),
+        *_fields("has_gate", "has_norm", "narrow", kind=ctypes.c_int),
     ]
 
 
@@ -116,6 +116,16 @@ class _ResidualNormBackward(ctypes.Structure):
         *_fields("gate", "scale", kind=_PerStep),
         *_fields("dx", "dbranch", kind=_Tokens),
         *_fields("partial", "dgate", "dshift", "dscale", kind=ctypes.c_void_p),
+    ]
+
+
+class _Gelu(ctypes.Structure):
+    _fields_ = [
+        *_fields("scalar", "dim", kind=ctypes.c_int),
+        ("rows", ctypes.c_int64),
+        *_fields("grad", "x", "bias", "out", kind=ctypes.c_void_p),
+        ("parts", ctypes.c_int),
+        *_fields("partial", "dbias", kind=ctypes.c_void_p),
     ]
 
 
@@ -145,6 +155,10 @@ def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]
     size, guard = math.prod(shape), 64
     memory = torch.full((size + 2 * guard,), math.nan, dtype=dtype)
     return memory[guard : guard + size].view(shape), memory
+
+
+def _narrow(stream: torch.dtype, others: torch.dtype) -> int:
+    return 0 if stream == others else SCALARS[others]
 
 
 class Kernels:
@@ -234,8 +248,9 @@ class Kernels:
         eps: float,
     ) -> tuple[Tensor, Tensor]:
         """(residual, normal); what was not asked for stays NaN."""
-        outputs = [guarded(tuple(x.shape), x.dtype) for _ in range(2)]
-        sizes = _Sizes(SCALARS[x.dtype], *x.shape, eps, gate is not None, scale is not None)
+        narrow = gate.dtype if gate is not None else scale.dtype if scale is not None else x.dtype
+        outputs = [guarded(tuple(x.shape), dtype) for dtype in (x.dtype, narrow)]
+        sizes = _Sizes(SCALARS[x.dtype], *x.shape, eps, gate is not None, scale is not None, _narrow(x.dtype, narrow))
         arguments = _ResidualNormForward(
             sizes,
             *[_strided(_Tokens, tensor, 3) for tensor in (x, branch)],
@@ -259,12 +274,13 @@ class Kernels:
         B, S, T, D = residual.shape
         dtype = residual.dtype
         shapes = {"dx": (B, S, T, D), "dbranch": (B, S, T, D), "dgate": (B, S, D), "dshift": (B, S, D), "dscale": (B, S, D)}
-        outputs = {name: guarded(shape, dtype) for name, shape in shapes.items()}
+        narrow = gate.dtype if gate is not None else scale.dtype if scale is not None else dtype
+        outputs = {name: guarded(shape, dtype if name == "dx" else narrow) for name, shape in shapes.items()}
         sums = (gate is not None) + 2 * (scale is not None)
         parts = self.library.pyard_cuda_residual_norm_parts(T)
         partial = guarded((B * S, parts, sums, D), torch.float32)
         arguments = _ResidualNormBackward(
-            _Sizes(SCALARS[dtype], B, S, T, D, eps, gate is not None, scale is not None),
+            _Sizes(SCALARS[dtype], B, S, T, D, eps, gate is not None, scale is not None, _narrow(dtype, narrow)),
             *[_strided(_Tokens, tensor, 3) for tensor in (grad_residual, grad_normal, residual, branch)],
             *[_strided(_PerStep, tensor, 2) for tensor in (gate, scale)],
             *[_strided(_Tokens, outputs[name][0], 3) for name in ("dx", "dbranch")],
@@ -273,6 +289,25 @@ class Kernels:
         )
         self._call("pyard_cuda_residual_norm_backward", arguments, [*outputs.values(), partial])
         return {name: output for name, (output, _) in outputs.items()}
+
+    def gelu_forward(self, x: Tensor, bias: Tensor) -> Tensor:  # [rows, D], [D] -> [rows, D]
+        out = guarded(tuple(x.shape), x.dtype)
+        pointers = x.data_ptr(), bias.data_ptr(), out[0].data_ptr()
+        arguments = _Gelu(SCALARS[x.dtype], x.shape[1], x.shape[0], None, *pointers, 0, None, None)
+        self._call("pyard_cuda_gelu_forward", arguments, [out])
+        return out[0]
+
+    def gelu_backward(self, grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of x and bias."""
+        rows, dim = x.shape
+        self.library.pyard_cuda_gelu_parts.argtypes = [ctypes.c_int64]
+        parts = self.library.pyard_cuda_gelu_parts(rows)
+        dx, dbias = guarded((rows, dim), x.dtype), guarded((dim,), x.dtype)
+        partial = guarded((parts, dim), torch.float32)
+        pointers = grad.data_ptr(), x.data_ptr(), bias.data_ptr(), dx[0].data_ptr()
+        arguments = _Gelu(SCALARS[x.dtype], dim, rows, *pointers, parts, partial[0].data_ptr(), dbias[0].data_ptr())
+        self._call("pyard_cuda_gelu_backward", arguments, [dx, dbias, partial])
+        return dx[0], dbias[0]
 
     def timestep_embedding(self, times: Tensor, dim: int, max_period: float, freq_shift: float) -> Tensor:
         out = guarded((len(times), dim), torch.float32)

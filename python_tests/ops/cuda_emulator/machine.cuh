@@ -31,6 +31,7 @@ namespace emulator {
 
 extern dim3 thread_index, block_index, grid_size, block_size;
 extern char* dynamic_shared_memory;
+extern int most_shared_bytes;  // of a block
 
 // Gives `mine` to the warp, waits for its 32 lanes, runs `together` once on all 32 and takes this lane's result.
 void with_warp(const void* instruction, const void* mine, void* result,
@@ -259,13 +260,13 @@ inline uint32_t to_tf32(float x) {
   return std::isfinite(x) ? (bits_of_float(x) + 0x1000u) & ~0x1fffu : bits_of_float(x);
 }
 inline float exp2_approximate(float x) { return std::exp2(x); }
+inline float reciprocal_approximate(float x) { return 1.0f / x; }
 inline void add_atomically(float* sums, float a, float b) { sums[0] += a, sums[1] += b; }
 
 template <typename Arguments>
 const char* launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared_bytes, void*,
                    const Arguments& arguments) {
-  constexpr int kMostShared = 163 * 1024;  // sm_80
-  if (shared_bytes > kMostShared) return "more shared memory than an sm_80 has";
+  if (shared_bytes > emulator::most_shared_bytes) return "more shared memory than the device has";
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return nullptr;
   emulator::begin_launch(grid, threads, shared_bytes);
   for (const unsigned block : emulator::drawn_blocks(grid)) {
