@@ -285,4 +285,7 @@ def test_a_rollout_reads_every_modulation_once() -> None:
 
 def test_a_rollout_with_gradients_leaves_the_modulations_to_the_blocks() -> None:
     student = tiny_student(history_layers=1)
-    assert student.step_conditions(torch.tensor([0])) is None
+    calls = []
+    student.trunk.blocks[0].modulation.register_forward_hook(lambda *_: calls.append(1))
+    list(student.rollout(torch.randn(1, *student.sample_shape), torch.tensor([0])))
+    assert len(calls) == student.num_steps
