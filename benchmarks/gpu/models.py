@@ -15,11 +15,18 @@ from torch import Tensor, nn
 from benchmarks.gpu.backends import attention_backends
 from benchmarks.gpu.kernels_taken import attentions_of
 from benchmarks.gpu.measure import Results, Setting, peak_memory, time_call
-from benchmarks.gpu.students import NaiveStudent, checkpoint_blocks, new_student, new_teacher, pass_flops, weight_bytes
+from benchmarks.gpu.students import (
+    NaiveStudent,
+    checkpoint_blocks,
+    new_student,
+    new_teacher,
+    pass_flops,
+    teacher_flops,
+    weight_bytes,
+)
 from pyard import ops
 from pyard.models.student import Student
 from pyard.solvers import solve
-from pyard.training.flops import teacher_flops
 
 
 def training(results: Results, setting: Setting) -> None:
@@ -196,7 +203,7 @@ def teacher(results: Results, setting: Setting) -> None:
         with torch.no_grad():
             call: Callable[[], object] = walk
             time = time_call(call, setting.device, graph=graph)
-        flops = 2 * steps * B * teacher_flops(who.network.config)
+        flops = 2 * steps * B * teacher_flops(who)
         weights = sum(parameter.numel() * parameter.element_size() for parameter in who.network.parameters())
         return {"batch": B, **time.row(), "gflop": flops / 1e9, "gb": steps * weights / 1e9, "images_per_s": B / time.ms * 1e3}
 

@@ -71,14 +71,21 @@ def randomise(module: M) -> M:
 
 
 def pass_flops(student: Student) -> float:
-    """Of one sample's S forward passes: linear layers and attention, a multiply-add counted as two."""
-    network, steps = student.config.network, student.num_steps
+    """Of one sample's S forward passes: the blocks' linear layers and attentions, a multiply-add counted as two."""
+    steps, history = student.num_steps, student.config.history_layers
+    network = student.config.network
+    attention = 4 * network.tokens_per_step**2 * network.hidden_size
+    return steps * _network_flops(network) + history * (steps * (steps + 1) / 2 - steps) * attention
+
+
+def teacher_flops(teacher: DiTTeacher) -> float:
+    """Of one sample's forward pass; guidance takes two."""
+    return _network_flops(teacher.network.config)
+
+
+def _network_flops(network: DiTConfig) -> float:
     T, D, L = network.tokens_per_step, network.hidden_size, network.depth
-    linear = steps * T * L * 2 * (4 + 2 * network.mlp_ratio) * D * D
-    modulation = steps * L * 2 * 6 * D * D
-    history = student.config.history_layers
-    blocks_seen = history * steps * (steps + 1) / 2 + (L - history) * steps
-    return linear + modulation + blocks_seen * 4 * T * T * D
+    return L * (T * 2 * (4 + 2 * network.mlp_ratio) * D * D + 2 * 6 * D * D + 4 * T * T * D)
 
 
 def weight_bytes(student: Student) -> int:
