@@ -21,9 +21,9 @@ from unittest import mock
 
 import torch
 
-from pyard.models.dit import DiT, DiTConfig
-from pyard.noise_schedule import NoiseSchedule
-from pyard.teachers.dit import DiTTeacher
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.models.dit.network import DiT, DiTConfig
+from pyard.teachers.network_teacher import NetworkTeacher
 from pyard.trajectories import generate, generate_trajectories
 from pyard.trajectories.store import write_shard
 
@@ -58,7 +58,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     config = DiTConfig(input_size=8, in_channels=1, patch_size=2, hidden_size=64, depth=4, num_heads=4, num_classes=10)
-    teacher = DiTTeacher(DiT(config), NoiseSchedule())
+    teacher = NetworkTeacher(DiT(config), NoiseSchedule())
     shards = 8
 
     def run(disk_seconds: float, thread: bool = True) -> float:

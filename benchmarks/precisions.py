@@ -22,15 +22,15 @@ import onnxruntime
 import torch
 from tqdm import tqdm
 
+from pyard.data.digits import digits_data
+from pyard.diffusion.noise import standard_normal
 from pyard.evaluation.evaluate_students import DEFAULT_SEED
 from pyard.evaluation.features import digits_classifier
 from pyard.evaluation.frechet import GaussianStatistics, frechet_distance
 from pyard.evaluation.measure import balanced_labels
 from pyard.export import export_onnx
 from pyard.models.student import Student
-from pyard.noise import standard_normal
 from pyard.runtime import OnnxStudent
-from pyard.teachers.digits import digits_data
 
 RESULTS = Path(__file__).parent / "results"
 PYTORCH, EXACT = "PyTorch", "fp32"

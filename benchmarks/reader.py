@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import pyard
 from pyard.bench.machine import processor
-from pyard.noise_schedule import NoiseSchedule
-from pyard.time_grid import TimeGrid
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.time_grid import TimeGrid
 from pyard.trajectories import TrajectoryManifest, TrajectoryReader, TrajectoryStore
 from pyard.trajectories.compute import pack_shard
 from pyard.trajectories.store import start_writing, write_shard
@@ -69,7 +69,7 @@ def synthetic_store(path: Path, count: int, dtype: str) -> TrajectoryStore:
     store = start_writing(path, manifest, count)
     for first in range(0, count, SHARD):
         tensors = {
-            "label": torch.from_numpy(manifest.label_of(np.arange(first, first + SHARD))),
+            "label": torch.from_numpy(manifest.number_of(np.arange(first, first + SHARD))),
             "noise": torch.randn(SHARD, *SHAPE),
             "denoised": torch.randn(SHARD, STEPS, *SHAPE),
         }

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 import pyard
-from pyard.noise_schedule import NoiseSchedule
-from pyard.time_grid import TimeGrid
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.time_grid import TimeGrid
+from pyard.storage.files import to_bytes
 from pyard.trajectories import TrajectoryManifest, TrajectoryReader, TrajectoryStore
 from pyard.trajectories.manifest import SAFETENSORS_DTYPES
 from pyard.trajectories.shard import ShardRecord
-from pyard.trajectories.store import shard_ranges, start_writing, to_bytes
+from pyard.trajectories.store import shard_ranges, start_writing
 
 SHAPE = (4, 8, 8)
 STEPS = 4

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import Measurement
-from pyard.models.dit import Block, DiTConfig, Head, unpatchify
+from pyard.cost.flops import update_flops
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.time_grid import TimeGrid
+from pyard.models.dit.network import Block, DiTConfig, Head, unpatchify
 from pyard.models.student import Student, StudentConfig
-from pyard.noise_schedule import NoiseSchedule
 from pyard.ops import Backend, use_backend, visible_steps
-from pyard.time_grid import TimeGrid
-from pyard.training.flops import update_flops
 
 B, S, N = 4, 4, 6
 DIT_S_2 = DiTConfig(input_size=32, in_channels=4, patch_size=2, hidden_size=384, depth=12, num_heads=6, num_classes=1000)
@@ -41,7 +41,7 @@ class NaiveStudent(nn.Module):
     def __init__(self, student: Student):
         super().__init__()
         self.student = student
-        T = student.config.network.tokens_per_step
+        T = student.trunk.tokens_per_step()
         for name, mask in (("history_mask", student.config.mask), ("own_mask", "diagonal")):
             dense = torch.full((S, T, S, T), -math.inf)
             for step in range(S):
@@ -51,7 +51,7 @@ class NaiveStudent(nn.Module):
     def forward(self, history: Tensor, labels: Tensor) -> Tensor:  # [B, S, C, H, W], [B] -> [B, S, C, H, W]
         student, config = self.student, self.student.config.network
         T = config.tokens_per_step
-        condition = student.trunk.condition(student.embed_times[None], labels).repeat_interleave(T, dim=1)  # [B, S*T, D]
+        condition = student.trunk.step_vectors(student.embed_times[None], labels).repeat_interleave(T, dim=1)  # [B, S*T, D]
         x = student.trunk.embed(history).flatten(1, 2)  # [B, S*T, D]
         for layer, block in enumerate(student.trunk.blocks):
             x = self._block(block, x, condition, self.history_mask if layer < N else self.own_mask)

@@ -23,8 +23,8 @@ from fastapi.responses import JSONResponse, Response
 from numpy.typing import NDArray
 from PIL import Image
 
+from pyard.diffusion.noise import check_labels, standard_normal
 from pyard.errors import InputError
-from pyard.noise import check_labels, standard_normal
 from pyard.runtime import OnnxStudent
 
 

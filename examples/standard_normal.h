@@ -1,4 +1,4 @@
-// The noise of pyard.noise.standard_normal, bit for bit: sample i of a seed is the same in Python and here.
+// The noise of pyard.diffusion.noise.standard_normal, bit for bit: sample i of a seed is the same in Python and here.
 //
 // Compile with -ffp-contract=off: a fused multiply-add rounds once where Python rounds twice.
 

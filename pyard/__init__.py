@@ -8,42 +8,42 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from pyard.version import __version__
 
 _HOMES = {
     "ARDPipeline": "pyard.pipeline",
-    "Description": "pyard.description",
+    "Description": "pyard.estimate.student_cost",
     "InputError": "pyard.errors",
-    "NoiseSchedule": "pyard.noise_schedule",
+    "NoiseSchedule": "pyard.diffusion.noise_schedule",
     "Student": "pyard.models.student",
     "StudentConfig": "pyard.models.student",
     "Teacher": "pyard.teachers",
-    "TimeGrid": "pyard.time_grid",
+    "TimeGrid": "pyard.diffusion.time_grid",
     "TrajectoryReader": "pyard.trajectories",
     "TrajectoryStore": "pyard.trajectories",
-    "describe": "pyard.description",
+    "describe": "pyard.estimate.student_cost",
     "evaluate": "pyard.evaluation",
     "generate_trajectories": "pyard.trajectories",
-    "load_ard_student": "pyard.models.ard_checkpoint",
+    "load_ard_student": "pyard.models.dit.ard_checkpoint",
     "load_teacher": "pyard.teachers",
-    "sample": "pyard.sampling",
-    "save_ard_student": "pyard.models.ard_checkpoint",
+    "sample": "pyard.sampling.draw",
+    "save_ard_student": "pyard.models.dit.ard_checkpoint",
     "train": "pyard.training",
 }
 
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
-    from pyard.description import Description, describe
+    from pyard.diffusion.noise_schedule import NoiseSchedule
+    from pyard.diffusion.time_grid import TimeGrid
     from pyard.errors import InputError
+    from pyard.estimate.student_cost import Description, describe
     from pyard.evaluation import evaluate
-    from pyard.models.ard_checkpoint import load_ard_student, save_ard_student
+    from pyard.models.dit.ard_checkpoint import load_ard_student, save_ard_student
     from pyard.models.student import Student, StudentConfig
-    from pyard.noise_schedule import NoiseSchedule
     from pyard.pipeline import ARDPipeline
-    from pyard.sampling import sample
+    from pyard.sampling.draw import sample
     from pyard.teachers import Teacher, load_teacher
-    from pyard.time_grid import TimeGrid
     from pyard.training import train
     from pyard.trajectories import TrajectoryReader, TrajectoryStore, generate_trajectories
 

@@ -9,10 +9,11 @@ import torch
 from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from pyard.conditions import Condition
 from pyard.errors import InputError
-from pyard.models.latents import LatentCodec
+from pyard.models.codec import LatentCodec
 from pyard.models.student import Student
-from pyard.sampling import class_indices
+from pyard.sampling.draw import condition_numbers
 
 
 class StudentModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -31,9 +32,9 @@ class StudentModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.student = student
         self.register_to_config(**student.config.to_json())
 
-    def forward(self, history: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(self, history: torch.Tensor, condition: Condition | torch.Tensor) -> torch.Tensor:
         """The parallel pass of the student."""
-        return self.student(history, labels)
+        return self.student(history, condition)
 
     def save_pretrained(self, save_directory: str | Path, **unused: Any) -> None:
         """Write the student's folder, without its VAE, which is a component of its own."""
@@ -110,14 +111,14 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
             InputError: labels out of range, or images asked of a student in latent space that has no VAE.
         """
         student, device = self.student.student, self._execution_device
-        labels = torch.from_numpy(class_indices(class_labels, student)).to(device)
-        shape = (len(labels), *student.sample_shape)
+        condition = student.require_conditions().take(condition_numbers(class_labels, student)).to(device)
+        shape = (condition.batch_size, *student.sample_shape)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if tuple(latents.shape) != shape:
             raise InputError(f"latents of shape {tuple(latents.shape)}; expected {shape}")
         with self.progress_bar(total=student.num_steps) as bar:
-            for prediction in student.rollout(latents.to(device), labels):
+            for prediction in student.rollout(latents.to(device), condition):
                 sample = prediction.float()
                 bar.update()
         if output_type != "latent":

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from pyard.models.dit import DiT, DiTConfig
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.time_grid import TimeGrid
+from pyard.models.dit.network import DiT, DiTConfig
 from pyard.models.student import Student
-from pyard.noise_schedule import NoiseSchedule
-from pyard.teachers.dit import DiTTeacher
-from pyard.time_grid import TimeGrid
+from pyard.teachers.network_teacher import NetworkTeacher
 
 
 def randomise(module: torch.nn.Module, seed: int = 0, std: float = 0.1) -> None:
@@ -30,11 +30,11 @@ def tiny_config(**changes: Any) -> DiTConfig:
     return DiTConfig(**{**sizes, **changes})
 
 
-def tiny_teacher(schedule: NoiseSchedule | None = None, seed: int = 0, **changes: Any) -> DiTTeacher:
+def tiny_teacher(schedule: NoiseSchedule | None = None, seed: int = 0, **changes: Any) -> NetworkTeacher:
     """A teacher with random weights."""
     network = DiT(tiny_config(**changes))
     randomise(network, seed)
-    return DiTTeacher(network, schedule or NoiseSchedule())
+    return NetworkTeacher(network, schedule or NoiseSchedule())
 
 
 def tiny_student(num_steps: int = 4, teacher_steps: int = 12, seed: int = 1, **settings: Any) -> Student:

@@ -13,14 +13,14 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from factories import randomise
 from safetensors.torch import load_file
 
-from pyard.models.ard_checkpoint import save_ard_student
-from pyard.models.dit import DiT, DiTConfig
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.time_grid import TimeGrid
+from pyard.models.dit.ard_checkpoint import save_ard_student
+from pyard.models.dit.network import DiT, DiTConfig
 from pyard.models.student import Student
-from pyard.noise_schedule import NoiseSchedule
-from pyard.teachers.checkpoint import save_checkpoint
 from pyard.teachers.diffusers_folder import to_diffusers
-from pyard.teachers.dit import DiTTeacher
-from pyard.time_grid import TimeGrid
+from pyard.teachers.dit_checkpoint import save_checkpoint
+from pyard.teachers.network_teacher import NetworkTeacher
 
 PAGE = Path(__file__).parents[1] / "docs" / "checkpoints.md"
 
@@ -40,9 +40,9 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
                         up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, latent_channels=4)  # fmt: skip
     vae.save_pretrained("sd-vae-ft-ema")
     schedule, flow = NoiseSchedule(), NoiseSchedule(kind="flow", prediction="velocity")
-    teacher = DiTTeacher(network(), schedule)
+    teacher = NetworkTeacher(network(), schedule)
     save_checkpoint(teacher, "DiT-XL-2-256x256.pt")
-    save_checkpoint(DiTTeacher(network(time_scale=-1.0, time_offset=1.0), flow), "SiT-XL-2-256x256.pt")
+    save_checkpoint(NetworkTeacher(network(time_scale=-1.0, time_offset=1.0), flow), "SiT-XL-2-256x256.pt")
     transformer = to_diffusers(network(freq_shift=1.0), schedule)
     DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False)).save_pretrained("dit-pipeline")
     index = json.loads(Path("dit-pipeline/model_index.json").read_text())

@@ -14,9 +14,9 @@ from golden import relative_error
 import pyard
 from pyard import ARDPipeline, Student, TimeGrid
 from pyard.errors import InputError
-from pyard.models.latents import LatentCodec
+from pyard.models.codec import LatentCodec
 from pyard.pipeline import StudentModel
-from pyard.teachers.dit import DiTTeacher
+from pyard.teachers.network_teacher import NetworkTeacher
 
 
 def tiny_vae() -> AutoencoderKL:
@@ -28,7 +28,7 @@ def tiny_vae() -> AutoencoderKL:
 @pytest.fixture(scope="module")
 def student() -> Student:
     teacher = tiny_teacher()
-    named = DiTTeacher(teacher.network, teacher.schedule, codec=LatentCodec(tiny_vae()), class_names=list("abcde"))
+    named = NetworkTeacher(teacher.network, teacher.schedule, codec=LatentCodec(tiny_vae()), class_names=list("abcde"))
     student = Student.from_teacher(named, TimeGrid.build(teacher.schedule, 3, 9), history_layers=2)
     randomise(student, 2)
     return student.eval()

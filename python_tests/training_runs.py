@@ -21,9 +21,10 @@ import torch
 from factories import tiny_teacher
 from safetensors.torch import load_file, save_file
 
-from pyard.noise_schedule import NoiseSchedule
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.storage.checkpoints import Checkpoints
+from pyard.storage.log import read_log
 from pyard.training import train
-from pyard.training.state import Checkpoints, read_log
 from pyard.trajectories import generate_trajectories
 
 SETTINGS: dict[str, Any] = dict(

@@ -16,18 +16,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import pyard
 from pyard.bench.machine import processor
+from pyard.cost.flops import student_flops
+from pyard.diffusion.noise import standard_normal, uniform_labels
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
 from pyard.export import export_onnx
-from pyard.models.dit import DiT, DiTConfig
+from pyard.models.dit.network import DiT, DiTConfig
 from pyard.models.student import Student
-from pyard.noise import standard_normal, uniform_labels
-from pyard.noise_schedule import NoiseSchedule
-from pyard.teachers.dit import DiTTeacher
-from pyard.time_grid import TimeGrid
+from pyard.teachers.network_teacher import NetworkTeacher
 from pyard.training.config import HISTORY_SWITCHED_OFF
-from pyard.training.flops import student_flops
+from pyard.version import __version__
 
 # Peebles & Xie 2023, table 1: depth, hidden size, heads; latents of 32 x 32 x 4 in patches of 2 are 256 tokens.
 MODELS = {"DiT-S/2": (12, 384, 6), "DiT-B/2": (12, 768, 12), "DiT-L/2": (24, 1024, 16), "DiT-XL/2": (28, 1152, 16)}
@@ -95,7 +95,7 @@ def random_student(depth: int, hidden_size: int, num_heads: int) -> Student:
     config = DiTConfig(
         input_size=32, in_channels=4, patch_size=2, hidden_size=hidden_size, depth=depth, num_heads=num_heads, num_classes=1000
     )
-    teacher = DiTTeacher(DiT(config), NoiseSchedule())
+    teacher = NetworkTeacher(DiT(config), NoiseSchedule())
     grid = TimeGrid.build(teacher.schedule, NUM_STEPS)
     student = Student.from_teacher(teacher, grid, history_layers=depth // 4, history_bias=HISTORY_SWITCHED_OFF)
     for parameter in student.parameters():
@@ -133,15 +133,15 @@ def _bench_model(
     model: str, batch_sizes: list[int], ways: list[str], rounds: int, threads: int, progress: bool
 ) -> list[dict[str, Any]]:
     student = random_student(*MODELS[model])
-    operations = student_flops(student.config)
+    operations = student_flops(student)
     rows = []
     with TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         student.save_pretrained(folder / "student")
         files = {way: _file(student, way, folder) for way in ways}
-        width = student.config.network.hidden_size
+        width = student.trunk.hidden_size
         # The size of the MLP's first product at batch 8, where bare products are at their fastest.
-        sgemm = _Worker(stack, "sgemm", json.dumps([8 * student.config.network.tokens_per_step, width, 4 * width]), threads)
+        sgemm = _Worker(stack, "sgemm", json.dumps([8 * student.trunk.tokens_per_step(), width, 4 * width]), threads)
         workers = {way: _Worker(stack, WAYS[way][0], str(files[way]), threads, WAYS[way][1]) for way in ways}
         bar = tqdm(total=len(batch_sizes) * len(ways) * (rounds + 1), desc=model, disable=not progress)
         for size in batch_sizes:
@@ -211,7 +211,7 @@ def _median_ratio(numerators: list[float], denominators: list[float]) -> float:
 def _machine(threads: int) -> dict[str, Any]:
     import onnxruntime
 
-    versions = {"pyard": pyard.__version__, "torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
+    versions = {"pyard": __version__, "torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     return {"cpu": processor(), "cores": os.cpu_count(), "threads": threads, "load_average": load, "versions": versions}
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyard.data.digits import digits_data
 from pyard.errors import InputError
 from pyard.evaluation.feature_file import FeatureSettings, FileFeatures
 from pyard.evaluation.features import FeatureNetwork, digits_classifier
@@ -19,14 +20,13 @@ from pyard.evaluation.measure import Candidate, LabelPolicy, labels_of, measure
 from pyard.evaluation.pixels import to_bytes
 from pyard.evaluation.reference import Reference, load_reference
 from pyard.evaluation.report import Evaluation
-from pyard.models.latents import LatentCodec
+from pyard.models.codec import LatentCodec
 from pyard.models.student import Student
 from pyard.runtime import OnnxStudent
-from pyard.solvers import endpoints
+from pyard.sampling.exposure_bias import ExposureBias, exposure_bias
 from pyard.teachers import load_teacher
-from pyard.teachers.digits import digits_data
-from pyard.teachers.dit import DiTTeacher
-from pyard.training.watch import ExposureBias, exposure_bias
+from pyard.teachers.guidance import endpoints
+from pyard.teachers.network_teacher import NetworkTeacher
 from pyard.trajectories import TrajectoryReader, TrajectoryStore
 
 # Kept apart from the seeds that trajectories are made with: a student is not to be measured on the noise it was trained on.
@@ -35,7 +35,7 @@ DEFAULT_SEED = 1000
 
 def evaluate(
     students: str | Path | Student | OnnxStudent | list[str],
-    teacher: str | Path | DiTTeacher = "digits",
+    teacher: str | Path | NetworkTeacher = "digits",
     *,
     count: int = 1797,
     seed: int = DEFAULT_SEED,
@@ -112,14 +112,14 @@ def evaluate(
     facts: dict[str, Any] = {"teacher_fingerprint": teacher.fingerprint}
     if row is not None:
         facts |= dict(teacher_steps=teacher_steps, cfg_scale=cfg_scale, cfg_channels=cfg_channels)
-    with _sample_file(samples_npz, candidates[0].name, labels, count, teacher.num_classes, seed, quantise) as on_images:
+    with _sample_file(samples_npz, candidates[0].name, labels, count, teacher.conditions.count, seed, quantise) as on_images:
         evaluation = measure(
             row,
             candidates,
             data=data,
             features=network,
             sample_shape=teacher.sample_shape,
-            num_classes=teacher.num_classes,
+            num_classes=teacher.conditions.count,
             count=count,
             seed=seed,
             batch_size=batch_size,
@@ -165,7 +165,7 @@ def _network_and_data(
     features: Path | FileFeatures | None,
     settings: FeatureSettings,
     reference: Path | Reference | None,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     samples_npz: Path | None,
     progress: bool,
 ) -> tuple[FeatureNetwork | None, np.ndarray | Reference | None]:
@@ -217,7 +217,7 @@ def _decoder(codec: LatentCodec, device: torch.device) -> Callable[[np.ndarray],
     return lambda latents: codec.decode(torch.from_numpy(latents).to(device)).cpu().numpy()
 
 
-def _image_shape(teacher: DiTTeacher, decode: Callable[[np.ndarray], np.ndarray] | None) -> tuple[int, int, int]:
+def _image_shape(teacher: NetworkTeacher, decode: Callable[[np.ndarray], np.ndarray] | None) -> tuple[int, ...]:
     if decode is None:
         return teacher.sample_shape
     channels, height, width = decode(np.zeros((1, *teacher.sample_shape), np.float32)).shape[1:]
@@ -231,7 +231,7 @@ def _loaded(student: str | Path | Student | OnnxStudent, device: str) -> Student
 
 
 def teacher_candidate(
-    teacher: DiTTeacher, num_steps: int, *, cfg_scale: float, cfg_channels: int | None = None, name: str | None = None
+    teacher: NetworkTeacher, num_steps: int, *, cfg_scale: float, cfg_channels: int | None = None, name: str | None = None
 ) -> Candidate:
     """The teacher's own sampler as a row."""
 
@@ -244,7 +244,7 @@ def teacher_candidate(
 
 
 def student_candidate(
-    student: str | Path | Student | OnnxStudent, teacher: DiTTeacher, *, name: str | None = None
+    student: str | Path | Student | OnnxStudent, teacher: NetworkTeacher, *, name: str | None = None
 ) -> Candidate:
     """A student, in PyTorch or in onnxruntime, as a row.
 
@@ -254,10 +254,11 @@ def student_candidate(
     source = name or (str(student) if isinstance(student, str | Path) else type(student).__name__)
     student = _loaded(student, str(teacher.device))
     facts = student.info if isinstance(student, OnnxStudent) else student
-    if (tuple(facts.sample_shape), facts.num_classes) != (teacher.sample_shape, teacher.num_classes):
+    numbers = facts.num_conditions if isinstance(facts, Student) else facts.num_classes
+    if (tuple(facts.sample_shape), numbers) != (teacher.sample_shape, teacher.conditions.count):
         raise InputError(
-            f"{source} draws {tuple(facts.sample_shape)} of {facts.num_classes} classes; the teacher draws "
-            f"{teacher.sample_shape} of {teacher.num_classes}"
+            f"{source} draws {tuple(facts.sample_shape)} of {numbers} classes; the teacher draws "
+            f"{teacher.sample_shape} of {teacher.conditions.count}"
         )
 
     @torch.inference_mode()

@@ -17,7 +17,7 @@ from pyard.evaluation.inception_score import softmax
 from pyard.evaluation.onnx_network import open_onnx
 from pyard.evaluation.pixels import Quantise, ResizeMode, resized, to_bytes
 from pyard.evaluation.torchscript_network import open_torchscript
-from pyard.trajectories.shard import file_sha256
+from pyard.storage.files import file_sha256
 
 PixelRange = Literal["bytes", "unit", "symmetric"]
 

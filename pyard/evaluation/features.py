@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pyard.teachers.digits import NUM_CLASSES, digits_data
+from pyard.data.digits import NUM_CLASSES, digits_data
 
 FEATURE_SIZE = 32
 _TRAINING_STEPS = 600

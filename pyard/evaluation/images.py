@@ -13,8 +13,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.lib import format as npy
 
+from pyard.data.pictures import PICTURE_SUFFIXES, centre_crop
 from pyard.errors import InputError
-from pyard.pictures import PICTURE_SUFFIXES, centre_crop
 
 _IMAGES, _LABELS, _SETTINGS = "arr_0.npy", "arr_1.npy", "settings.npy"
 

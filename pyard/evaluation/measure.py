@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from tqdm import tqdm
 
+from pyard.diffusion.noise import standard_normal, uniform_labels
 from pyard.errors import InputError
 from pyard.evaluation.features import Classifier, FeatureNetwork, activations_of
 from pyard.evaluation.frechet import GaussianStatistics, RunningStatistics, frechet_distance, frechet_infinity
@@ -19,10 +20,9 @@ from pyard.evaluation.inception_score import inception_score
 from pyard.evaluation.neighbours import precision_recall
 from pyard.evaluation.reference import Reference
 from pyard.evaluation.report import Evaluation, Quality
-from pyard.noise import standard_normal, uniform_labels
 
 if TYPE_CHECKING:
-    from pyard.training.watch import ExposureBias
+    from pyard.sampling.exposure_bias import ExposureBias
 
 LabelPolicy = Literal["balanced", "random"]
 NEIGHBOURS = 3  # of precision and recall, as in ADM's protocol

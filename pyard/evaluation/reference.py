@@ -58,7 +58,7 @@ class Reference:
 
 
 def load_reference(
-    source: str | Path, network: FeatureNetwork, image_shape: tuple[int, int, int], *, progress: bool = False
+    source: str | Path, network: FeatureNetwork, image_shape: tuple[int, ...], *, progress: bool = False
 ) -> Reference:
     """A reference by name.
 
@@ -117,7 +117,7 @@ def _published(arrays: dict[str, np.ndarray], mean: str, covariance: str) -> Gau
     return GaussianStatistics(arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64), 0)
 
 
-def _of_shape(batches: Iterable[np.ndarray], shape: tuple[int, int, int], path: Path) -> Iterable[np.ndarray]:
+def _of_shape(batches: Iterable[np.ndarray], shape: tuple[int, ...], path: Path) -> Iterable[np.ndarray]:
     for batch in batches:
         if batch.shape[1:] != shape:
             raise InputError(f"reference {path}: images of {batch.shape[1:]}; the samples are {shape}")

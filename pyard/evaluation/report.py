@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pyard.errors import InputError
 
 if TYPE_CHECKING:
-    from pyard.training.watch import ExposureBias
+    from pyard.sampling.exposure_bias import ExposureBias
 
 # What is measured: (heading of the table, what it is). Columns that no row has are left out.
 COLUMNS = {
@@ -143,7 +143,7 @@ class Evaluation:
 
 
 def _quality(row: dict[str, Any]) -> Quality:
-    from pyard.training.watch import ExposureBias
+    from pyard.sampling.exposure_bias import ExposureBias
 
     curves = row.get("exposure_bias")
     bias = None if curves is None else ExposureBias(**{key: tuple(values) for key, values in curves.items()})

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pyard.teachers.mixture import GaussianMixture
-from pyard.teachers.scenes import NUM_CLASSES, scenes_data
+from pyard.data.mixture import GaussianMixture
+from pyard.data.scenes import NUM_CLASSES, scenes_data
 
 FEATURE_SIZE = 64
 _TRAINING_STEPS = 800

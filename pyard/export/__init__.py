@@ -7,8 +7,6 @@ stored once, `files` lets the result appear, checked and equal to PyTorch, or no
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
@@ -17,6 +15,7 @@ import numpy as np
 import onnx
 import torch
 
+from pyard.diffusion.noise import standard_normal, uniform_labels
 from pyard.errors import InputError
 from pyard.export.assembly import Form, assemble
 from pyard.export.decoder import Decoder, load_decoder
@@ -33,7 +32,6 @@ from pyard.export.files import (
 from pyard.export.quantise import quantise
 from pyard.models.folder import CONFIG_NAME
 from pyard.models.student import Student
-from pyard.noise import standard_normal, uniform_labels
 from pyard.runtime import OnnxStudent
 
 if TYPE_CHECKING:
@@ -168,7 +166,7 @@ def measure_parity(student: Student, exported: OnnxStudent, decoder: Decoder | N
     parity = {}
     for size in PARITY_BATCH_SIZES:
         index = np.arange(size)
-        labels = uniform_labels(1, index, student.num_classes)
+        labels = uniform_labels(1, index, student.num_conditions)
         noise = standard_normal(1, index, student.sample_shape)
         with torch.inference_mode():
             *_, last = student.rollout(torch.from_numpy(noise), torch.from_numpy(labels))
@@ -190,10 +188,3 @@ def check_parity(parity: dict[int, float], bound: float, path: Path) -> None:
                 f"{path} was not written: at batch {size} onnxruntime differs from PyTorch by {error:.1e} of the "
                 f"largest value; expected at most {bound:.0e}"
             )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m pyard.export` is `pyard export`."""
-    from pyard.__main__ import COMMANDS, run
-
-    return run("export", COMMANDS["export"], sys.argv[1:] if argv is None else argv)

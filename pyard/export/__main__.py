@@ -2,6 +2,7 @@
 
 import sys
 
-from pyard.export import main
+from pyard.cli.command_line import COMMANDS, run
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(run("export", COMMANDS["export"], sys.argv[1:]))

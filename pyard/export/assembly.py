@@ -15,11 +15,13 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-import pyard
+from pyard.errors import InputError
 from pyard.export.decoder import Decoder, trace_decoder
 from pyard.export.parts import TracedPart, block_weights, embed_weights, head_weights, trace
+from pyard.models.dit.network import Trunk
 from pyard.models.student import Student
 from pyard.ops import use_backend
+from pyard.version import __version__
 
 Form = Literal["sampler", "step"]
 
@@ -48,7 +50,7 @@ def assemble(
     for value in assembly.constants.values():
         if value.uses():
             graph.register_initializer(value)
-    return ir.Model(graph, ir_version=IR_VERSION[opset], producer_name="pyard", producer_version=pyard.__version__)
+    return ir.Model(graph, ir_version=IR_VERSION[opset], producer_name="pyard", producer_version=__version__)
 
 
 def remembered_layers(student: Student) -> int:
@@ -62,8 +64,10 @@ class _Assembly:
     """Nodes and constants of a graph that grows."""
 
     def __init__(self, student: Student, opset: int, dtype: torch.dtype):
-        self.student = student
-        self.config = student.config.network
+        if not isinstance(student.trunk, Trunk):
+            raise InputError(f"the assembled graph is that of a DiT; this student's network is {student.config.family}")
+        self.student, self.trunk = student, student.trunk
+        self.config = self.trunk.config
         self.dtype = dtype
         biased = student.history_bias is not None and remembered_layers(student) > 0
         self.parts, self.traced_constants = trace(self.config, dtype, opset, biased)
@@ -127,27 +131,27 @@ class _Assembly:
 
     def _times(self) -> ir.Value:  # [S, D]
         with use_backend("reference"), torch.no_grad():
-            embedded = self.student.trunk.time_embed(self.student.embed_times.float())
+            embedded = self.trunk.time_embed(self.student.embed_times.float())
         return self._weight("time_embedding", embedded)
 
     def _modulations(self, times: ir.Value, label: ir.Value) -> tuple[ir.Value, list[ir.Value]]:
         """The conditioning [B, n, D] of n steps and from it every block's modulation [B, n, 6D]: their weights, a third of a
         DiT's, are read once for all steps."""
         (conditions,) = self._part(
-            "condition", [times, label], {"labels": self._weight("labels", self.student.trunk.label_embed.weight)}
+            "condition", [times, label], {"labels": self._weight("labels", self.trunk.label_embed.weight)}
         )
-        blocks = enumerate(self.student.trunk.blocks)
+        blocks = enumerate(self.trunk.dit_blocks)
         return conditions, [self._linear(conditions, f"blocks.{i}.modulation", b.modulation) for i, b in blocks]
 
     def _blocks(
         self, latent: ir.Value, modulations: Sequence[ir.Value], past: Cache | None
     ) -> tuple[ir.Value, Cache]:  # [B, T, D]
-        trunk = self.student.trunk
+        trunk = self.trunk
         weights = {name: self._weight(f"embed.{name}", weight) for name, weight in embed_weights(trunk).items()}
         (tokens,) = self._part("embed", [latent], weights)
         present: Cache = []
         scope = self.scope
-        for layer, block in enumerate(trunk.blocks):
+        for layer, block in enumerate(trunk.dit_blocks):
             self.scope = f"{scope}block{layer}/"
             remembers = layer < remembered_layers(self.student)
             bias = self.student.history_bias[layer] if remembers and self.student.history_bias is not None else None

@@ -31,7 +31,7 @@ class Decoder(nn.Module):
         return (127.5 * picture + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def load_decoder(vae: str | Path | AutoencoderKL, sample_shape: tuple[int, int, int]) -> Decoder:
+def load_decoder(vae: str | Path | AutoencoderKL, sample_shape: tuple[int, ...]) -> Decoder:
     """The decoder of an AutoencoderKL, or of its folder.
 
     Raises:
@@ -50,7 +50,7 @@ def load_decoder(vae: str | Path | AutoencoderKL, sample_shape: tuple[int, int, 
     return Decoder(vae)
 
 
-def trace_decoder(decoder: Decoder, sample_shape: tuple[int, int, int], opset: int) -> tuple[TracedPart, dict[str, ir.Value]]:
+def trace_decoder(decoder: Decoder, sample_shape: tuple[int, ...], opset: int) -> tuple[TracedPart, dict[str, ir.Value]]:
     """The decoder as a part, and its weights by name."""
     batch = torch.export.Dim("batch")
     graph = run_exporter(decoder, {"latent": (torch.zeros(2, *sample_shape), {0: batch})}, ["image"], opset)

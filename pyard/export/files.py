@@ -14,11 +14,11 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-import pyard
 from pyard.errors import InputError
 from pyard.models.folder import CONFIG_NAME
 from pyard.models.student import Student
-from pyard.runtime import FORMAT_VERSION, METADATA_KEY
+from pyard.runtime.onnx_student import FORMAT_VERSION, METADATA_KEY
+from pyard.version import __version__
 
 # A protobuf message holds less than 2 GiB; the rest of the graph needs some of it.
 LARGEST_SINGLE_FILE = 2**31 - 2**26
@@ -37,7 +37,7 @@ def save_model(model: ir.Model, path: Path, *, external_data: bool) -> None:
 def write_metadata(path: Path, metadata: dict[str, Any]) -> None:
     """Put pyard's entry into a model file; external data are not touched."""
     model = onnx.load(path, load_external_data=False)
-    model.producer_name, model.producer_version = "pyard", pyard.__version__
+    model.producer_name, model.producer_version = "pyard", __version__
     onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(metadata)})
     path.write_bytes(model.SerializeToString())
 
@@ -50,7 +50,7 @@ def describe(student: Student, **facts: Any) -> dict[str, Any]:
         digest.update(tensor.contiguous().numpy().tobytes())
     return {
         "format_version": FORMAT_VERSION,
-        "pyard_version": pyard.__version__,
+        "pyard_version": __version__,
         "num_steps": student.num_steps,
         "history_layers": student.config.history_layers,
         "num_classes": student.num_classes,

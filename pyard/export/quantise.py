@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
-from pyard.noise import standard_normal, uniform_labels
+from pyard.diffusion.noise import standard_normal, uniform_labels
 from pyard.runtime import OnnxStudent
 
 CALIBRATION_SEED = 2**32 + 1  # of nobody's samples

@@ -62,24 +62,27 @@ class DiscriminatorHead(nn.Module):
     """One head: k = 1, residual layers of k = `kernel_size`, and logits projected on the conditioning.
 
     Args:
-        hidden_size: D of the features and of the conditioning.
+        hidden_size: D of the features.
         width: W.
         depth: residual layers.
         kernel_size: odd.
         group: samples of a virtual batch.
+        condition_size: E of the conditioning; None: D.
     """
 
-    def __init__(self, hidden_size: int, width: int, depth: int, kernel_size: int, group: int):
+    def __init__(
+        self, hidden_size: int, width: int, depth: int, kernel_size: int, group: int, condition_size: int | None = None
+    ):
         super().__init__()
         self.first = _Layer(hidden_size, width, 1, group)
         self.residual = nn.ModuleList(_Layer(width, width, kernel_size, group) for _ in range(depth))
         self.last = spectral_norm(nn.Conv1d(width, width, 1))
-        self.project = nn.Linear(hidden_size, width)
+        self.project = nn.Linear(condition_size or hidden_size, width)
 
     def forward(
         self,
         features: torch.Tensor,  # [B, T, D]
-        condition: torch.Tensor,  # [B, D]
+        condition: torch.Tensor,  # [B, E]
     ) -> tuple[torch.Tensor, torch.Tensor]:  # logits [B, T] and hidden features [B, W, T]
         x = self.first(features.transpose(1, 2))
         for layer in self.residual:
@@ -93,19 +96,31 @@ class Discriminator(nn.Module):
 
     Args:
         count: K.
-        hidden_size, width, depth, kernel_size, group: see `DiscriminatorHead`.
+        hidden_size, condition_size, width, depth, kernel_size, group: see `DiscriminatorHead`.
     """
 
-    def __init__(self, count: int, hidden_size: int, *, width: int, depth: int, kernel_size: int, group: int):
+    def __init__(
+        self,
+        count: int,
+        hidden_size: int,
+        *,
+        condition_size: int | None = None,
+        width: int,
+        depth: int,
+        kernel_size: int,
+        group: int,
+    ):
         super().__init__()
         if kernel_size % 2 == 0:
             raise InputError(f"discriminator: kernel_size is {kernel_size}; expected an odd number")
-        self.heads = nn.ModuleList(DiscriminatorHead(hidden_size, width, depth, kernel_size, group) for _ in range(count))
+        self.heads = nn.ModuleList(
+            DiscriminatorHead(hidden_size, width, depth, kernel_size, group, condition_size) for _ in range(count)
+        )
 
     def forward(
         self,
         features: Sequence[torch.Tensor],  # K times [B, T, D]
-        condition: torch.Tensor,  # [B, D]
+        condition: torch.Tensor,  # [B, E]
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:  # logits [B, K, T] and K times [B, W, T]
         pairs = [head(x, condition) for head, x in zip(self.heads, features, strict=True)]
         return torch.stack([logits for logits, _ in pairs], dim=1), [hidden for _, hidden in pairs]

@@ -3,59 +3,39 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pyard.errors import InputError
-from pyard.models.latents import LatentCodec
+from pyard.storage.files import new_folder
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 
 
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path`, replacing what was there, if the block ends without an exception."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.parent / f".{path.name}.{os.getpid()}.new"
-    retired = path.parent / f".{path.name}.{os.getpid()}.old"
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
-    try:
-        yield building
-        for file in building.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-        if path.exists():
-            path.rename(retired)
-        building.rename(path)
-        shutil.rmtree(retired, ignore_errors=True)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
 def save_folder(
-    path: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], *, kind: str, codec: LatentCodec | None = None
+    path: Path,
+    config: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    *,
+    kind: str,
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a model folder; `kind` is the class that reads it, kept as diffusers' `_class_name`."""
+    """Write a model folder; `kind` is the class that reads it, kept as diffusers' `_class_name`; `beside` adds files."""
     # Here, since a machine that only computes with models may have no safetensors.
     from safetensors.torch import save_file
 
     with new_folder(path) as folder:
         (folder / CONFIG_NAME).write_text(json.dumps({"_class_name": kind, **config}, indent=2) + "\n")
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_NAME)
-        if codec is not None:
-            codec.save(folder)
+        if beside is not None:
+            beside(folder)
 
 
-def load_config(path: Path, *, kind: str) -> dict[str, Any]:
+def load_config(path: Path, *, kind: str | tuple[str, ...]) -> dict[str, Any]:
     """The configuration of a model folder of this kind."""
     file = path / CONFIG_NAME
     if not file.is_file():
@@ -65,12 +45,13 @@ def load_config(path: Path, *, kind: str) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{file} is not JSON: {error}") from None
     found = config.pop("_class_name", None)
-    if found != kind:
-        raise InputError(f"{path} holds a {found}; expected a {kind}")
+    kinds = (kind,) if isinstance(kind, str) else kind
+    if found not in kinds:
+        raise InputError(f"{path} holds a {found}; expected a {kinds[0]}")
     return config
 
 
-def load_folder(path: Path, *, kind: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def load_folder(path: Path, *, kind: str | tuple[str, ...]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Read a model folder: its configuration and its tensors, on the CPU.
 
     Raises:

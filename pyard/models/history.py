@@ -1,27 +1,35 @@
-"""The keys and values that a student's lowest layers remember: an explicit cache, passed in and returned.
+"""What a student's lowest layers remember: the cache of keys and values, and the attention that reads it.
 
-N history layers · B batch · H heads · S steps · T tokens per step · Dh head dim
+The cache is explicit: passed in and returned.
+
+    A attentions that remember · B batch · H heads · S steps · T tokens per step · Dh head dim
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch.nn import functional as F
+
+from pyard import ops
+from pyard.errors import InputError
+from pyard.ops.masks import Mask, visible_steps
 
 
 class HistoryCache(Protocol):
     """What a cached step needs: room for its own keys and values behind those of the earlier steps."""
 
     def extend(
-        self, layer: int, k: torch.Tensor, v: torch.Tensor
+        self, attention: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:  # [B, H, T, Dh] twice -> [B, H, steps*T, Dh] twice
-        """Append one step's keys and values to a layer; return all of that layer's so far."""
+        """Append one step's keys and values to an attention; return all of that attention's so far."""
         ...
 
-    def advance(self, tokens: int) -> HistoryCache:
-        """The cache after a step of `tokens` tokens, ready for the next."""
+    def advance(self) -> HistoryCache:
+        """The cache after a step, ready for the next."""
         ...
 
 
@@ -30,37 +38,155 @@ class PreallocatedCache:
     """One buffer for all steps, written in place: for sampling.
 
     Args:
-        keys, values: [N, B, H, S*T, Dh].
-        length: tokens that earlier steps have filled.
+        keys, values: of each attention, [B, H, S*T, Dh].
+        num_steps: S.
+        step: steps that are in the buffers.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    length: int = 0
+    keys: Sequence[torch.Tensor]
+    values: Sequence[torch.Tensor]
+    num_steps: int
+    step: int = 0
 
-    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def extend(self, attention: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = k.shape[2]
+        begin, end = self.step * tokens, (self.step + 1) * tokens
+        self.keys[attention][:, :, begin:end] = k
+        self.values[attention][:, :, begin:end] = v
+        return self.keys[attention][:, :, :end], self.values[attention][:, :, :end]
 
-    def advance(self, tokens: int) -> PreallocatedCache:
-        return PreallocatedCache(self.keys, self.values, self.length + tokens)
+    def advance(self) -> PreallocatedCache:
+        return PreallocatedCache(self.keys, self.values, self.num_steps, self.step + 1)
 
 
 class ConcatenatingCache:
-    """Tensors grown by concatenation: for autograd through a rollout and for export, which dislike writes in place."""
+    """Tensors grown by concatenation: for autograd through a rollout and for export, which dislike writes in place.
+
+    Args:
+        past: of each attention, the keys and values of the earlier steps, [B, H, steps*T, Dh]; None: nothing yet.
+    """
 
     def __init__(self, past: list[tuple[torch.Tensor, torch.Tensor]] | None = None):
-        self.past = past or []  # per layer: keys and values of the earlier steps, [B, H, steps*T, Dh]
+        self.past = past or []
         self.present: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def extend(self, attention: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.past:
-            k = torch.cat([self.past[layer][0], k], dim=2)
-            v = torch.cat([self.past[layer][1], v], dim=2)
+            k = torch.cat([self.past[attention][0], k], dim=2)
+            v = torch.cat([self.past[attention][1], v], dim=2)
         self.present.append((k, v))
         return k, v
 
-    def advance(self, tokens: int) -> ConcatenatingCache:
+    def advance(self) -> ConcatenatingCache:
         return ConcatenatingCache(self.present)
+
+
+@dataclass(frozen=True)
+class History:
+    """The attention of a student's lowest layers during one pass; a backbone calls it in order of execution.
+
+    Args:
+        layers: N, lowest blocks that remember.
+        steps: steps of this pass: S in the parallel pass, 1 in a cached one.
+        mask, window: which earlier steps a step sees, see `pyard.ops.masks.visible`.
+        bias: [A, H], added to the logits of earlier steps' keys; None: nothing is added.
+        cache: of the earlier steps; None in the parallel pass.
+    """
+
+    layers: int
+    steps: int
+    mask: Mask
+    window: int | None = None
+    bias: torch.Tensor | None = None
+    cache: HistoryCache | None = None
+
+    def attend(
+        self,
+        attention: int,
+        q: torch.Tensor,  # [B, H, steps*T, Dh]
+        k: torch.Tensor,  # [B, H, steps*T, Dh]
+        v: torch.Tensor,  # [B, H, steps*T, Dh]
+    ) -> torch.Tensor:  # [B, H, steps*T, Dh]
+        """Attention of whole samples, a sample's steps side by side, by pyard's own operator."""
+        tokens = q.shape[2] // self.steps
+        if self.cache is not None:
+            k, v = self.cache.extend(attention, k, v)
+        bias = None if self.bias is None else self.bias[attention]
+        return ops.block_attention(q, k, v, tokens, mask=self.mask, window=self.window, bias=bias)
+
+    def attend_rows(
+        self,
+        attention: int,
+        q: torch.Tensor,  # [B*steps, H, Q, Dh]
+        k: torch.Tensor,  # [B*steps, Hk, K, Dh], H a multiple of Hk
+        v: torch.Tensor,  # [B*steps, Hk, K, Dh]
+        *,
+        image: slice = slice(None),
+        attn_mask: torch.Tensor | None = None,
+        scale: float | None = None,
+    ) -> torch.Tensor:  # [B*steps, H, Q, Dh]
+        """Scaled dot-product attention that also sees the image keys of earlier steps, in front of its own.
+
+        For networks that fold steps into the batch: rows are a sample's steps side by side. The slices of one step attend in
+        turn, so no mask over steps is needed.
+
+        Args:
+            attention: which remembering attention, counted in order of execution.
+            q, k, v: as scaled_dot_product_attention takes them, after normalisation and rotary embedding.
+            image: where image tokens stand among the keys; others, such as text tokens, are not remembered.
+            attn_mask: bool or float, broadcastable to [B*steps, H, Q, K]; earlier keys are visible to all queries.
+            scale: of the logits; None: 1 / sqrt(Dh).
+
+        Raises:
+            InputError: a backbone called more attentions than it said it has.
+        """
+        if self.bias is not None and attention >= len(self.bias):
+            raise InputError(f"history: attention {attention} remembers, but the student was made for {len(self.bias)}")
+        steps = self.steps
+        queries, keys, values = (tensor.unflatten(0, (-1, steps)).unbind(1) for tensor in (q, k, v))
+        masks = [attn_mask] * steps
+        if attn_mask is not None and attn_mask.ndim == 4 and len(attn_mask) == len(q) and steps > 1:
+            masks = list(attn_mask.unflatten(0, (-1, steps)).unbind(1))
+        bias = None if self.bias is None else self.bias[attention]
+        cache = ConcatenatingCache() if self.cache is None else self.cache
+        outputs = []
+        for step in range(steps):
+            image_k, image_v = keys[step][:, :, image], values[step][:, :, image]
+            seen_k, seen_v = cache.extend(0 if self.cache is None else attention, image_k, image_v)
+            tokens = image_k.shape[2]
+            earlier = visible_steps(self.mask, seen_k.shape[2] // tokens - 1, self.window)[:-1]
+            key, value = (
+                torch.cat([*(seen[:, :, s * tokens : (s + 1) * tokens] for s in earlier), own], dim=2)
+                for seen, own in ((seen_k, keys[step]), (seen_v, values[step]))
+            )
+            added = len(earlier) * tokens
+            mask = _with_history(masks[step], added, key.shape[2], bias, queries[step])
+            gqa = queries[step].shape[1] != key.shape[1]
+            outputs.append(F.scaled_dot_product_attention(queries[step], key, value, mask, scale=scale, enable_gqa=gqa))
+            if self.cache is None:
+                cache = cache.advance()
+        return torch.stack(outputs, dim=1).flatten(0, 1)
+
+
+def _with_history(
+    mask: torch.Tensor | None,  # bool or float, [.., K] of the own keys
+    added: int,  # keys in front of them
+    total: int,  # added + K
+    bias: torch.Tensor | None,  # [H]
+    q: torch.Tensor,  # [B, H, Q, Dh], for dtype and device
+) -> torch.Tensor | None:
+    if not added:
+        return mask
+    if mask is not None:
+        mask = F.pad(mask, (added, 0), value=True if mask.dtype == torch.bool else 0.0)
+    if bias is None:
+        return mask
+    # Finite: the bias that switches a history off may be -inf, and a row of nothing else would be NaN.
+    finite = bias.clamp(min=torch.finfo(q.dtype).min / 2).to(q.dtype)
+    earlier = torch.arange(total, device=q.device) < added
+    biased = torch.where(earlier, finite[:, None], torch.zeros((), dtype=q.dtype, device=q.device))[
+        None, :, None
+    ]  # [1, H, 1, total]
+    if mask is None:
+        return biased
+    return biased + (torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask)

@@ -9,8 +9,6 @@ from pyard.errors import InputError
 if TYPE_CHECKING:
     from pyard.models.student import Student
 
-TARGETS = ("qkv", "proj", "fc1", "fc2", "modulation")
-
 
 def add_lora(student: Student, rank: int) -> None:
     """Freeze a student's blocks and embeddings and add trainable matrices of this rank to every linear layer of its blocks.
@@ -23,7 +21,7 @@ def add_lora(student: Student, rank: int) -> None:
         rank: of the additions; alpha is the rank too, so that they enter with weight 1.
 
     Raises:
-        InputError: PEFT is not installed, a rank below 1, or a network without layers of DiT's names.
+        InputError: PEFT is not installed, a rank below 1, or blocks without linear layers.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -31,13 +29,11 @@ def add_lora(student: Student, rank: int) -> None:
         raise InputError("lora_rank needs PEFT; install it with: pip install 'peft>=0.17'") from None
     if rank < 1:
         raise InputError(f"lora_rank is {rank}; expected at least 1")
-    blocks = "|".join(TARGETS)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=rf"blocks\.\d+\.(attention\.)?({blocks})")
+    targets = student.trunk.lora_targets()
+    if not targets:
+        raise InputError(f"lora_rank: the blocks of {type(student.trunk).__name__} have no linear layers")
     student.trunk.requires_grad_(False)
-    try:
-        inject_adapter_in_model(config, student.trunk)
-    except ValueError as error:
-        raise InputError(f"lora_rank: the student's blocks have no layers named {', '.join(TARGETS)} ({error})") from None
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), student.trunk)
 
 
 def merge_lora(student: Student) -> None:

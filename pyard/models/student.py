@@ -8,34 +8,52 @@ same few lines with another number of steps.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import nn
 
-from pyard import ops
+from pyard.conditions import ClassConditions, Condition, Conditions, load_conditions, save_conditions
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.time_grid import Target, TimeGrid
 from pyard.errors import InputError
-from pyard.models.checkpoint import without_variance
-from pyard.models.dit import Attend, DiT, DiTConfig, Head
+from pyard.models.backbone import Backbone, BackboneConfig, Denoiser, StepHeads
+from pyard.models.codec import LatentCodec
+from pyard.models.families import backbone_class
 from pyard.models.folder import load_folder, save_folder
-from pyard.models.history import HistoryCache, PreallocatedCache
+from pyard.models.history import History, HistoryCache, PreallocatedCache
 from pyard.models.hub import local_folder, push_folder
-from pyard.models.latents import LatentCodec
-from pyard.noise_schedule import NoiseSchedule
 from pyard.ops.masks import Mask, check_mask
-from pyard.time_grid import Target, TimeGrid
-
-if TYPE_CHECKING:
-    from pyard.teachers.dit import DiTTeacher
 
 Output = Literal["direct", "jump"]
 Heads = Literal["per_step", "shared"]
+
+
+class Source(Protocol):
+    """What a student is made from: a teacher with a network."""
+
+    schedule: NoiseSchedule
+    codec: LatentCodec | None
+
+    @property
+    def network(self) -> Denoiser: ...
+
+    @property
+    def conditions(self) -> Conditions: ...
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +61,7 @@ class StudentConfig:
     """What a student is; stored beside its weights.
 
     Args:
-        network: sizes of the transformer; its `out_channels` are the C that the student predicts.
+        network: sizes of the backbone, whose output has the C channels that the student predicts.
         grid: the jumps, and the times that the embedding sees.
         schedule: the teacher's forward process.
         history_layers: N, how many of the lowest attentions see earlier steps; 0 is step distillation.
@@ -60,9 +78,10 @@ class StudentConfig:
             strongly negative, it keeps the start of `jump` with N > 0 too; None: no bias.
         teacher_fingerprint: of the teacher that it was made from.
         class_names: of the classes, in order, where the teacher knows them; synonyms are separated by commas.
+        family: name of the backbone's family (`pyard.models.families`), or `package.module:Class` of the user's own.
     """
 
-    network: DiTConfig
+    network: BackboneConfig
     grid: TimeGrid
     schedule: NoiseSchedule
     history_layers: int
@@ -74,6 +93,7 @@ class StudentConfig:
     history_bias: float | None = None
     teacher_fingerprint: str = ""
     class_names: tuple[str, ...] | None = None
+    family: str = "dit"
 
     def __post_init__(self) -> None:
         if self.class_names is not None:
@@ -93,11 +113,17 @@ class StudentConfig:
         return {key: value.to_json() if hasattr(value, "to_json") else value for key, value in flat.items()}
 
     @classmethod
-    def from_json(cls, config: dict[str, Any]) -> StudentConfig:
-        """The configuration of a `to_json` dictionary."""
+    def from_json(cls, config: dict[str, Any], network: type[Backbone] | str | None = None) -> StudentConfig:
+        """The configuration of a `to_json` dictionary.
+
+        Args:
+            config: the dictionary.
+            network: class of a backbone that is none of pyard's, or where to import it from.
+        """
         try:
+            family = str(config.get("family", "dit"))
             nested = {
-                "network": DiTConfig(**config["network"]),
+                "network": backbone_class(family, network, "the student").config_class(**config["network"]),
                 "grid": TimeGrid.from_json(config["grid"]),
                 "schedule": NoiseSchedule.from_json(config["schedule"]),
             }
@@ -120,28 +146,32 @@ class Student(nn.Module):
 
     Args:
         config: what it is. The weights are fresh; `from_teacher` copies a teacher's, `from_pretrained` reads a folder.
-        network: the transformer whose trunk it takes and whose head it copies: None, a fresh `DiT`; one of your own needs
-            what `docs/own-teacher.md` says.
+        trunk: its backbone; None: a fresh one of the configuration's family.
+        head: copied for every step that has a head of its own; None: a fresh one.
 
     Attributes:
         codec: the VAE that turns its samples into images, if the teacher had one.
+        conditions: what it can be asked for; None: it takes conditions as tensors alone.
     """
 
     embed_times: torch.Tensor
 
-    def __init__(self, config: StudentConfig, network: nn.Module | None = None):
+    def __init__(self, config: StudentConfig, trunk: Backbone | None = None, head: nn.Module | None = None):
         super().__init__()
         self.config = config
-        source: Any = DiT(config.network) if network is None else network
-        self.trunk: Any = source.trunk
-        num_heads = config.grid.num_steps if config.heads == "per_step" else 1
-        self.heads = nn.ModuleList(copy.deepcopy(source.head) for _ in range(num_heads))
+        self.trunk: Backbone = backbone_class(config.family, None, "the student")(config.network) if trunk is None else trunk
+        head = self.trunk.new_head() if head is None else head
+        self.heads = StepHeads(head, config.grid.num_steps if config.heads == "per_step" else 1)
         self.register_buffer("embed_times", torch.tensor(config.grid.embed_times, device="cpu"), persistent=False)
         self.codec: LatentCodec | None = None
-        if config.history_bias is None:
-            self.history_bias = None
-        else:
-            start = torch.full((config.history_layers, config.network.num_heads), float(config.history_bias))
+        self.conditions: Conditions | None = None
+        if self.trunk.num_classes is not None:
+            classes = self.trunk.num_classes
+            self.conditions = ClassConditions(classes, config.class_names, has_null=self.trunk.has_null_class)
+        self.history_bias: nn.Parameter | None = None
+        if config.history_bias is not None:
+            remembering = len(self.trunk.attention_shapes(config.history_layers, config.network.sample_shape))
+            start = torch.full((remembering, config.network.num_heads), float(config.history_bias))
             self.history_bias = nn.Parameter(start)
         pairs = itertools.pairwise(config.grid.times)
         # (a_s, b_s), Python floats: a is large (157 at S = 1), so the jump is computed in float32 at least.
@@ -153,88 +183,105 @@ class Student(nn.Module):
         return self.config.grid.num_steps
 
     @property
-    def num_classes(self) -> int:
-        """Labels are 0 ... num_classes - 1."""
-        return self.config.network.num_classes
+    def num_conditions(self) -> int:
+        """Condition numbers are 0 ... num_conditions - 1; of a class-conditional student, its classes.
+
+        Raises:
+            InputError: the student has no table of conditions.
+        """
+        return self.require_conditions().count
 
     @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one sample."""
-        return self.config.network.sample_shape
+    def num_classes(self) -> int | None:
+        """Classes of a class-conditional student: None: it is conditioned on something else."""
+        return self.trunk.num_classes
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """[C, ...] of one sample."""
+        return tuple(self.config.network.sample_shape)
+
+    def require_conditions(self) -> Conditions:
+        """The table of conditions; an InputError where there is none."""
+        if self.conditions is None:
+            raise InputError("this student has no table of conditions; give it a pyard.conditions.Condition")
+        return self.conditions
+
+    def as_condition(self, condition: Condition | torch.Tensor) -> Condition:
+        """A condition as it is, or that of condition numbers, such as class labels, int64 [B]."""
+        return condition if isinstance(condition, Condition) else self.require_conditions().take(condition)
 
     def forward(
         self,
-        history: torch.Tensor,  # [B, S, C, H, W], the S inputs
-        labels: torch.Tensor,  # [B] int64
-    ) -> torch.Tensor:  # [B, S, C, H, W], the S predictions
+        history: torch.Tensor,  # [B, S, C, ...], the S inputs
+        condition: Condition | torch.Tensor,  # B rows, or their numbers, int64 [B]
+    ) -> torch.Tensor:  # [B, S, C, ...], the S predictions
         """The parallel pass: all steps at once on a given history (teacher forcing)."""
-        if history.shape[1:] != (self.num_steps, *self.sample_shape):
-            raise InputError(
-                f"history of shape {tuple(history.shape)}; expected [B, {self.num_steps}, "
-                f"{', '.join(map(str, self.sample_shape))}]"
-            )
-        return self._run(history, labels, first=0, cache=None)
+        if history.ndim < 3 or history.shape[1] != self.num_steps:
+            raise InputError(f"history of shape {tuple(history.shape)}; {self._expected()}")
+        self._check(history.shape[2:], history.shape)
+        return self._run(history, self.as_condition(condition), first=0, cache=None)
 
     def step(
         self,
-        latest: torch.Tensor,  # [B, C, H, W]: the noise, or the previous step's prediction
+        latest: torch.Tensor,  # [B, C, ...]: the noise, or the previous step's prediction
         step: int,
-        labels: torch.Tensor,  # [B] int64
+        condition: Condition | torch.Tensor,  # B rows, or their numbers
         cache: HistoryCache,
-    ) -> tuple[torch.Tensor, HistoryCache]:  # [B, C, H, W]
+    ) -> tuple[torch.Tensor, HistoryCache]:  # [B, C, ...]
         """The cached pass: one step on the history in `cache`. Returns the prediction and the cache for the next step."""
-        prediction = self._run(latest[:, None], labels, first=step, cache=cache)[:, 0]
-        return prediction, cache.advance(self.config.network.tokens_per_step)
+        prediction = self._run(latest[:, None], self.as_condition(condition), first=step, cache=cache)[:, 0]
+        return prediction, cache.advance()
 
     def rollout(
         self,
-        noise: torch.Tensor,  # [B, C, H, W]
-        labels: torch.Tensor,  # [B] int64
+        noise: torch.Tensor,  # [B, C, ...]
+        condition: Condition | torch.Tensor,  # B rows, or their numbers
         cache: HistoryCache | None = None,
     ) -> Iterator[torch.Tensor]:
         """Yield the S successive predictions, each made from the history of its predecessors; the last one is the sample."""
-        cache = self.new_cache(len(noise)) if cache is None else cache
+        cache = self.new_cache(len(noise), tuple(noise.shape[1:])) if cache is None else cache
+        condition = self.as_condition(condition)
         latest = noise
         for step in range(self.num_steps):
-            latest, cache = self.step(latest, step, labels, cache)
+            latest, cache = self.step(latest, step, condition, cache)
             yield latest
 
-    def new_cache(self, batch_size: int) -> PreallocatedCache:
-        """An empty cache for `batch_size` samples: keys and values [N, B, H, S*T, Dh] of the parameters' dtype and device."""
-        network = self.config.network
+    def new_cache(self, batch_size: int, sample_shape: tuple[int, ...] | None = None) -> PreallocatedCache:
+        """An empty cache for `batch_size` samples, of the parameters' dtype and device."""
         weight = next(self.trunk.parameters())
-        size = (
-            self.config.history_layers,
-            batch_size,
-            network.num_heads,
-            self.num_steps * network.tokens_per_step,
-            network.head_dim,
-        )
-        keys, values = weight.new_empty(size), weight.new_empty(size)
-        return PreallocatedCache(keys, values)
+        shapes = self.trunk.attention_shapes(self.config.history_layers, sample_shape or self.sample_shape)
+        sizes = [(batch_size, shape.heads, self.num_steps * shape.tokens, shape.head_dim) for shape in shapes]
+        keys, values = ([weight.new_empty(size) for size in sizes] for _ in range(2))
+        return PreallocatedCache(keys, values, self.num_steps)
 
-    def _run(self, inputs: torch.Tensor, labels: torch.Tensor, first: int, cache: HistoryCache | None) -> torch.Tensor:
-        # inputs [B, steps, C, H, W] are the steps first ... first + steps - 1.
+    def history(self, steps: int, cache: HistoryCache | None) -> History | None:
+        """The attention of the lowest layers in a pass of `steps` steps; None: no layer remembers."""
+        config = self.config
+        if not config.history_layers:
+            return None
+        return History(config.history_layers, steps, config.mask, config.window, self.history_bias, cache)
+
+    def _run(self, inputs: torch.Tensor, condition: Condition, first: int, cache: HistoryCache | None) -> torch.Tensor:
+        # inputs [B, steps, C, ...] are the steps first ... first + steps - 1.
         steps = inputs.shape[1]
-        condition = self.trunk.condition(self.embed_times[None, first : first + steps], labels)
-        attends = tuple(self._attend(layer, cache) for layer in range(self.config.history_layers))
-        x = self.trunk(self.trunk.embed(inputs.to(next(self.trunk.parameters()).dtype)), condition, attends)
-        if len(self.heads) == 1:
-            tokens = self.heads[0](x, condition)
-        else:
-            # Steps first, so that every head multiplies contiguous slices: BLAS rounds strided ones by their address, and a
-            # resumed run must repeat every bit.
-            x, condition = x.transpose(0, 1).contiguous(), condition.transpose(0, 1).contiguous()
-            heads = self.heads[first : first + steps]
-            per_step = [head(x[s].unsqueeze(1), condition[s].unsqueeze(1)).squeeze(1) for s, head in enumerate(heads)]
-            tokens = torch.stack(per_step).transpose(0, 1)  # [B, steps, T, P*P*C]
-        output = self.trunk.unembed(tokens, self.config.network.in_channels)
+        times = self.embed_times[None, first : first + steps]
+        output = self.trunk(inputs, times, condition, self.heads.steps(first, steps), self.history(steps, cache))
         if not self.jumps:
             return output
         jumps = self.jumps[first : first + steps]
         exact = torch.promote_types(output.dtype, torch.float32)
         updates = [a * inputs[:, s].to(exact) + b * output[:, s].to(exact) for s, (a, b) in enumerate(jumps)]
         return torch.stack(updates, dim=1)
+
+    def _check(self, sample_shape: torch.Size, shape: torch.Size) -> None:
+        try:
+            self.trunk.check_sample(tuple(sample_shape))
+        except InputError as error:
+            raise InputError(f"history of shape {tuple(shape)}; {self._expected()} ({error})") from None
+
+    def _expected(self) -> str:
+        return f"expected [B, {self.num_steps}, {', '.join(map(str, self.sample_shape))}]"
 
     def _apply(self, fn: Any, recurse: bool = True) -> Student:
         super()._apply(fn, recurse)
@@ -243,22 +290,10 @@ class Student(nn.Module):
             self.embed_times = torch.tensor(self.config.grid.embed_times, device=self.embed_times.device)
         return self
 
-    def _attend(self, layer: int, cache: HistoryCache | None) -> Attend:
-        config = self.config
-        bias = None if self.history_bias is None else self.history_bias[layer]
-
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            if cache is not None:
-                k, v = cache.extend(layer, k, v)
-            tokens = config.network.tokens_per_step
-            return ops.block_attention(q, k, v, tokens, mask=config.mask, window=config.window, bias=bias)
-
-        return attend
-
     @classmethod
     def from_teacher(
         cls,
-        teacher: DiTTeacher,
+        teacher: Source,
         grid: TimeGrid,
         *,
         history_layers: int,
@@ -272,14 +307,14 @@ class Student(nn.Module):
         """A student with the teacher's weights; heads are copies of the teacher's, less its predicted-variance channels.
 
         Args:
-            teacher: a teacher whose network is a DiT.
+            teacher: a teacher with a network, such as `load_teacher` returns.
             grid: where it jumps; `embed_times` are set for the target (`TimeGrid.for_target`).
             history_layers, mask, window, target, heads, history_bias: see `StudentConfig`.
             output: None: `default_output`; with `target`, better than the published pair that `StudentConfig` stands at.
         """
-        sizes = teacher.network.config
+        trunk, head = teacher.network.trunk.for_student(teacher.network.head)
         config = StudentConfig(
-            network=dataclasses.replace(sizes, out_channels=sizes.in_channels),
+            network=trunk.config,
             grid=grid.for_target(target),
             schedule=teacher.schedule,
             history_layers=history_layers,
@@ -291,20 +326,22 @@ class Student(nn.Module):
             history_bias=history_bias,
             teacher_fingerprint=teacher.fingerprint,
             class_names=teacher.class_names,
+            family=trunk.family(),
         )
-        network = copy.deepcopy(teacher.network).requires_grad_(True)
-        if sizes.out_channels != sizes.in_channels:
-            with torch.device(teacher.device):
-                head = Head(config.network)
-            head.load_state_dict(without_variance(network.head.state_dict(), sizes))
-            network.head = head
-        student = cls(config, network).to(teacher.device)
-        student.codec = teacher.codec
+        student = cls(config, trunk.requires_grad_(True), head.requires_grad_(True)).to(teacher.device)
+        student.codec, student.conditions = teacher.codec, student.conditions or teacher.conditions
         return student
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write `config.json`, `model.safetensors` and, with a codec, `vae/`; an interrupted write leaves the old folder."""
-        save_folder(Path(path), self.config.to_json(), self.state_dict(), kind="Student", codec=self.codec)
+
+        def beside(folder: Path) -> None:
+            if self.codec is not None:
+                self.codec.save(folder)
+            if self.conditions is not None:
+                save_conditions(self.conditions, folder)
+
+        save_folder(Path(path), self.config.to_json(), self.state_dict(), kind="Student", beside=beside)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Upload the student's folder to the Hugging Face hub; returns the address of the commit.
@@ -317,12 +354,13 @@ class Student(nn.Module):
         return push_folder(self.save_pretrained, repo_id, private=private, token=token)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, network: Callable[[DiTConfig], nn.Module] | None = None) -> Student:
+    def from_pretrained(cls, path: str | Path, *, network: type[Backbone] | str | None = None) -> Student:
         """Read a student's folder, or a run's or a pipeline's folder with one in `student/`.
 
         Args:
             path: the folder, or `owner/name` of one on the Hugging Face hub.
-            network: makes the network of a student that is not made of pyard's own DiT (`docs/own-teacher.md`).
+            network: class of the backbone of a student that is made of none of pyard's families, or "package.module:Class" to
+                import it from (`docs/own-teacher.md`).
 
         Raises:
             InputError: no student there, or files that do not fit.
@@ -330,15 +368,15 @@ class Student(nn.Module):
         path = local_folder(path)
         folder = path / "student" if (path / "student").is_dir() else path
         loaded, tensors = load_folder(folder, kind="Student")
-        config = StudentConfig.from_json(loaded)
+        backbone = backbone_class(str(loaded.get("family", "dit")), network, folder)
+        config = StudentConfig.from_json(loaded, backbone)
         try:
-            if network is None:
-                with torch.device("meta"):
-                    student = cls(config)
-            else:
-                student = cls(config, network(config.network))
+            # Where the network's constants allow it, without computing weights that are about to be replaced.
+            with torch.device("meta" if network is None else "cpu"):
+                student = cls(config, backbone(config.network))
             student.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
             raise InputError(f"{folder}: the weights do not fit config.json: {error}") from None
         student.codec = LatentCodec.beside(folder, path)
+        student.conditions = student.conditions or load_conditions(folder, path)
         return student.eval()

@@ -3,50 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal
 
 from pyard.errors import InputError
+from pyard.teachers.protocol import Teacher
 
 if TYPE_CHECKING:
-    import torch
+    from pyard.diffusion.noise_schedule import NoiseSchedule
+    from pyard.models.backbone import Backbone
+    from pyard.teachers.network_teacher import NetworkTeacher
 
-    from pyard.noise_schedule import NoiseSchedule
-    from pyard.teachers.dit import DiTTeacher
+__all__ = ["Family", "Teacher", "load_teacher"]
 
 # Which code a checkpoint with DiT's tensor names belongs to.
 Family = Literal["dit", "sit"]
-
-
-@runtime_checkable
-class Teacher(Protocol):
-    """What trajectories are generated with.
-
-    Attributes:
-        schedule: forward process and what `predict` returns.
-        sample_shape: (C, H, W) of one sample.
-        num_classes: labels are 0 ... num_classes - 1; the label `num_classes` itself means "no class".
-        fingerprint: changes whenever the predictions do; trajectories and students remember it.
-        device: where `predict` wants its tensors.
-    """
-
-    schedule: NoiseSchedule
-    sample_shape: tuple[int, int, int]
-    num_classes: int
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def predict(
-        self,
-        x: torch.Tensor,  # [B, C, H, W], x_t
-        time: float,
-        labels: torch.Tensor,  # [B] int64
-    ) -> torch.Tensor:  # [B, C, H, W]
-        """The network's output F at one time for a batch; what it means is `schedule.prediction`."""
-        ...
 
 
 def load_teacher(
@@ -57,7 +27,8 @@ def load_teacher(
     num_classes: int | None = None,
     schedule: NoiseSchedule | None = None,
     vae: str | Path | None = None,
-) -> DiTTeacher:
+    network: type[Backbone] | str | None = None,
+) -> NetworkTeacher:
     """Load a teacher.
 
     Args:
@@ -69,6 +40,7 @@ def load_teacher(
         num_classes: for a `.pt` or `.safetensors` whose label table has no row for "no class".
         schedule: overrides the noise schedule that the source comes with; needed where it comes with none.
         vae: folder of the diffusers `AutoencoderKL` of a teacher in latent space that comes without one, as `.pt` files do.
+        network: class of the backbone of a teacher's folder that is none of pyard's, or its "package.module:Class".
 
     Returns:
         The teacher, ready for `generate_trajectories` and `train`.
@@ -76,9 +48,9 @@ def load_teacher(
     Raises:
         InputError: nothing there that pyard knows how to read, or that it would not reproduce.
     """
-    teacher = _load(source, family, num_heads, num_classes, schedule)
+    teacher = _load(source, family, num_heads, num_classes, schedule, network)
     if vae is not None:
-        from pyard.models.latents import LatentCodec
+        from pyard.models.codec import LatentCodec
 
         teacher.codec = LatentCodec(vae)
         channels = teacher.codec.vae.config.latent_channels
@@ -93,8 +65,9 @@ def _load(
     num_heads: int | None,
     num_classes: int | None,
     schedule: NoiseSchedule | None,
-) -> DiTTeacher:
-    from pyard.teachers.dit import DiTTeacher
+    network: type[Backbone] | str | None,
+) -> NetworkTeacher:
+    from pyard.teachers.network_teacher import NetworkTeacher
 
     path = Path(source)
     if str(source) == "digits":
@@ -104,7 +77,7 @@ def _load(
     if not path.exists():
         raise InputError(f"teacher {str(source)!r}: neither a built-in teacher ('digits') nor an existing file or folder")
     if path.is_file():
-        from pyard.teachers.checkpoint import load_checkpoint
+        from pyard.teachers.dit_checkpoint import load_checkpoint
 
         return load_checkpoint(path, family=family, num_heads=num_heads, num_classes=num_classes, schedule=schedule)
     for name, given in (("family", family), ("num_heads", num_heads), ("num_classes", num_classes)):
@@ -119,9 +92,11 @@ def _load(
         if schedule is not None:
             raise InputError(f"teacher {path}: its network was fitted to its own noise schedule; leave schedule out")
         return MixtureTeacher.from_pretrained(path)
-    teacher = DiTTeacher.from_pretrained(path)
+    teacher = NetworkTeacher.from_pretrained(path, network=network)
     return (
         teacher
         if schedule is None
-        else DiTTeacher(teacher.network, schedule, codec=teacher.codec, class_names=teacher.class_names)
+        else NetworkTeacher(
+            teacher.network, schedule, codec=teacher.codec, class_names=teacher.class_names, conditions=teacher.conditions
+        )
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from pyard.errors import InputError
+from pyard.models.dit.network import dit_trunk
 from pyard.teachers import Family, load_teacher
 
 
@@ -40,13 +41,13 @@ def convert(
 
         save_diffusers(teacher, out)
     elif to == "dit":
-        from pyard.teachers.checkpoint import save_checkpoint
+        from pyard.teachers.dit_checkpoint import save_checkpoint
 
         save_checkpoint(teacher, out)
     else:
         raise InputError(f"to is {to!r}; expected pyard, dit or diffusers")
-    sizes = teacher.network.config
+    sizes = dit_trunk(teacher.network, f"convert {source}").config
     print(
         f"{out}: {sizes.depth} layers of width {sizes.hidden_size}, {sizes.num_heads} heads, patch {sizes.patch_size}, "
-        f"samples of {teacher.sample_shape}, {teacher.num_classes} classes, predicts {teacher.schedule.prediction}"
+        f"samples of {teacher.sample_shape}, {sizes.num_classes} classes, predicts {teacher.schedule.prediction}"
     )

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.schedulers import load_schedule, scheduler_of
 from pyard.errors import InputError
-from pyard.models.checkpoint import Tensors
-from pyard.models.dit import DiT, DiTConfig, sincos_position_embedding
-from pyard.models.folder import new_folder
-from pyard.models.latents import LatentCodec
-from pyard.noise_schedule import NoiseSchedule
-from pyard.teachers.dit import DiTTeacher
-from pyard.teachers.schedulers import load_schedule, scheduler_of
+from pyard.models.backbone import Denoiser
+from pyard.models.codec import LatentCodec
+from pyard.models.dit.network import DiT, DiTConfig, dit_trunk, sincos_position_embedding
+from pyard.models.dit.tensor_names import Tensors
+from pyard.storage.files import new_folder
+from pyard.teachers.network_teacher import NetworkTeacher
 
 # The published DiT-XL/2 folder still names the class that diffusers had for all of its transformers.
 _TRANSFORMERS = ("DiTTransformer2DModel", "Transformer2DModel")
@@ -46,7 +47,7 @@ def is_diffusers_folder(path: Path) -> bool:
     return _class_name(path / "config.json") in _TRANSFORMERS
 
 
-def load_diffusers(path: str | Path, *, schedule: NoiseSchedule | None = None) -> DiTTeacher:
+def load_diffusers(path: str | Path, *, schedule: NoiseSchedule | None = None) -> NetworkTeacher:
     """Read a `DiTPipeline` folder, or a `DiTTransformer2DModel` folder with a `scheduler` beside it.
 
     Args:
@@ -79,7 +80,7 @@ def load_diffusers(path: str | Path, *, schedule: NoiseSchedule | None = None) -
     except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
         raise InputError(f"{folder}: diffusers cannot read it: {error}") from None
     network = from_diffusers(transformer, schedule)
-    return DiTTeacher(network, schedule, codec=LatentCodec.beside(home), class_names=_class_names(index, network.config))
+    return NetworkTeacher(network, schedule, codec=LatentCodec.beside(home), class_names=_class_names(index, network.config))
 
 
 def from_diffusers(transformer: Any, schedule: NoiseSchedule) -> DiT:
@@ -137,7 +138,7 @@ def from_diffusers(transformer: Any, schedule: NoiseSchedule) -> DiT:
     return network
 
 
-def to_diffusers(network: DiT, schedule: NoiseSchedule) -> Any:
+def to_diffusers(network: Denoiser, schedule: NoiseSchedule) -> Any:
     """The reverse of `from_diffusers`: a `DiTTransformer2DModel`, one copy of the embedders for each block.
 
     Raises:
@@ -145,7 +146,8 @@ def to_diffusers(network: DiT, schedule: NoiseSchedule) -> Any:
     """
     from diffusers import DiTTransformer2DModel
 
-    config = network.config
+    trunk = dit_trunk(network, "a diffusers transformer")
+    config = trunk.config
     time_scale = float(schedule.num_train_timesteps) if schedule.kind == "flow" else 1.0
     fixed = {
         "freq_shift": (config.freq_shift, 1.0, "diffusers fixes the time embedding's frequency shift at 1; DiT's is 0"),
@@ -160,7 +162,7 @@ def to_diffusers(network: DiT, schedule: NoiseSchedule) -> Any:
         if found != expected:
             raise InputError(f"this network cannot be a diffusers one: {name} is {found}, there {expected}: {reason}")
     table = sincos_position_embedding(config.input_size // config.patch_size, config.hidden_size)
-    if not torch.allclose(network.trunk.pos_embed.cpu(), table, atol=1e-5):
+    if not torch.allclose(trunk.pos_embed.cpu(), table, atol=1e-5):
         raise InputError("this network cannot be a diffusers one: its position embedding is not the sin-cos table there")
     transformer = DiTTransformer2DModel(
         num_attention_heads=config.num_heads,
@@ -186,7 +188,7 @@ def to_diffusers(network: DiT, schedule: NoiseSchedule) -> Any:
     return transformer.eval()
 
 
-def save_diffusers(teacher: DiTTeacher, path: str | Path) -> None:
+def save_diffusers(teacher: NetworkTeacher, path: str | Path) -> None:
     """Write a teacher as a `DiTPipeline` folder: transformer, scheduler, and the VAE if it has one.
 
     Without a VAE the folder holds transformer and scheduler alone, which `pyard.load_teacher` reads from `transformer/`.

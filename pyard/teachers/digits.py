@@ -5,30 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from pyard.models.dit import DiTConfig
-from pyard.noise_schedule import NoiseSchedule
-from pyard.teachers.dit import DiTTeacher
+from pyard.data.digits import NUM_CLASSES, digits_data
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.models.dit.network import DiTConfig
+from pyard.teachers.network_teacher import NetworkTeacher
 from pyard.teachers.teaching import TeachBatch, TeachConfig, new_network, taught_once, teaching_device, train_network
 
-NUM_CLASSES = 10
 # Raised whenever the defaults of `teach` or its arithmetic change, so that nobody's cached teacher is an older one.
 _CACHED_NAME = "digits-teacher-1"
-
-
-def digits_data() -> tuple[np.ndarray, np.ndarray]:
-    """The 1797 handwritten digits that scikit-learn ships (UCI, Alpaydin & Kaynak 1998).
-
-    Returns:
-        (images float32 [1797, 1, 8, 8], -1 paper to 1 ink; labels int64 [1797], 0 to 9).
-    """
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images = (bunch.images / 8 - 1).astype(np.float32)  # 17 grey levels, 0 to 16
-    return images[:, None], bunch.target.astype(np.int64)
 
 
 def cache_folder() -> Path:
@@ -39,7 +25,7 @@ def cache_folder() -> Path:
     return (Path(shared) if shared else Path.home() / ".cache") / "pyard"
 
 
-def digits_teacher(progress: bool = True) -> DiTTeacher:
+def digits_teacher(progress: bool = True) -> NetworkTeacher:
     """The built-in teacher of the digits, trained into the cache folder (a minute or two) if it is not there yet."""
     return teach(cache_folder() / _CACHED_NAME, progress=progress)
 
@@ -58,7 +44,7 @@ def teach(
     seed: int = 0,
     save_every: int = 500,
     progress: bool = True,
-) -> DiTTeacher:
+) -> NetworkTeacher:
     """Train a class-conditional diffusion transformer on handwritten digits: the built-in teacher.
 
     It predicts eps in pixel space (1x8x8, patch 2) under the linear schedule of 1000 noise levels (Ho et al. 2020) and knows an
@@ -98,10 +84,12 @@ def teach(
         ema_decay=ema_decay,
         seed=seed,
     )
-    return taught_once(out, config, lambda working: _train(config, working, save_every, progress), DiTTeacher.from_pretrained)
+    return taught_once(
+        out, config, lambda working: _train(config, working, save_every, progress), NetworkTeacher.from_pretrained
+    )
 
 
-def _train(config: TeachConfig, working: Path, save_every: int, progress: bool) -> DiTTeacher:
+def _train(config: TeachConfig, working: Path, save_every: int, progress: bool) -> NetworkTeacher:
     schedule = NoiseSchedule()
     images, labels = (torch.from_numpy(array) for array in digits_data())
     alphas_cumprod = torch.from_numpy(schedule.alphas_cumprod).float()
@@ -119,7 +107,7 @@ def _train(config: TeachConfig, working: Path, save_every: int, progress: bool) 
 
     network = new_network(sizes, config.seed).to(teaching_device())
     network = train_network(network, draw, config, working, save_every=save_every, progress=progress)
-    return DiTTeacher(network, schedule)
+    return NetworkTeacher(network, schedule)
 
 
 def digits_network(hidden_size: int = 64, depth: int = 4, num_heads: int = 4) -> DiTConfig:

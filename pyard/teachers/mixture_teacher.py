@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
+from pyard.conditions import Condition, as_condition
+from pyard.data.mixture import GaussianMixture
+from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.errors import InputError
-from pyard.models.dit import DiT, DiTConfig
+from pyard.models.backbone import Backbone, Denoiser
+from pyard.models.dit.network import DiTConfig
+from pyard.models.families import backbone_class
+from pyard.models.fingerprint import fingerprint_of
 from pyard.models.folder import load_config, load_folder, save_folder
-from pyard.noise_schedule import NoiseSchedule
-from pyard.teachers.dit import DiTTeacher
-from pyard.teachers.fingerprint import fingerprint_of
-from pyard.teachers.mixture import GaussianMixture
+from pyard.teachers.network_teacher import NetworkTeacher
 from pyard.teachers.teaching import TeachBatch, TeachConfig, new_network, taught_once, teaching_device, train_network
 
 _ARRAYS = ("means", "weights", "variances", "factors")
 
 
-class MixtureTeacher(DiTTeacher):
+class MixtureTeacher(NetworkTeacher):
     """A Gaussian mixture that teaches (implements `pyard.teachers.Teacher`).
 
     Args:
@@ -32,16 +33,18 @@ class MixtureTeacher(DiTTeacher):
         schedule: the forward process and what is predicted.
     """
 
-    def __init__(self, mixture: GaussianMixture, network: nn.Module, schedule: NoiseSchedule | None = None):
+    def __init__(self, mixture: GaussianMixture, network: Denoiser, schedule: NoiseSchedule | None = None):
         super().__init__(network, schedule or NoiseSchedule())
-        found, expected = (self.sample_shape, self.num_classes), (mixture.sample_shape, mixture.num_classes)
+        found, expected = (self.sample_shape, self.conditions.count), (mixture.sample_shape, mixture.num_classes)
         if found != expected:
             raise InputError(f"mixture of samples and classes {expected}, network of {found}; expected the same")
         self.mixture = mixture
 
-    def predict(self, x: torch.Tensor, time: float, labels: torch.Tensor) -> torch.Tensor:
+    def predict(self, x: torch.Tensor, time: float, condition: Condition | torch.Tensor) -> torch.Tensor:
         """The exact output for one time, in the dtype of x. Shapes as in `Teacher.predict`."""
-        denoised = self.mixture.denoised(x, self.schedule.alpha(time), self.schedule.sigma(time), labels)
+        denoised = self.mixture.denoised(
+            x, self.schedule.alpha(time), self.schedule.sigma(time), as_condition(condition)["label"]
+        )
         p, q, _, _ = self.schedule.output_map(time)  # denoised = p x + q F
         return ((denoised - p * x.double()) / q).to(x.dtype)
 
@@ -54,6 +57,7 @@ class MixtureTeacher(DiTTeacher):
     def save_pretrained(self, path: str | Path) -> None:
         """Write the teacher's folder (`config.json`, and `model.safetensors` with the mixture's arrays in float64)."""
         config = {
+            "family": self.network.trunk.family(),
             "network": self.network.config.to_json(),
             "schedule": self.schedule.to_json(),
             "sample_shape": self.sample_shape,
@@ -63,13 +67,14 @@ class MixtureTeacher(DiTTeacher):
         save_folder(Path(path), config, tensors, kind="MixtureTeacher")
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, network: Callable[[DiTConfig], nn.Module] = DiT) -> MixtureTeacher:
-        """Read a folder that `save_pretrained` wrote; arguments and errors as `DiTTeacher.from_pretrained`."""
+    def from_pretrained(cls, path: str | Path, *, network: type[Backbone] | str | None = None) -> MixtureTeacher:
+        """Read a folder that `save_pretrained` wrote; arguments and errors as `NetworkTeacher.from_pretrained`."""
         config, tensors = load_folder(Path(path), kind="MixtureTeacher")
+        backbone = backbone_class(str(config.get("family", "dit")), network, path)
         try:
             arrays = {name: tensors[f"mixture.{name}"].numpy() for name in _ARRAYS}
             mixture = GaussianMixture(sample_shape=config["sample_shape"], **arrays)
-            built = network(DiTConfig(**config["network"]))
+            built = Denoiser(backbone(backbone.config_class(**config["network"])))
             prefix = "network."
             built.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
         except (KeyError, TypeError, RuntimeError) as error:

@@ -6,22 +6,28 @@ import json
 import re
 from pathlib import Path
 
+import torch
+
+from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.errors import InputError
-from pyard.models.dit import DiTConfig
+from pyard.models.backbone import Backbone, BackboneConfig, Denoiser
+from pyard.models.dit.network import DiTConfig, Trunk
+from pyard.models.families import backbone_class
 from pyard.models.folder import CONFIG_NAME, load_config
-from pyard.noise_schedule import NoiseSchedule
 from pyard.teachers import load_teacher
+from pyard.teachers.network_teacher import KINDS
 
 # (depth, hidden_size, num_heads): Peebles & Xie 2023, table 1; SiT (Ma et al. 2024) has the same.
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 
-def network_of(source: str | Path) -> tuple[DiTConfig, NoiseSchedule]:
-    """A teacher's sizes and schedule, read or known, never trained.
+def network_of(source: str | Path, network: type[Backbone] | str | None = None) -> tuple[Denoiser, NoiseSchedule]:
+    """A teacher's network without its weights (on the meta device) and its schedule, read or known, never trained.
 
     Args:
         source: `digits`; whatever `load_teacher` reads; or a published name such as `DiT-XL/2`, `DiT-XL-2-512` or `SiT-B-2`,
             followed by the images' size if that is not 256.
+        network: class of a backbone that is none of pyard's, or "package.module:Class" to import it from.
 
     Raises:
         InputError: neither there nor known.
@@ -29,14 +35,17 @@ def network_of(source: str | Path) -> tuple[DiTConfig, NoiseSchedule]:
     if str(source) == "digits":
         from pyard.teachers.digits import digits_network
 
-        return digits_network(), NoiseSchedule()
+        return _without_weights(Trunk, digits_network()), NoiseSchedule()
     path = Path(source)
-    if path.is_dir() and (path / CONFIG_NAME).is_file() and _class_name(path) == "DiTTeacher":
-        config = load_config(path, kind="DiTTeacher")
-        return DiTConfig(**config["network"]), NoiseSchedule.from_json(config["schedule"])
+    if path.is_dir() and (path / CONFIG_NAME).is_file() and _class_name(path) in KINDS:
+        config = load_config(path, kind=KINDS)
+        backbone = backbone_class(str(config.get("family", "dit")), network, path)
+        return _without_weights(backbone, backbone.config_class(**config["network"])), NoiseSchedule.from_json(
+            config["schedule"]
+        )
     if path.exists():
-        teacher = load_teacher(source)
-        return teacher.network.config, teacher.schedule
+        teacher = load_teacher(source, network=network)
+        return teacher.network.to("meta"), teacher.schedule
     name = re.fullmatch(r"(?i)(dit|sit)-(s|b|l|xl)[-/]([248])(?:-(\d+)(?:x\d+)?)?(?:\.pt|\.safetensors)?", path.as_posix())
     if name is None:
         raise InputError(
@@ -45,7 +54,7 @@ def network_of(source: str | Path) -> tuple[DiTConfig, NoiseSchedule]:
         )
     family, size, patch, resolution = name.groups()
     depth, hidden, heads = SIZES[size.upper()]
-    network = DiTConfig(
+    sizes = DiTConfig(
         input_size=int(resolution or 256) // 8,
         in_channels=4,
         out_channels=8,
@@ -56,7 +65,12 @@ def network_of(source: str | Path) -> tuple[DiTConfig, NoiseSchedule]:
         num_classes=1000,
     )
     flow = family.lower() == "sit"
-    return network, NoiseSchedule(kind="flow", prediction="velocity") if flow else NoiseSchedule()
+    return _without_weights(Trunk, sizes), NoiseSchedule(kind="flow", prediction="velocity") if flow else NoiseSchedule()
+
+
+def _without_weights(backbone: type[Backbone], sizes: BackboneConfig) -> Denoiser:
+    with torch.device("meta"):
+        return Denoiser(backbone(sizes))  # type: ignore[call-arg]
 
 
 def _class_name(folder: Path) -> str | None:

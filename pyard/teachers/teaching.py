@@ -11,21 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from filelock import FileLock
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from pyard.conditions import Condition
 from pyard.errors import InputError
-from pyard.models.dit import DiT, DiTConfig
-from pyard.teachers.dit import DiTTeacher
+from pyard.models.dit.network import DiT, DiTConfig
+from pyard.storage.checkpoints import Checkpoints, Stateful, ema_of
+from pyard.teachers.network_teacher import NetworkTeacher
 
 _SETTINGS_NAME = "teach.json"
 _WARM_UP_STEPS = 100
 
-_Teacher = TypeVar("_Teacher", bound=DiTTeacher)
+_Teacher = TypeVar("_Teacher", bound=NetworkTeacher)
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,6 @@ class TeachBatch(NamedTuple):
     times: torch.Tensor  # [B], the schedule's times
     labels: torch.Tensor  # [B] int64
     target: torch.Tensor  # [B, C, H, W]
-
-
-def sample_generator(seed: int, index: int, stream: int) -> np.random.Generator:
-    """What sample `index` of a seed is drawn from, whatever else is drawn; streams 0 and 1 are `pyard.noise`'s."""
-    key = np.array([seed, index], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, stream], dtype=np.uint64)))
 
 
 def teaching_device() -> torch.device:
@@ -146,8 +141,6 @@ def train_network(
     Returns:
         The network with its averaged weights.
     """
-    from pyard.training.state import Checkpoints, Stateful, ema_of
-
     device = next(network.parameters()).device
     ema = ema_of(network, config.ema_decay)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
@@ -164,7 +157,7 @@ def train_network(
             warm_up = min(1.0, step / _WARM_UP_STEPS)
             group["lr"] = config.learning_rate * warm_up * 0.5 * (1 + math.cos(math.pi * step / config.max_steps))
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
-            prediction = network(batch.noisy.to(device), batch.times.to(device), batch.labels.to(device))
+            prediction = network(batch.noisy.to(device), batch.times.to(device), Condition({"label": batch.labels.to(device)}))
         loss = F.mse_loss(prediction.float(), batch.target.to(device))
         optimizer.zero_grad()
         loss.backward()

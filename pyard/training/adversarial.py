@@ -3,7 +3,7 @@
 They look at both through a frozen teacher, at a random noise level. Generator and discriminators change together, by gradients
 taken at the same weights.
 
-    B batch of this process · S steps · C, H, W sample shape · T tokens · D hidden · K blocks looked at
+    B batch of this process · S steps · [C, ...] sample shape · T tokens · D hidden · K blocks looked at
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pyard.conditions import Condition, as_condition
+from pyard.data.real_data import RealReader
 from pyard.errors import InputError
 from pyard.models.discriminator import Discriminator
-from pyard.models.dit import Head, unpatchify
 from pyard.models.student import Student
-from pyard.teachers.dit import DiTTeacher
+from pyard.teachers.network_teacher import NetworkTeacher
 from pyard.training.adversarial_config import AdversarialConfig
+from pyard.training.adversarial_cost import adversarial_flops
 from pyard.training.config import TrainConfig
-from pyard.training.flops import adversarial_flops
 from pyard.training.processes import Processes, seed_of
-from pyard.training.real_data import RealReader
 from pyard.training.regression import Measured, Regression
 from pyard.trajectories import TrajectoryBatch
 
@@ -38,8 +38,8 @@ class Features:
         config: noise levels and blocks.
     """
 
-    def __init__(self, teacher: DiTTeacher, config: AdversarialConfig):
-        depth = teacher.network.config.depth
+    def __init__(self, teacher: NetworkTeacher, config: AdversarialConfig):
+        depth = len(teacher.network.trunk.blocks)
         self.blocks = tuple(range(depth)) if config.blocks is None else config.blocks
         if max(self.blocks) >= depth:
             raise InputError(f"adversarial: blocks is {list(self.blocks)}; the teacher has {depth}, numbered from 0")
@@ -56,22 +56,21 @@ class Features:
 
     def __call__(
         self,
-        clean: torch.Tensor,  # [B, C, H, W]
-        noise: torch.Tensor,  # [B, C, H, W]
+        clean: torch.Tensor,  # [B, C, ...]
+        noise: torch.Tensor,  # [B, C, ...]
         times: list[float],  # B
-        labels: torch.Tensor,  # [B]
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:  # K times [B, T, D] and the conditioning [B, D]
-        schedule, trunk = self.teacher.schedule, self.teacher.network.trunk
+        condition: Condition | torch.Tensor,  # B rows, or class labels
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:  # K times [B, T, D] and the conditioning [B, E]
+        condition = as_condition(condition)
+        schedule, network = self.teacher.schedule, self.teacher.network
         alpha, sigma = (
-            torch.tensor([f(time) for time in times], device=clean.device)[:, None, None, None]
+            torch.tensor([f(time) for time in times], device=clean.device).view(-1, *[1] * (clean.ndim - 1))
             for f in (schedule.alpha, schedule.sigma)
         )
-        condition = trunk.condition(torch.tensor(times, device=clean.device)[:, None], labels)  # [B, 1, D]
-        x, seen = trunk.embed((alpha * clean + sigma * noise)[:, None]), {}
-        for i, block in enumerate(trunk.blocks[: max(self.blocks) + 1]):
-            x = block(x, condition)
-            seen[i] = x[:, 0].float()
-        return [seen[i] for i in self.blocks], condition[:, 0].float()
+        at = torch.tensor(times, device=clean.device)
+        vectors = network.trunk.conditioning(at, condition)
+        seen = network.trunk.features(alpha * clean + sigma * noise, at, condition, network.head, self.blocks)
+        return [x.float() for x in seen], vectors.float()
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Adversarial(Regression):
         real: real data, whose position is kept in the checkpoint.
     """
 
-    def __init__(self, config: TrainConfig, student: Student, processes: Processes, teacher: DiTTeacher, real: RealReader):
+    def __init__(self, config: TrainConfig, student: Student, processes: Processes, teacher: NetworkTeacher, real: RealReader):
         super().__init__(config, student, processes)
         settings = self.settings = config.adversarial
         share = config.batch_size // processes.world
@@ -103,20 +102,23 @@ class Adversarial(Regression):
                 f"adversarial: a process's share of a batch is {share}; expected a multiple of virtual_batch "
                 f"{settings.virtual_batch}, so that virtual batches are the same on any number of processes"
             )
-        tokens = teacher.network.config.tokens_per_step
+        trunk = teacher.network.trunk
+        tokens = trunk.tokens_per_step()
         if settings.depth and settings.kernel_size // 2 > tokens:
             raise InputError(
                 f"adversarial: kernel_size {settings.kernel_size} reaches {settings.kernel_size // 2} tokens to each side, "
                 f"more than once around the teacher's {tokens}; lower adversarial.kernel_size to at most {2 * tokens + 1}"
             )
-        self.real = real
+        self.real, self.conditions = real, teacher.conditions
         self.features = Features(teacher, settings)
-        self.flops += config.batch_size * adversarial_flops(teacher.network.config, settings)
+        one = teacher.conditions.take([0])
+        self.flops += config.batch_size * adversarial_flops(teacher.network, one, settings)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(config.seed, _WEIGHTS))
             self.discriminator = Discriminator(
                 len(self.features.blocks),
-                teacher.network.config.hidden_size,
+                trunk.hidden_size,
+                condition_size=trunk.conditioning_size(one),
                 width=settings.width,
                 depth=settings.depth,
                 kernel_size=settings.kernel_size,
@@ -135,16 +137,14 @@ class Adversarial(Regression):
             "real": real,
         }
         self._seen_by_last_linear: torch.Tensor | None = None
-        last_head = student.heads[-1]
-        assert isinstance(last_head, Head)
-        last_head.linear.register_forward_pre_hook(self._remember)
+        student.trunk.last_linear(student.heads[-1]).register_forward_pre_hook(self._remember)
 
     def compute(self, step: int, batch: TrajectoryBatch) -> Measured:
         """Gradients of the student and of the discriminators on this process's share of a batch."""
         settings, processes = self.settings, self.processes
         batch = batch.to(processes.device)
         with processes.autocast():
-            prediction = self.model(batch.history, batch.condition)  # [B, S, C, H, W]
+            prediction = self.model(batch.history, batch.condition)  # [B, S, C, ...]
         leaf = prediction.detach().float().requires_grad_()
         per_step = self.loss.per_step(leaf, batch.target)
         loss = self.loss.total(per_step)
@@ -152,11 +152,12 @@ class Adversarial(Regression):
 
         clean = leaf[:, -1].detach().requires_grad_()
         real, labels = (tensor.to(processes.device) for tensor in next(self.real))
+        condition = self.conditions.take(labels)
         sides = self._draw(step, clean)
         with processes.autocast():
             fake_seen, fake_condition = self.features(clean, sides.fake_noise, sides.times, batch.condition)
         with torch.no_grad(), processes.autocast():
-            real_seen, real_condition = self.features(real, sides.real_noise, sides.times, labels)
+            real_seen, real_condition = self.features(real, sides.real_noise, sides.times, condition)
 
         generator, distance = self._generator_loss(fake_seen, fake_condition, real_seen, real_condition)
         # Through a float16 teacher, gradients of single tokens would be too small to be anything but 0 without a scale.
@@ -262,21 +263,22 @@ class Adversarial(Regression):
         adversarial[:, -1] = by_discriminators
         norms = []
         for gradient in (regression, adversarial):
-            at_output = _at_tokens(student, gradient, first)  # [B, s, T, P*P*C]
-            local = torch.einsum("bsto,bstd->od", at_output, seen.float())
+            at_output = self._at_output(gradient, first).flatten(0, -2)  # [rows, out]
+            local = at_output.T @ seen.flatten(0, -2).float()
             norms.append(self.processes.mean(local).norm())
         return (norms[0] / (norms[1] + 1e-4)).clamp(max=self.settings.max_ratio)
 
-
-def _at_tokens(student: Student, gradient: torch.Tensor, first: int) -> torch.Tensor:
-    """A gradient at predictions [B, s, C, H, W] of the steps from `first` on, at the head's tokens [B, s, T, P*P*C]."""
-    config = student.config.network
-    patch = config.patch_size
-    tokens = torch.zeros(*gradient.shape[:2], config.tokens_per_step, patch**2 * config.in_channels, device=gradient.device)
-    with torch.enable_grad():
-        tokens.requires_grad_()
+    def _at_output(self, gradient: torch.Tensor, first: int) -> torch.Tensor:
+        """A gradient at predictions [B, s, C, ...] of the steps from `first` on, at the last linear layer: [B, s, T, out]."""
+        student = self.student
+        trunk, sample_shape = student.trunk, tuple(gradient.shape[2:])
         if student.jumps:
             factors = torch.tensor([b for _, b in student.jumps[first:]], device=gradient.device)
-            gradient = gradient * factors[:, None, None, None]
-        (at_tokens,) = torch.autograd.grad(unpatchify(tokens, patch, config.in_channels), tokens, gradient)
-    return at_tokens
+            gradient = gradient * factors.view(1, -1, *[1] * len(sample_shape))
+        width = trunk.last_linear(student.heads[-1]).out_features
+        rows = gradient.shape[0] * gradient.shape[1]
+        tokens = torch.zeros(rows, trunk.tokens_per_step(sample_shape), width, device=gradient.device)
+        with torch.enable_grad():
+            samples = trunk.unembed(tokens.requires_grad_(), sample_shape)
+            (at_tokens,) = torch.autograd.grad(samples, tokens, gradient.flatten(0, 1))
+        return at_tokens.unflatten(0, gradient.shape[:2])

@@ -12,12 +12,12 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from pyard.diffusion.time_grid import Target
 from pyard.errors import InputError
 from pyard.models.student import Heads, Output, StudentConfig, default_output
 from pyard.ops.masks import Mask
-from pyard.time_grid import Target
+from pyard.storage.files import write_text
 from pyard.training.adversarial_config import AdversarialConfig
-from pyard.training.state import write_text
 from pyard.trajectories.manifest import DType, Keep, Precision
 
 SETTINGS_NAME = "settings.yaml"
@@ -32,7 +32,8 @@ HISTORY_SWITCHED_OFF = -4.0  # start of a learned history bias: `docs/quality.md
 
 # Two runs that differ in these alone compute the same, to rounding: a run may resume with others.
 _NOT_OF_THE_RESULT = (
-    "teacher", "trajectories", "out", "student", "save_every", "keep_last", "keep_every", "log_every", "evaluate_every",
+    "teacher", "trajectories", "out", "student", "network", "save_every", "keep_last", "keep_every",
+    "log_every", "evaluate_every",
     "evaluation_trajectories", "max_skipped_in_a_row", "trackers", "peak_tflops", "progress",
     "gradient_accumulation", "activation_checkpointing", "compile",
     "num_trajectories", "teacher_steps", "cfg_scale", "cfg_channels", "trajectory_dtype", "trajectory_keep",
@@ -51,6 +52,7 @@ class TrainConfig:
 
         stage: `regression`, or `adversarial`: go on from `student` with discriminators beside the regression.
         student: run folder or student's folder that the adversarial stage starts from; it decides all about the student.
+        network: package.module:Class of the backbone of a teacher that is made of none of pyard's.
 
         num_steps: S, network passes of the student; the grid of a given store must have as many.
         history_layers: N, how many of the lowest attentions see earlier steps; 0 is step distillation; none: a quarter of
@@ -122,6 +124,7 @@ class TrainConfig:
     trajectories: str | None = None
     stage: Stage = "regression"
     student: str | None = None
+    network: str | None = None
 
     num_steps: int = 4
     history_layers: int | None = None

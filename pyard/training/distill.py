@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyard.errors import InputError
-from pyard.models.dit import DiT
+from pyard.models.fingerprint import weights_digest
 from pyard.models.lora import add_lora, merge_lora
 from pyard.models.student import Student
 from pyard.teachers import load_teacher
-from pyard.teachers.fingerprint import weights_digest
 from pyard.training.config import TrainConfig
 from pyard.trajectories import TrajectoryReader, TrajectoryStore, generate_trajectories
 from pyard.trajectories.store import read_manifest
 
 if TYPE_CHECKING:
-    from pyard.teachers.dit import DiTTeacher
+    from pyard.models.backbone import Backbone
+    from pyard.teachers.network_teacher import NetworkTeacher
     from pyard.training.processes import Processes
 
 # The seed of trajectories that are measured on is this far from the one of those that are trained on.
@@ -25,7 +25,7 @@ _REAL = 3  # the draws of the real data, as a part of their seed
 
 
 def train(
-    teacher: str | Path | DiTTeacher | TrainConfig,
+    teacher: str | Path | NetworkTeacher | TrainConfig,
     trajectories: str | Path | TrajectoryStore | None = None,
     *,
     out: str | Path | None = None,
@@ -58,11 +58,14 @@ def train(
         Preempted: (a SystemExit) a signal asked the run to end.
     """
     given_teacher, given_store = teacher, trajectories
+    backbone = settings.get("network")
+    if isinstance(backbone, type):
+        settings["network"] = f"{backbone.__module__}:{backbone.__qualname__}"
     if isinstance(teacher, TrainConfig):
         if trajectories is not None or out is not None or settings:
             raise InputError("train: a TrainConfig comes alone; use dataclasses.replace to change a field of it")
         config = teacher
-        given_teacher, given_store = config.teacher, config.trajectories
+        given_teacher, given_store, backbone = config.teacher, config.trajectories, config.network
     else:
         if out is None:
             raise InputError("train: out is missing; expected the run folder")
@@ -76,7 +79,7 @@ def train(
 
     processes = Processes(config.mixed_precision, config.parallel)
     with own_random_state(processes.device), ends_at_once():
-        return _run(config, given_teacher, given_store, processes)
+        return _run(config, given_teacher, given_store, processes, backbone)
 
 
 def train_command(config: TrainConfig) -> None:
@@ -93,14 +96,16 @@ def train_command(config: TrainConfig) -> None:
     train(config)
 
 
-def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Processes) -> Student:
+def _run(
+    config: TrainConfig, teacher: Any, trajectories: Any, processes: Processes, network: type[Backbone] | str | None
+) -> Student:
+    from pyard.data.real_data import RealData, RealReader
+    from pyard.storage.checkpoints import Checkpoints
     from pyard.training.adversarial import Adversarial
     from pyard.training.loop import train_stage
     from pyard.training.processes import seed_of
-    from pyard.training.real_data import RealData, RealReader
     from pyard.training.regression import Regression
     from pyard.training.sharded import whole_student
-    from pyard.training.state import Checkpoints
     from pyard.training.watch import Watcher
 
     if config.batch_size % (processes.world * config.gradient_accumulation):
@@ -110,16 +115,12 @@ def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Proces
         )
     if isinstance(teacher, str | Path):
         with processes.main_first():  # the built-in teacher is trained on first use
-            teacher = load_teacher(teacher)
-    earlier = None if config.student is None else Student.from_pretrained(config.student)
+            teacher = load_teacher(teacher, network=network)
+    network = type(teacher.network.trunk)
+    earlier = None if config.student is None else Student.from_pretrained(config.student, network=network)
     if earlier is not None:
         config = config.like(earlier.config)
     config = config.resolved(teacher.network.config.depth)
-    if processes.sharded and type(teacher.network) is not DiT:
-        raise InputError(
-            f"training: parallel 'fsdp' and a teacher with a network of its own, {type(teacher.network).__name__}, whose "
-            "student cannot be put together from shards; use 'ddp'"
-        )
     begun = config.begun()  # what it was begun with, before hours go into something else
     if begun is not None and trajectories is None and begun["manifest"]["count"] < config.num_trajectories:
         raise InputError(
@@ -139,7 +140,7 @@ def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Proces
     inputs = {"teacher_fingerprint": teacher.fingerprint, "manifest": {**store.manifest.to_json(), "count": count}}
     stage: Regression
     if config.stage == "adversarial":
-        data = RealData.load(_real_source(config, student, teacher, processes), student.sample_shape, student.num_classes)
+        data = RealData.load(_real_source(config, student, teacher, processes), student.sample_shape, student.num_conditions)
         inputs |= {"real_fingerprint": data.fingerprint(), "student_fingerprint": weights_digest(student)}
     with processes.main_first():
         if processes.is_main:
@@ -183,10 +184,12 @@ def _run(config: TrainConfig, teacher: Any, trajectories: Any, processes: Proces
         with processes.main_first():
             if processes.is_main and result is not None:
                 result.save_pretrained(config.out / name)
-    return Student.from_pretrained(config.out).to(processes.device) if processes.sharded else averages[0].eval()
+    return (
+        Student.from_pretrained(config.out, network=network).to(processes.device) if processes.sharded else averages[0].eval()
+    )
 
 
-def _student(teacher: DiTTeacher, store: TrajectoryStore, config: TrainConfig, earlier: Student | None) -> Student:
+def _student(teacher: NetworkTeacher, store: TrajectoryStore, config: TrainConfig, earlier: Student | None) -> Student:
     """The student that training starts from: that of an earlier stage, or the teacher with a history."""
     if earlier is None:
         assert config.history_layers is not None
@@ -214,9 +217,9 @@ def _student(teacher: DiTTeacher, store: TrajectoryStore, config: TrainConfig, e
     return earlier
 
 
-def _real_source(config: TrainConfig, student: Student, teacher: DiTTeacher, processes: Processes) -> str | Path:
+def _real_source(config: TrainConfig, student: Student, teacher: NetworkTeacher, processes: Processes) -> str | Path:
     """Where the real data is; pictures are encoded first, each process its share."""
-    from pyard.training.real_images import cached_images, is_image_folder
+    from pyard.data.real_images import cached_images, is_image_folder
 
     source = config.adversarial.real
     if source == "digits" or not is_image_folder(Path(source)):
@@ -234,7 +237,9 @@ def _real_source(config: TrainConfig, student: Student, teacher: DiTTeacher, pro
     return shards
 
 
-def _open_store(teacher: DiTTeacher, trajectories: str | Path | TrajectoryStore | None, config: TrainConfig) -> TrajectoryStore:
+def _open_store(
+    teacher: NetworkTeacher, trajectories: str | Path | TrajectoryStore | None, config: TrainConfig
+) -> TrajectoryStore:
     """The store to train on: the given one, checked against teacher and S, or a new one in the run folder."""
     if trajectories is None:
         return generate_trajectories(
@@ -263,7 +268,9 @@ def _open_store(teacher: DiTTeacher, trajectories: str | Path | TrajectoryStore 
     return store
 
 
-def _held_out(teacher: DiTTeacher, config: TrainConfig, store: TrajectoryStore, processes: Processes) -> TrajectoryStore | None:
+def _held_out(
+    teacher: NetworkTeacher, config: TrainConfig, store: TrajectoryStore, processes: Processes
+) -> TrajectoryStore | None:
     """Trajectories of the same kind as those trained on, from other noise, for the exposure-bias curve."""
     if not (config.evaluate_every and (processes.is_main or processes.sharded)):
         return None

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from pyard.cost.devices import peak_tflops
 from pyard.errors import InputError
 from pyard.models.student import Student
+from pyard.storage.checkpoints import Checkpoints
+from pyard.storage.log import TrainingLog
 from pyard.training.config import TrainConfig
-from pyard.training.flops import peak_tflops
 from pyard.training.processes import Preempted, Processes, memory_advice, preemption, seed_of
 from pyard.training.regression import Measured, Stage
-from pyard.training.state import Checkpoints, TrainingLog
 from pyard.trajectories import TrajectoryReader
 
 Watch = Callable[[int, Measured], None]
@@ -60,7 +61,7 @@ def train_stage(
     advice = memory_advice(
         reader.batch_size // config.gradient_accumulation,
         student.num_steps,
-        student.config.network.tokens_per_step,
+        student.trunk.tokens_per_step(),
         None if config.stage == "adversarial" else config.gradient_accumulation,
     )
 

@@ -43,12 +43,13 @@ class RegressionLoss:
         mean = sum(weights) / len(weights)
         return cls(config.loss, huber_c, tuple(weight / mean for weight in weights))
 
-    def per_step(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:  # [B,S,C,H,W] twice -> [S]
+    def per_step(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:  # [B, S, C, ...] twice -> [S]
         """The mean loss of each step, not weighted, in float32."""
         squares = (prediction.float() - target.float()).square()
+        inner = tuple(range(2, squares.ndim))
         if self.kind == "mse":
-            return squares.mean(dim=(0, 2, 3, 4))
-        return ((squares.sum(dim=(2, 3, 4)) + self.huber_c**2).sqrt() - self.huber_c).mean(dim=0)
+            return squares.mean(dim=(0, *inner))
+        return ((squares.sum(dim=inner) + self.huber_c**2).sqrt() - self.huber_c).mean(dim=0)
 
     def total(self, per_step: torch.Tensor) -> torch.Tensor:  # [S] -> []
         """The weighted mean over the steps."""

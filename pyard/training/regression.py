@@ -14,13 +14,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from pyard.conditions import Condition
+from pyard.cost.flops import update_flops
 from pyard.models.history import ConcatenatingCache
 from pyard.models.student import Student
+from pyard.storage.checkpoints import Stateful, ema_of
 from pyard.training.config import TrainConfig
-from pyard.training.flops import update_flops
 from pyard.training.losses import RegressionLoss
 from pyard.training.processes import Processes, seed_of
-from pyard.training.state import Stateful, ema_of
 from pyard.trajectories import TrajectoryBatch
 
 
@@ -79,20 +80,20 @@ class Passes(nn.Module):
 
     def forward(
         self,
-        history: torch.Tensor,  # [B, S, C, H, W]
-        labels: torch.Tensor,  # [B]
+        history: torch.Tensor,  # [B, S, C, ...]
+        condition: Condition,  # B rows
         through_cache: bool = False,
-    ) -> torch.Tensor:  # [B, S, C, H, W]
+    ) -> torch.Tensor:  # [B, S, C, ...]
         """The parallel pass on `history`, or a rollout from its first entry with gradients through its own history."""
         if through_cache:
-            return torch.stack(list(self.student.rollout(history[:, 0], labels, ConcatenatingCache())), dim=1)
-        return self.student(history, labels)
+            return torch.stack(list(self.student.rollout(history[:, 0], condition, ConcatenatingCache())), dim=1)
+        return self.student(history, condition)
 
 
 @torch.no_grad()
-def own_history(student: Student, noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # [B, S, C, H, W]
+def own_history(student: Student, noise: torch.Tensor, condition: Condition | torch.Tensor) -> torch.Tensor:  # [B, S, C, ...]
     """The inputs that the student would see if it sampled: the noise, then its own predictions."""
-    predictions = list(student.rollout(noise, labels, ConcatenatingCache()))
+    predictions = list(student.rollout(noise, condition, ConcatenatingCache()))
     return torch.stack([noise, *(p.to(noise.dtype) for p in predictions[:-1])], dim=1)
 
 
@@ -107,7 +108,7 @@ class Regression:
 
     def __init__(self, config: TrainConfig, student: Student, processes: Processes):
         self.config, self.student, self.processes = config, student.train(), processes
-        self.flops = update_flops(student.config, config.batch_size)
+        self.flops = update_flops(student, config.batch_size)
         self.loss = RegressionLoss.of(config, student.config)
         self.emas = [ema_of(student, decay) for decay in config.ema_decays]
         if config.activation_checkpointing:
@@ -201,7 +202,7 @@ class Regression:
 
 def micro_batches(batch: TrajectoryBatch, count: int) -> Iterator[tuple[TrajectoryBatch, bool]]:
     """A process's share of a batch in `count` equal pieces, and whether each is the last."""
-    pieces = zip(*(tensor.chunk(count) for tensor in (batch.history, batch.target, batch.condition)), strict=True)
+    pieces = zip(batch.history.chunk(count), batch.target.chunk(count), batch.condition.split(count), strict=True)
     for i, piece in enumerate(pieces, start=1):
         yield TrajectoryBatch(*piece), i == count
 

@@ -32,12 +32,14 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
+from pyard.conditions import load_conditions
 from pyard.errors import InputError
-from pyard.models.latents import LatentCodec
+from pyard.models.codec import LatentCodec
+from pyard.models.families import backbone_class
 from pyard.models.lora import add_lora, merge_lora
 from pyard.models.student import Student, StudentConfig
+from pyard.storage.checkpoints import Checkpoints, Stateful
 from pyard.training.config import SETTINGS_NAME
-from pyard.training.state import Checkpoints, Stateful
 
 if TYPE_CHECKING:
     from pyard.training.processes import Processes
@@ -63,9 +65,9 @@ def whole_student(student: Student, processes: Processes) -> Student | None:
     tensors = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if not processes.is_main:
         return None
-    whole = Student(student.config)
+    whole = Student(student.config, type(student.trunk)(student.config.network))
     whole.load_state_dict(tensors)
-    whole.codec = student.codec
+    whole.codec, whole.conditions = student.codec, student.conditions
     return whole.eval()
 
 
@@ -136,7 +138,7 @@ class ShardedCheckpoints(Checkpoints):
         return isinstance(part, nn.Module) and any(isinstance(p, DTensor) for p in part.parameters())
 
 
-def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str = "ema") -> Student:
+def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str = "ema", network: str | None = None) -> Student:
     """Make one student's folder of a checkpoint, sharded or not.
 
     Example: pyard consolidate --run runs/xl2 --out runs/xl2-step-100000 --step 100000
@@ -146,6 +148,7 @@ def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str =
         out: the student's folder to write.
         step: updates done at the checkpoint; none: the newest.
         weights: `ema` for the averaged weights, `ema-DECAY` for a further average, `model` for the weights themselves.
+        network: package.module:Class of the backbone of a student that is made of none of pyard's.
 
     Returns:
         The student, with the VAE beside the run's student, the one it started from or the teacher.
@@ -159,7 +162,9 @@ def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str =
         raise InputError(f"{run}: checkpoints of steps {steps}; expected {'any' if step is None else step}")
     folder = checkpoints.folder(steps[-1] if step is None else step)
     state = json.loads((folder / "state.json").read_text())
-    student = Student(StudentConfig.from_json(state["student"]))
+    backbone = backbone_class(str(state["student"].get("family", "dit")), network, folder)
+    student_config = StudentConfig.from_json(state["student"], backbone)
+    student = Student(student_config, backbone(student_config.network))
     if state["lora_rank"] is not None:
         add_lora(student, state["lora_rank"])
     names = [file.stem for file in folder.glob("*.safetensors")]
@@ -182,7 +187,9 @@ def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str =
     student.load_state_dict(tensors)
     merge_lora(student)
     settings = yaml.safe_load((run / SETTINGS_NAME).read_text()) if (run / SETTINGS_NAME).exists() else {}
-    student.codec = LatentCodec.beside(run / "student", *(Path(settings.get(of) or run) for of in ("student", "teacher")))
+    origins = (run / "student", *(Path(settings.get(of) or run) for of in ("student", "teacher")))
+    student.codec = LatentCodec.beside(*origins)
+    student.conditions = student.conditions or load_conditions(*origins)
     student.save_pretrained(out)
     return student.eval()
 

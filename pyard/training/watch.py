@@ -9,64 +9,26 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from pyard.data.pictures import tiles
+from pyard.diffusion.noise import standard_normal
 from pyard.errors import InputError
 from pyard.models.history import ConcatenatingCache
 from pyard.models.student import Student
-from pyard.noise import standard_normal
-from pyard.pictures import tiles
+from pyard.sampling.exposure_bias import exposure_bias
+from pyard.storage.log import TrainingLog
 from pyard.training.config import TrainConfig
 from pyard.training.regression import Measured
-from pyard.training.state import TrainingLog
 from pyard.trajectories import TrajectoryBatch, TrajectoryReader, TrajectoryStore
 
 CURVES_NAME = "exposure_bias.jsonl"
 _GRID_SAMPLES = 20
-
-
-@dataclass(frozen=True)
-class ExposureBias:
-    """Errors to the teacher at each step.
-
-    Args:
-        times: S, the grid times that the predictions belong to (tau_{S-1} ... tau_0).
-        teacher_forced: S mean squared errors on the teacher's history.
-        rollout: S mean squared errors on the student's own.
-    """
-
-    times: tuple[float, ...]
-    teacher_forced: tuple[float, ...]
-    rollout: tuple[float, ...]
-
-
-@torch.no_grad()
-def exposure_bias(student: Student, batches: Iterable[TrajectoryBatch]) -> ExposureBias:
-    """Measure a student against trajectories of its teacher.
-
-    Args:
-        student: in evaluation mode.
-        batches: trajectories with the student's grid and target.
-    """
-    device = student.embed_times.device
-    errors = np.zeros((2, student.num_steps))
-    count = 0
-    for batch in batches:
-        history, target, labels = (t.to(device) for t in (batch.history, batch.target, batch.condition))
-        own = torch.stack(list(student.rollout(history[:, 0], labels, ConcatenatingCache())), dim=1)
-        for row, prediction in enumerate((student(history, labels), own)):
-            squares = (prediction.float() - target).square().mean(dim=(2, 3, 4)).sum(dim=0)  # [S]
-            errors[row] += squares.double().cpu().numpy()
-        count += len(labels)
-    if not count:
-        raise InputError("exposure bias: no trajectories; expected at least one batch")
-    forced, rolled = (tuple(float(e) for e in row / count) for row in errors)
-    return ExposureBias(student.config.grid.times[1:], forced, rolled)
 
 
 class Watcher:
@@ -92,9 +54,9 @@ class Watcher:
         self.config, self.student, self.held_out = config, student, held_out
         self.trackers = _trackers(config, resume_step) if records else []
         self.curves = TrainingLog(config.out / CURVES_NAME, resume_step) if held_out and records else None
-        labels = np.arange(_GRID_SAMPLES) % student.num_classes
+        numbers = np.arange(_GRID_SAMPLES) % student.num_conditions
         noise = standard_normal(config.seed, np.arange(_GRID_SAMPLES), student.sample_shape)
-        self._noise, self._labels = torch.from_numpy(noise), torch.from_numpy(labels)
+        self._noise, self._condition = torch.from_numpy(noise), student.require_conditions().take(numbers)
 
     def __call__(self, step: int, measured: Measured) -> None:
         """Look at the run after an update."""
@@ -118,11 +80,12 @@ class Watcher:
     @torch.no_grad()
     def _evaluate(self, step: int) -> None:
         student, device = self.student.eval(), self.student.embed_times.device
-        *_, samples = student.rollout(self._noise.to(device), self._labels.to(device), ConcatenatingCache())
-        picture = tiles(samples.float().cpu().numpy(), columns=_GRID_SAMPLES // 2)  # [rows, columns, 3]
-        for tracker in self.trackers:
-            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": picture[None]}, step=step, **options)
+        *_, samples = student.rollout(self._noise.to(device), self._condition.to(device), ConcatenatingCache())
+        if samples.ndim == 4:  # else they are no pictures
+            picture = tiles(samples.float().cpu().numpy(), columns=_GRID_SAMPLES // 2)  # [rows, columns, 3]
+            for tracker in self.trackers:
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": picture[None]}, step=step, **options)
         if self.held_out is not None:
             curve = exposure_bias(student, in_order(self.held_out, self.config))
             if self.curves is not None:

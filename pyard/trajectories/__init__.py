@@ -1,7 +1,7 @@
 """A teacher's ODE trajectories on disk: written once at great cost, read many times."""
 
+from pyard.trajectories.authors_files import convert_trajectories
 from pyard.trajectories.batch import TrajectoryBatch
-from pyard.trajectories.convert import convert_trajectories
 from pyard.trajectories.generate import generate_trajectories
 from pyard.trajectories.manifest import TrajectoryManifest
 from pyard.trajectories.merge import merge_trajectories

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pyard.conditions import Condition, Conditions, as_condition
 from pyard.errors import InputError
 
 
@@ -17,61 +18,60 @@ from pyard.errors import InputError
 class TrajectoryBatch:
     """What a student learns from in one step.
 
-    `history` and `target` are views of one tensor [B, 1 + S, C, H, W], the noise first: change neither in place. The memory
+    `history` and `target` are views of one tensor [B, 1 + S, C, ...], the noise first: change neither in place. The memory
     of a reader's batch is used again only when nothing refers to any view of it, so a batch may be kept as long as one likes.
 
     Args:
-        history: its S inputs, x_T first, [B, S, C, H, W].
-        target: its S outputs, x_0 last, [B, S, C, H, W].
-        condition: class labels, int64 [B].
+        history: its S inputs, x_T first, [B, S, C, ...].
+        target: its S outputs, x_0 last, [B, S, C, ...].
+        condition: B rows of the store's conditions; condition numbers that are classes, int64 [B], are taken for labels.
         frames: the tensor of which history and target are views, if they are.
         buffer: the reader's memory that the frames lie in, if they do.
     """
 
     history: torch.Tensor
     target: torch.Tensor
-    condition: torch.Tensor
+    condition: Condition
     frames: torch.Tensor | None = field(default=None, repr=False, compare=False)
     buffer: BatchBuffer | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.history.ndim != 5 or self.target.shape != self.history.shape or self.condition.shape != self.history.shape[:1]:
+        object.__setattr__(self, "condition", as_condition(self.condition))
+        fits = self.condition.batch_size == len(self.history) if self.history.ndim >= 3 else False
+        if not fits or self.target.shape != self.history.shape:
             raise InputError(
-                f"{self}: expected history and target of one shape [B, S, C, H, W] and condition [B]; "
+                f"{self}: expected history and target of one shape [B, S, C, ...] and a condition of B rows; "
                 "one of them was built from other samples"
             )
         if not (self.history.is_floating_point() and self.target.dtype == self.history.dtype):
             raise InputError(f"{self}: expected history and target in one floating-point dtype")
-        if self.condition.dtype != torch.int64:
-            raise InputError(f"{self}: expected condition to be int64 class labels")
+        if "label" in self.condition and self.condition["label"].dtype != torch.int64:
+            raise InputError(f"{self}: expected class labels to be int64")
 
     @classmethod
     def of_frames(
         cls,
-        frames: torch.Tensor,  # [B, 1 + S, C, H, W]
-        condition: torch.Tensor,  # [B] int64
+        frames: torch.Tensor,  # [B, 1 + S, C, ...]
+        condition: Condition,  # B rows
         buffer: BatchBuffer | None = None,
     ) -> TrajectoryBatch:
         """The batch whose inputs are all frames but the last, and whose outputs are all but the first; no copy."""
         return cls(frames[:, :-1], frames[:, 1:], condition, frames, buffer)
 
     def __len__(self) -> int:
-        return len(self.condition)
+        return len(self.history)
 
     def __repr__(self) -> str:
-        names = ("history", "target", "condition")
-        tensors = ((name, getattr(self, name)) for name in names)
-        described = (f"{name}={str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for name, tensor in tensors)
+        tensors = {"history": self.history, "target": self.target, **self.condition}
+        described = (f"{name}={str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for name, t in tensors.items())
         return f"TrajectoryBatch({', '.join(described)})"
 
     def to(self, device: torch.device | str) -> TrajectoryBatch:
         """The batch on another device; frames cross once, and the copy does not wait where the memory is pinned."""
         if self.frames is None:
             history, target = (t.to(device, non_blocking=True) for t in (self.history, self.target))
-            return TrajectoryBatch(history, target, self.condition.to(device, non_blocking=True))
-        moved = TrajectoryBatch.of_frames(
-            self.frames.to(device, non_blocking=True), self.condition.to(device, non_blocking=True), self.buffer
-        )
+            return TrajectoryBatch(history, target, self.condition.to(device))
+        moved = TrajectoryBatch.of_frames(self.frames.to(device, non_blocking=True), self.condition.to(device), self.buffer)
         if self.buffer is not None and torch.device(device).type == "cuda":
             self.buffer.being_copied = torch.cuda.Event()
             self.buffer.being_copied.record()
@@ -82,18 +82,18 @@ class BatchBuffer:
     """Memory of one batch, pinned where CUDA is, that knows whether a tensor still looks into it.
 
     Args:
-        frames_shape: [B, 1 + S, C, H, W].
+        frames_shape: [B, 1 + S, C, ...].
         dtype: of the frames.
     """
 
     def __init__(self, frames_shape: tuple[int, ...], dtype: torch.dtype):
         pin = torch.cuda.is_available()
         frames = torch.empty(frames_shape, dtype=dtype, pin_memory=pin)
-        condition = torch.empty(frames_shape[0], dtype=torch.int64, pin_memory=pin)
+        numbers = torch.empty(frames_shape[0], dtype=torch.int64, pin_memory=pin)
         self.dtype = dtype
         # numpy has no bfloat16, so that is its bits. Tensors made of an array refer to it: its reference count tells.
         self.frames: NDArray[Any] = (frames.view(torch.int16) if dtype == torch.bfloat16 else frames).numpy()
-        self.condition: NDArray[np.int64] = condition.numpy()
+        self.numbers: NDArray[np.int64] = numbers.numpy()
         self.being_copied: torch.cuda.Event | None = None
         self._references_if_free = self._references()
 
@@ -102,7 +102,7 @@ class BatchBuffer:
         return self._references() == self._references_if_free
 
     def _references(self) -> tuple[int, int]:
-        return sys.getrefcount(self.frames), sys.getrefcount(self.condition)
+        return sys.getrefcount(self.frames), sys.getrefcount(self.numbers)
 
     def wait_until_copied(self) -> None:
         """Return when the last copy to a GPU has read the memory."""
@@ -110,18 +110,19 @@ class BatchBuffer:
             self.being_copied.synchronize()
             self.being_copied = None
 
-    def batch(self, count: int) -> TrajectoryBatch:
-        """The first `count` samples as a batch, without a copy."""
+    def batch(self, count: int, conditions: Conditions) -> TrajectoryBatch:
+        """The first `count` samples as a batch, without a copy; their condition numbers are rows of `conditions`."""
         frames = torch.from_numpy(self.frames)
         frames = frames.view(torch.bfloat16) if self.dtype == torch.bfloat16 else frames
-        return TrajectoryBatch.of_frames(frames[:count], torch.from_numpy(self.condition)[:count], self)
+        numbers = torch.from_numpy(self.numbers)[:count]
+        return TrajectoryBatch.of_frames(frames[:count], conditions.take(numbers), self)
 
 
 class BufferPool:
     """Buffers of one shape; more are made only while more batches are alive.
 
     Args:
-        frames_shape: [B, 1 + S, C, H, W] of the largest batch.
+        frames_shape: [B, 1 + S, C, ...] of the largest batch.
         dtype: of the frames.
         keep: buffers that are kept for the next batches when nothing refers to them.
     """
@@ -131,7 +132,7 @@ class BufferPool:
         self._buffers: list[BatchBuffer] = []
 
     def take(self) -> BatchBuffer:
-        """A buffer that nobody looks into."""
+        """A buffer with no remaining references."""
         for i, buffer in enumerate(self._buffers):
             if buffer.is_free():
                 # To the end: the one that was free for longest is the next.

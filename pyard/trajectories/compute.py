@@ -13,22 +13,22 @@ import numpy as np
 import safetensors.torch
 import torch
 
-import pyard
+from pyard.diffusion.noise import standard_normal
 from pyard.errors import InputError
-from pyard.noise import standard_normal
-from pyard.solvers import solve
 from pyard.teachers import Teacher
+from pyard.teachers.guidance import solve
 from pyard.trajectories.manifest import IMPORTED, TrajectoryManifest
 from pyard.trajectories.shard import ShardRecord
+from pyard.version import __version__
 
 _TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def draw(manifest: TrajectoryManifest, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise [B, C, H, W] and labels [B] of the samples first ... first + batch_size - 1."""
+    """Noise [B, C, ...] and condition numbers [B] of the samples first ... first + batch_size - 1."""
     indices = np.arange(first, first + manifest.batch_size)
     noise = torch.from_numpy(standard_normal(manifest.seed, indices, manifest.sample_shape))
-    return noise, torch.from_numpy(manifest.label_of(indices))
+    return noise, torch.from_numpy(manifest.number_of(indices))
 
 
 def drawn_ahead(manifest: TrajectoryManifest, begins: list[int]) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
@@ -47,25 +47,25 @@ def compute_batch(
     teacher: Teacher,
     manifest: TrajectoryManifest,
     first: int,
-    noise: torch.Tensor,  # [B, C, H, W]
-    label: torch.Tensor,  # [B]
+    noise: torch.Tensor,  # [B, C, ...]
+    numbers: torch.Tensor,  # [B], of the conditions
 ) -> dict[str, torch.Tensor]:
     """Solve the teacher's ODE for the samples first ... first + B - 1.
 
     Returns:
-        On the CPU: `label` int64 [B]; float32 `noise` [B, C, H, W] and, if kept, `state`, `denoised` [B, S, C, H, W].
+        On the CPU: `label` int64 [B]; float32 `noise` [B, C, ...] and, if kept, `state`, `denoised` [B, S, C, ...].
     """
     grid = manifest.grid
-    states: list[torch.Tensor] = []  # S times [B, C, H, W], x_0 last
+    states: list[torch.Tensor] = []  # S times [B, C, ...], x_0 last
     denoised: list[torch.Tensor] = []
     with autocast(teacher, manifest):
-        for step, (state, prediction) in enumerate(trajectory(teacher, manifest, noise, label), start=1):
+        for step, (state, prediction) in enumerate(trajectory(teacher, manifest, noise, numbers), start=1):
             if step in grid.state_index:
                 states.append(state)
             if step in grid.denoised_index:
                 denoised.append(prediction)
     denoised.append(states[-1])
-    batch = {"label": label, "noise": noise}
+    batch = {"label": numbers, "noise": noise}
     for name, steps in (("state", states), ("denoised", denoised)):
         if manifest.keep not in (name, "both"):
             continue
@@ -73,27 +73,27 @@ def compute_batch(
         if not bool(torch.isfinite(stacked).all()):
             sample = int(torch.nonzero(~torch.isfinite(stacked))[0, 0])
             raise InputError(
-                f"trajectories: the teacher's {name} of sample {first + sample} (label {int(label[sample])}) is not "
+                f"trajectories: the teacher's {name} of sample {first + sample} (condition {int(numbers[sample])}) is not "
                 "finite; the teacher is broken, or computes in a dtype too narrow for it"
             )
         batch[name] = stacked
     return batch
 
 
-def warm_up(teacher: Teacher, manifest: TrajectoryManifest, noise: torch.Tensor, label: torch.Tensor) -> None:
+def warm_up(teacher: Teacher, manifest: TrajectoryManifest, noise: torch.Tensor, numbers: torch.Tensor) -> None:
     """One step of the ODE, so that what is timed next is not a GPU's or a compiler's first call."""
     with autocast(teacher, manifest):
-        next(trajectory(teacher, manifest, noise, label))
+        next(trajectory(teacher, manifest, noise, numbers))
 
 
 def trajectory(
-    teacher: Teacher, manifest: TrajectoryManifest, noise: torch.Tensor, label: torch.Tensor
+    teacher: Teacher, manifest: TrajectoryManifest, noise: torch.Tensor, numbers: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """`solve` with the manifest's settings, on the teacher's device."""
     return solve(
         teacher,
         noise.to(teacher.device),
-        label.to(teacher.device),
+        numbers.to(teacher.device),
         manifest.grid.teacher_steps,
         cfg_scale=manifest.cfg_scale,
         cfg_channels=manifest.cfg_channels,
@@ -157,7 +157,7 @@ def pack_shard(
         sha256=hashlib.sha256(content).hexdigest(),
         manifest=manifest.digest,
         rounding=dict(sorted(rounding.items())),
-        written_by={"pyard": pyard.__version__, "torch": torch.__version__, "device": device},
+        written_by={"pyard": __version__, "torch": torch.__version__, "device": device},
     )
     return content, record
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pyard.diffusion.time_grid import Target
 from pyard.errors import InputError
 from pyard.ops import gather_trajectories
-from pyard.time_grid import Target
 from pyard.trajectories.batch import BatchBuffer, BufferPool, TrajectoryBatch
 from pyard.trajectories.manifest import SAFETENSORS_DTYPES
 from pyard.trajectories.store import TrajectoryStore
@@ -58,7 +58,7 @@ class PythonGather:
         """The batch of the given samples, in that order."""
         manifest = self.store.manifest
         frames = torch.empty(len(indices), 1 + manifest.grid.num_steps, *manifest.sample_shape, dtype=self.dtype)
-        condition = torch.empty(len(indices), dtype=torch.int64)
+        numbers = torch.empty(len(indices), dtype=torch.int64)
         shard_of = indices // manifest.shard_size
         for shard in np.unique(shard_of):
             places = np.flatnonzero(shard_of == shard)
@@ -67,9 +67,9 @@ class PythonGather:
             to = torch.from_numpy(places)
             frames[to, 0] = torch.from_numpy(arrays["noise"][rows]).to(self.dtype)
             frames[to, 1:] = as_tensor(arrays[self.target][rows]).to(self.dtype)
-            condition[to] = torch.from_numpy(arrays["label"][rows])
-        check_labels_of(indices, condition, manifest.num_classes)
-        return TrajectoryBatch.of_frames(frames, condition)
+            numbers[to] = torch.from_numpy(arrays["label"][rows])
+        check_numbers_of(indices, numbers, manifest.num_classes)
+        return TrajectoryBatch.of_frames(frames, self.store.conditions.take(numbers))
 
     def _map(self, shard: int) -> dict[str, NDArray[Any]]:
         return self.store.tensors(self.store.shards[shard])
@@ -117,13 +117,14 @@ class NativeGather:
         frames_shape = (batch_size, 1 + manifest.grid.num_steps, *manifest.sample_shape)
         self._buffers = BufferPool(frames_shape, dtype, keep=ahead + 2)
         self._batch_size = batch_size
+        self._conditions = store.conditions
 
     def start(self, indices: NDArray[np.int64]) -> Callable[[], TrajectoryBatch]:
         count = len(indices)
         pool = self._buffers
         buffer = pool.take() if count <= self._batch_size else BatchBuffer((count, *pool.frames_shape[1:]), pool.dtype)
         try:
-            ticket = self._gatherer.submit(indices, buffer.frames[:count], buffer.condition[:count])
+            ticket = self._gatherer.submit(indices, buffer.frames[:count], buffer.numbers[:count])
         except ValueError as error:
             raise InputError(f"reader: {error}") from None
 
@@ -132,7 +133,7 @@ class NativeGather:
                 ticket.wait()
             except ValueError as error:
                 raise InputError(f"reader: {error}") from None
-            return buffer.batch(count)
+            return buffer.batch(count, self._conditions)
 
         return result
 
@@ -161,12 +162,14 @@ class ResidentGather:
                 "or keep them in a narrower dtype"
             ) from None
         self._label = torch.cat([as_tensor(shard["label"]) for shard in shards])
-        check_labels_of(np.arange(store.count), self._label, store.manifest.num_classes)
+        check_numbers_of(np.arange(store.count), self._label, store.manifest.num_classes)
+        self._conditions = store.conditions
         self._label = self._label.to(device)
 
     def start(self, indices: NDArray[np.int64]) -> Callable[[], TrajectoryBatch]:
         rows = torch.from_numpy(np.ascontiguousarray(indices)).to(self._label.device, non_blocking=True)
-        batch = TrajectoryBatch(*gather_trajectories(self._noise, self._target, rows, self.dtype), self._label[rows])
+        history, target = gather_trajectories(self._noise, self._target, rows, self.dtype)
+        batch = TrajectoryBatch(history, target, self._conditions.take(self._label[rows]))
         return lambda: batch
 
 
@@ -186,11 +189,11 @@ def as_tensor(array: NDArray[Any]) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def check_labels_of(indices: NDArray[np.int64], labels: torch.Tensor, num_classes: int) -> None:
-    """Raises InputError if a stored label is none of the teacher's classes."""
-    wrong = torch.nonzero((labels < 0) | (labels >= num_classes))
+def check_numbers_of(indices: NDArray[np.int64], numbers: torch.Tensor, count: int) -> None:
+    """Raises InputError if a stored label or other condition number is none of the teacher's."""
+    wrong = torch.nonzero((numbers < 0) | (numbers >= count))
     if len(wrong):
         i = int(wrong[0, 0])
         raise InputError(
-            f"reader: sample {int(indices[i])} has label {int(labels[i])}; the teacher's classes are 0 to {num_classes - 1}"
+            f"reader: sample {int(indices[i])} has label {int(numbers[i])}; the teacher's classes are 0 to {count - 1}"
         )

@@ -15,17 +15,20 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from tqdm import tqdm
 
+from pyard.conditions import save_conditions
+from pyard.diffusion.solvers import Solver, solver_of
+from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
-from pyard.solvers import Solver, solver_of
+from pyard.storage.units import format_bytes, format_seconds
 from pyard.teachers import Teacher, load_teacher
-from pyard.time_grid import TimeGrid
 from pyard.trajectories.compute import compiled, compute_batch, device_name, drawn_ahead, pack_shard, warm_up
 from pyard.trajectories.manifest import DType, Keep, Precision, TrajectoryManifest
 from pyard.trajectories.parts import Part, wait_for_others, writing
 from pyard.trajectories.store import TrajectoryStore, read_manifest, remove_leftovers, shard_ranges, write_shard
 
 if TYPE_CHECKING:
-    from pyard.teachers.dit import DiTTeacher
+    from pyard.models.backbone import Backbone
+    from pyard.teachers.network_teacher import NetworkTeacher
 
 DEFAULT_BATCH_SIZE = 64
 MAX_SHARD_SAMPLES = 1024
@@ -55,6 +58,7 @@ def generate_trajectories(
     device: str | None = None,
     part: str | None = None,
     progress: bool = True,
+    network: type[Backbone] | str | None = None,
 ) -> TrajectoryStore:
     """Write a teacher's ODE trajectories, from noise to data, to a store that students learn from.
 
@@ -80,7 +84,7 @@ def generate_trajectories(
         keep: what to store beside noise and label: `state` (x_t at the grid times), `denoised` (of x_0) or `both`.
         dtype: how states and predictions are stored, the noise always in float32. Sidecars record the rounding error.
         seed: of noise and labels, 0 to 2**64 - 1.
-        labels: `uniform` (drawn), `balanced` (classes in turn) or a list of classes, taken in turn.
+        labels: condition numbers, such as classes: `uniform` (drawn), `balanced` (in turn) or a list, taken in turn.
         batch_size: samples that the teacher computes together, twice that with guidance; None: 64, or the store's.
         shard_size: samples in a file, a multiple of batch_size, of which a kill loses one; None: at most 1024 samples
             and 256 MiB, or the store's.
@@ -90,6 +94,7 @@ def generate_trajectories(
         part: k/n with k from 1 to n: write only every n-th shard, n processes or machines in all; None: as torchrun's or
             Accelerate's environment says, or all. `1/1` is all in any case.
         progress: show a progress bar with rate, time left and disk use.
+        network: class of the backbone of a teacher's folder that is none of pyard's, or its "package.module:Class".
 
     Returns:
         The store; complete, unless only a `part` was asked for.
@@ -100,7 +105,7 @@ def generate_trajectories(
     """
     mine = Part.parse(part)
     if isinstance(teacher, str | Path):
-        teacher = on_device(load_teacher(teacher), device)
+        teacher = on_device(load_teacher(teacher, network=network), device)
     if count < 1:
         raise InputError(f"trajectories: count is {count}; expected at least 1")
     out = Path(out)
@@ -121,7 +126,8 @@ def generate_trajectories(
         precision=precision,
         compiled=compile,
         sample_shape=teacher.sample_shape,
-        num_classes=teacher.num_classes,
+        num_classes=teacher.conditions.count,
+        conditions=teacher.conditions.fingerprint,
         keep=keep,
         dtype=dtype,
         seed=seed,
@@ -133,6 +139,7 @@ def generate_trajectories(
         manifest = dataclasses.replace(manifest, shard_size=default_shard_size(manifest))
 
     with compiled(teacher, compile), writing(out, mine, manifest, count) as store:
+        save_conditions(teacher.conditions, out)
         for shard in store.shards:
             if mine.owns(shard.first, manifest):
                 remove_leftovers(out, shard)
@@ -172,11 +179,11 @@ def write_shards(teacher: Teacher, store: TrajectoryStore, missing: list[tuple[i
         for first, end in missing:
             batches = []
             for begin in range(first, end, manifest.batch_size):
-                noise, label = next(drawn)
+                noise, numbers = next(drawn)
                 if begin == begins[0] and progress:
-                    warm_up(teacher, manifest, noise, label)
+                    warm_up(teacher, manifest, noise, numbers)
                 started = time.perf_counter()
-                batches.append(compute_batch(teacher, manifest, begin, noise, label))
+                batches.append(compute_batch(teacher, manifest, begin, noise, numbers))
                 if begin == begins[0] and progress:
                     announce(store, samples, len(begins) * (time.perf_counter() - started))
                 bar.update(min(manifest.batch_size, end - begin))
@@ -202,7 +209,7 @@ def announce(store: TrajectoryStore, samples: int, seconds: float) -> None:
     )
 
 
-def on_device(teacher: DiTTeacher, device: str | None) -> DiTTeacher:
+def on_device(teacher: NetworkTeacher, device: str | None) -> NetworkTeacher:
     """The teacher where it is to compute: the device asked for, or this process's GPU if there is one."""
     if device is None:
         if not torch.cuda.is_available():
@@ -231,22 +238,3 @@ def require_disk_space(store: TrajectoryStore, missing: list[tuple[int, int]]) -
             f"{format_bytes(needed)}, {format_bytes(free)} free in {store.path}; free some, choose another folder, "
             "keep only one of state and denoised, or use dtype=bfloat16"
         )
-
-
-def format_bytes(size: float) -> str:
-    """1536 -> '1.5 KB'."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
-
-
-def format_seconds(seconds: float) -> str:
-    """4000 -> '1 h 7 min'."""
-    minutes, hours, days = round(seconds / 60), round(seconds / 3600), round(seconds / 86400)
-    if seconds < 90:
-        return f"{seconds:.2g} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{days} days"

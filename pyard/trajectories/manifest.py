@@ -13,13 +13,15 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from pyard.diffusion.noise import uniform_labels
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.solvers import Solver, solver_of
+from pyard.diffusion.time_grid import Target, TimeGrid
 from pyard.errors import InputError
-from pyard.noise import uniform_labels
-from pyard.noise_schedule import NoiseSchedule
-from pyard.solvers import Solver, solver_of
-from pyard.time_grid import Target, TimeGrid
 
 FORMAT_VERSION = 1
+
+MAX_RANK = 6  # of a sample: a video has 4
 
 # Fingerprint and solver of trajectories that another program wrote, as far as nobody says what they are.
 IMPORTED: Final = "unknown"
@@ -64,15 +66,17 @@ class TrajectoryManifest:
         cfg_interval: lowest and highest teacher time that is guided; None: all.
         precision: what the teacher computed in; `bfloat16` is autocast.
         compiled: whether the teacher was compiled, which changes last bits.
-        sample_shape: (C, H, W) of one sample.
-        num_classes: labels are 0 ... num_classes - 1.
+        sample_shape: [C, ...] of one sample.
+        num_classes: rows of the teacher's conditions: condition numbers, class labels for one, are 0 ... num_classes - 1.
         keep: which tensors are stored beside noise and labels: `state`, `denoised` or `both`.
         dtype: how `state` and `denoised` are stored; noise is always float32.
         seed: noise and label of sample i are a function of (seed, i).
-        labels: `uniform` (drawn), `balanced` (i mod num_classes) or a tuple: sample i has item i mod its length.
+        labels: condition numbers: `uniform` (drawn), `balanced` (i mod num_classes) or a tuple: sample i has item i mod its
+            length.
         batch_size: samples that the teacher computes together, fixed ranges of indices: states' last bits depend on it.
         shard_size: samples in a full shard, a multiple of batch_size.
         format_version: version of this format.
+        conditions: fingerprint of the table of conditions; empty for classes.
     """
 
     teacher_fingerprint: str
@@ -84,7 +88,7 @@ class TrajectoryManifest:
     cfg_interval: tuple[float, float] | None
     precision: Precision
     compiled: bool
-    sample_shape: tuple[int, int, int]
+    sample_shape: tuple[int, ...]
     num_classes: int
     keep: Keep
     dtype: DType
@@ -93,6 +97,7 @@ class TrajectoryManifest:
     batch_size: int
     shard_size: int
     format_version: int = FORMAT_VERSION
+    conditions: str = ""
 
     def __post_init__(self) -> None:
         if self.format_version != FORMAT_VERSION:
@@ -100,8 +105,8 @@ class TrajectoryManifest:
         # 1 and 1.0 are one setting and must have one digest.
         object.__setattr__(self, "cfg_scale", float(self.cfg_scale))
         shape = self.sample_shape
-        if len(shape) != 3 or any(not _is_int(size) or size < 1 for size in shape):
-            raise InputError(f"trajectories: sample_shape is {shape}; expected (C, H, W)")
+        if not 1 <= len(shape) <= MAX_RANK or any(not _is_int(size) or size < 1 for size in shape):
+            raise InputError(f"trajectories: sample_shape is {shape}; expected (C, ...), such as (C, H, W), of at least 1 each")
         for name, choices in (("keep", get_args(Keep)), ("dtype", get_args(DType)), ("precision", get_args(Precision))):
             if getattr(self, name) not in choices:
                 raise InputError(f"trajectories: {name} is {getattr(self, name)!r}; expected one of {choices}")
@@ -163,8 +168,8 @@ class TrajectoryManifest:
         kept = ("state", "denoised") if self.keep == "both" else (self.keep,)
         return layout | {name: TensorLayout(self.dtype, (count, self.grid.num_steps, *shape)) for name in kept}
 
-    def label_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Class labels of samples, int64 [n]."""
+    def number_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Condition numbers of samples, such as class labels: int64 [n]."""
         if isinstance(self.labels, str):
             if self.labels == "uniform":
                 return uniform_labels(self.seed, indices, self.num_classes)
@@ -213,6 +218,8 @@ class TrajectoryManifest:
             if isinstance(value, NoiseSchedule | TimeGrid):
                 value = value.to_json()
             config[field.name] = list(value) if isinstance(value, tuple) else value
+        if not self.conditions:
+            del config["conditions"]  # as in manifests that know classes alone, so that digests stay what they are
         return config
 
     @classmethod
@@ -224,6 +231,7 @@ class TrajectoryManifest:
         if version != FORMAT_VERSION:
             raise InputError(f"format version {version!r}; this pyard knows version {FORMAT_VERSION}")
         names = {field.name for field in dataclasses.fields(cls)}
+        config = {"conditions": "", **config}
         if set(config) != names:
             missing, unknown = sorted(names - set(config)), sorted(set(config) - names)
             raise InputError(f"settings missing: {missing or 'none'}, unknown: {unknown or 'none'}")

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from pyard.conditions import save_conditions
 from pyard.errors import InputError
+from pyard.storage.files import file_sha256, sync_directory, to_bytes, write_atomically
 from pyard.trajectories.parts import Part, writing
-from pyard.trajectories.shard import ShardRecord, file_sha256, sync_directory, write_atomically
-from pyard.trajectories.store import TrajectoryStore, remove_leftovers, to_bytes
+from pyard.trajectories.shard import ShardRecord
+from pyard.trajectories.store import TrajectoryStore, remove_leftovers
 
 
 def merge_trajectories(stores: list[str], out: str | Path, *, move: bool = False, progress: bool = True) -> TrajectoryStore:
@@ -50,6 +52,7 @@ def merge_trajectories(stores: list[str], out: str | Path, *, move: bool = False
             raise InputError(f"merge: {out} is both a source and the destination; leave it out of the sources")
     count = max(source.requested_count for source in sources)
     with writing(out, Part(), manifest, count) as store:
+        save_conditions(sources[0].conditions, out)
         there = {shard.first: shard for shard in store.shards}
         pairs = [(source, shard) for source in sources for shard in source.shards]
         total = sum(shard.num_bytes for _, shard in pairs)

@@ -10,14 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pyard.diffusion.noise import epoch_order
+from pyard.diffusion.time_grid import Target
 from pyard.errors import InputError
-from pyard.time_grid import Target
 from pyard.trajectories.batch import TrajectoryBatch
 from pyard.trajectories.gather import Backend, BatchDType, Gather, NativeGather, PythonGather, ResidentGather, native_module
 from pyard.trajectories.store import TrajectoryStore
-
-# Philox stream of the shuffling; noise and labels have 0 and 1 (noise.py).
-_ORDER_STREAM = 2
 
 
 class TrajectoryReader:
@@ -28,7 +26,7 @@ class TrajectoryReader:
 
     Example:
         reader = TrajectoryReader("trajectories/digits", 64, target="denoised")
-        history, target, labels = (batch := next(reader)).history, batch.target, batch.condition
+        student(batch.history, batch.condition)  # with batch = next(reader)
 
     Args:
         store: a complete store, or its folder.
@@ -185,13 +183,3 @@ class TrajectoryReader:
             "drop_last": self.drop_last,
             "manifest": self.store.manifest.digest,
         }
-
-
-def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """A permutation of 0 ... count - 1 that is the same on every machine and with every numpy.
-
-    numpy keeps the raw stream of Philox, not what `Generator.permutation` makes of it; hence the order of raw numbers,
-    ties (one in 2**64 per pair) by index.
-    """
-    key, counter = np.array([seed, epoch], dtype=np.uint64), np.array([0, 0, 0, _ORDER_STREAM], dtype=np.uint64)
-    return np.argsort(np.random.Philox(key=key, counter=counter).random_raw(count), kind="stable").astype(np.int64)

@@ -10,9 +10,6 @@ that is completed later is another file, and only then is the shorter one remove
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import os
 import re
 import struct
 from dataclasses import dataclass
@@ -23,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyard.errors import InputError
+from pyard.storage.files import parse_json, read_json
 from pyard.trajectories.manifest import SAFETENSORS_DTYPES, TensorLayout, TrajectoryManifest
 
 # numpy has no bfloat16: its bits are read as uint16.
@@ -192,67 +190,3 @@ def read_header(path: Path, layout: dict[str, TensorLayout]) -> dict[str, int]:
     if expected != data_size:
         raise InputError(f"{path}: {data_size - expected} bytes follow the last tensor")
     return {name: 8 + header_size + begin for begin, _, name in spans}
-
-
-def read_json(path: Path) -> Any:
-    """The contents of a JSON file; an InputError if it is none."""
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing") from None
-    return parse_json(text, path)
-
-
-def parse_json(text: bytes, path: Path) -> Any:
-    """The value of a JSON text found in `path`; an InputError if it is none or names a key twice."""
-    try:
-        return json.loads(text, object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Make `path` appear with `content` whole or not at all, also across a power cut.
-
-    Raises:
-        InputError: the disk is full, or the file too large for it.
-    """
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_directory(path.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise InputError(
-                f"{path}: cannot be written ({error.strerror}); what was written before is kept: fix that and give the "
-                "same command again"
-            ) from error
-        raise
-
-
-def sync_directory(path: Path) -> None:
-    """Make renames and removals in a directory durable."""
-    if os.name == "nt":  # Windows cannot open directories, and journals renames itself.
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({key for key, _ in pairs}) != len(pairs):
-        raise ValueError("a key appears twice")
-    return dict(pairs)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from pyard.data.pictures import save_tiles
 from pyard.errors import InputError
-from pyard.pictures import save_tiles
+from pyard.storage.units import format_bytes, format_seconds
 from pyard.trajectories.gather import as_tensor
-from pyard.trajectories.generate import format_bytes, format_seconds
 from pyard.trajectories.store import TrajectoryStore
 
 # Enough for two digits of a mean; the whole store would take as long as reading it does.
@@ -107,7 +107,7 @@ def label_counts(store: TrajectoryStore) -> str:
     """How often the classes occur."""
     counts = np.zeros(store.manifest.num_classes, dtype=np.int64)
     for shard in store.shards:
-        counts += np.bincount(store.manifest.label_of(np.arange(shard.first, shard.end)), minlength=len(counts))
+        counts += np.bincount(store.manifest.number_of(np.arange(shard.first, shard.end)), minlength=len(counts))
     how = store.manifest.labels if isinstance(store.manifest.labels, str) else "given"
     return f"{how}; {np.count_nonzero(counts)} of {len(counts)} classes, {counts.min()} to {counts.max()} of each"
 

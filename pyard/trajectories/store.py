@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-import json
+import functools
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pyard.conditions import ClassConditions, Conditions, load_conditions
 from pyard.errors import InputError
+from pyard.storage.files import file_sha256, read_json, to_bytes, write_atomically
 from pyard.trajectories.manifest import TrajectoryManifest
-from pyard.trajectories.shard import (
-    ForeignShardError,
-    ShardRecord,
-    file_sha256,
-    map_shard,
-    read_json,
-    read_record,
-    shard_name,
-    shard_range,
-    write_atomically,
-)
+from pyard.trajectories.shard import ForeignShardError, ShardRecord, map_shard, read_record, shard_name, shard_range
 
 
 @dataclass(frozen=True)
@@ -78,6 +70,24 @@ class TrajectoryStore:
         """Trajectories in the store."""
         return sum(shard.count for shard in self.shards)
 
+    @functools.cached_property
+    def conditions(self) -> Conditions:
+        """What condition numbers are rows of: classes, or the table in the store's folder.
+
+        Raises:
+            InputError: the table is missing, or another one than the manifest names.
+        """
+        manifest = self.manifest
+        if not manifest.conditions:
+            return ClassConditions(manifest.num_classes)
+        table = load_conditions(self.path)
+        if table is None or table.fingerprint != manifest.conditions:
+            state = "is missing" if table is None else "is another one than the manifest names"
+            raise InputError(
+                f"trajectories {self.path}: the table of conditions {state}; the command that wrote the store restores it"
+            )
+        return table
+
     def missing(self) -> list[tuple[int, int]]:
         """(first, end) of the shards that the request asks for and that are not there, or not long enough."""
         return missing_shards(self.manifest, self.shards, self.requested_count)
@@ -94,7 +104,7 @@ class TrajectoryStore:
             )
 
     def tensors(self, shard: ShardRecord) -> dict[str, NDArray[Any]]:
-        """Memory maps of a shard's tensors: `noise` [n, C, H, W], `label` [n], `state` and `denoised` [n, S, C, H, W].
+        """Memory maps of a shard's tensors: `noise` [n, C, ...], `label` [n], `state` and `denoised` [n, S, C, ...].
 
         bfloat16 comes as its bits, uint16.
         """
@@ -114,7 +124,7 @@ class TrajectoryStore:
                 found = file_sha256(path)
                 if found != shard.sha256:
                     raise InputError(f"{path.name}: sha256 is {found[:12]}..., its sidecar says {str(shard.sha256)[:12]}...")
-                expected = self.manifest.label_of(np.arange(shard.first, shard.end))
+                expected = self.manifest.number_of(np.arange(shard.first, shard.end))
                 if not np.array_equal(self.tensors(shard)["label"], expected):
                     raise InputError(f"{path.name}: its labels are not those that the manifest gives its samples")
             except (InputError, OSError) as error:
@@ -215,8 +225,3 @@ def remove_leftovers(path: Path, record: ShardRecord) -> None:
     for file in sorted((path / "shards").glob(f"{record.first:010d}-*")):
         if not file.name.startswith(record.name + ".") or file.suffix == ".tmp":
             file.unlink(missing_ok=True)
-
-
-def to_bytes(value: Any) -> bytes:
-    """JSON that a person can read."""
-    return (json.dumps(value, indent=2) + "\n").encode()

@@ -12,34 +12,34 @@ from evaluation.feature_files import SmallInception, save_torchscript
 from factories import randomise, tiny_teacher
 
 import pyard
-from pyard.__main__ import main
+from pyard.cli.command_line import main
+from pyard.diffusion.noise import standard_normal, uniform_labels
+from pyard.diffusion.time_grid import TimeGrid
 from pyard.evaluation.evaluate_students import student_candidate, teacher_candidate
 from pyard.evaluation.feature_file import FeatureSettings
 from pyard.evaluation.frechet import GaussianStatistics, frechet_distance
 from pyard.export import export_onnx
-from pyard.models.latents import LatentCodec
+from pyard.models.codec import LatentCodec
 from pyard.models.student import Student
-from pyard.noise import standard_normal, uniform_labels
-from pyard.teachers.dit import DiTTeacher
-from pyard.time_grid import TimeGrid
+from pyard.teachers.network_teacher import NetworkTeacher
 
 DIGITS = {"in_channels": 1, "num_classes": 10}
 
 
 @pytest.fixture
-def teacher() -> DiTTeacher:
+def teacher() -> NetworkTeacher:
     return tiny_teacher(**DIGITS)
 
 
 @pytest.fixture
-def student(teacher: DiTTeacher) -> Student:
+def student(teacher: NetworkTeacher) -> Student:
     student = Student.from_teacher(teacher, TimeGrid.build(teacher.schedule, 4, 6), history_layers=2)
     randomise(student, seed=3)
     return student.eval()
 
 
 def test_command_line_writes_the_same_numbers_as_the_function(
-    teacher: DiTTeacher, student: Student, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    teacher: NetworkTeacher, student: Student, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     teacher.save_pretrained(tmp_path / "teacher")
     student.save_pretrained(tmp_path / "student")
@@ -61,7 +61,7 @@ def test_command_line_writes_the_same_numbers_as_the_function(
     assert again.settings["teacher_fingerprint"] == teacher.fingerprint
 
 
-def test_candidates_draw_what_the_samplers_draw(teacher: DiTTeacher, student: Student) -> None:
+def test_candidates_draw_what_the_samplers_draw(teacher: NetworkTeacher, student: Student) -> None:
     labels = np.array([3, 1, 4])
     noise = standard_normal(7, np.arange(3), teacher.sample_shape)
     drawn = student_candidate(student, teacher).draw(noise, labels)
@@ -71,7 +71,7 @@ def test_candidates_draw_what_the_samplers_draw(teacher: DiTTeacher, student: St
     assert teacher_candidate(teacher, 5, cfg_scale=1.5).network_passes == 10
 
 
-def test_wrong_input_is_named(teacher: DiTTeacher, student: Student) -> None:
+def test_wrong_input_is_named(teacher: NetworkTeacher, student: Student) -> None:
     with pytest.raises(pyard.InputError, match=r"\(2, 8, 8\)"):
         pyard.evaluate(student, tiny_teacher(), progress=False)
     other = tiny_teacher(in_channels=1, num_classes=7)
@@ -80,7 +80,7 @@ def test_wrong_input_is_named(teacher: DiTTeacher, student: Student) -> None:
 
 
 @pytest.fixture
-def rgb(tmp_path: Path) -> tuple[DiTTeacher, Student]:
+def rgb(tmp_path: Path) -> tuple[NetworkTeacher, Student]:
     """A teacher of 8 x 8 RGB images of 5 classes and a student of it, both in folders."""
     teacher = tiny_teacher(in_channels=3)
     student = Student.from_teacher(teacher, TimeGrid.build(teacher.schedule, 2, 6), history_layers=1, target="state")
@@ -91,7 +91,7 @@ def rgb(tmp_path: Path) -> tuple[DiTTeacher, Student]:
 
 
 def test_any_teacher_is_measured_with_a_feature_file_and_adm_s_protocol(
-    rgb: tuple[DiTTeacher, Student], tmp_path: Path
+    rgb: tuple[NetworkTeacher, Student], tmp_path: Path
 ) -> None:
     teacher, student = rgb
     network = save_torchscript(SmallInception(), tmp_path / "inception.pt")
@@ -141,7 +141,7 @@ def test_any_teacher_is_measured_with_a_feature_file_and_adm_s_protocol(
     assert again.rows[0].precision is None
 
 
-def test_samples_are_written_without_any_features(rgb: tuple[DiTTeacher, Student], tmp_path: Path) -> None:
+def test_samples_are_written_without_any_features(rgb: tuple[NetworkTeacher, Student], tmp_path: Path) -> None:
     teacher, student = rgb
     found = pyard.evaluate(
         student, teacher, count=7, batch_size=3, samples_npz=tmp_path / "s.npz", teacher_steps=2, progress=False
@@ -185,7 +185,7 @@ def test_students_in_latent_space_are_decoded(tmp_path: Path) -> None:
     assert found.rows[1].endpoint_mse > 0
 
 
-def test_exposure_bias_is_measured_on_trajectories(rgb: tuple[DiTTeacher, Student], tmp_path: Path) -> None:
+def test_exposure_bias_is_measured_on_trajectories(rgb: tuple[NetworkTeacher, Student], tmp_path: Path) -> None:
     teacher, student = rgb
     store = pyard.generate_trajectories(
         teacher,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from pyard.data.digits import digits_data
 from pyard.evaluation import Classifier, digits_classifier
-from pyard.teachers.digits import digits_data
 
 
 def test_it_names_digits_that_it_has_not_seen() -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pyard.data.pictures import centre_crop
 from pyard.errors import InputError
 from pyard.evaluation.images import SampleFile, folder_images, npz_images
-from pyard.pictures import centre_crop
 
 
 def pictures(count: int, *shape: int) -> np.ndarray:

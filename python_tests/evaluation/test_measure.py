@@ -7,14 +7,14 @@ import json
 import numpy as np
 import pytest
 
+from pyard.diffusion.noise import uniform_labels
 from pyard.errors import InputError
 from pyard.evaluation.features import Activations
 from pyard.evaluation.frechet import GaussianStatistics
 from pyard.evaluation.measure import Candidate, balanced_labels, measure
 from pyard.evaluation.reference import Reference
 from pyard.evaluation.report import Evaluation
-from pyard.noise import uniform_labels
-from pyard.training.watch import ExposureBias
+from pyard.sampling.exposure_bias import ExposureBias
 
 SHAPE, CLASSES, SPREAD = (1, 2, 2), 4, 0.05
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from pyard.data.mixture import mixture_2d, mixture_16
+from pyard.data.scenes import scenes_data
 from pyard.evaluation.features import Classifier
 from pyard.evaluation.scene_features import MixtureFeatures, ScenesClassifier, scenes_classifier
-from pyard.teachers.mixture import mixture_2d, mixture_16
-from pyard.teachers.scenes import scenes_data
 
 
 def untrained(seed: int = 0) -> ScenesClassifier:

@@ -9,13 +9,13 @@ import torch
 from factories import randomise, tiny_student, tiny_teacher
 from ops.tolerance import assert_as_exact_as_plain
 
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
 from pyard.models.history import ConcatenatingCache
 from pyard.models.student import Student, StudentConfig
-from pyard.noise_schedule import NoiseSchedule
 from pyard.ops.masks import visible
-from pyard.solvers import solve
-from pyard.time_grid import TimeGrid
+from pyard.teachers.guidance import solve
 
 MASKS = [("diagonal", None), ("window", 1), ("window", 2), ("anchor", None), ("causal", None)]
 
@@ -154,7 +154,7 @@ def test_damaged_folders_are_refused(tmp_path: Path):
     with pytest.raises(InputError, match="cut off"):
         Student.from_pretrained(tmp_path)
     tiny_teacher().save_pretrained(tmp_path / "teacher")
-    with pytest.raises(InputError, match="holds a DiTTeacher; expected a Student"):
+    with pytest.raises(InputError, match="holds a NetworkTeacher; expected a Student"):
         Student.from_pretrained(tmp_path / "teacher")
 
 

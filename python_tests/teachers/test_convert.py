@@ -9,9 +9,9 @@ from factories import tiny_teacher
 from golden import relative_error
 
 from pyard import load_teacher
-from pyard.__main__ import main
-from pyard.noise_schedule import NoiseSchedule
-from pyard.teachers.checkpoint import save_checkpoint
+from pyard.cli.command_line import main
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.teachers.dit_checkpoint import save_checkpoint
 
 
 def run(*words: str | Path) -> int:
@@ -75,10 +75,10 @@ def test_a_vae_can_be_given_to_a_checkpoint_that_comes_without(tmp_path: Path, c
 
 def test_names_and_precision_reach_the_sampler_from_the_command_line(tmp_path: Path, capsys):
     from pyard import Student, TimeGrid
-    from pyard.teachers.dit import DiTTeacher
+    from pyard.teachers.network_teacher import NetworkTeacher
 
     teacher = tiny_teacher()
-    named = DiTTeacher(teacher.network, teacher.schedule, class_names=list("abcde"))
+    named = NetworkTeacher(teacher.network, teacher.schedule, class_names=list("abcde"))
     Student.from_teacher(named, TimeGrid.build(teacher.schedule, 2, 6), history_layers=1).save_pretrained(tmp_path / "s")
     words = ("sample", "--student", tmp_path / "s", "--out", tmp_path / "x.npz", "--dtype", "bfloat16")
     assert run(*words, "--labels", '["b", "e", 0]') == 0

@@ -13,12 +13,12 @@ from factories import randomise, tiny_config, tiny_teacher
 from golden import relative_error
 
 from pyard import Student, TimeGrid, load_teacher, sample
+from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.errors import InputError
-from pyard.models.dit import DiT
-from pyard.noise_schedule import NoiseSchedule
-from pyard.solvers import endpoints
+from pyard.models.dit.network import DiT
 from pyard.teachers.diffusers_folder import from_diffusers, save_diffusers, to_diffusers
-from pyard.teachers.dit import DiTTeacher
+from pyard.teachers.guidance import endpoints
+from pyard.teachers.network_teacher import NetworkTeacher
 
 FLOW = NoiseSchedule(kind="flow", prediction="velocity", shift=3.0)
 
@@ -220,7 +220,7 @@ def test_folders_that_say_too_little_are_refused(tmp_path: Path):
 def test_students_never_drop_labels():
     # diffusers' DiT does in training mode, at random.
     network = from_diffusers(tiny_transformer(), NoiseSchedule())
-    teacher = DiTTeacher(network, NoiseSchedule())
+    teacher = NetworkTeacher(network, NoiseSchedule())
     student = Student.from_teacher(teacher, TimeGrid.build(teacher.schedule, 2, 10), history_layers=1)
     history, labels = torch.randn(64, 2, 4, 8, 8), torch.arange(64) % 5
     with torch.no_grad():

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from pyard.data.digits import digits_data
 from pyard.errors import InputError
+from pyard.storage.checkpoints import Checkpoints
 from pyard.teachers import digits, load_teacher
-from pyard.teachers.digits import cache_folder, digits_data, teach
-from pyard.training.state import Checkpoints
+from pyard.teachers.digits import cache_folder, teach
 
 TINY = {"max_steps": 7, "hidden_size": 16, "depth": 1, "num_heads": 2, "batch_size": 8, "progress": False}
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from factories import randomise
 
+from pyard.data.mixture import GaussianMixture, mixture_2d
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
-from pyard.models.dit import DiT, DiTConfig
+from pyard.models.dit.network import DiT, DiTConfig
 from pyard.models.student import Student
-from pyard.noise_schedule import NoiseSchedule
-from pyard.solvers import endpoints, guided_prediction
 from pyard.teachers import Teacher, load_teacher
-from pyard.teachers.mixture import GaussianMixture, mixture_2d
+from pyard.teachers.guidance import endpoints, guided_prediction
 from pyard.teachers.mixture_teacher import MixtureTeacher, fit
-from pyard.time_grid import TimeGrid
 from pyard.trajectories import generate_trajectories
 
 TINY = {"patch_size": 1, "hidden_size": 16, "depth": 1, "num_heads": 2, "batch_size": 8, "progress": False}
@@ -81,7 +81,8 @@ def test_guidance_leads_away_from_the_unconditional_mixture() -> None:
     teacher = teacher_of(mixture_2d())
     x, labels = torch.randn(8, 2, 1, 1), torch.arange(8)
     conditional, unconditional = (teacher.predict(x, 700.0, y) for y in (labels, torch.full((8,), 8)))
-    guided = guided_prediction(teacher, x, 700.0, labels, cfg_scale=2.0)
+    table = teacher.conditions
+    guided = guided_prediction(teacher, x, 700.0, table.take(labels), table.take(table.null(labels)), 2.0)
     torch.testing.assert_close(guided, 2 * conditional - unconditional)
     assert (conditional - unconditional).abs().max() > 0.01
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from pyard.data.scenes import CLASS_NAMES, NUM_CLASSES, draw_scenes, scenes_data
 from pyard.errors import InputError
-from pyard.solvers import endpoints
 from pyard.teachers import load_teacher
-from pyard.teachers.scenes import CLASS_NAMES, NUM_CLASSES, draw_scenes, scenes_data, teach
+from pyard.teachers.guidance import endpoints
+from pyard.teachers.scenes import teach
 
 TINY = {"hidden_size": 16, "depth": 1, "num_heads": 2, "patch_size": 8, "batch_size": 8, "progress": False}
 

@@ -15,25 +15,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from training_runs import start, student_and_real_data, teacher_and_store, train_in, wait
 
+from pyard.data.real_data import RealData, RealReader
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
 from pyard.models.student import Student
-from pyard.noise_schedule import NoiseSchedule
 from pyard.ops import use_backend
-from pyard.teachers.dit import DiTTeacher
-from pyard.time_grid import TimeGrid
+from pyard.storage.log import read_log
+from pyard.teachers.network_teacher import NetworkTeacher
 from pyard.training import AdversarialConfig, TrainConfig
 from pyard.training.adversarial import Adversarial
 from pyard.training.processes import Processes
-from pyard.training.real_data import RealData, RealReader
 from pyard.training.regression import Regression
-from pyard.training.state import read_log
 from pyard.trajectories import TrajectoryBatch
 
 S, B = 3, 8
 SMALL = dict(virtual_batch=4, width=8, warmup_steps=0, flips=True)
 
 
-def teacher(kind: str = "flow") -> DiTTeacher:
+def teacher(kind: str = "flow") -> NetworkTeacher:
     return factories.tiny_teacher(NoiseSchedule(kind="flow", prediction="velocity") if kind == "flow" else NoiseSchedule())
 
 
@@ -244,7 +244,7 @@ def test_noise_levels_and_blocks():
     seen, condition = every(clean, noise, [500.0] * 3, torch.arange(3))
     network, schedule = every.teacher.network, every.teacher.schedule
     x = schedule.alpha(500.0) * clean + schedule.sigma(500.0) * noise
-    from pyard.models.dit import unpatchify
+    from pyard.models.dit.network import unpatchify
 
     ours = unpatchify(network.head(seen[-1][:, None], condition[:, None]), 2, 2)[:, 0]
     torch.testing.assert_close(ours, every.teacher.predict(x, 500.0, torch.arange(3)), rtol=1e-4, atol=1e-5)

@@ -7,9 +7,9 @@ import pytest
 import yaml
 from factories import tiny_teacher
 
-from pyard.__main__ import main
+from pyard.cli.command_line import main
+from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.errors import InputError
-from pyard.noise_schedule import NoiseSchedule
 from pyard.training import TrainConfig, train
 from pyard.training.adversarial_config import DIGITS_DISCRIMINATORS
 

@@ -8,18 +8,19 @@ import torch
 from safetensors.torch import load_file
 
 import pyard
+from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.errors import InputError
-from pyard.noise_schedule import NoiseSchedule
-from pyard.teachers.dit import DiTTeacher
+from pyard.storage.checkpoints import Checkpoints
+from pyard.storage.log import read_log
+from pyard.teachers.network_teacher import NetworkTeacher
 from pyard.training import train
-from pyard.training.state import Checkpoints, read_log
 from pyard.trajectories import TrajectoryStore, generate_trajectories
 
 FLOW = dict(kind="flow", prediction="velocity")  # the trajectories of a random eps-prediction explode
 SETTINGS = dict(history_layers=2, batch_size=8, learning_rate=3e-3, save_every=4, log_every=1, progress=False)
 
 
-def tiny_teacher(seed: int = 0) -> DiTTeacher:
+def tiny_teacher(seed: int = 0) -> NetworkTeacher:
     return factories.tiny_teacher(NoiseSchedule(**FLOW), seed)
 
 

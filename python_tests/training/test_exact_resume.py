@@ -23,8 +23,9 @@ from training_runs import (
     wait,
 )
 
+from pyard.storage.checkpoints import Checkpoints
+from pyard.storage.log import read_log
 from pyard.training.processes import PREEMPTED_STATUS
-from pyard.training.state import Checkpoints, read_log
 from pyard.trajectories import TrajectoryStore
 
 # Several of everything that a checkpoint has to remember.

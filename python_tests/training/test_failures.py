@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from training_runs import assert_same_run, small_disk, start, student_and_real_data, teacher_and_store, train_in, wait
 
 from pyard.errors import InputError
+from pyard.storage.checkpoints import Checkpoints
+from pyard.storage.log import read_log
 from pyard.training import regression
 from pyard.training.processes import memory_advice
-from pyard.training.state import Checkpoints, read_log
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_killed_saves_leave_nothing_behind(folder, monkeypatch):
                 (path / "model.safetensors").unlink()
                 raise KeyboardInterrupt
 
-        patch.setattr("pyard.training.state.shutil.rmtree", killed)
+        patch.setattr("pyard.storage.checkpoints.shutil.rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             Checkpoints(run / "checkpoints", keep_last=1).drop_old()
     assert Checkpoints(run / "checkpoints").steps() == [4]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from factories import tiny_teacher
 
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.time_grid import TimeGrid
 from pyard.models.student import Student
-from pyard.noise_schedule import NoiseSchedule
-from pyard.time_grid import TimeGrid
 from pyard.training import TrainConfig
 from pyard.training.losses import RegressionLoss
 

@@ -10,20 +10,21 @@ from pathlib import Path
 import factories
 import pytest
 import torch
+from dit_formulas import flops_of_passes
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from pyard.description import counted_flops
+from pyard.cost.devices import peak_tflops
+from pyard.cost.flops import student_flops, update_flops
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
 from pyard.models.history import ConcatenatingCache
 from pyard.models.lora import add_lora
 from pyard.models.student import Student
-from pyard.noise_schedule import NoiseSchedule
-from pyard.time_grid import TimeGrid
+from pyard.storage.checkpoints import Checkpoints
 from pyard.training import TrainConfig
-from pyard.training.flops import peak_tflops, student_flops, update_flops
 from pyard.training.processes import Processes
 from pyard.training.regression import Regression, own_history
-from pyard.training.state import Checkpoints
 from pyard.trajectories import TrajectoryBatch
 
 S, B = 3, 8
@@ -329,8 +330,8 @@ def test_fine_tuning_on_own_history_begins_when_it_is_told_to():
 @pytest.mark.parametrize("mask", [dict(mask="causal"), dict(mask="anchor"), dict(history_layers=0)], ids=str)
 def test_counted_flops_are_those_that_run(mask):
     model = student(**{"history_bias": None, **mask}).eval()
-    assert student_flops(model.config) == counted_flops(model)
-    assert stage(model).flops == update_flops(model.config, B) == 3 * B * counted_flops(model)
+    assert student_flops(model) == flops_of_passes(model.config)
+    assert stage(model).flops == update_flops(model, B) == 3 * B * flops_of_passes(model.config)
 
 
 def test_peaks_of_known_devices():

@@ -26,17 +26,16 @@ from training_runs import (
 )
 
 import pyard
-from pyard.__main__ import main
+from pyard.cli.command_line import main
 from pyard.errors import InputError
-from pyard.models.dit import DiT
-from pyard.models.latents import LatentCodec
+from pyard.models.codec import LatentCodec
 from pyard.models.student import Student
+from pyard.storage.checkpoints import Checkpoints
+from pyard.storage.log import read_log
 from pyard.teachers import load_teacher
-from pyard.teachers.dit import DiTTeacher
 from pyard.training.processes import PREEMPTED_STATUS
 from pyard.training.regression import Regression
 from pyard.training.sharded import consolidate
-from pyard.training.state import Checkpoints, read_log
 
 FSDP = dict(parallel="fsdp", ema_decay=[0.9, 0.99], gradient_accumulation=2, rollout_probability=0.5, history_bias=-1.0)
 
@@ -136,22 +135,6 @@ def test_the_vae_comes_along(folder):
     assert pyard.sample(folder / "latent" / "run", [1]).shape == (1, 3, 8, 8)
     consolidate(folder / "latent" / "run", folder / "whole")
     assert pyard.sample(folder / "whole", [1]).shape == (1, 3, 8, 8)
-
-
-def test_a_network_of_ones_own_is_refused_before_it_is_trained(folder):
-    assert set(wait(start(folder, "run", 2, own_network, parallel="fsdp"))) == {1}
-    assert "a network of its own, OwnDiT" in (folder / "run.error-0").read_text()
-    assert not (folder / "run").exists()
-
-
-def own_network() -> None:
-    """In each process: teachers are read with a network that is no plain DiT."""
-
-    class OwnDiT(DiT):
-        pass
-
-    read = DiTTeacher.from_pretrained
-    DiTTeacher.from_pretrained = lambda path, **options: read(path, **{**options, "network": OwnDiT})  # type: ignore
 
 
 def test_killed_and_resumed_is_bitwise_the_same(folder):

@@ -12,11 +12,12 @@ from training_runs import teacher_and_store, train_in
 
 from pyard.errors import InputError
 from pyard.models.student import Student
+from pyard.sampling.exposure_bias import exposure_bias
+from pyard.storage.log import read_log
 from pyard.teachers import load_teacher
 from pyard.training.loop import Meter
 from pyard.training.processes import Processes
-from pyard.training.state import read_log
-from pyard.training.watch import exposure_bias, in_order
+from pyard.training.watch import in_order
 from pyard.trajectories import TrajectoryBatch, TrajectoryStore, generate_trajectories
 
 
@@ -61,7 +62,7 @@ def test_tensorboard_gets_numbers_pictures_and_curves_once_each(tmp_path: Path):
     settings = dict(evaluate_every=2, evaluation_trajectories=8, max_steps=6, save_every=2)
     with pytest.MonkeyPatch.context() as patch:
         # Ends after the evaluation of step 4 and before its checkpoint: on resuming, step 4 is watched again.
-        from pyard.training.state import Checkpoints
+        from pyard.storage.checkpoints import Checkpoints
 
         save = Checkpoints.save
 
@@ -103,7 +104,7 @@ def test_held_out_trajectories_are_of_the_same_classes_and_may_become_more(tmp_p
         changes = dict(max_steps=count, evaluate_every=4, evaluation_trajectories=count)
         run = train_in(tmp_path, f"run-{count}", store=tmp_path / "two", **changes)
         held_out = TrajectoryStore.open(run / "held-out")
-        assert held_out.manifest.label_of(np.arange(4)).tolist() == [1, 4, 1, 4]
+        assert held_out.manifest.number_of(np.arange(4)).tolist() == [1, 4, 1, 4]
     train_in(tmp_path, "run-4", store=tmp_path / "two", max_steps=4, evaluate_every=4, evaluation_trajectories=12)
     assert TrajectoryStore.open(tmp_path / "run-4" / "held-out").count == 12
 

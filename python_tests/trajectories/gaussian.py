@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from pyard.noise_schedule import NoiseSchedule
+from pyard.conditions import ClassConditions, Condition
+from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.teachers import Teacher
 from pyard.trajectories import TrajectoryStore, generate_trajectories
 
@@ -20,7 +21,7 @@ class GaussianTeacher:
     """Predicts eps (or velocity, as its schedule says) of x_0 ~ N(mean of the class, SPREAD^2), the mean of no class being 0.
 
     Args:
-        shape: (C, H, W).
+        shape: [C, H, W].
         num_classes: the mean of class k is (k + 1) / num_classes.
         delay: seconds that a prediction takes.
         explode_from: times below this give predictions that are not finite.
@@ -29,7 +30,7 @@ class GaussianTeacher:
 
     def __init__(
         self,
-        shape: tuple[int, int, int] = (1, 4, 4),
+        shape: tuple[int, ...] = (1, 4, 4),
         num_classes: int = 3,
         delay: float = 0.0,
         fingerprint: str = "gaussian",
@@ -38,28 +39,28 @@ class GaussianTeacher:
     ):
         self.schedule = schedule or NoiseSchedule()
         self.sample_shape = shape
-        self.num_classes = num_classes
+        self.conditions = ClassConditions(num_classes)
         self.fingerprint = fingerprint
         self.device = torch.device("cpu")
         self.delay = delay
         self.explode_from = explode_from
         self.samples_computed = 0
 
-    def predict(self, x: torch.Tensor, time: float, labels: torch.Tensor) -> torch.Tensor:
+    def predict(self, x: torch.Tensor, time: float, condition: Condition) -> torch.Tensor:
         if self.delay:
             sleep(self.delay)
         if time < self.explode_from:
             return x * float("inf")
         self.samples_computed += len(x)
         alpha, sigma = self.schedule.alpha(time), self.schedule.sigma(time)
-        mean = self.mean(labels).to(x)[:, None, None, None]
+        mean = self.mean(condition["label"]).to(x)[:, None, None, None]
         denoised = mean + alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + sigma**2) * (x - alpha * mean)
         eps = (x - alpha * denoised) / sigma
         return eps if self.schedule.prediction == "eps" else eps - denoised
 
     def mean(self, labels: torch.Tensor) -> torch.Tensor:
         """The classes' means [B], 0 for no class."""
-        return torch.where(labels == self.num_classes, 0.0, (labels + 1.0) / self.num_classes)
+        return torch.where(labels == self.conditions.count, 0.0, (labels + 1.0) / self.conditions.count)
 
 
 def write(out: Path, count: int = 20, teacher: Teacher | None = None, **settings: Any) -> TrajectoryStore:

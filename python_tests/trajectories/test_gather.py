@@ -39,7 +39,7 @@ def assert_same(batches: list[TrajectoryBatch], others: list[TrajectoryBatch]) -
         assert batch.history.dtype == other.history.dtype
         assert torch.equal(batch.history, other.history)
         assert torch.equal(batch.target, other.target)
-        assert torch.equal(batch.condition, other.condition)
+        assert torch.equal(batch.condition["label"], other.condition["label"])
 
 
 def take(reader: TrajectoryReader, count: int) -> list[TrajectoryBatch]:
@@ -141,9 +141,9 @@ def test_batches_are_views_of_one_buffer_that_is_used_again(store: TrajectorySto
 def test_a_batch_that_is_kept_is_never_overwritten(store: TrajectoryStore) -> None:
     require_native()
     native, python = (TrajectoryReader(store, 4, target="state", backend=b, prefetch=2) for b in ("native", "python"))  # type: ignore[arg-type]
-    kept = [(batch.target[1], batch.condition) for batch in itertools.islice(native, 30)]  # views only, no batch
+    kept = [(batch.target[1], batch.condition["label"]) for batch in itertools.islice(native, 30)]  # views only, no batch
     gc.collect()
-    wanted = [(batch.target[1], batch.condition) for batch in itertools.islice(python, 30)]
+    wanted = [(batch.target[1], batch.condition["label"]) for batch in itertools.islice(python, 30)]
     assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(kept, wanted, strict=True))
 
 
@@ -153,7 +153,7 @@ def test_a_batch_moves_with_its_frames(store: TrajectoryStore) -> None:
     assert moved.history.untyped_storage().nbytes() == moved.target.untyped_storage().nbytes()
     assert moved.frames is not None
     assert moved.frames.shape == (4, 4, 1, 4, 4)
-    plain = TrajectoryBatch(batch.history.clone(), batch.target.clone(), batch.condition).to("meta")
+    plain = TrajectoryBatch(batch.history.clone(), batch.target.clone(), batch.condition["label"]).to("meta")
     assert plain.history.shape == moved.history.shape
 
 

@@ -20,11 +20,13 @@ from factories import tiny_teacher
 from trajectories.gaussian import SPREAD, GaussianTeacher, contents, write
 
 from pyard import TimeGrid
+from pyard.conditions import Condition
+from pyard.diffusion.noise import standard_normal, uniform_labels
+from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.errors import InputError
-from pyard.noise import standard_normal, uniform_labels
-from pyard.noise_schedule import NoiseSchedule
+from pyard.storage.units import format_bytes, format_seconds
 from pyard.trajectories import TrajectoryStore
-from pyard.trajectories.generate import MAX_SHARD_BYTES, default_shard_size, format_bytes, format_seconds
+from pyard.trajectories.generate import MAX_SHARD_BYTES, default_shard_size
 from pyard.trajectories.store import write_shard
 
 
@@ -125,7 +127,7 @@ def test_float16_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
 
 
 def test_a_teacher_that_explodes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"state of sample 0 \(label \d\) is not finite"):
+    with pytest.raises(InputError, match=r"state of sample 0 \(condition \d\) is not finite"):
         write(tmp_path, teacher=GaussianTeacher(explode_from=500.0))
 
 
@@ -256,10 +258,10 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
 
 def test_ctrl_c_keeps_finished_shards(tmp_path: Path) -> None:
     class Interrupted(GaussianTeacher):
-        def predict(self, x: torch.Tensor, time: float, labels: torch.Tensor) -> torch.Tensor:
+        def predict(self, x: torch.Tensor, time: float, condition: Condition) -> torch.Tensor:
             if self.samples_computed >= 6 * 12:
                 raise KeyboardInterrupt
-            return super().predict(x, time, labels)
+            return super().predict(x, time, condition)
 
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "store", 20, Interrupted(), cfg_scale=1.0)
@@ -345,10 +347,10 @@ def test_a_shard_is_written_while_the_next_is_computed(tmp_path: Path, monkeypat
     computing_next, overlapped = threading.Event(), []
 
     class Teacher(GaussianTeacher):
-        def predict(self, x: torch.Tensor, time: float, labels: torch.Tensor) -> torch.Tensor:
+        def predict(self, x: torch.Tensor, time: float, condition: Condition) -> torch.Tensor:
             if self.samples_computed >= 8 * 6:
                 computing_next.set()
-            return super().predict(x, time, labels)
+            return super().predict(x, time, condition)
 
     def write_slowly(*args: Any) -> None:
         overlapped.append(computing_next.wait(30))

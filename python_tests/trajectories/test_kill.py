@@ -114,7 +114,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def pretend_disk_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another program fills the disk after the check for space, which here it is told to pass."""
     monkeypatch.setattr("pyard.trajectories.generate.require_disk_space", lambda *args: None)
-    monkeypatch.setattr("pyard.trajectories.convert.require_disk_space", lambda *args: None)
+    monkeypatch.setattr("pyard.trajectories.authors_files.require_disk_space", lambda *args: None)
 
 
 SIZES: dict = dict(batch_size=32, shard_size=256)  # shards of 116 KB

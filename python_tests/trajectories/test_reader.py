@@ -16,9 +16,9 @@ import torch
 from trajectories.gaussian import GaussianTeacher, write
 from trajectories.native import require_native
 
+from pyard.diffusion.noise import epoch_order
 from pyard.errors import InputError
 from pyard.trajectories import TrajectoryBatch, TrajectoryReader, TrajectoryStore
-from pyard.trajectories.reader import epoch_order
 
 # numpy.random.Philox(key=[0, 0], counter=[0, 0, 0, 2]).random_raw(12), sorted.
 GOLDEN_ORDER = [6, 7, 9, 10, 5, 1, 4, 8, 11, 3, 0, 2]
@@ -57,11 +57,9 @@ def test_batches_are_rows_of_the_store(tmp_path: Path, target: Any, dtype: Any) 
     assert torch.equal(batch.target, tensors[target][rows])
     assert torch.equal(batch.history[:, 0], tensors["noise"][rows])
     assert torch.equal(batch.history[:, 1:], tensors[target][rows][:, :-1])
-    assert torch.equal(batch.condition, tensors["label"][rows].long())
+    assert torch.equal(batch.condition["label"], tensors["label"][rows].long())
     assert batch.history.dtype == batch.target.dtype == torch.float32
-    assert repr(batch) == (
-        "TrajectoryBatch(history=float32[10, 3, 1, 4, 4], target=float32[10, 3, 1, 4, 4], condition=int64[10])"
-    )
+    assert repr(batch) == ("TrajectoryBatch(history=float32[10, 3, 1, 4, 4], target=float32[10, 3, 1, 4, 4], label=int64[10])")
 
 
 def test_one_step_store_has_the_noise_as_its_history(tmp_path: Path) -> None:
@@ -178,8 +176,8 @@ def test_more_shards_than_are_kept_mapped(tmp_path: Path, monkeypatch: pytest.Mo
     [
         ({"target": torch.zeros(2, 3, 1, 4, 5)}, r"target=float32\[2, 3, 1, 4, 5\]"),
         ({"history": torch.zeros(2, 3, 16)}, r"history=float32\[2, 3, 16\]"),
-        ({"condition": torch.zeros(3, dtype=torch.int64)}, r"condition=int64\[3\]"),
-        ({"condition": torch.zeros(2)}, "expected condition to be int64"),
+        ({"condition": torch.zeros(3, dtype=torch.int64)}, r"label=int64\[3\]"),
+        ({"condition": torch.zeros(2)}, "expected class labels to be int64"),
         ({"target": torch.zeros(2, 3, 1, 4, 4, dtype=torch.float64)}, "one floating-point dtype"),
     ],
 )
@@ -208,7 +206,7 @@ def test_a_part_of_a_store_is_read_as_a_store_of_that_size(backend: Any, tmp_pat
     part = TrajectoryReader(large, 3, target="state", seed=5, backend=backend, count=8)
     for ours, theirs in zip(itertools.islice(part, 7), TrajectoryReader(small, 3, target="state", seed=5), strict=False):
         assert torch.equal(ours.history, theirs.history)
-        assert torch.equal(ours.condition, theirs.condition)
+        assert torch.equal(ours.condition["label"], theirs.condition["label"])
     with pytest.raises(InputError, match="count is 22; expected 1 to 21"):
         TrajectoryReader(large, 3, target="state", count=22)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from trajectories.gaussian import flip_byte, write
 
-from pyard.__main__ import main
+from pyard.cli.command_line import main
 from pyard.errors import InputError
 from pyard.trajectories import trajectory_stats
 

@@ -22,8 +22,8 @@ from pyard.bench.quality.cell import Workshop, open_workshop, read_result, run_c
 from pyard.bench.quality.plan import SUBJECTS, Budget, Cell, Plan, Scale, full_plan, quick_plan
 from pyard.bench.quality.report import write_report
 from pyard.errors import InputError
+from pyard.storage.log import read_log
 from pyard.training.processes import PREEMPTED_STATUS, Preempted
-from pyard.training.state import read_log
 
 _SEEDS = 3
 

@@ -21,7 +21,9 @@ from filelock import FileLock
 
 from pyard.bench.quality.plan import Budget, Cell
 from pyard.bench.quality.subjects import TEACHER_STEPS, Subject, load_subject
-from pyard.estimate import stage_flops
+from pyard.cost.flops import without_weights
+from pyard.diffusion.noise import standard_normal
+from pyard.estimate.recipe_cost import stage_flops
 from pyard.evaluation.evaluate_students import DEFAULT_SEED
 from pyard.evaluation.features import Classifier
 from pyard.evaluation.frechet import GaussianStatistics, frechet_distance
@@ -29,13 +31,12 @@ from pyard.evaluation.measure import balanced_labels
 from pyard.evaluation.neighbours import precision_recall
 from pyard.models.folder import WEIGHTS_NAME
 from pyard.models.student import Student, StudentConfig
-from pyard.noise import standard_normal
-from pyard.solvers import endpoints
+from pyard.sampling.exposure_bias import exposure_bias
+from pyard.storage.checkpoints import Checkpoints
+from pyard.storage.files import file_sha256, write_text
+from pyard.teachers.guidance import endpoints
 from pyard.training import TrainConfig, train
-from pyard.training.state import Checkpoints, write_text
-from pyard.training.watch import exposure_bias
 from pyard.trajectories import TrajectoryReader, TrajectoryStore, generate_trajectories
-from pyard.trajectories.shard import file_sha256
 
 _DRAWN_TOGETHER = 500
 _HELD_OUT_SEED = 3000
@@ -76,7 +77,7 @@ class Workshop:
     @functools.cached_property
     def labels(self) -> np.ndarray:
         """Balanced labels of the samples that are measured: int64 [n]."""
-        return balanced_labels(self.budget.samples, self.subject.teacher.num_classes)
+        return balanced_labels(self.budget.samples, self.subject.teacher.conditions.count)
 
     def noise(self, seed: int = DEFAULT_SEED) -> np.ndarray:
         """Their noise, float32 [n, C, H, W]."""
@@ -237,7 +238,9 @@ def valid_result(workshop: Workshop, cell: Cell) -> dict[str, Any] | None:
 def training_flops(workshop: Workshop, settings: dict[str, Any], student: StudentConfig) -> float:
     """Of all updates: the student's, its rollouts', the discriminators'."""
     config = TrainConfig.of({"teacher": "", "out": Path(), **settings})
-    return stage_flops(config, workshop.subject.teacher.network.config, student)
+    network = workshop.subject.teacher.network
+    ghost = without_weights(network)
+    return stage_flops(config, network, Student(student, *ghost.trunk.for_student(ghost.head)))
 
 
 def read_result(path: Path) -> dict[str, Any] | None:

@@ -11,8 +11,8 @@ import numpy as np
 
 from pyard.bench.quality.cell import Workshop, draw
 from pyard.bench.quality.plan import PUBLISHED, STRONG, Plan, adversarial, corner
+from pyard.data.pictures import tiles
 from pyard.models.student import Student
-from pyard.pictures import tiles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

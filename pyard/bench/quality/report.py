@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-import pyard
 from pyard.bench.machine import processor
 from pyard.bench.quality.cell import Workshop, open_workshop, training_flops, valid_result
 from pyard.bench.quality.figures import draw_figures
@@ -23,7 +22,8 @@ from pyard.bench.quality.intervals import Interval, degradation_ratio
 from pyard.bench.quality.plan import MAIN, PUBLISHED, Budget, Plan, Setting, corner
 from pyard.models.folder import load_config
 from pyard.models.student import StudentConfig
-from pyard.training.state import write_text
+from pyard.storage.files import write_text
+from pyard.version import __version__
 
 # METHOD of arXiv 2504.11295, ImageNet-256, ADM protocol, 50k samples: passes, FID, precision, recall.
 PAPER = (
@@ -223,7 +223,7 @@ def _number(value: float | None, key: str) -> str:
 
 def _machine() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
-    return {"device": device, "cores": os.cpu_count(), "torch": torch.__version__, "pyard": pyard.__version__}
+    return {"device": device, "cores": os.cpu_count(), "torch": torch.__version__, "pyard": __version__}
 
 
 def _sentence(machine: dict[str, Any]) -> str:

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
+from pyard.data.digits import digits_data
+from pyard.data.mixture import mixture_2d, mixture_16
+from pyard.data.scenes import scenes_data
 from pyard.evaluation.features import FeatureNetwork, digits_classifier
 from pyard.evaluation.measure import balanced_labels
 from pyard.evaluation.scene_features import MixtureFeatures, scenes_classifier
 from pyard.teachers import scenes
-from pyard.teachers.digits import digits_data, digits_teacher, teach
-from pyard.teachers.dit import DiTTeacher
-from pyard.teachers.mixture import mixture_2d, mixture_16
+from pyard.teachers.digits import digits_teacher, teach
 from pyard.teachers.mixture_teacher import fit
+from pyard.teachers.network_teacher import NetworkTeacher
 from pyard.teachers.teaching import teaching_device
 
 # Samples of data are drawn from a seed of their own; trajectories count theirs from 0, evaluation its noise from 1000.
@@ -36,7 +38,7 @@ class Subject:
     """
 
     name: str
-    teacher: DiTTeacher
+    teacher: NetworkTeacher
     cfg_scale: float
     data: Callable[[int], tuple[np.ndarray, np.ndarray]]
     features: FeatureNetwork
@@ -70,7 +72,7 @@ def _scenes(folder: Path, quick: bool, progress: bool) -> Subject:
     teacher = scenes.teach(folder / "teacher", progress=progress, **small).to(teaching_device())
 
     def data(count: int) -> tuple[np.ndarray, np.ndarray]:
-        return scenes.scenes_data(_DATA_SEED, np.arange(count), balanced_labels(count, teacher.num_classes))
+        return scenes_data(_DATA_SEED, np.arange(count), balanced_labels(count, teacher.conditions.count))
 
     return Subject("scenes", teacher, 1.5, data, scenes_classifier())
 

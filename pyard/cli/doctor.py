@@ -1,0 +1,214 @@
+"""What is installed, what is built, what runs where, and what to do about each problem."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import warnings
+from dataclasses import asdict, dataclass, field
+from json import dumps
+from typing import TYPE_CHECKING, Any
+
+from pyard.version import __version__
+
+if TYPE_CHECKING:
+    from pyard.ops.native import NativeLibrary
+
+PACKAGES = ("torch", "numpy", "safetensors", "diffusers", "accelerate", "onnx", "onnxscript", "scikit-learn")
+ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is wrong with the installation, and its remedy."""
+
+    what: str
+    remedy: str
+
+
+@dataclass
+class Report:
+    """All that the doctor found; `--json` prints it field by field."""
+
+    versions: dict[str, str | None] = field(default_factory=dict)
+    native: dict[str, Any] = field(default_factory=dict)
+    backend: str = "auto"
+    trajectory_reader: str = "python"  # native | python
+    operators: dict[str, dict[str, str]] = field(default_factory=dict)  # operator -> device -> native | reference
+    self_test: dict[str, float] = field(default_factory=dict)  # operator -> largest difference from its twin
+    onnxruntime_providers: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def doctor(json: bool = False) -> int:
+    """Check this installation: versions, the native operators and whether they compute the right thing, ONNX Runtime.
+
+    Prints what is built and for which instruction sets, which implementation every operator takes on every device of
+    this machine (native: compiled; reference: plain PyTorch), the result of a short self-test of the compiled operators
+    against plain PyTorch, ONNX Runtime's execution providers, and for every problem what to do about it. The exit
+    status is 0 where there is none, else 1.
+
+    Args:
+        json: Print one JSON object instead of text, for bug reports and scripts.
+
+    Returns:
+        0 if no problem was found, else 1.
+    """
+    report = examine()
+    print(dumps(asdict(report), indent=2) if json else as_text(report))
+    return 1 if report.problems else 0
+
+
+def examine() -> Report:
+    """Everything the doctor looks at, without printing."""
+    report = Report()
+    _examine_versions(report)
+    if report.versions["torch"] is not None:
+        _examine_operators(report)
+        _examine_trajectory_reader(report)
+    _examine_onnxruntime(report)
+    return report
+
+
+def as_text(report: Report) -> str:
+    """The report for people."""
+    lines = ["versions"]
+    lines += [f"  {name:<16} {version or 'not installed'}" for name, version in report.versions.items()]
+    lines += ["", f"operators (backend {report.backend})"]
+    if report.native.get("path"):
+        lines.append("  built for {instruction_sets}; this processor takes {active_instruction_set}".format(**report.native))
+        lines.append("  with torch {built_with_torch} headers and compiler {compiler}".format(**report.native))
+        compiled = report.native["cuda_architectures"] or "not compiled: " + report.native["cuda_note"].splitlines()[0]
+        lines.append(f"  CUDA kernels: {compiled}")
+    else:
+        lines.append("  not built")
+    width = max(map(len, report.operators), default=0)
+    for operator, by_device in report.operators.items():
+        places = ", ".join(f"{device}: {implementation}" for device, implementation in by_device.items())
+        difference = report.self_test.get(operator)
+        lines.append(f"  {operator:<{width}} {places}" + ("" if difference is None else f" (differs by {difference:.1e})"))
+    lines += [
+        "",
+        "trajectory reader",
+        f"  {report.trajectory_reader}",
+        "",
+        "onnxruntime providers",
+        f"  {', '.join(report.onnxruntime_providers) or 'none'}",
+        "",
+    ]
+    if not report.problems:
+        return "\n".join([*lines, "no problems found"])
+    for problem in report.problems:
+        lines += [f"problem: {problem.what}", f"  do: {problem.remedy}"]
+    return "\n".join(lines)
+
+
+def _examine_versions(report: Report) -> None:
+    report.versions = {"python": platform.python_version(), "pyard": __version__}
+    for package in PACKAGES:
+        report.versions[package] = _version(package)
+        if report.versions[package] is None:
+            report.problems.append(Problem(f"{package} is not installed", f"pip install {package}"))
+    report.versions.update({package: _version(package) for package in ONNX_RUNTIMES})
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _examine_operators(report: Report) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the operators are missing is said below, with a remedy
+        from pyard.ops import backend
+    import torch
+
+    report.backend = backend.current_backend()
+    library = backend.library
+    if library is None:
+        report.native = {"path": None, "reason": backend.missing_reason}
+        report.problems.append(_missing_operators(backend.missing_reason))
+    else:
+        report.native = {
+            "path": str(library.path),
+            "built_with_torch": library.built_with_torch,
+            "compiler": library.compiler,
+            "instruction_sets": " ".join(library.instruction_sets),
+            "active_instruction_set": library.active_instruction_set,
+            "cuda_architectures": " ".join(library.cuda_architectures),
+            "cuda_note": library.cuda_note,
+        }
+        _examine_cuda_kernels(report, library)
+        _run_self_test(report)
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for operator in backend.KERNELS:
+        taken = {device: backend.has_kernel(operator, device) for device in devices}
+        report.operators[operator] = {device: "native" if native else "reference" for device, native in taken.items()}
+
+
+def _examine_cuda_kernels(report: Report, library: NativeLibrary) -> None:
+    import torch
+
+    from pyard.ops.prebuilt import runs_on
+
+    has_gpu = torch.cuda.is_available()
+    again = "install pyard again with PYARD_CUDA=1, which makes what fails an error"
+    if library.cuda_failed:
+        what = f"the operators' CUDA kernels were to be built, and building them failed: {library.cuda_note}"
+        report.problems.append(Problem(what, f"{again}, or with PYARD_CUDA=0 to leave them out"))
+    elif has_gpu and not library.cuda_architectures:
+        what = f"this machine has a GPU, and the operators' CUDA kernels were not compiled: {library.cuda_note}"
+        report.problems.append(Problem(what, f"install a CUDA toolkit (nvcc), then {again}"))
+    elif has_gpu and not runs_on(library.cuda_architectures, torch.cuda.get_device_capability()):
+        found = ".".join(map(str, torch.cuda.get_device_capability()))
+        what = f"the CUDA kernels were compiled for {' '.join(library.cuda_architectures)}, this GPU needs {found}"
+        report.problems.append(Problem(what, f"set TORCH_CUDA_ARCH_LIST={found} and {again}"))
+
+
+def _examine_trajectory_reader(report: Report) -> None:
+    from pyard.trajectories.gather import native_module
+
+    module, reason = native_module()
+    report.trajectory_reader = "python" if module is None else "native"
+    if module is None:
+        remedy = "`pip install -e .` or `pip install .` again, where a C++17 compiler and pybind11 are found"
+        report.problems.append(Problem(f"trajectories are read in plain Python, slowly: {reason}", remedy))
+
+
+def _missing_operators(reason: str) -> Problem:
+    again = "`pip install -e .` or `pip install .` again"
+    remedies = {
+        "PYARD_NATIVE=0": "unset PYARD_NATIVE and install pyard again",
+        "does not load": "install pyard again, so that it is built with the torch that is installed now",
+        "older than pyard's sources": again,
+        "was not built": again,
+        "was not found": f"install what was not found, then {again}",
+    }
+    otherwise = f"install a C++17 compiler (Debian, Ubuntu: apt install g++), then {again}"
+    remedy = next((remedy for part, remedy in remedies.items() if part in reason), otherwise)
+    return Problem(f"the native operators are missing, plain PyTorch runs in their place: {reason}", remedy)
+
+
+def _run_self_test(report: Report) -> None:
+    from pyard.ops.self_test import TOLERANCE, self_test
+
+    report.self_test = self_test()
+    for operator, difference in report.self_test.items():
+        if not difference <= TOLERANCE:
+            remedy = "set PYARD_BACKEND=reference to go on, and report this with the output of `pyard doctor --json`"
+            report.problems.append(Problem(f"{operator} differs from its definition by {difference:.1e}", remedy))
+
+
+def _examine_onnxruntime(report: Report) -> None:
+    installed = [package for package in ONNX_RUNTIMES if report.versions[package] is not None]
+    if len(installed) == 2:
+        remedy = f"pip uninstall -y {' '.join(ONNX_RUNTIMES)}, then install the one you want (onnxruntime-gpu has both)"
+        report.problems.append(Problem("onnxruntime and onnxruntime-gpu overwrite each other's files", remedy))
+    try:
+        import onnxruntime
+    except ImportError as error:
+        report.problems.append(Problem(f"onnxruntime does not import: {error}", "pip install onnxruntime"))
+        return
+    report.onnxruntime_providers = list(onnxruntime.get_available_providers())

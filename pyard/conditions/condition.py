@@ -1,0 +1,104 @@
+"""A bundle of named tensors with a leading batch dimension: what a network is conditioned on beside the time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch.nn import functional as F
+
+from pyard.errors import InputError
+
+
+class Condition(Mapping[str, torch.Tensor]):
+    """The condition of a batch, such as `{"label": int64 [B]}` or `{"tokens": [B, n, D], "mask": bool [B, n]}`.
+
+    Example:
+        condition = teacher.conditions.take([3, 1, 4])
+        teacher.predict(x, time, condition)
+
+    Args:
+        tensors: by the names that the network knows, each [B, ...], at least one.
+
+    Raises:
+        InputError: no tensors, or tensors of different batch sizes.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        self._tensors = dict(tensors)
+        if len({len(tensor) if tensor.ndim else -1 for tensor in self._tensors.values()} - {-1}) != 1:
+            raise InputError(f"{self}: expected at least one tensor, all with the same leading batch dimension")
+
+    @property
+    def batch_size(self) -> int:
+        """B. (`len` is the number of tensors.)"""
+        return len(next(iter(self._tensors.values())))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(iter(self._tensors.values())).device
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._tensors:
+            raise InputError(f"condition: no tensor {name!r}; it has {', '.join(self._tensors)}")
+        return self._tensors[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        described = (f"{name}={str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for name, t in self._tensors.items())
+        return f"Condition({', '.join(described)})"
+
+    def to(self, device: torch.device | str) -> Condition:
+        """The condition on another device; the copy does not wait where the memory is pinned."""
+        return Condition({name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors.items()})
+
+    def index(self, rows: slice | torch.Tensor | Sequence[int]) -> Condition:
+        """The condition of some of the samples."""
+        return Condition({name: tensor[rows] for name, tensor in self._tensors.items()})
+
+    def repeat(self, steps: int) -> Condition:
+        """Each row `steps` times in a row, [B * steps, ...]: for networks that fold steps into the batch."""
+        if steps == 1:
+            return self
+        return Condition({name: tensor.repeat_interleave(steps, dim=0) for name, tensor in self._tensors.items()})
+
+    def split(self, count: int) -> list[Condition]:
+        """`count` conditions of equal batch size, in order."""
+        pieces = [tensor.chunk(count) for tensor in self._tensors.values()]
+        return [Condition(dict(zip(self._tensors, piece, strict=True))) for piece in zip(*pieces, strict=True)]
+
+    @classmethod
+    def cat(cls, conditions: Sequence[Condition]) -> Condition:
+        """The rows of several conditions below each other.
+
+        Tensors of different lengths, as prompts have, are padded with zeros at the end of each dimension; a mask of zeros
+        says that the padding is none of the condition.
+        """
+        return cls({name: _cat([condition[name] for condition in conditions]) for name in conditions[0]})
+
+
+def as_condition(condition: Condition | torch.Tensor) -> Condition:
+    """A condition as it is; class labels, int64 [B], as the condition `{"label": labels}`."""
+    return condition if isinstance(condition, Condition) else Condition({"label": condition})
+
+
+def _cat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    return torch.cat([pad_to(tensor, shape) for tensor in tensors])
+
+
+def pad_to(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:  # [B, ...] -> [B, *shape]
+    """Zeros at the end of every dimension but the first, up to a shape."""
+    if list(tensor.shape[1:]) == list(shape):
+        return tensor
+    missing = [(0, size - have) for size, have in zip(shape, tensor.shape[1:], strict=True)]
+    return F.pad(tensor, [side for pair in reversed(missing) for side in pair])

@@ -1,0 +1,218 @@
+"""Tables of conditions: a sample keeps the number of its row, and the table gives the row's tensors.
+
+B batch · n tokens of a row · D width of a token
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import operator
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pyard.conditions.condition import Condition
+from pyard.errors import InputError
+from pyard.storage.files import appearing_folder, read_json, to_bytes
+
+FOLDER = "conditions"
+_ABOUT_NAME = "conditions.json"
+_TENSORS_NAME = "conditions.safetensors"
+
+Numbers = Sequence[int] | NDArray[np.integer[Any]] | torch.Tensor
+
+
+@runtime_checkable
+class Conditions(Protocol):
+    """What a teacher can be asked for.
+
+    Attributes:
+        count: rows that a sample may have: numbers are 0 ... count - 1. Null rows have further numbers.
+    """
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever a row does; empty for classes, whose rows are their numbers."""
+        ...
+
+    def take(self, numbers: Numbers) -> Condition:
+        """The tensors of rows, null rows included, on the CPU or on the device of `numbers`."""
+        ...
+
+    def null(self, numbers: Numbers) -> torch.Tensor:
+        """For each row the number of the one that guidance leads away from (no class, the negative prompt): int64 [B]."""
+        ...
+
+
+class ClassConditions:
+    """Classes: row c is `{"label": c}`, and the null row, "no class", has the number `count`.
+
+    Args:
+        count: how many classes.
+        names: of the classes, in order; synonyms are separated by commas. None: they have numbers alone.
+        has_null: whether the network knows "no class".
+    """
+
+    def __init__(self, count: int, names: Sequence[str] | None = None, *, has_null: bool = True):
+        if count < 1:
+            raise InputError(f"conditions: {count} classes; expected at least 1")
+        if names is not None and len(names) != count:
+            raise InputError(f"conditions: {len(names)} names for {count} classes; expected one for each")
+        self.count, self.has_null = count, has_null
+        self.names = None if names is None else tuple(names)
+
+    fingerprint = ""
+
+    def take(self, numbers: Numbers) -> Condition:
+        return Condition({"label": as_numbers(numbers)})
+
+    def null(self, numbers: Numbers) -> torch.Tensor:
+        if not self.has_null:
+            raise InputError("this teacher was trained without label dropout, so it cannot be guided; use cfg_scale=1")
+        return torch.full_like(as_numbers(numbers), self.count)
+
+    def find(self, labels: Sequence[int | str]) -> list[int]:
+        """Class numbers of labels, of which texts are looked up among the names and their synonyms.
+
+        Raises:
+            InputError: an unknown name, or no names to look it up in.
+        """
+        if self.names is None:
+            raise InputError(f"this student knows no class names; give numbers from 0 to {self.count - 1}")
+        numbers = {synonym.strip().lower(): i for i, name in enumerate(self.names) for synonym in (name, *name.split(","))}
+        found = []
+        for label in labels:
+            if isinstance(label, str) and label.strip().lower() not in numbers:
+                near = [name for name in self.names if label.strip().lower() in name.lower()]
+                hint = f"; near: {', '.join(near[:5])}" if near else ""
+                raise InputError(f"no class is named {label!r}{hint}")
+            found.append(numbers[label.strip().lower()] if isinstance(label, str) else operator.index(label))
+        return found
+
+
+class EmbeddingTable:
+    """Rows of token embeddings of any length, kept unpadded; the last row is the null row.
+
+    `take` pads the rows of a batch to the longest of them: `{"tokens": [B, n, D], "mask": bool [B, n]}`.
+
+    Args:
+        rows: count + 1 tensors [n_i, D] of one floating-point dtype, n_i at least 1; the last one is the null row.
+
+    Raises:
+        InputError: fewer than two rows, or rows that do not fit each other.
+    """
+
+    def __init__(self, rows: Sequence[torch.Tensor]):
+        if len(rows) < 2:
+            raise InputError(f"conditions: {len(rows)} rows; expected at least one row and the null row")
+        kinds = {(row.ndim, row.shape[-1] if row.ndim else 0, row.dtype) for row in rows}
+        if len(kinds) > 1 or rows[0].ndim != 2 or not rows[0].is_floating_point() or not all(len(row) for row in rows):
+            raise InputError("conditions: rows of different kinds; expected tensors [n, D] of one floating-point dtype, n >= 1")
+        self._tokens = torch.cat(list(rows)).cpu().contiguous()
+        self._begin = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+
+    @property
+    def count(self) -> int:
+        """Rows without the null row."""
+        return len(self._begin) - 2
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of lengths and embeddings."""
+        digest = hashlib.sha256(self._begin.astype("<i8").tobytes())
+        digest.update(f"{self._tokens.dtype} {tuple(self._tokens.shape)}".encode())
+        digest.update(self._tokens.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def take(self, numbers: Numbers) -> Condition:
+        wanted = as_numbers(numbers)
+        if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) <= self.count:
+            raise InputError(f"condition numbers from {int(wanted.min())} to {int(wanted.max())}; expected 0 to {self.count}")
+        rows = [self._tokens[self._begin[i] : self._begin[i + 1]] for i in wanted.tolist()]
+        longest = max((len(row) for row in rows), default=1)
+        tokens = self._tokens.new_zeros((len(rows), longest, self._tokens.shape[-1]))
+        mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)], mask[i, : len(row)] = row, True
+        return Condition({"tokens": tokens, "mask": mask}).to(wanted.device)
+
+    def null(self, numbers: Numbers) -> torch.Tensor:
+        return torch.full_like(as_numbers(numbers), self.count)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EmbeddingTable:
+        # It never changes: an average of the student's weights is asked for the same things.
+        return self
+
+    def save(self, folder: Path) -> None:
+        """Write the table into a folder that is being built."""
+        from safetensors.torch import save_file
+
+        lengths = torch.from_numpy(np.diff(self._begin).astype(np.int64))
+        save_file({"tokens": self._tokens, "lengths": lengths}, folder / _TENSORS_NAME)
+        (folder / _ABOUT_NAME).write_bytes(to_bytes({"kind": "embeddings", "fingerprint": self.fingerprint}))
+
+    @classmethod
+    def load(cls, folder: Path) -> EmbeddingTable:
+        """Read a table that `save` wrote."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors = load_file(folder / _TENSORS_NAME)
+            return cls(list(tensors["tokens"].split(tensors["lengths"].tolist())))
+        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{folder}: the table of conditions cannot be read ({error})") from None
+
+
+def save_conditions(conditions: Conditions, folder: Path) -> None:
+    """Write a table into the sub-folder `conditions`, unless an equal one is there; classes need none.
+
+    Raises:
+        InputError: a table of a kind that cannot be kept, or another table is there.
+    """
+    if isinstance(conditions, ClassConditions):
+        return
+    if not isinstance(conditions, EmbeddingTable):
+        raise InputError(f"conditions: a {type(conditions).__name__} cannot be stored; expected classes or an EmbeddingTable")
+    path = folder / FOLDER
+    if not path.exists():
+        with appearing_folder(path) as building:  # of several writers, the first one wins
+            conditions.save(building)
+    found = load_conditions(folder)
+    if found is None or found.fingerprint != conditions.fingerprint:
+        raise InputError(f"{path} holds another table of conditions; use another folder")
+
+
+def load_conditions(*folders: Path) -> Conditions | None:
+    """The table in the sub-folder `conditions` of the first of these folders that has one; None: none has."""
+    for folder in folders:
+        path = folder / FOLDER
+        if not (path / _ABOUT_NAME).is_file():
+            continue
+        about = read_json(path / _ABOUT_NAME)
+        if not isinstance(about, dict) or about.get("kind") != "embeddings":
+            raise InputError(f"{path / _ABOUT_NAME}: {json.dumps(about)[:80]} is no kind of conditions that this pyard reads")
+        table = EmbeddingTable.load(path)
+        if table.fingerprint != about.get("fingerprint"):
+            raise InputError(f"{path}: the table of conditions was changed after it was written; restore it")
+        return table
+    return None
+
+
+def as_numbers(numbers: Numbers) -> torch.Tensor:
+    """Condition numbers as int64 [B], where they are."""
+    tensor = numbers if isinstance(numbers, torch.Tensor) else torch.as_tensor(np.asarray(numbers))
+    if tensor.ndim != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
+        if tensor.numel():
+            raise InputError(f"condition numbers: {tensor.dtype} {list(tensor.shape)}; expected integers [B]")
+        tensor = tensor.flatten()
+    return tensor.to(torch.int64)

@@ -1,0 +1,1 @@
+"""FLOPs and memory, and what devices have of both."""

@@ -1,0 +1,135 @@
+"""Floating-point operations of any backbone, counted by torch while it runs without data, on the meta device.
+
+A multiplication with its addition counts as two. Matrix products, convolutions and attention are counted; norms, activations
+and sinusoids are not: together they are less than a percent.
+
+    S steps · T tokens · D hidden · E width of the conditioning · W width of a discriminator's layers
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pyard.conditions import Condition
+from pyard.models.backbone import Denoiser
+from pyard.models.student import Student
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def without_weights(module: _Module) -> _Module:
+    """A copy of a module on the meta device: shapes without numbers, whatever the size of the original."""
+    tensors = [*module.parameters(), *module.buffers()]
+    memo = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors}
+    memo = {
+        key: nn.Parameter(memo[key], tensor.requires_grad) if isinstance(tensor, nn.Parameter) else memo[key]
+        for key, tensor in zip(memo, tensors, strict=True)
+    }
+    return copy.deepcopy(module, memo)
+
+
+def counted(run: Callable[[], object]) -> int:
+    """FLOPs of what a function does to tensors on the meta device."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def flops_per_pass(student: Student, condition: Condition | None = None) -> tuple[int, ...]:
+    """FLOPs of each of the S cached passes for one sample.
+
+    Args:
+        student: on any device.
+        condition: of one sample; None: the first row of the student's table.
+    """
+    ghost = without_weights(student)
+    condition = _one(student.require_conditions().take([0]) if condition is None else condition)
+    latest = torch.empty((1, *student.sample_shape), device="meta")
+    cache, counts = ghost.new_cache(1), []
+    for step in range(student.num_steps):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            latest, cache = ghost.step(latest, step, condition, cache)  # type: ignore[assignment]
+        counts.append(int(counter.get_total_flops()))
+    return tuple(counts)
+
+
+def student_flops(student: Student) -> float:
+    """One forward pass of one sample through all S steps, its history included."""
+    return float(sum(flops_per_pass(student)))
+
+
+def update_flops(student: Student, batch_size: int) -> float:
+    """An update: forward, and twice that backward. What activation checkpointing computes again does not count (MFU)."""
+    return 3.0 * batch_size * student_flops(student)
+
+
+def teacher_flops(network: Denoiser, condition: Condition) -> float:
+    """One evaluation of a teacher for one sample, its predicted variance included; guidance takes two."""
+    ghost, one = without_weights(network), _one(condition)
+    x, times = torch.empty((1, *network.config.sample_shape), device="meta"), torch.empty(1, device="meta")
+    with torch.no_grad():
+        return float(counted(lambda: ghost(x, times, one)))
+
+
+def feature_flops(network: Denoiser, condition: Condition, blocks: tuple[int, ...]) -> float:
+    """What discriminators cost in the frozen teacher, for one sample of a batch and its real counterpart.
+
+    Both pass forward to the highest block looked at, and the student's prediction gets its gradient back.
+    """
+    ghost, one = without_weights(network).requires_grad_(False), _one(condition)
+    x = torch.empty((1, *network.config.sample_shape), device="meta")
+    times = torch.empty(1, device="meta")
+
+    def features(x: torch.Tensor) -> torch.Tensor:
+        ghost.trunk.conditioning(times, one)
+        seen = ghost.trunk.features(x, times, one, ghost.head, blocks)
+        return torch.stack([tokens.sum() for tokens in seen]).sum()
+
+    def forward() -> None:
+        with torch.no_grad():
+            features(x)
+
+    def both_ways() -> None:
+        leaf = x.clone().requires_grad_()
+        torch.autograd.grad(features(leaf), leaf)
+
+    return float(counted(forward) + counted(both_ways))
+
+
+def discriminator_flops(
+    tokens: int, hidden: int, condition: int, *, width: int, depth: int, kernel_size: int, r1: bool, feature_matching: bool
+) -> float:
+    """One discriminator head in an update, for one sample of a batch and its real counterpart.
+
+    It passes forward and back to its input on the way to the student's gradient; on the way to its own, both samples forward
+    and back to its weights, and, behind its first layer, to its inputs. R1 adds the slopes of the real sample's logits and,
+    twice that, their own slopes; feature matching one more pass of it.
+    """
+    first, rest = head_flops(tokens, hidden, condition, width=width, depth=depth, kernel_size=kernel_size)
+    passes = 2 * (first + rest) + 2 * (2 * first + 3 * rest)
+    if feature_matching:
+        passes += first + rest
+    if r1:
+        passes += 3 * (first + rest)
+    return passes
+
+
+def head_flops(tokens: int, hidden: int, condition: int, *, width: int, depth: int, kernel_size: int) -> tuple[float, float]:
+    """One discriminator head forward on one sample, by formula: its first layer, and the rest.
+
+    Args:
+        tokens, hidden, condition: T, D, E.
+        width, depth, kernel_size: W, residual layers and their kernel.
+    """
+    rest = 2.0 * tokens * width * width * (depth * kernel_size + 1) + 2.0 * condition * width
+    return 2.0 * tokens * hidden * width, rest
+
+
+def _one(condition: Condition) -> Condition:
+    return Condition({name: torch.empty_like(tensor[:1], device="meta") for name, tensor in condition.items()})

@@ -1,0 +1,1 @@
+"""`pyard demo`: the whole path in minutes, with pictures and a table."""

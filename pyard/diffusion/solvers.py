@@ -1,0 +1,70 @@
+"""Solvers of the probability-flow ODE: DDIM for diffusion schedules, Euler and Heun for flows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.errors import InputError
+
+Solver = Literal["ddim", "euler", "heun"]
+
+# (x_t [B, C, ...], t) to the network's output F [B, C, ...], whose meaning is `schedule.prediction`
+Predict = Callable[[torch.Tensor, float], torch.Tensor]
+
+
+def solver_of(schedule: NoiseSchedule, solver: Solver | None = None) -> Solver:
+    """The solver asked for, or a schedule's usual one; an InputError if the two do not go together."""
+    fitting: tuple[Solver, ...] = ("ddim",) if schedule.kind == "ddpm" else ("euler", "heun")
+    if solver is None:
+        return fitting[0]
+    if solver not in fitting:
+        raise InputError(f"solver {solver!r} does not go with a {schedule.kind!r} schedule; expected one of {fitting}, or None")
+    return solver
+
+
+def integrate(
+    predict: Predict,
+    schedule: NoiseSchedule,
+    noise: torch.Tensor,  # [B, C, ...]
+    num_steps: int,
+    solver: Solver | None = None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Walk an ODE from noise to data.
+
+    Args:
+        predict: the network, guidance included.
+        schedule: forward process and times.
+        noise: x_T, standard normal.
+        num_steps: n; evaluations: n, or 2 n - 1 for `heun`.
+        solver: `ddim` for a `ddpm` schedule (Song et al. 2021, eta = 0; first order); for a `flow` `euler` (first order) or
+            `heun` (second order; Karras et al. 2022, algorithm 1, whose last step is Euler's). None: ddim or euler.
+
+    Yields:
+        After each of the n steps: (the state after it, the denoised prediction that the step began with), float32.
+    """
+    second_order = solver_of(schedule, solver) == "heun"
+    x = noise.float()
+    for time, next_time in itertools.pairwise(schedule.timesteps(num_steps)):
+        output = predict(x, time).float()
+        p, q, r, s = schedule.output_map(time)
+        a, b = schedule.jump_coefficients(time, next_time)
+        denoised = p * x + q * output
+        if next_time == schedule.clean_time:
+            # The last step ends on the denoised prediction itself; written so, both are the same numbers.
+            x = denoised
+        elif second_order:
+            # dx/dt of a flow is eps - x_0; the two slopes are averaged.
+            slope = (r * x + s * output) - denoised
+            ahead = a * x + b * output
+            ahead_output = predict(ahead, next_time).float()
+            p, q, r, s = schedule.output_map(next_time)
+            ahead_slope = (r * ahead + s * ahead_output) - (p * ahead + q * ahead_output)
+            x = x + (next_time - time) / 2 * (slope + ahead_slope)
+        else:
+            x = a * x + b * output
+        yield x, denoised

@@ -1,0 +1,233 @@
+"""What a student is made of: a transformer below its head, behind one interface.
+
+A student, its training, its cost and its export know this interface alone. `pyard/models/<family>/` holds one implementation
+each; docs/own-teacher.md shows how to add yours.
+
+    B batch · S steps · C channels · T tokens per step · D hidden · H heads · N history layers
+"""
+
+from __future__ import annotations
+
+import abc
+import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+from pyard.conditions import Condition, as_condition
+from pyard.errors import InputError
+from pyard.models.history import History
+
+
+class BackboneConfig(Protocol):
+    """Sizes of a backbone: JSON-able, and enough to build one with fresh weights."""
+
+    @property
+    def depth(self) -> int:
+        """L, blocks in order of execution."""
+        ...
+
+    @property
+    def num_heads(self) -> int:
+        """H, query heads of the attentions that may remember."""
+        ...
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """[C, ...] of one sample; of a backbone that takes several sizes, the usual one."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dictionary: the keyword arguments that make an equal configuration."""
+        ...
+
+
+class AttentionShape(NamedTuple):
+    """Keys that one self-attention adds to the cache in a step, for one sample: [heads, tokens, head_dim]."""
+
+    heads: int
+    tokens: int
+    head_dim: int
+
+
+class StepHeads(nn.ModuleList):
+    """The output layers of a student: one for each step, or one shared by all.
+
+    Args:
+        head: the one that all start as; copied.
+        count: S, or 1 for a shared head.
+    """
+
+    def __init__(self, head: nn.Module, count: int):
+        super().__init__(copy.deepcopy(head) for _ in range(count))
+
+    def steps(self, first: int, count: int) -> list[nn.Module]:
+        """The heads of the steps first ... first + count - 1; one entry where all steps share a head."""
+        heads = list(self)
+        return heads if len(heads) == 1 else heads[first : first + count]
+
+
+def apply_heads(heads: Sequence[nn.Module], *rows: torch.Tensor) -> torch.Tensor:
+    """Run every row through the head of its step.
+
+    Args:
+        heads: one for each step, or one for all.
+        rows: the heads' inputs, [B * steps, ...] each, a sample's steps side by side.
+
+    Returns:
+        [B * steps, ...]
+    """
+    if len(heads) == 1:
+        output: torch.Tensor = heads[0](*rows)
+        return output
+    # Contiguous slices: BLAS rounds strided ones by their address, and a resumed run must repeat every bit.
+    by_step = [tensor.unflatten(0, (-1, len(heads))).transpose(0, 1).contiguous() for tensor in rows]
+    return torch.stack([head(*(tensor[s] for tensor in by_step)) for s, head in enumerate(heads)], dim=1).flatten(0, 1)
+
+
+class Backbone(nn.Module, abc.ABC):
+    """A transformer below its head, for any number of steps at once.
+
+    Everything but the attentions of the lowest N blocks treats the S steps of a sample as samples of their own: a backbone
+    folds S into the batch, and those attentions call `history` instead of scaled_dot_product_attention.
+
+    Class attributes:
+        config_class: its configuration, a frozen dataclass (`BackboneConfig`).
+
+    Attributes:
+        config: sizes.
+        blocks: the transformer's blocks in order of execution; what is recomputed, sharded and adapted by LoRA is one of them.
+    """
+
+    config_class: ClassVar[type[Any]]
+    config: BackboneConfig
+    blocks: nn.ModuleList
+
+    @abc.abstractmethod
+    def forward(
+        self,
+        x: torch.Tensor,  # [B, S, C, ...]
+        times: torch.Tensor,  # [B or 1, S], in the teacher's time
+        condition: Condition,  # B rows
+        heads: Sequence[nn.Module],  # S of them, or one
+        history: History | None = None,  # None: no attention remembers
+    ) -> torch.Tensor:  # [B, S, C_out, ...]
+        """The network's output for every step."""
+
+    @abc.abstractmethod
+    def new_head(self) -> nn.Module:
+        """A fresh head: the layers from the last block to the output, which a student may have one of for each step."""
+
+    @abc.abstractmethod
+    def attention_shapes(self, layers: int, sample_shape: tuple[int, ...]) -> list[AttentionShape]:
+        """What each self-attention of the lowest `layers` blocks remembers of a step, in order of execution."""
+
+    @abc.abstractmethod
+    def conditioning(self, times: torch.Tensor, condition: Condition) -> torch.Tensor:  # [B], B rows -> [B, E]
+        """One vector for each sample that tells its time and condition: discriminators are projected on it."""
+
+    @abc.abstractmethod
+    def unembed(self, tokens: torch.Tensor, sample_shape: tuple[int, ...]) -> torch.Tensor:  # [R, T, ...] -> [R, C_out, ...]
+        """What `last_linear` of a head returned as samples: a rearrangement without weights."""
+
+    @classmethod
+    def family(cls) -> str:
+        """The name that folders know this backbone by: that of a registered family, else `package.module:Class`."""
+        from pyard.models.families import family_name
+
+        return family_name(cls)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes of a backbone that is conditioned on a class; None: on something else."""
+        return None
+
+    @property
+    def has_null_class(self) -> bool:
+        """Whether "no class" is known, too."""
+        return True
+
+    def check_sample(self, sample_shape: tuple[int, ...]) -> None:
+        """Raises InputError if samples of this shape do not fit; backbones of several sizes override it."""
+        if tuple(sample_shape) != tuple(self.config.sample_shape):
+            raise InputError(f"samples of shape {tuple(sample_shape)}; this network takes {tuple(self.config.sample_shape)}")
+
+    def for_student(self, head: nn.Module) -> tuple[Backbone, nn.Module]:
+        """Copies of the backbone and a head for a student, whose output has as many channels as its input."""
+        return copy.deepcopy(self), copy.deepcopy(head)
+
+    def last_linear(self, head: nn.Module) -> nn.Linear:
+        """The last linear layer of a head, which the adversarial stage weighs its gradients at."""
+        linears = [module for module in head.modules() if isinstance(module, nn.Linear)]
+        if not linears:
+            raise InputError(f"adversarial: the head of {type(self).__name__} has no linear layer; override last_linear")
+        return linears[-1]
+
+    def features(
+        self,
+        x: torch.Tensor,  # [B, C, ...]
+        times: torch.Tensor,  # [B]
+        condition: Condition,
+        head: nn.Module,
+        blocks: Sequence[int],
+    ) -> list[torch.Tensor]:  # K times [B, T, D]
+        """The outputs of some blocks, for discriminators; the base class runs the whole network and keeps them."""
+        seen: dict[int, torch.Tensor] = {}
+
+        def keep(index: int) -> Any:
+            def hook(module: nn.Module, inputs: Any, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+                seen[index] = output if isinstance(output, torch.Tensor) else output[0]
+
+            return hook
+
+        handles = [self.blocks[i].register_forward_hook(keep(i)) for i in blocks]
+        try:
+            self(x[:, None], times[:, None], condition, [head])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [seen[i].flatten(0, seen[i].ndim - 3) for i in blocks]
+
+    def tokens_per_step(self, sample_shape: tuple[int, ...] | None = None) -> int:
+        """T."""
+        return self.attention_shapes(1, sample_shape or self.config.sample_shape)[0].tokens
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of what `features` returns; the base class takes heads times their width."""
+        return self.config.num_heads * self.attention_shapes(1, self.config.sample_shape)[0].head_dim
+
+    def conditioning_size(self, condition: Condition) -> int:
+        """E, the width of `conditioning`."""
+        one = condition.index(slice(0, 1)).to(next(self.parameters()).device)
+        with torch.no_grad():
+            return self.conditioning(torch.zeros(1, device=one.device), one).shape[-1]
+
+    def lora_targets(self) -> list[str]:
+        """Names of the linear layers that low-rank additions go to: all that are in blocks."""
+        return [f"blocks.{name}" for name, module in self.blocks.named_modules() if isinstance(module, nn.Linear)]
+
+
+class Denoiser(nn.Module):
+    """A teacher's network: a backbone and its one head; x_t, t and a condition to a prediction."""
+
+    def __init__(self, trunk: Backbone, head: nn.Module | None = None):
+        super().__init__()
+        self.trunk = trunk
+        self.head = trunk.new_head() if head is None else head
+
+    @property
+    def config(self) -> BackboneConfig:
+        """Sizes."""
+        return self.trunk.config
+
+    def forward(
+        self,
+        x: torch.Tensor,  # [B, C, ...]
+        times: torch.Tensor,  # [B], may be fractional
+        condition: Condition | torch.Tensor,  # B rows, or class labels int64 [B]
+    ) -> torch.Tensor:  # [B, C_out, ...]
+        output: torch.Tensor = self.trunk(x[:, None], times[:, None], as_condition(condition), [self.head])
+        return output[:, 0]

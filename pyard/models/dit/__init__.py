@@ -1,0 +1,1 @@
+"""The class-conditional diffusion transformer: the network and its checkpoints."""

@@ -1,0 +1,103 @@
+"""The ARD authors' checkpoints as students, in both directions."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.time_grid import TimeGrid
+from pyard.errors import InputError
+from pyard.models.dit.network import DiTConfig, Trunk, without_variance
+from pyard.models.dit.tensor_names import (
+    join_checkpoint,
+    read_checkpoint,
+    read_config,
+    split_checkpoint,
+    with_zero_variance,
+    write_checkpoint,
+)
+from pyard.models.student import Student, StudentConfig
+
+
+def load_ard_student(
+    path: str | Path,
+    *,
+    history_layers: int = 6,
+    teacher_steps: int = 25,
+    num_heads: int | None = None,
+    num_classes: int | None = None,
+    weights: Literal["ema", "model"] = "ema",
+) -> Student:
+    """Read a checkpoint of the ARD authors' code: {"model", "ema", "opt"}, DiT's names and `final_layer2` … for later steps.
+
+    The number of steps is that of the heads. N, the schedule (1000 linear betas) and the grid (`denoised` targets out of 25
+    teacher steps, times 999 (1 - s/S)) are their code's; no tensor records them.
+
+    Args:
+        path: the `.pt` or `.safetensors`.
+        history_layers: N that it was trained with.
+        teacher_steps: n of the trajectories that it was trained on.
+        num_heads: H; needed for widths other than the published ones.
+        num_classes: needed if the label table has no row for "no class".
+        weights: `ema` or `model`.
+
+    Raises:
+        InputError: a file that cannot be read or is no such checkpoint.
+    """
+    tensors = read_checkpoint(Path(path), weights=weights).tensors
+    config = read_config(tensors, num_heads=num_heads, num_classes=num_classes)
+    trunk, heads = split_checkpoint(tensors, config)
+    schedule = NoiseSchedule()
+    student = Student(
+        StudentConfig(
+            network=dataclasses.replace(config, out_channels=config.in_channels),
+            grid=TimeGrid.build(schedule, len(heads), teacher_steps),
+            schedule=schedule,
+            history_layers=history_layers,
+        )
+    )
+    student.trunk.load_state_dict(trunk)
+    for own, theirs in zip(student.heads, heads, strict=True):
+        own.load_state_dict(without_variance(theirs, config.patch_size, config.in_channels))
+    return student.eval()
+
+
+def save_ard_student(student: Student, path: str | Path) -> None:
+    """Write a student as a checkpoint of the ARD authors' code.
+
+    Their heads have 2C output channels, of which the last C, the teacher's variance, are unused; a student of pyard does not
+    keep them, so they are written as zeros. "opt" is an AdamW without moments: their training starts afresh from it.
+
+    Raises:
+        InputError: the student does something that their code would not do with its weights.
+    """
+    config = student.config
+    if not isinstance(student.trunk, Trunk) or not isinstance(config.network, DiTConfig):
+        raise InputError(f"this student cannot be written as an ARD checkpoint: its network is no DiT but {config.family}")
+    network = config.network
+    published = TimeGrid.build(config.schedule, student.num_steps, config.grid.teacher_steps)
+    fixed = {
+        "target": (config.target, "denoised"),
+        "output": (config.output, "direct"),
+        "mask": (config.mask, "causal"),
+        "history_bias": (config.history_bias, None),
+        "embed_times": (config.grid.embed_times, published.embed_times),
+        "freq_shift": (network.freq_shift, 0.0),
+        "norm_eps": (network.norm_eps, 1e-6),
+        "mlp_norm_eps": (network.mlp_norm_eps, 1e-6),
+        "(time_scale, time_offset)": ((network.time_scale, network.time_offset), (1.0, 0.0)),
+    }
+    other = [f"{name} is {found}, theirs {theirs}" for name, (found, theirs) in fixed.items() if found != theirs]
+    if other:
+        raise InputError(f"this student cannot be written as an ARD checkpoint, whose code fixes: {'; '.join(other)}")
+    # A shared head becomes as many equal ones as there are steps.
+    heads = [student.heads[s % len(student.heads)].state_dict() for s in range(student.num_steps)]
+    wide = [with_zero_variance(dict(head), network) for head in heads]
+    tensors = join_checkpoint(dict(student.trunk.state_dict()), wide, network)
+    parameters = [torch.nn.Parameter(tensor) for tensor in tensors.values()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
+    write_checkpoint(Path(path), tensors, opt=optimizer.state_dict())

@@ -1,0 +1,5 @@
+"""An exported student in onnxruntime: numpy and onnxruntime are all that this package imports."""
+
+from pyard.runtime.onnx_student import OnnxStudent, OnnxStudentInfo
+
+__all__ = ["OnnxStudent", "OnnxStudentInfo"]

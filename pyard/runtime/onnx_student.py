@@ -1,0 +1,300 @@
+"""Sampling an exported student with onnxruntime: numpy and onnxruntime are all that this module imports."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from pyard.diffusion.noise import check_labels, standard_normal
+from pyard.errors import InputError
+from pyard.runtime.device_buffers import FixedBuffers, run_on_device
+
+METADATA_KEY = "pyard"
+FORMAT_VERSION = 1
+_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+@dataclass(frozen=True)
+class OnnxStudentInfo:
+    """What an exported student says about itself, and where it runs.
+
+    Args:
+        form: `sampler`, all S passes in one graph, or `step`, one of them.
+        num_steps: S.
+        history_layers: N.
+        num_classes: labels are 0 ... num_classes - 1.
+        sample_shape: (C, H, W) of the noise, and of a sample that is no picture.
+        output_shape: of what `sample` returns for each label: `sample_shape`, or (height, width, 3) of a picture.
+        times: the S + 1 grid times, in the teacher's time.
+        precision: `fp32`, `fp16`, `int8` or `int8-static`, of weights and products.
+        pictures: whether a decoder turns samples into pictures, uint8.
+        pyard_version: of the exporter.
+        weights_sha256: of the student's weights, equal in every export of the same student.
+        teacher_fingerprint: of the teacher that the student was distilled from.
+        parity: relative error against PyTorch that the export measured, by batch size.
+        provider: the onnxruntime execution provider that runs it.
+    """
+
+    form: str
+    num_steps: int
+    history_layers: int
+    num_classes: int
+    sample_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    times: tuple[float, ...]
+    precision: str
+    pictures: bool
+    pyard_version: str
+    weights_sha256: str
+    teacher_fingerprint: str
+    parity: dict[str, float]
+    provider: str
+
+
+class OnnxStudent:
+    """A student in an ONNX file written by `python -m pyard.export`.
+
+    Args:
+        path: the file.
+        providers: onnxruntime execution providers, best first; None takes CUDA where the installed onnxruntime and the
+            machine have it, else the CPU.
+        threads: CPU threads of one call; None leaves the choice to onnxruntime (one for each physical core).
+        cuda_graphs: on CUDA, record the whole sampler once for each batch size and replay it; calls of several threads then
+            wait for each other.
+
+    `repr(student)` says in one line what it is and where it runs.
+
+    Raises:
+        InputError: no such file, a damaged one, one that is too new for this onnxruntime, a model that is not pyard's, an
+            unknown provider.
+
+    Example:
+        student = OnnxStudent("student.onnx")
+        images = student.sample([3, 1, 4], seed=0)  # float32 [3, C, H, W], -1 black, 1 white
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        providers: Sequence[str] | None = None,
+        threads: int | None = None,
+        *,
+        cuda_graphs: bool = False,
+    ):
+        self.path = Path(path)
+        self._session = _open_session(self.path, _choose_providers(providers), threads, cuda_graphs)
+        self.info = _read_info(self.path, self._session)
+        self._device = "cuda" if self.info.provider == "CUDAExecutionProvider" else "cpu"
+        self._fixed = None
+        if cuda_graphs:
+            if self.info.form != "sampler":
+                raise InputError(f"{self.path} is of the form {self.info.form!r}; cuda_graphs needs the form 'sampler'")
+            dtype = np.uint8 if self.info.pictures else np.float32
+            self._fixed = FixedBuffers(self._session, "sample", self.info.output_shape, dtype, self._device)
+
+    def sample(
+        self,
+        labels: Sequence[int] | NDArray[np.integer[Any]],
+        seed: int = 0,
+        batch_size: int | None = None,
+        *,
+        noise: NDArray[np.float32] | None = None,
+    ) -> NDArray[Any]:
+        """Draw one sample for each label.
+
+        Sample i starts from `pyard.diffusion.noise.standard_normal(seed, [i], sample_shape)` whatever the batch size, as it
+        does in `pyard.sample`, so both draw the same samples up to rounding. Any number of threads may call it at once.
+
+        Args:
+            labels: class of each sample, 0 ... num_classes - 1, integers [n].
+            seed: of the noise, 0 to 2**64 - 1.
+            batch_size: samples that run together; bounds memory. None runs all at once.
+            noise: float32 [n, C, H, W] to start from instead of the seed's.
+
+        Returns:
+            float32 [n, C, H, W], in the range of the training data; uint8 [n, height, width, 3] from a file with a decoder.
+
+        Raises:
+            InputError: labels, noise, seed or batch size out of range or of the wrong shape or type.
+        """
+        classes = self._check(labels, noise)
+        count, shape = len(classes), self.info.sample_shape
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; expected at least 1, or None for all at once")
+        rows = batch_size or max(count, 1)
+        samples = np.empty((count, *self.info.output_shape), dtype=np.uint8 if self.info.pictures else np.float32)
+        for start in range(0, count, rows):
+            index = np.arange(start, min(start + rows, count))
+            start_noise = standard_normal(seed, index, shape) if noise is None else noise[index]
+            if self._fixed is not None:
+                samples[index] = self._fixed.run({"noise": start_noise, "label": classes[index]})
+            elif self.info.form == "sampler":
+                samples[index] = self._session.run(["sample"], {"noise": start_noise, "label": classes[index]})[0]
+            else:
+                *_, (_, samples[index]) = self.run_steps(start_noise, classes[index])
+        return samples
+
+    def stream(
+        self,
+        labels: Sequence[int] | NDArray[np.integer[Any]],
+        seed: int = 0,
+        *,
+        noise: NDArray[np.float32] | None = None,
+    ) -> Iterator[NDArray[Any]]:
+        """Draw one sample for each label and show it while it forms: the S predictions one by one, coarse ones first.
+
+        Args:
+            labels, seed, noise: as for `sample`.
+
+        Returns:
+            An iterator over S arrays like those of `sample`; each is computed when it is asked for, the last is the sample.
+
+        Raises:
+            InputError: as for `sample`; the file is of the form `sampler`, which computes all steps in one go.
+        """
+        if self.info.form != "step":
+            raise InputError(
+                f"{self.path} is of the form {self.info.form!r}, which gives the sample alone; "
+                "export the student with --form step to see each prediction"
+            )
+        classes = self._check(labels, noise)
+        if noise is None:
+            noise = standard_normal(seed, np.arange(len(classes)), self.info.sample_shape)
+        return (prediction for _, prediction in self.run_steps(noise, classes))
+
+    def run_steps(
+        self, noise: NDArray[np.float32], classes: NDArray[np.int64]
+    ) -> Iterator[tuple[dict[str, Any], NDArray[Any]]]:
+        """What each step of the form `step` is fed with, and its prediction (a picture where the file has a decoder).
+
+        Keys, values and latents stay on the device from one step to the next.
+        """
+        latest: Any = np.ascontiguousarray(noise)
+        past: dict[str, Any] = {
+            tensor.name: np.zeros([len(noise), tensor.shape[1], 0, tensor.shape[3]], dtype=_NUMPY_TYPES[tensor.type])
+            for tensor in self._session.get_inputs()
+            if tensor.name.startswith("past")
+        }
+        for step in range(self.info.num_steps):
+            inputs = {"latent": latest, "label": classes, "step": np.array(step, dtype=np.int64), **past}
+            outputs = run_on_device(self._session, inputs, self._device)
+            past = {name: outputs[name.replace("past_key_values", "present")] for name in past}
+            latest = outputs["prediction"]
+            yield inputs, outputs["image" if self.info.pictures else "prediction"].numpy()
+
+    def __repr__(self) -> str:
+        info = self.info
+        return f"{self.path}: {info.form} of {info.num_steps} steps, {info.precision}, on {info.provider}"
+
+    def _check(self, labels: object, noise: NDArray[np.float32] | None) -> NDArray[np.int64]:
+        classes = check_labels(labels, self.info.num_classes)
+        if noise is not None:
+            _check_noise(noise, (len(classes), *self.info.sample_shape))
+        return classes
+
+
+def _open_session(path: Path, providers: list[str], threads: int | None, cuda_graphs: bool) -> onnxruntime.InferenceSession:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a student.onnx written by python -m pyard.export")
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}; expected at least 1, or None for onnxruntime's choice")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # its warnings are about its own graph optimisations
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    graphs = {"CUDAExecutionProvider": {"enable_cuda_graph": "1"}} if cuda_graphs else {}
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=[(name, graphs.get(name, {})) for name in providers])
+    # onnxruntime's own exceptions share no base class but Exception.
+    except Exception as error:
+        size = path.stat().st_size
+        reason = str(error).strip().splitlines()[0]
+        data = path.with_name(f"{path.name}.data")
+        if "xternal" in reason or data.name in reason:
+            state = f"({data.stat().st_size} bytes) is cut off" if data.exists() else "is missing"
+            raise InputError(
+                f"{data} {state}: {path.name} keeps its weights there. Copy both files again. onnxruntime says: {reason}"
+            ) from None
+        if any(word in reason.replace(str(path), "") for word in ("IR version", "opset", "NOT_IMPLEMENTED")):
+            raise InputError(
+                f"{path} needs a newer onnxruntime than {onnxruntime.__version__}: upgrade it, or export the student again "
+                f"with --opset 20, which 1.21 reads. onnxruntime says: {reason}"
+            ) from None
+        raise InputError(
+            f"{path} ({size} bytes) cannot be opened as an ONNX model: it is cut off, or no ONNX file. Export or copy "
+            f"it again. onnxruntime says: {reason}"
+        ) from None
+
+
+def _read_info(path: Path, session: onnxruntime.InferenceSession) -> OnnxStudentInfo:
+    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    if text is None:
+        inputs = ", ".join(tensor.name for tensor in session.get_inputs())
+        raise InputError(
+            f"{path} is an ONNX model (inputs: {inputs}) but not pyard's: it has no metadata entry "
+            f"{METADATA_KEY!r}. Expected a file written by python -m pyard.export"
+        )
+    metadata = json.loads(text)
+    if metadata["format_version"] != FORMAT_VERSION:
+        raise InputError(
+            f"{path} has format version {metadata['format_version']}, written by pyard {metadata['pyard_version']}; "
+            f"this pyard reads version {FORMAT_VERSION}: export the student again"
+        )
+    outputs, pictures = session.get_outputs(), metadata.get("pictures", False)
+    return OnnxStudentInfo(
+        form=metadata["form"],
+        num_steps=metadata["num_steps"],
+        history_layers=metadata["history_layers"],
+        num_classes=metadata["num_classes"],
+        sample_shape=tuple(metadata["sample_shape"]),
+        output_shape=tuple(outputs[-1 if pictures and metadata["form"] == "step" else 0].shape[1:]),
+        pictures=pictures,
+        times=tuple(metadata["config"]["grid"]["times"]),
+        precision=metadata["precision"],
+        pyard_version=metadata["pyard_version"],
+        weights_sha256=metadata["weights_sha256"],
+        teacher_fingerprint=metadata["config"]["teacher_fingerprint"],
+        parity=metadata["parity"],
+        provider=session.get_providers()[0],
+    )
+
+
+def _choose_providers(providers: Sequence[str] | None) -> list[str]:
+    available = onnxruntime.get_available_providers()
+    if providers is None:
+        cuda = "CUDAExecutionProvider" in available and _cuda_driver_works()
+        return (["CUDAExecutionProvider"] if cuda else []) + ["CPUExecutionProvider"]
+    unknown = [name for name in providers if name not in available]
+    if unknown or not providers:
+        found = ", ".join(unknown) if unknown else "an empty list"
+        raise InputError(f"providers: found {found}; this onnxruntime has {', '.join(available)}")
+    return list(providers)
+
+
+@functools.cache
+def _cuda_driver_works() -> bool:
+    # onnxruntime-gpu lists CUDA on every machine and prints errors where there is none, so the driver is asked first.
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+def _check_noise(noise: NDArray[np.float32], shape: tuple[int, ...]) -> None:
+    if not isinstance(noise, np.ndarray) or noise.dtype != np.float32 or noise.shape != shape:
+        found = f"{noise.dtype} {noise.shape}" if isinstance(noise, np.ndarray) else type(noise).__name__
+        raise InputError(f"noise: found {found}; expected a numpy array, float32 {shape}, one for each label")
+    if not np.isfinite(noise).all():
+        raise InputError("noise: found NaN or infinity; expected finite, standard normal numbers")

@@ -1,0 +1,199 @@
+"""Drawing samples: S cached passes, from noise that depends on a seed and the sample's number alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pyard.conditions import ClassConditions, Condition
+from pyard.diffusion.noise import check_labels, standard_normal
+from pyard.errors import InputError
+from pyard.sampling.inference import (
+    Rollout,
+    batch_size_that_fits,
+    compiled,
+    graphed_rollout,
+    is_out_of_memory,
+    plain_rollout,
+)
+
+if TYPE_CHECKING:
+    from pyard.models.backbone import Backbone
+    from pyard.models.student import Student
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+@torch.inference_mode()
+def sample(
+    student: Student | str | Path,
+    labels: Sequence[int | str] | np.ndarray | torch.Tensor | None = None,
+    *,
+    condition: Condition | None = None,
+    seed: int | Sequence[int] = 0,
+    batch_size: int | None = None,
+    return_trajectory: bool = False,
+    latents: bool = False,
+    dtype: Precision | None = None,
+    compile: bool = False,
+    cuda_graph: bool = False,
+    progress: bool = False,
+    network: type[Backbone] | str | None = None,
+) -> torch.Tensor:
+    """Draw one sample for each condition: images if the student has a VAE, else what it was trained on.
+
+    Sample i starts from `pyard.diffusion.noise.standard_normal(seed, [i], shape)` whatever the batch size, and
+    `pyard.runtime.OnnxStudent.sample` starts from the same.
+
+    Args:
+        student: the student, or the path of its folder.
+        labels: class of each sample, 0 ... num_classes - 1, or its name where the student knows names; of another student,
+            condition numbers, rows of its table.
+        condition: in place of labels, the tensors themselves.
+        seed: of the noise; or one for each sample, which then starts from `standard_normal(seed[i], [0], shape)`.
+        batch_size: samples that run together; None: as many as fit. Batches that run out of memory are halved.
+        return_trajectory: return all S predictions instead of the last.
+        latents: return latents although there is a VAE.
+        dtype: of weights and activations; None: those of the student. Jumps are computed in float32 all the same.
+        compile: compile the steps with `torch.compile`; pays off after some hundred samples.
+        cuda_graph: replay the S passes as one CUDA graph.
+        progress: show a progress bar.
+        network: class of the backbone of a folder's student that is none of pyard's, or "package.module:Class".
+
+    Returns:
+        float32 on the CPU: [n, C, ...], or [n, S, C, ...] with `return_trajectory`. Images are about -1 to 1, not clipped.
+
+    Raises:
+        InputError: a label, a name or a seed that does not fit; CUDA graphs without CUDA.
+    """
+    if isinstance(student, str | Path):
+        from pyard.models.student import Student
+
+        student = Student.from_pretrained(student, network=network)
+    if (labels is None) == (condition is None):
+        raise InputError("sample: expected labels or condition, one of the two")
+    if labels is not None:
+        condition = student.require_conditions().take(condition_numbers(labels, student))
+    assert condition is not None
+    count = condition.batch_size
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; expected at least 1, or None for as many as fit")
+    if isinstance(seed, Sequence) and len(seed) != count:
+        raise InputError(f"{len(seed)} seeds for {count} samples; expected one seed, or one for each")
+    if dtype is not None:
+        student = copy.deepcopy(student).to(getattr(torch, dtype))
+    if compile:
+        student = compiled(student)
+    codec = None if latents else student.codec
+    device = student.embed_times.device
+    size = min(batch_size or batch_size_that_fits(student), max(count, 1))
+    rollout = _rollout(student, size, cuda_graph, condition)
+    parts: list[torch.Tensor] = []
+    start = 0
+    with tqdm(total=count, desc="sampling", unit="sample", disable=not progress) as bar:
+        while start < count or not parts:
+            index = np.arange(start, min(start + size, count))
+            try:
+                noise = torch.from_numpy(_noise(seed, index, student.sample_shape)).to(device)
+                predictions = rollout(noise, condition.index(slice(start, start + len(index))).to(device))
+                kept = torch.stack(predictions if return_trajectory else predictions[-1:], dim=1).float()
+                if codec is not None:
+                    kept = codec.decode(kept.flatten(0, 1)).unflatten(0, kept.shape[:2])
+            except RuntimeError as error:
+                if size == 1 or not is_out_of_memory(error):
+                    raise
+                size = (size + 1) // 2
+                rollout = _rollout(student, size, cuda_graph, condition)
+                continue
+            parts.append(kept.cpu())
+            start += len(index)
+            bar.update(len(index))
+    out = torch.cat(parts)
+    return out if return_trajectory else out[:, 0]
+
+
+def condition_numbers(labels: Sequence[int | str] | np.ndarray | torch.Tensor, student: Student) -> np.ndarray:
+    """Labels as rows of the student's conditions, int64 [n]: names of classes are looked up, synonyms included.
+
+    Raises:
+        InputError: an unknown name, a number out of range, or a student without a table of conditions.
+    """
+    if isinstance(labels, str):
+        raise InputError(f"labels: found the text {labels!r}; expected a list, such as [{labels!r}]")
+    table = student.require_conditions()
+    if not isinstance(labels, Sequence) or not any(isinstance(label, str) for label in labels):
+        return check_labels(labels, table.count)
+    if not isinstance(table, ClassConditions):
+        raise InputError(f"labels: found names, but this student knows no classes; give numbers from 0 to {table.count - 1}")
+    return check_labels(table.find(labels), table.count)
+
+
+def _rollout(student: Student, size: int, cuda_graph: bool, condition: Condition) -> Rollout:
+    return graphed_rollout(student, size, condition) if cuda_graph else plain_rollout(student)
+
+
+def _noise(seed: int | Sequence[int], index: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if isinstance(seed, Sequence):
+        rows = [standard_normal(seed[i], [0], shape) for i in index]
+        return np.concatenate(rows) if rows else np.empty((0, *shape), np.float32)
+    return standard_normal(seed, index, shape)
+
+
+def sample_to_file(
+    student: Path,
+    out: Path,
+    labels: list[int | str] | None = None,
+    *,
+    seed: int = 0,
+    batch_size: int | None = None,
+    dtype: Precision | None = None,
+    compile: bool = False,
+    cuda_graph: bool = False,
+    network: str | None = None,
+) -> None:
+    """Draw samples with a student and write them to a file.
+
+    Example: pyard sample --student runs/digits --labels '[3, 1, 4]' --out digits.png
+
+    Args:
+        student: a run folder or a student's folder.
+        out: `.npz` (array `samples` float32 [n, C, ...] and `labels`), or `.png` (a picture with one sample a tile; one, three
+            or more channels, of which the first three are drawn; -1 is black, 1 is white).
+        labels: class of each sample, by number or by name where the student knows names, or other condition numbers; none:
+            every one once.
+        seed: of the noise; the same seed draws the same samples in ONNX Runtime.
+        batch_size: samples that run together; none: as many as fit into memory.
+        dtype: of weights and activations; none: those of the student's folder, float32.
+        compile: compile the steps with torch.compile.
+        cuda_graph: replay the steps as one CUDA graph.
+        network: package.module:Class of the backbone of a student that is made of none of pyard's.
+    """
+    from pyard.models.student import Student
+
+    if out.suffix not in (".npz", ".png"):
+        raise InputError(f"--out {out}: expected a name that ends in .npz or .png")
+    model = Student.from_pretrained(student, network=network)
+    if out.suffix == ".png" and len(model.sample_shape) != 3:
+        raise InputError(
+            f"--out {out}: samples of shape {model.sample_shape} are no pictures; expected a name that ends in .npz"
+        )
+    numbers = condition_numbers(list(range(model.num_conditions)) if labels is None else labels, model)
+    if torch.cuda.is_available():
+        model.to("cuda")
+    samples = sample(
+        model, numbers, seed=seed, batch_size=batch_size, dtype=dtype, compile=compile, cuda_graph=cuda_graph, progress=True
+    ).numpy()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".npz":
+        np.savez(out, samples=samples, labels=numbers)
+    else:
+        from pyard.data.pictures import save_tiles
+
+        save_tiles(samples, out)
+    print(f"{len(numbers)} samples of shape {samples.shape[1:]} in {out}")

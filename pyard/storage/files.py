@@ -1,0 +1,135 @@
+"""Files and folders that appear whole or not at all, and reading what may be damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pyard.errors import InputError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Make `path` appear with `content` whole or not at all, also across a power cut.
+
+    Raises:
+        InputError: the disk is full, or the file too large for it.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_directory(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise InputError(
+                f"{path}: cannot be written ({error.strerror}); what was written before is kept: fix that and give the "
+                "same command again"
+            ) from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is complete or absent."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path`, replacing what was there, if the block ends without an exception."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = path.parent / f".{path.name}.{os.getpid()}.new"
+    retired = path.parent / f".{path.name}.{os.getpid()}.old"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    try:
+        yield building
+        for file in building.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+        if path.exists():
+            path.rename(retired)
+        building.rename(path)
+        shutil.rmtree(retired, ignore_errors=True)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+@contextmanager
+def appearing_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` if the block ends without an exception and nobody was faster."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent))
+    try:
+        yield building
+        for file in building.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+        building.chmod(0o755)
+        try:
+            building.rename(path)
+        except OSError:
+            if not path.is_dir():
+                raise
+        sync_directory(path.parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and removals in a directory durable."""
+    if os.name == "nt":  # Windows cannot open directories, and journals renames itself.
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def to_bytes(value: Any) -> bytes:
+    """JSON that a person can read."""
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file; an InputError if it is none."""
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing") from None
+    return parse_json(text, path)
+
+
+def parse_json(text: bytes, path: Path) -> Any:
+    """The value of a JSON text found in `path`; an InputError if it is none or names a key twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ValueError("a key appears twice")
+    return dict(pairs)

@@ -1,0 +1,42 @@
+"""Logs of a run: one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pyard.storage.files import write_text
+
+
+class TrainingLog:
+    """`log.jsonl` of a run: one JSON object a logged step.
+
+    Args:
+        path: the file.
+        resume_step: lines of later steps, written after the checkpoint that the run resumes from, are dropped.
+    """
+
+    def __init__(self, path: Path, resume_step: int):
+        kept = [line for line in read_log(path) if line["step"] <= resume_step]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = open(path, "a", buffering=1)
+
+    def write(self, **values: Any) -> None:
+        """Append a line."""
+        self._file.write(json.dumps(values) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `log.jsonl`; a last line that was cut off by a kill is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines

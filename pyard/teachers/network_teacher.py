@@ -1,0 +1,133 @@
+"""A network as a teacher: its noise schedule, conditions, fingerprint, and their folder on disk."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pyard.conditions import ClassConditions, Condition, Conditions, as_condition, load_conditions, save_conditions
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.errors import InputError
+from pyard.models.backbone import Backbone, Denoiser
+from pyard.models.codec import LatentCodec
+from pyard.models.families import backbone_class
+from pyard.models.fingerprint import fingerprint_of
+from pyard.models.folder import load_folder, save_folder
+
+# What folders of version 0.1 called it.
+KINDS = ("NetworkTeacher", "DiTTeacher")
+
+
+class NetworkTeacher:
+    """A diffusion transformer that teaches (implements `pyard.teachers.Teacher`).
+
+    Args:
+        network: a `DiT`, or another backbone with its head (`docs/own-teacher.md`); put into evaluation mode.
+        schedule: its forward process and what it predicts.
+        codec: the VAE of a latent-space model; students carry it along.
+        class_names: of the classes, in order; students carry them along.
+        conditions: what it can be asked for; None: the classes of its network.
+
+    Raises:
+        InputError: a network without classes and no conditions.
+    """
+
+    def __init__(
+        self,
+        network: Denoiser,
+        schedule: NoiseSchedule,
+        *,
+        codec: LatentCodec | None = None,
+        class_names: Sequence[str] | None = None,
+        conditions: Conditions | None = None,
+    ):
+        self.network = network.eval().requires_grad_(False)
+        self.schedule = schedule
+        self.codec = codec
+        self.class_names = None if class_names is None else tuple(class_names)
+        self.sample_shape: tuple[int, ...] = tuple(network.config.sample_shape)
+        trunk = network.trunk
+        if conditions is None:
+            if trunk.num_classes is None:
+                raise InputError(f"teacher: {type(trunk).__name__} knows no classes; give conditions=")
+            conditions = ClassConditions(trunk.num_classes, self.class_names, has_null=trunk.has_null_class)
+        self.conditions = conditions
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes of a class-conditional teacher; None: it is conditioned on something else."""
+        return self.network.trunk.num_classes
+
+    def predict(self, x: torch.Tensor, time: float, condition: Condition | torch.Tensor) -> torch.Tensor:
+        """The network's output for one time; predicted variances are dropped. Labels will do for a condition."""
+        condition = as_condition(condition)
+        trunk = self.network.trunk
+        if trunk.num_classes is not None and not trunk.has_null_class and bool((condition["label"] >= trunk.num_classes).any()):
+            raise InputError("this teacher was trained without label dropout, so it cannot be guided; use cfg_scale=1")
+        times = torch.full((len(x),), time, device=x.device)
+        output: torch.Tensor = self.network(x, times, condition)
+        return output[:, : x.shape[1]]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of configuration, schedule, weights and, but for classes, the table of conditions."""
+        settings: object = self.network.config.to_json()
+        if self.conditions.fingerprint:
+            settings = [settings, self.conditions.fingerprint]
+        return fingerprint_of(self.network, self.schedule, settings)
+
+    def to(self, device: torch.device | str) -> NetworkTeacher:
+        """Move the network; returns itself."""
+        self.network.to(device)
+        return self
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the teacher's folder: `config.json`, `model.safetensors`, and what it has of `vae/` and `conditions/`."""
+        config = {
+            "family": self.network.trunk.family(),
+            "network": self.network.config.to_json(),
+            "schedule": self.schedule.to_json(),
+            "class_names": self.class_names,
+        }
+
+        def beside(folder: Path) -> None:
+            if self.codec is not None:
+                self.codec.save(folder)
+            save_conditions(self.conditions, folder)
+
+        save_folder(Path(path), config, self.network.state_dict(), kind=KINDS[0], beside=beside)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, network: type[Backbone] | str | None = None) -> NetworkTeacher:
+        """Read a folder that `save_pretrained` wrote.
+
+        Args:
+            path: the folder.
+            network: class of a backbone that is none of pyard's, or "package.module:Class" to import it from.
+
+        Raises:
+            InputError: no teacher there, or files that do not fit each other.
+        """
+        path = Path(path)
+        config, tensors = load_folder(path, kind=KINDS)
+        backbone = backbone_class(str(config.get("family", "dit")), network, path)
+        try:
+            built = Denoiser(backbone(backbone.config_class(**config["network"])))
+            built.load_state_dict(tensors)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise InputError(f"{path}: config.json and weights do not fit each other: {error}") from None
+        return cls(
+            built,
+            NoiseSchedule.from_json(config["schedule"]),
+            codec=LatentCodec.beside(path),
+            class_names=config.get("class_names"),
+            conditions=load_conditions(path),
+        )

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyard
+from pyard.cli.doctor import Problem, as_text, doctor, examine
+from pyard.ops import native, self_test
+from pyard.ops.backend import KERNELS, OPERATORS, library
+
+needs_native = pytest.mark.skipif(library is None, reason="the native operators are not built")
+
+
+@needs_native
+def test_a_good_installation_has_no_problems(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor(json=True) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["problems"] == []
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["pyard"] == pyard.__version__
+    assert set(report["operators"]) == set(KERNELS)
+    assert report["operators"]["modulated_layer_norm"]["cpu"] == "native"
+    assert set(report["self_test"]) == set(OPERATORS)
+    assert all(0 <= difference < self_test.TOLERANCE for difference in report["self_test"].values())
+    assert "CPUExecutionProvider" in report["onnxruntime_providers"]
+
+
+def test_the_text_names_versions_operators_and_remedies() -> None:
+    report = examine()
+    report.problems = [Problem("the flux is low", "add flux")]
+    text = as_text(report)
+    assert f"torch            {torch.__version__}" in text
+    assert "modulated_layer_norm" in text
+    assert "problem: the flux is low\n  do: add flux" in text
+
+
+@needs_native
+@pytest.mark.parametrize("factor", [1 + 1e-4, math.nan])
+@pytest.mark.parametrize("operator", ["modulated_layer_norm", "timestep_embedding", "block_attention"])
+def test_a_wrong_kernel_is_found(operator: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    true_twin = getattr(self_test.reference, operator)
+    monkeypatch.setattr(self_test.reference, operator, lambda *inputs: true_twin(*inputs) * factor)
+    assert [problem.what.split()[0] for problem in examine().problems] == [operator]
+
+
+@needs_native
+def test_a_gradient_that_is_nan_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    true_twin = self_test.reference.gated_residual
+
+    def twin(x: torch.Tensor, gate: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        branch.register_hook(lambda grad: grad * float("nan"))
+        return true_twin(x, gate, branch)
+
+    monkeypatch.setattr(self_test.reference, "gated_residual", twin)
+    assert math.isnan(self_test.self_test()["gated_residual"])
+
+
+def run_doctor(package_in: Path, record: dict[str, object]) -> subprocess.CompletedProcess[str]:
+    (package_in / "pyard" / "_build.json").write_text(json.dumps(record))
+    command = [sys.executable, "-P", "-c", "import sys; from pyard.cli.doctor import doctor; sys.exit(doctor())"]
+    environment = {**os.environ, "PYTHONPATH": str(package_in)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@needs_native
+def test_cuda_kernels_that_could_not_be_built_are_a_problem(tmp_path: Path) -> None:
+    shutil.copytree(native.PACKAGE, tmp_path / "pyard", ignore=shutil.ignore_patterns("__pycache__"))
+    record = {"built": True, "torch": "2.11.0+cu130", "cuda": "compiling failed: stream.cpp:16: error: x", "cuda_failed": True}
+    finished = run_doctor(tmp_path, record)
+    assert finished.returncode == 1, finished.stdout
+    assert (
+        "CUDA kernels were to be built, and building them failed: compiling failed: stream.cpp:16: error: x" in finished.stdout
+    )
+    assert "do: install pyard again with PYARD_CUDA=1" in finished.stdout
+    left_out = {**record, "cuda": "PYARD_CUDA=0 was set when pyard was installed", "cuda_failed": False}
+    assert run_doctor(tmp_path, left_out).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [
+        ("compiling the operators failed", "install a C++17 compiler"),
+        ("cmake was not found: pip install cmake", "install what was not found"),
+        ("PYARD_NATIVE=0 was set when pyard was installed", "unset PYARD_NATIVE"),
+    ],
+)
+def test_missing_operators_come_with_a_remedy(tmp_path: Path, reason: str, remedy: str) -> None:
+    package = tmp_path / "pyard"
+    shutil.copytree(native.PACKAGE, package, ignore=shutil.ignore_patterns("libpyard_ops.*", "__pycache__"))
+    finished = run_doctor(tmp_path, {"built": False, "reason": reason})
+    assert finished.returncode == 1, finished.stderr
+    assert f"plain PyTorch runs in their place: {reason}\n  do: {remedy}" in finished.stdout
+    assert finished.stderr == ""

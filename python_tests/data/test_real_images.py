@@ -1,0 +1,142 @@
+"""Pictures of the adversarial stage: cropped as ADM crops, encoded once, by one process or two."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file
+from training_runs import start, teacher_and_store, train_in, wait
+
+from pyard.data import real_images
+from pyard.data.pictures import centre_crop
+from pyard.data.real_data import RealData
+from pyard.data.real_images import cached_images, is_image_folder
+from pyard.errors import InputError
+from pyard.models.codec import LatentCodec
+from pyard.storage.log import read_log
+
+
+def pictures(folder: Path, count: int = 7, size: tuple[int, int] = (20, 16)) -> Path:
+    """Two classes of pictures of noise."""
+    random = np.random.default_rng(0)
+    for i in range(count):
+        file = folder / ("cat" if i % 2 else "bird") / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(file)
+    return folder
+
+
+def vae(channels: int = 2) -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4, latent_channels=channels, scaling_factor=0.5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [(64, 64), (300, 200), (129, 512), (1000, 257), (70, 65)])
+def test_crop_is_the_middle_square(size):
+    """A linear ramp keeps its values under any averaging, so its crop is known."""
+    width, height = size
+    ramp = np.tile(np.linspace(0, 255, width), (height, 1)).astype(np.uint8)
+    crop = np.asarray(centre_crop(Image.fromarray(ramp), 64), dtype=float)
+    assert crop.shape == (64, 64)
+    scale = min(width, height) / 64
+    columns = (width / 2 + (np.arange(64) - 31.5) * scale - 0.5) * 255 / (width - 1)
+    np.testing.assert_allclose(crop[32, 4:-4], columns[4:-4], atol=2.5 + 255 * scale / width)
+
+
+def test_crop_equals_the_published_steps():
+    """Dhariwal & Nichol 2021: 400 x 300 to 64 is halved twice (300 -> 150; 75 is less than twice 64), then bicubic."""
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (300, 400, 3), dtype=np.uint8))
+    halved = picture.resize((200, 150), Image.Resampling.BOX)
+    halved = halved.resize((100, 75), Image.Resampling.BOX)
+    scaled = halved.resize((round(100 * 64 / 75), 64), Image.Resampling.BICUBIC)
+    left = (scaled.width - 64) // 2
+    assert np.array_equal(centre_crop(picture, 64), np.asarray(scaled.crop((left, 0, left + 64, 64))))
+
+
+def test_pixels_are_kept_as_they_are(tmp_path):
+    folder = pictures(tmp_path / "images", size=(8, 8))
+    assert is_image_folder(folder)
+    assert not is_image_folder(folder / "cat")
+    data = RealData.load(cached_images(folder, tmp_path / "cache", (3, 8, 8), None), (3, 8, 8), 2)
+    assert data.count == 7
+    assert not data.latent
+    images, labels = data.gather(range(7), [False] * 7, torch.zeros(7, 3, 8, 8))
+    assert labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    original = np.asarray(Image.open(folder / "cat" / "3.png"), dtype=np.float32) / 127.5 - 1
+    np.testing.assert_allclose(images[5].permute(1, 2, 0).numpy(), original, atol=1e-6)
+    grey = RealData.load(cached_images(folder, tmp_path / "grey", (1, 8, 8), None), (1, 8, 8), 2)
+    assert grey.count == 7
+
+
+def test_latents_are_the_posterior_of_picture_and_mirror_image(tmp_path):
+    folder, codec = pictures(tmp_path / "images"), LatentCodec(vae())
+    data = RealData.load(cached_images(folder, tmp_path / "cache", (2, 8, 8), codec), (2, 8, 8), 2)
+    assert data.latent
+    with Image.open(folder / "bird" / "2.png") as picture:
+        pixels = torch.from_numpy(np.asarray(centre_crop(picture, 16), dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+    for flip in (False, True):
+        posterior = codec.vae.encode(pixels.flip(-1) if flip else pixels).latent_dist
+        noise = torch.randn(1, 2, 8, 8)
+        (latent,), _ = data.gather([1], [flip], noise)
+        torch.testing.assert_close(latent, 0.5 * (posterior.mean + posterior.std * noise)[0], atol=2e-3, rtol=2e-3)
+    with torch.no_grad():
+        codec.vae.encoder.conv_in.bias += 1
+    with pytest.raises(InputError, match="remove it, or give another real_cache"):
+        cached_images(folder, tmp_path / "cache", (2, 8, 8), codec)  # the latents of another VAE
+
+
+def test_a_stopped_encoding_goes_on_and_processes_share_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(real_images, "SHARD_IMAGES", 2)
+    folder = pictures(tmp_path / "images", size=(8, 8))
+    whole = cached_images(folder, tmp_path / "whole", (3, 8, 8), None)
+    shared = tmp_path / "shared"
+    cached_images(folder, shared, (3, 8, 8), None, rank=1, world_size=2)
+    assert sorted(file.name for file in shared.glob("*.safetensors")) == ["000001.safetensors", "000003.safetensors"]
+    cached_images(folder, shared, (3, 8, 8), None, rank=0, world_size=2)
+    for file in whole.glob("*.safetensors"):
+        assert file.read_bytes() == (shared / file.name).read_bytes()
+    times = {file: file.stat().st_mtime_ns for file in whole.glob("*.safetensors")}
+    (whole / "000002.safetensors").unlink()
+    cached_images(folder, whole, (3, 8, 8), None)
+    assert {file for file in times if file.stat().st_mtime_ns != times[file]} == {whole / "000002.safetensors"}
+
+
+def test_other_pictures_and_broken_ones_are_named(tmp_path):
+    folder = pictures(tmp_path / "images", size=(8, 8))
+    cached_images(folder, tmp_path / "cache", (3, 8, 8), None)
+    with pytest.raises(InputError, match="holds other images"):
+        cached_images(folder, tmp_path / "cache", (3, 4, 4), None)
+    (folder / ".thumbnails").mkdir()
+    shutil.copy(folder / "cat" / "1.png", folder / ".thumbnails")
+    cached_images(folder, tmp_path / "cache", (3, 8, 8), None)  # a hidden folder is no class
+    with pytest.raises(InputError, match="latents need a VAE"):
+        cached_images(folder, tmp_path / "latents", (4, 8, 8), None)
+    (folder / "cat" / "x.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"x\.png cannot be read as a picture"):
+        cached_images(folder, tmp_path / "other", (3, 8, 8), None)
+
+
+def test_the_adversarial_stage_trains_on_a_folder_of_pictures(tmp_path):
+    """The teacher's VAE encodes them, the run resumes from the shards, and two processes see what one sees."""
+    teacher_and_store(tmp_path)
+    vae().save_pretrained(tmp_path / "teacher" / "vae")
+    train_in(tmp_path, "first", max_steps=2)
+    adversarial = dict(real=str(pictures(tmp_path / "images")), virtual_batch=4, width=8, warmup_steps=0, flips=True)
+    settings = dict(stage="adversarial", student=str(tmp_path / "first"), adversarial=adversarial, max_steps=3)
+    train_in(tmp_path, "one", **settings)
+    assert set(load_file(tmp_path / "one" / "real" / "000000.safetensors")) == {
+        "images", "std", "flipped", "flipped_std", "labels",
+    }  # fmt: skip
+    assert set(wait(start(tmp_path, "two", 2, **settings))) == {0}
+    for a, b in zip(*(read_log(tmp_path / name / "log.jsonl") for name in ("one", "two")), strict=True):
+        assert a["discriminator"] == pytest.approx(b["discriminator"], rel=1e-3)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)

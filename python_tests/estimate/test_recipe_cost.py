@@ -1,0 +1,271 @@
+"""What a recipe is said to cost, against hand-worked numbers, published ones, and what runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import multiprocessing
+from pathlib import Path
+
+import factories
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from pyard import ops
+from pyard.cli.command_line import main
+from pyard.conditions import Condition
+from pyard.cost.flops import head_flops, teacher_flops
+from pyard.cost.memory import block_bytes, block_parameters, head_parameters
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.time_grid import TimeGrid
+from pyard.errors import InputError
+from pyard.estimate.recipe_cost import estimate, memory_of, stage_flops, store_bytes, student_of
+from pyard.models.backbone import Denoiser
+from pyard.models.discriminator import Discriminator
+from pyard.models.dit.network import DiT, Trunk
+from pyard.models.student import Student
+from pyard.teachers.digits import digits_network
+from pyard.teachers.network_teacher import NetworkTeacher
+from pyard.teachers.published import SIZES, network_of
+from pyard.training import AdversarialConfig, TrainConfig
+from pyard.trajectories import TrajectoryBatch, generate_trajectories
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+GB = 1e9
+
+
+def digits() -> Denoiser:
+    """The network of the digits' teacher, without training."""
+    return Denoiser(Trunk(digits_network()))
+
+
+def one_class() -> Condition:
+    return Condition({"label": torch.zeros(1, dtype=torch.int64)})
+
+
+def test_numbers_by_hand(tmp_path, capsys):
+    """T = 16, D = 64, L = 4, P*P*C = 4: each block multiplies tokens by 12 D^2 numbers and one vector by 6 D^2."""
+    recipe = tmp_path / "recipe.yaml"
+    settings = dict(num_trajectories=100, history_layers=0, max_steps=10, batch_size=8, trajectory_keep="state", target="state")
+    recipe.write_text(json.dumps({"teacher": "digits", **settings}))
+    found = estimate(recipe, tflops=2.0, gpus=4)
+    T, D, L = 16, 64, 4
+    block = 2 * T * 12 * D * D + 2 * 6 * D * D + 2 * 2 * T * T * D
+    one_pass = 2 * T * 4 * D + 2 * D * (256 + D) + L * block + 2 * T * D * 4 + 2 * 2 * D * D
+    trajectories, regression = found.stages
+    assert trajectories.flops == 100 * 25 * 2 * one_pass
+    assert regression.flops == 10 * 8 * 3 * 4 * one_pass
+    assert regression.gpu_hours == pytest.approx(regression.flops / 2e12 / 3600)
+    assert found.sample_bytes == 8 + 64 * 4 + 4 * 64 * 4
+    assert found.share == 2
+    parameters = found.parameters
+    memory = found.memory["DDP"][2]
+    assert (memory.weights, memory.averages, memory.optimizer, memory.gradients) == tuple(
+        4 * parameters * n for n in (1, 1, 2, 2)
+    )
+    assert memory.activations > 2 * 4 * T * L * 72 * D
+    shards = found.memory["FSDP"][2]
+    assert shards.optimizer == 2 * parameters
+    assert shards.activations == memory.activations
+    assert found.memory["DDP, checkpointing"][64].activations < 0.5 * found.memory["DDP"][64].activations
+    assert "regression" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "giga"), [("DiT-S/2", 6.06), ("DiT-B/2", 23.01), ("DiT-L/2", 80.71), ("DiT-XL/2", 118.64)])
+def test_published_networks_cost_what_their_paper_says(name, giga):
+    """Peebles & Xie 2023, table 1, counts a multiplication with its addition once."""
+    assert teacher_flops(network_of(name)[0], one_class()) == pytest.approx(2e9 * giga, rel=0.005)
+
+
+def test_sizes_of_names():
+    network, schedule = network_of("SiT-XL-2-512.pt")
+    assert (network.trunk.tokens_per_step(), schedule.kind) == (1024, "flow")
+    with torch.device("meta"):
+        assert sum(p.numel() for p in network.parameters()) == pytest.approx(675e6, rel=0.01)
+    assert len(SIZES) == 4
+    with pytest.raises(InputError, match="no published name"):
+        network_of("DiT-XXL/2")
+
+
+def test_teachers_on_disk_are_read_without_their_weights(tmp_path):
+    teacher = factories.tiny_teacher()
+    teacher.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    network, schedule = network_of(tmp_path)
+    assert (network.config, schedule) == (teacher.network.config, teacher.schedule)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(trajectory_dtype="bfloat16", trajectory_keep="denoised", target="denoised"),
+    dict(num_trajectories=1500, trajectory_dtype="float16"),
+], ids=str)  # fmt: skip
+def test_bytes_are_those_of_the_store(settings, tmp_path):
+    network = DiT(digits_network())
+    factories.randomise(network, std=0.02)
+    config = {"num_trajectories": 200, **settings}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"teacher": "digits", "teacher_steps": 4, **config}))
+    store = generate_trajectories(
+        NetworkTeacher(network, NoiseSchedule()), tmp_path / "store", config["num_trajectories"], teacher_steps=4,
+        keep=config.get("trajectory_keep", "both"), dtype=config.get("trajectory_dtype", "float32"), progress=False,
+    )  # fmt: skip
+    real = sum(file.stat().st_size for file in (tmp_path / "store").rglob("*.safetensors"))
+    found = estimate(recipe)
+    assert (found.store_bytes, found.sample_bytes) == (real, store.manifest.sample_bytes)
+    assert store_bytes(store.manifest, store.count) == real
+    # A store that is there already is measured, and costs nothing.
+    recipe.write_text(json.dumps({"teacher": "digits", "trajectories": str(tmp_path / "store")}))
+    there = estimate(recipe)
+    assert (there.store_bytes, there.generated, [stage.name for stage in there.stages]) == (real, False, ["regression"])
+
+
+@pytest.mark.parametrize("rollout", [0.0, 1.0])
+def test_flops_of_an_update_are_those_that_run(rollout):
+    from pyard.training.processes import Processes
+    from pyard.training.regression import Regression
+
+    config = TrainConfig(teacher="digits", out=Path(), batch_size=4, max_steps=1, rollout_probability=rollout)
+    config, student = student_of(config, digits(), NoiseSchedule())
+    model = Student(student.config)
+    factories.randomise(model)
+    stage = Regression(config, model, Processes())
+    batch = TrajectoryBatch(torch.randn(4, 4, 1, 8, 8), torch.randn(4, 4, 1, 8, 8), torch.arange(4))
+    with ops.use_backend("reference"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        stage.compute(1, batch)
+    assert stage_flops(config, digits(), student) == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_parameters_are_those_of_the_modules():
+    network = digits_network()
+    model = DiT(network)
+    assert block_parameters(network) == sum(p.numel() for p in model.trunk.blocks[0].parameters())
+    settings = AdversarialConfig(width=24, depth=2, kernel_size=5)
+    heads = Discriminator(3, 64, width=24, depth=2, kernel_size=5, group=1)
+    assert 3 * head_parameters(network, settings) == sum(p.numel() for p in heads.parameters())
+    with FlopCounterMode(display=False) as counter:
+        heads.heads[0].eval()(torch.randn(1, 16, 64), torch.randn(1, 64))
+    assert sum(head_flops(16, 64, 64, width=24, depth=2, kernel_size=5)) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_block_keeps_what_the_formula_says(backend, mixed):
+    schedule = NoiseSchedule()
+
+    def kept(depth: int) -> int:
+        _, sizes = student_of(TrainConfig(teacher="", out=Path()), Denoiser(Trunk(digits_network(64, depth))), schedule)
+        model = Student(dataclasses.replace(sizes.config, history_layers=1))
+        factories.randomise(model)
+        storages: dict[int, torch.UntypedStorage] = {}
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.untyped_storage().data_ptr() not in own:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with (
+            ops.use_backend(backend),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=mixed),
+        ):
+            output = model(torch.randn(64, 4, 1, 8, 8), torch.zeros(64, dtype=torch.long))
+        total = sum(storage.nbytes() for storage in storages.values())
+        del output
+        return total
+
+    plain = backend == "reference" or ops.backend.library is None
+    tokens = 64 * 4 * 16
+    assert (kept(3) - kept(2)) / tokens == pytest.approx(block_bytes(digits_network(), mixed, plain), rel=0.05)
+
+
+def _resident(field: str) -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def _peak_of_updates(recipe: str, checkpointing: bool, batch: int, queue: multiprocessing.Queue) -> None:
+    """In a process of its own: how far two updates raise the resident memory above that before the student was there."""
+    from pyard.training.processes import Processes
+    from pyard.training.regression import Regression
+
+    torch.set_num_threads(1)
+    config = dataclasses.replace(TrainConfig.read(recipe), batch_size=batch, activation_checkpointing=checkpointing)
+    config, sizes = student_of(config, digits(), NoiseSchedule())
+    small = TrajectoryBatch(torch.randn(1, 4, 1, 8, 8), torch.randn(1, 4, 1, 8, 8), torch.zeros(1, dtype=torch.long))
+    warm = Regression(config, Student(sizes.config), Processes())
+    warm.compute(1, small)
+    warm.apply()
+    del warm
+    gc.collect()
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    stage = Regression(config, Student(sizes.config), Processes())
+    factories.randomise(stage.student)
+    data = TrajectoryBatch(*torch.randn(2, batch, 4, 1, 8, 8), torch.arange(batch) % 10)
+    for step in (1, 2):
+        stage.compute(step, data)
+        stage.apply()
+    queue.put(_resident("VmHWM") - before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_is_that_of_a_run_on_the_digits(checkpointing, monkeypatch):
+    """Within the stated quarter, with a batch so large that the interpreter's own memory does not count."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # glibc gives back what is freed, as torch's allocators reuse it
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    batch = 512
+    process = context.Process(target=_peak_of_updates, args=(str(RECIPES / "digits.yaml"), checkpointing, batch, queue))
+    process.start()
+    measured = queue.get(timeout=300)
+    process.join()
+    config, sizes = student_of(TrainConfig.read(RECIPES / "digits.yaml"), digits(), NoiseSchedule())
+    found = memory_of(config, digits(), sizes, batch, 1, False, checkpointing, device_type="cpu")
+    print(f"measured {measured / 1e6:.0f} MB, estimated {found.total / 1e6:.0f} MB")
+    assert 0.8 * measured < found.total < 1.25 * measured
+
+
+def test_adversarial_stage_and_students_that_are_there(tmp_path, capsys):
+    teacher = factories.tiny_teacher()
+    teacher.save_pretrained(tmp_path / "teacher")
+    student = Student.from_teacher(teacher, TimeGrid.build(teacher.schedule, 3, 6), history_layers=2, heads="shared")
+    student.save_pretrained(tmp_path / "run" / "student")
+    recipe = tmp_path / "recipe.yaml"
+    settings = {"teacher": str(tmp_path / "teacher"), "student": str(tmp_path / "run"), "stage": "adversarial", "max_steps": 5}
+    recipe.write_text(json.dumps({**settings, "adversarial": {"width": 8}}))
+    assert main(["estimate", str(recipe), "--device", "A100", "--out", str(tmp_path / "estimate.json")]) == 0
+    assert "adversarial" in capsys.readouterr().out
+    written = json.loads((tmp_path / "estimate.json").read_text())
+    assert written["student"]["heads"] == "shared"
+    assert written["parameters"] == sum(p.numel() for p in student.parameters())
+    costs = written["memory"]["one GPU"]["4"]
+    assert costs["frozen"] == 4 * sum(p.numel() for p in teacher.network.parameters())
+    assert costs["discriminators"] == 16 * 3 * head_parameters(teacher.network.config, AdversarialConfig(width=8))
+    assert costs["total"] == pytest.approx(sum(value for name, value in costs.items() if name != "total"))
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_have_a_cost(recipe, capsys):
+    found = estimate(recipe, device="NVIDIA H100", gpus=8)
+    assert all(stage.gpu_hours is not None and stage.gpu_hours > 0 for stage in found.stages)
+    if "xl2" in recipe.stem:
+        assert found.parameters == pytest.approx(680e6, rel=0.02)
+        assert 5 * GB < found.memory["DDP"][1].total < 40 * GB
+
+
+def test_wrong_questions(tmp_path, capsys):
+    recipe = str(RECIPES / "digits.yaml")
+    for flags, message in (
+        (["--device", "Z9"], "expected one of A100"), (["--mfu", "0"], "mfu is 0"), (["--gpus", "0"], "gpus is 0"),
+    ):  # fmt: skip
+        assert main(["estimate", recipe, *flags]) == 2
+        assert message in capsys.readouterr().err
+    for content, message in (("teacher: [", "cannot be read"), ("- 1", "holds a list"), ("techer: digits", "techer")):
+        (tmp_path / "recipe.yaml").write_text(content)
+        assert main(["estimate", str(tmp_path / "recipe.yaml")]) == 2
+        assert message in capsys.readouterr().err

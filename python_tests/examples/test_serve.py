@@ -1,0 +1,224 @@
+"""The example service: concurrent requests are drawn together, and whoever waits is told what becomes of it."""
+
+from __future__ import annotations
+
+import http.client
+import importlib.util
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from factories import randomise, tiny_student, tiny_teacher
+from PIL import Image
+
+import pyard
+from pyard.errors import InputError
+from pyard.export import export_onnx
+from pyard.models.student import Student
+from pyard.runtime import OnnxStudent
+
+pytest.importorskip("fastapi", reason="the extra 'serve' is not installed: pip install '.[serve]'")
+uvicorn = pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed: pip install '.[serve]'")
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "serve.py"
+spec = importlib.util.spec_from_file_location("serve", EXAMPLE)
+assert spec is not None
+assert spec.loader is not None
+serve: Any = importlib.util.module_from_spec(spec)
+sys.modules["serve"] = serve  # its dataclass looks its own annotations up there
+spec.loader.exec_module(serve)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("serve") / "student.onnx"
+    export_onnx(grey_student(), file)
+    return file
+
+
+def grey_student() -> Student:
+    teacher = tiny_teacher(in_channels=1)
+    student = Student.from_teacher(teacher, pyard.TimeGrid.build(teacher.schedule, 2), history_layers=1)
+    randomise(student, 1)
+    return student.eval()
+
+
+@contextmanager
+def running(student: OnnxStudent, **limits: Any) -> Iterator[int]:
+    """The service on a port of the loopback."""
+    server = uvicorn.Server(uvicorn.Config(serve.make_app(student, **limits), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def wait_until(condition: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def get(port: int, path: str) -> tuple[int, dict[str, str], bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    body = answer.read()
+    connection.close()
+    return answer.status, {name.lower(): value for name, value in answer.getheaders()}, body
+
+
+def test_concurrent_requests_are_drawn_together_and_each_gets_its_own(path: Path) -> None:
+    student = OnnxStudent(path, threads=1)
+    wanted = [(i % 5, 100 + i) for i in range(24)]
+    with running(student, max_batch=6, max_wait=0.2) as port, ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(lambda one: get(port, f"/image?label={one[0]}&seed={one[1]}"), wanted))
+    assert {status for status, _, _ in answers} == {200}
+    sizes = [int(headers["x-batch-size"]) for _, headers, _ in answers]
+    assert 1 < max(sizes) <= 6
+    pictures = [np.asarray(Image.open(io.BytesIO(body))).astype(int) for _, _, body in answers]
+    for (label, seed), picture in zip(wanted, pictures, strict=True):
+        sample = student.sample([label], seed=seed)[0, 0].clip(-1, 1)
+        assert np.abs(picture - (sample + 1) * 127.5).max() <= 1
+    assert np.abs(pictures[0] - pictures[5]).max() > 5, "the same label with another seed"
+
+
+def test_health_and_info(path: Path) -> None:
+    with running(OnnxStudent(path)) as port:
+        status, _, body = get(port, "/healthz")
+        assert (status, json.loads(body)) == (200, {"status": "ok", "waiting": 0})
+        info = json.loads(get(port, "/info")[2])
+    assert (info["num_classes"], info["num_steps"], info["sample_shape"]) == (5, 2, [1, 8, 8])
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "message"),
+    [
+        ("label=5", 400, "label 5: expected 0 to 4"),
+        ("label=-1", 400, "label -1: expected 0 to 4"),
+        ("label=1&seed=-3", 400, "seed is -3"),
+        ("label=cat", 422, "valid integer"),
+        ("", 422, "label"),
+    ],
+)
+def test_wrong_requests(path: Path, query: str, status: int, message: str) -> None:
+    with running(OnnxStudent(path)) as port:
+        found, _, body = get(port, f"/image?{query}")
+    assert found == status
+    assert message in body.decode()
+
+
+class Held(OnnxStudent):
+    """A student that draws when it is allowed to."""
+
+    allowed = threading.Event()
+    started = threading.Event()
+
+    def sample(self, *args: Any, **settings: Any) -> Any:
+        self.started.set()
+        assert self.allowed.wait(60)
+        return super().sample(*args, **settings)
+
+
+def test_a_full_queue_is_said_at_once(path: Path) -> None:
+    with running(Held(path), max_batch=1, max_queue=2) as port, ThreadPoolExecutor(3) as pool:
+        first = pool.submit(get, port, "/image?label=0")
+        assert Held.started.wait(60)
+        waiting = [pool.submit(get, port, "/image?label=1") for _ in range(2)]
+        wait_until(lambda: json.loads(get(port, "/healthz")[2])["waiting"] == 2)
+        status, headers, body = get(port, "/image?label=2")
+        assert status == 503
+        assert headers["retry-after"] == "1"
+        assert b"2 requests are waiting" in body
+        Held.allowed.set()
+        assert [done.result()[0] for done in (first, *waiting)] == [200, 200, 200]
+
+
+class Failing(OnnxStudent):
+    """A student whose first call fails."""
+
+    failures = 1
+
+    def sample(self, *args: Any, **settings: Any) -> Any:
+        if self.failures:
+            self.failures -= 1
+            raise RuntimeError("out of memory")
+        return super().sample(*args, **settings)
+
+
+def test_a_failed_batch_does_not_end_the_service(path: Path) -> None:
+    with running(Failing(path)) as port:
+        assert get(port, "/image?label=0")[0] == 500
+        assert get(port, "/image?label=0")[0] == 200
+
+
+def test_latents_are_refused(tmp_path: Path) -> None:
+    export_onnx(tiny_student(1, history_layers=0), tmp_path / "student.onnx")
+    with pytest.raises(InputError, match="latents of 2 channels; export it with --vae"):
+        serve.make_app(OnnxStudent(tmp_path / "student.onnx"))
+
+
+def test_limits_that_are_none_are_refused(path: Path) -> None:
+    for limits in (dict(max_batch=0), dict(max_queue=0), dict(max_wait=-1.0)):
+        with pytest.raises(InputError, match="expected at least 1, 1 and 0"):
+            serve.make_app(OnnxStudent(path), **limits)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGTERM")
+def test_the_script_answers_what_it_took_when_it_is_told_to_stop(path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, str(EXAMPLE), str(path), "--port", str(port), "--max-wait", "3"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        wait_until(lambda: process.poll() is not None or answers(port))
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(get, port, "/image?label=4")
+            time.sleep(1)  # now it waits for others to be drawn with
+            process.send_signal(signal.SIGTERM)
+            status, _, body = answer.result()
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert status == 200, errors
+    assert body.startswith(b"\x89PNG")
+    assert process.returncode in (0, -signal.SIGTERM)
+    assert "sampler of 2 steps, fp32, on CPUExecutionProvider" in output
+
+
+def answers(port: int) -> bool:
+    try:
+        return get(port, "/healthz")[0] == 200
+    except OSError:
+        return False
+
+
+def test_it_needs_no_torch(path: Path) -> None:
+    code = (
+        f"import runpy, sys; serve = runpy.run_path({str(EXAMPLE)!r}); from pyard.runtime import OnnxStudent; "
+        f"serve['png'](OnnxStudent({str(path)!r}).sample([1])[0]); sys.exit('torch' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,323 @@
+"""The exported graph equals PyTorch, stores its weights once, and appears whole or not at all."""
+
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from factories import tiny_student, tiny_teacher
+
+import pyard
+from pyard import export
+from pyard.cli.command_line import main
+from pyard.errors import InputError
+from pyard.models.student import Student
+from pyard.runtime import OnnxStudent
+
+# Each of N, target with output, heads and mask occurs; the whole product runs under -m slow.
+COVERING: list[dict[str, Any]] = [
+    {"num_steps": 2, "history_layers": 0, "target": "denoised", "output": "direct", "heads": "per_step"},
+    {"num_steps": 3, "history_layers": 2, "target": "state", "output": "jump", "heads": "shared", "opset": 20},
+    {"num_steps": 3, "history_layers": 2, "target": "denoised", "mask": "anchor", "history_bias": 0.7, "form": "step"},
+    {"num_steps": 4, "history_layers": 1, "target": "state", "mask": "window", "window": 2, "history_bias": 0.7, "opset": 20},
+    {"num_steps": 3, "history_layers": 1, "target": "state", "mask": "diagonal", "output": "jump", "form": "step"},
+]
+PRODUCT: list[dict[str, Any]] = [
+    {
+        "num_steps": 4,
+        "history_layers": N,
+        "target": target,
+        "output": output,
+        "heads": heads,
+        "opset": opset,
+        **mask,
+        "form": form,
+    }
+    for N, (target, output), heads, opset, mask, form in itertools.product(
+        (0, 2),
+        (("denoised", "direct"), ("state", "direct"), ("state", "jump")),
+        ("per_step", "shared"),
+        (20, 23),
+        (
+            {"mask": "causal"},
+            {"mask": "causal", "history_bias": 0.7},
+            {"mask": "window", "window": 2, "history_bias": 0.7},
+            {"mask": "window", "window": 1},
+            {"mask": "anchor"},
+        ),
+        ("sampler", "step"),
+    )
+]
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def check_equal_to_pytorch(path: Path, settings: dict[str, Any]) -> tuple[Student, OnnxStudent]:
+    of_file = {name: settings[name] for name in ("opset", "form") if name in settings}
+    student = tiny_student(**{name: value for name, value in settings.items() if name not in of_file})
+    parity = export.export_onnx(student, path, **of_file)
+    assert set(parity) == {1, 3}
+    assert all(0 < error < 1e-4 for error in parity.values())
+    exported = OnnxStudent(path, providers=["CPUExecutionProvider"])
+    labels = [0, 4, 2, 2, 1]
+    expected = pyard.sample(student, labels, seed=9).numpy()
+    for batch_size in (1, 5):
+        assert relative_error(exported.sample(labels, seed=9, batch_size=batch_size), expected) < 1e-4
+    # Otherwise the comparison could not see a label or a sample's noise that is not used.
+    noise = np.repeat(exported.sample([0], seed=9) * 0 + 1, 5, axis=0)
+    of_labels = exported.sample(range(5), noise=noise)
+    assert all(relative_error(a, b) > 1e-2 for a, b in itertools.combinations(of_labels, 2))
+    assert relative_error(expected[2], expected[3]) > 1e-2
+    return student, exported
+
+
+@pytest.mark.parametrize("settings", COVERING, ids=lambda s: f"N{s['history_layers']}-{s['target']}")
+def test_export_equals_pytorch(settings: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "student.onnx"
+    student, exported = check_equal_to_pytorch(path, settings)
+
+    info = exported.info
+    assert (info.num_steps, info.history_layers) == (settings["num_steps"], settings["history_layers"])
+    assert info.times == student.config.grid.times
+    assert info.sample_shape == student.sample_shape
+    assert info.num_classes == student.num_classes
+    assert info.teacher_fingerprint == student.config.teacher_fingerprint
+
+    assert info.form == settings.get("form", "sampler")
+
+    model = onnx.load(path)
+    stored = sum(math.prod(tensor.dims) for tensor in model.graph.initializer)
+    held = sum(tensor.numel() for tensor in [*student.parameters(), *student.buffers()])
+    assert stored < held + 500, "weights are stored more than once"
+    operators = [node.op_type for node in model.graph.node]
+    assert not {"ScatterND", "ScatterElements", "Cos", "Sin", "ReduceMean", "Softmax"} & set(operators)
+    passes = settings["num_steps"] if info.form == "sampler" else 1
+    depth = student.config.network.depth
+    assert operators.count("LayerNormalization") == passes * (2 * depth + 1)
+    attention = "Attention" if settings.get("opset", 23) >= 23 else "MultiHeadAttention"
+    assert operators.count(attention) == passes * depth
+    assert operators.count("Sigmoid") == 1, "the conditioning of all steps is computed at once"
+    assert Student.from_pretrained(_folder_of_config(path, student)).config == student.config
+    assert str(Path(export.__file__).parent).encode() not in path.read_bytes(), "a path of this machine is in the file"
+
+
+def _folder_of_config(path: Path, student: Student) -> Path:
+    folder = path.parent / "again"
+    student.save_pretrained(folder)
+    (path.parent / "config.json").replace(folder / "config.json")
+    return folder
+
+
+def test_each_norm_of_a_block_has_its_own_epsilon(tmp_path: Path) -> None:
+    teacher = tiny_teacher(norm_eps=0.5, mlp_norm_eps=2.0)
+    student = Student.from_teacher(teacher, pyard.TimeGrid.build(teacher.schedule, 2), history_layers=1)
+    export.export_onnx(student, tmp_path / "student.onnx")
+    expected = pyard.sample(student, [3], seed=2).numpy()
+    assert relative_error(OnnxStudent(tmp_path / "student.onnx").sample([3], seed=2), expected) < 1e-4
+
+
+def test_every_prediction_of_the_step_form_equals_pytorch(tmp_path: Path) -> None:
+    student = tiny_student(4, history_layers=2)
+    export.export_onnx(student, tmp_path / "student.onnx", form="step")
+    streamed = list(OnnxStudent(tmp_path / "student.onnx").stream([3, 0, 4], seed=7))
+    expected = pyard.sample(student, [3, 0, 4], seed=7, return_trajectory=True).numpy()
+    assert len(streamed) == 4
+    for step, prediction in enumerate(streamed):
+        assert relative_error(prediction, expected[:, step]) < 1e-5
+    assert all(relative_error(a, b) > 1e-2 for a, b in itertools.pairwise(streamed))
+
+
+def test_present_keys_are_only_those_that_the_mask_still_shows(tmp_path: Path) -> None:
+    for mask, tokens in (({"mask": "causal"}, 48), ({"mask": "anchor"}, 16), ({"mask": "window", "window": 2}, 16)):
+        student = tiny_student(4, history_layers=1, **mask)
+        export.export_onnx(student, tmp_path / "student.onnx", form="step")
+        session = OnnxStudent(tmp_path / "student.onnx")._session
+        past = {f"past_key_values.0.{kind}": np.zeros((1, 2, 0, 16), dtype=np.float32) for kind in ("key", "value")}
+        for step in range(3):
+            latent, label = np.ones((1, 2, 8, 8), dtype=np.float32), np.zeros(1, dtype=np.int64)
+            _, *present = session.run(None, {"latent": latent, "label": label, "step": np.array(step), **past})
+            past = dict(zip(past, present, strict=True))
+        assert {array.shape for array in present} == {(1, 2, tokens, 16)}
+
+
+def test_external_data_lie_beside_the_model_until_an_export_without_them(tmp_path: Path) -> None:
+    path, student = tmp_path / "student.onnx", tiny_student(2, history_layers=1)
+    export.export_onnx(student, path, external_data=True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "student.onnx", "student.onnx.data"]
+    assert path.stat().st_size < path.with_name("student.onnx.data").stat().st_size
+    expected = pyard.sample(student, [1, 2], seed=3).numpy()
+    assert relative_error(OnnxStudent(path).sample([1, 2], seed=3), expected) < 1e-4
+    export.export_onnx(student, path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "student.onnx"]
+
+
+def test_weights_that_one_file_cannot_hold_go_into_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "LARGEST_SINGLE_FILE", 1000)
+    export.export_onnx(tiny_student(1, history_layers=0), tmp_path / "student.onnx")
+    assert (tmp_path / "student.onnx.data").exists()
+
+
+def test_a_foreign_config_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    with pytest.raises(InputError, match="belongs to something else"):
+        export.export_onnx(tiny_student(1, history_layers=0), tmp_path / "student.onnx")
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", PRODUCT, ids=lambda s: "-".join(map(str, s.values())))
+def test_every_kind_of_student_equals_pytorch(settings: dict[str, Any], tmp_path: Path) -> None:
+    check_equal_to_pytorch(tmp_path / "student.onnx", settings)
+
+
+def test_a_deviation_fails_the_export_and_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "student.onnx"
+    path.write_text("the previous export")
+    student = tiny_student(1, history_layers=0)
+    rollout = Student.rollout
+    monkeypatch.setattr(Student, "rollout", lambda *args: (prediction / 1.001 for prediction in rollout(*args)))
+    with pytest.raises(RuntimeError, match=r"1\.0e-03 of the largest value; expected at most 1e-04"):
+        export.export_onnx(student, path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == "the previous export"
+
+
+def test_a_graph_that_is_invalid_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = export.save_model
+
+    def with_a_wrong_shape(model: Any, path: Path, **settings: Any) -> None:
+        write(model, path, **settings)
+        broken = onnx.load(path)
+        broken.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 77
+        onnx.save(broken, path)
+
+    monkeypatch.setattr(export, "save_model", with_a_wrong_shape)
+    with pytest.raises(RuntimeError, match=r"student\.onnx was not written: onnx\.checker refuses the graph"):
+        export.export_onnx(tiny_student(1, history_layers=0), tmp_path / "student.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_leaves_the_student_as_it_was(tmp_path: Path) -> None:
+    student = tiny_student(1, history_layers=1)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    export.export_onnx(student.train(), tmp_path / "student.onnx")
+    assert student.training
+    assert student.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_command_line_writes_beside_the_student(tmp_path: Path) -> None:
+    student = tiny_student(1, history_layers=1)
+    student.save_pretrained(tmp_path / "run" / "student")
+    command = [sys.executable, "-m", "pyard.export", "--onnx", "--external-data", "--student", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "error against PyTorch" in done.stdout
+    assert done.stderr == ""
+    assert (tmp_path / "run" / "student" / "student.onnx.data").exists()
+    exported = OnnxStudent(tmp_path / "run" / "student" / "student.onnx")
+    expected = pyard.sample(student, [3], seed=2).numpy()
+    assert relative_error(exported.sample([3], seed=2), expected) < 1e-4
+
+
+def test_command_line_reports_wrong_input_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "--onnx", str(tmp_path / "out.onnx"), "--student", str(tmp_path / "nowhere")]) == 2
+    error = capsys.readouterr().err
+    assert "nowhere" in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_arguments(tmp_path: Path) -> None:
+    student = tiny_student(1, history_layers=0)
+    with pytest.raises(InputError, match="opset is 11; expected 20 to 23"):
+        export.export_onnx(student, tmp_path / "student.onnx", opset=11)
+    with pytest.raises(InputError, match="form is 'steps'; expected sampler or step"):
+        export.export_onnx(student, tmp_path / "student.onnx", form="steps")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="is a folder"):
+        export.export_onnx(student, tmp_path)
+
+
+@pytest.mark.parametrize(("precision", "opset"), [("fp16", 23), ("int8", 23), ("int8-static", 23), ("int8", 20)])
+def test_precisions(precision: export.Precision, opset: int, tmp_path: Path) -> None:
+    student, path = tiny_student(3, history_layers=1, target="state", output="jump"), tmp_path / "student.onnx"
+    exact = export.export_onnx(student, tmp_path / "exact.onnx", opset=opset)
+    parity = export.export_onnx(student, path, opset=opset, precision=precision, calibration=9)
+    assert all(exact[size] < error < export.PARITY_BOUND[precision] for size, error in parity.items())
+    info = OnnxStudent(path).info
+    assert info.precision == precision
+    # A table of labels, norms and the like stay as they were in int8, and half of a tiny student are adaLN's.
+    assert path.stat().st_size < 0.8 * (tmp_path / "exact.onnx").stat().st_size
+    model = onnx.load(path)
+    operators = [node.op_type for node in model.graph.node]
+    types = {tensor.data_type for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    if precision == "fp16":
+        assert types == {onnx.TensorProto.FLOAT16}
+        assert all(tensor.data_type == onnx.TensorProto.FLOAT for tensor in _jump_coefficients(model))
+    else:
+        assert onnx.TensorProto.INT8 in types
+        products = 3 * student.config.network.depth * 6  # q, k, v, proj, fc1, fc2 of every pass
+        of_all_steps = student.config.network.depth  # the modulations
+        found = operators.count("MatMulInteger") + operators.count("DequantizeLinear") // 2
+        assert found >= products + of_all_steps if precision == "int8" else found > 0
+
+
+def _jump_coefficients(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    scalars = [
+        constants[name] for node in model.graph.node if node.op_type == "Mul" for name in node.input if name in constants
+    ]
+    assert len(scalars) == 6, "two for each of three jumps"
+    return scalars
+
+
+def test_a_deviation_of_each_precision_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for precision in ("fp16", "int8"):
+        monkeypatch.setitem(export.PARITY_BOUND, precision, 1e-6)
+        with pytest.raises(RuntimeError, match=r"was not written.*expected at most 1e-06"):
+            export.export_onnx(tiny_student(2, history_layers=1), tmp_path / "student.onnx", precision=precision)
+        assert list(tmp_path.iterdir()) == []
+
+
+def tiny_vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    blocks = dict(
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, block_out_channels=[8, 8]
+    )
+    return AutoencoderKL(**blocks, norm_num_groups=4, latent_channels=2, sample_size=16, layers_per_block=1, scaling_factor=0.3)
+
+
+@pytest.mark.slow
+def test_a_decoder_turns_samples_into_pictures(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    vae, student = tiny_vae(), tiny_student(2, history_layers=1)
+    vae.save_pretrained(tmp_path / "vae")
+    (tmp_path / "out").mkdir()
+    latents = pyard.sample(student, [0, 3], seed=4)
+    with torch.no_grad():
+        decoded = vae.decode(latents / 0.3, return_dict=False)[0]
+    expected = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()
+    assert expected.std() > 0
+    for form in ("sampler", "step"):
+        export.export_onnx(student, tmp_path / "out" / "student.onnx", form=form, vae=tmp_path / "vae")
+        exported = OnnxStudent(tmp_path / "out" / "student.onnx")
+        assert exported.info.output_shape == (16, 16, 3)
+        pictures = exported.sample([0, 3], seed=4, batch_size=1)
+        assert pictures.dtype == np.uint8
+        assert np.abs(pictures - expected).max() <= 1
+    first, last = exported.stream([0, 3], seed=4)
+    assert first.shape == last.shape == (2, 16, 16, 3)
+    np.testing.assert_array_equal(last, exported.sample([0, 3], seed=4))
+    with pytest.raises(InputError, match="latents of 2 channels; the student draws 1"):
+        export.load_decoder(vae, (1, 8, 8))
+    with pytest.raises(InputError, match="expected a folder with diffusers' AutoencoderKL"):
+        export.load_decoder(tmp_path / "nowhere", (2, 8, 8))
