@@ -69,7 +69,7 @@ def synthetic_store(path: Path, count: int, dtype: str) -> TrajectoryStore:
     store = start_writing(path, manifest, count)
     for first in range(0, count, SHARD):
         tensors = {
-            "label": torch.from_numpy(manifest.label_of(np.arange(first, first + SHARD))),
+            "label": torch.from_numpy(manifest.number_of(np.arange(first, first + SHARD))),
             "noise": torch.randn(SHARD, *SHAPE),
             "denoised": torch.randn(SHARD, STEPS, *SHAPE),
         }

@@ -128,7 +128,7 @@ def _end_of_a(call: Call, smoke: bool, check: list[str]) -> None:
 
 
 def _set_environment(smoke: bool) -> None:
-    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
     os.environ["PYTHONUNBUFFERED"] = "1"
     if not smoke:
         os.environ["PYARD_REQUIRE_CUDA"] = "1"

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.measure import Results, Setting
-from benchmarks.gpu.students import new_teacher
+from benchmarks.gpu.students import new_teacher, teacher_flops
 from benchmarks.reader import synthetic_store
-from pyard.cost.flops import teacher_flops
 from pyard.trajectories import TrajectoryReader, TrajectoryStore, generate_trajectories
 from pyard.trajectories.gather import native_module
 
@@ -41,7 +40,7 @@ def trajectories(results: Results, setting: Setting) -> None:
             start_s = time.perf_counter()
             write(count=batch + count)
             ms = (time.perf_counter() - start_s) * 1e3
-        flops = 2 * steps * count * teacher_flops(teacher.network, teacher.conditions.take([0]))
+        flops = 2 * steps * count * teacher_flops(teacher)
         return {"trajectories": count, "ms": ms, "gflop": flops / 1e9, "trajectories_per_s": count / ms * 1e3}
 
     results.measure("eager", partial(run, False), needs_s=8.0)

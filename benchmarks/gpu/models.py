@@ -5,7 +5,6 @@ B batch, S num_steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,11 +14,19 @@ from torch import Tensor, nn
 from benchmarks.gpu.backends import attention_backends
 from benchmarks.gpu.kernels_taken import attentions_of
 from benchmarks.gpu.measure import Results, Setting, peak_memory, time_call
-from benchmarks.gpu.students import NaiveStudent, checkpoint_blocks, new_student, new_teacher, pass_flops, weight_bytes
+from benchmarks.gpu.students import (
+    NaiveStudent,
+    checkpoint_blocks,
+    new_student,
+    new_teacher,
+    pass_flops,
+    teacher_flops,
+    weight_bytes,
+)
 from pyard import ops
-from pyard.cost.flops import teacher_flops
+from pyard.diffusion.solvers import integrate
 from pyard.models.student import Student
-from pyard.teachers.guidance import solve
+from pyard.teachers.guidance import guided_prediction
 
 
 def training(results: Results, setting: Setting) -> None:
@@ -73,11 +80,12 @@ def _train(setting: Setting, B: int, recomputes: bool, backend: ops.Backend, way
             checkpoint_blocks(student.trunk.blocks)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
     history, target = (torch.randn(B, student.num_steps, *student.sample_shape, device=device) for _ in range(2))
-    labels = torch.randint(student.num_classes, (B,), device=device)
+    labels = torch.randint(student.num_conditions, (B,), device=device)
+    condition = labels if way == "naive" else student.as_condition(labels)
 
     def forward() -> Tensor:
         with torch.autocast(device, torch.bfloat16):
-            return (network(history, labels).float() - target).square().mean()
+            return (network(history, condition).float() - target).square().mean()
 
     def step() -> None:
         forward().backward()
@@ -141,12 +149,13 @@ def _sample(setting: Setting, B: int, backend: ops.Backend, graph: bool, compile
     torch.manual_seed(0)
     student = new_student(setting, setting.half).eval()
     noise, labels = _inputs(student, B, setting)
+    condition = student.as_condition(labels)
     cache = student.new_cache(B)
     if compiled:
         compile_blocks(student, setting)
 
     def rollout() -> Tensor:
-        *_, sample = student.rollout(noise, labels, cache)
+        *_, sample = student.rollout(noise, condition, cache)
         return sample
 
     with torch.no_grad(), ops.use_backend(backend), peak_memory(setting.device) as peak:
@@ -166,7 +175,7 @@ def _sample_naive(setting: Setting, B: int) -> dict[str, Any]:
 
 def _inputs(student: Student, B: int, setting: Setting) -> tuple[Tensor, Tensor]:
     noise = torch.randn(B, *student.sample_shape, device=setting.device, dtype=setting.half)
-    return noise, torch.randint(student.num_classes, (B,), device=setting.device)
+    return noise, torch.randint(student.num_conditions, (B,), device=setting.device)
 
 
 def _sampling_row(student: Student, B: int, time: dict[str, Any], ms: float) -> dict[str, Any]:
@@ -187,16 +196,19 @@ def teacher(results: Results, setting: Setting) -> None:
         torch.manual_seed(0)
         who = new_teacher(setting, setting.half)
         noise = torch.randn(B, *who.sample_shape, device=setting.device, dtype=setting.half)
-        labels = torch.randint(who.num_classes, (B,), device=setting.device)
+        numbers = torch.randint(who.conditions.count, (B,), device=setting.device)
+        condition, null = who.conditions.take(numbers), who.conditions.take(who.conditions.null(numbers))
+
+        def predict(x: Tensor, time: float) -> Tensor:
+            return guided_prediction(who, x.to(setting.half), time, condition, null, 1.5)  # the solver's states are float32
 
         def walk() -> Tensor:
-            *_, (sample, _) = solve(_InHalf(who, setting), noise, labels, steps, cfg_scale=1.5)
+            *_, (sample, _) = integrate(predict, who.schedule, noise, steps)
             return sample
 
         with torch.no_grad():
-            call: Callable[[], object] = walk
-            time = time_call(call, setting.device, graph=graph)
-        flops = 2 * steps * B * teacher_flops(who.network, who.conditions.take([0]))
+            time = time_call(walk, setting.device, graph=graph)
+        flops = 2 * steps * B * teacher_flops(who)
         weights = sum(parameter.numel() * parameter.element_size() for parameter in who.network.parameters())
         return {"batch": B, **time.row(), "gflop": flops / 1e9, "gb": steps * weights / 1e9, "images_per_s": B / time.ms * 1e3}
 
@@ -205,15 +217,3 @@ def teacher(results: Results, setting: Setting) -> None:
             results.measure(
                 f"batch {B}{', CUDA graph' if graph else ''}", partial(run, B, graph), needs_s=3.0 if B < 64 else 10.0
             )
-
-
-class _InHalf:
-    """A teacher whose inputs are narrowed to its weights' dtype: the solver's states stay float32."""
-
-    def __init__(self, teacher: Any, setting: Setting):
-        self._teacher, self._half = teacher, setting.half
-        self.schedule, self.num_classes, self.sample_shape = teacher.schedule, teacher.num_classes, teacher.sample_shape
-
-    def predict(self, x: Tensor, time: float, labels: Tensor) -> Tensor:
-        """As `Teacher.predict`."""
-        return self._teacher.predict(x.to(self._half), time, labels)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.gpu.measure import Setting
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.time_grid import TimeGrid
-from pyard.models.dit.network import Block, DiT, DiTConfig, Head
+from pyard.models.dit.network import Block, DiT, DiTConfig, Head, Trunk
 from pyard.models.student import Student, StudentConfig
 from pyard.teachers.network_teacher import NetworkTeacher
 
@@ -71,14 +71,30 @@ def randomise(module: M) -> M:
 
 
 def pass_flops(student: Student) -> float:
-    """Of one sample's S forward passes: linear layers and attention, a multiply-add counted as two."""
-    network, steps = student.config.network, student.num_steps
+    """Of one sample's S forward passes: the blocks' linear layers and attentions, a multiply-add counted as two."""
+    steps, history = student.num_steps, student.config.history_layers
+    network = sizes_of(student)
+    attention = 4 * network.tokens_per_step**2 * network.hidden_size
+    return steps * _network_flops(network) + history * (steps * (steps + 1) / 2 - steps) * attention
+
+
+def teacher_flops(teacher: NetworkTeacher) -> float:
+    """Of one sample's forward pass; guidance takes two."""
+    network = teacher.network.config
+    assert isinstance(network, DiTConfig)
+    return _network_flops(network)
+
+
+def sizes_of(student: Student) -> DiTConfig:
+    """Of the student's network."""
+    network = student.config.network
+    assert isinstance(network, DiTConfig)
+    return network
+
+
+def _network_flops(network: DiTConfig) -> float:
     T, D, L = network.tokens_per_step, network.hidden_size, network.depth
-    linear = steps * T * L * 2 * (4 + 2 * network.mlp_ratio) * D * D
-    modulation = steps * L * 2 * 6 * D * D
-    history = student.config.history_layers
-    blocks_seen = history * steps * (steps + 1) / 2 + (L - history) * steps
-    return linear + modulation + blocks_seen * 4 * T * T * D
+    return L * (T * 2 * (4 + 2 * network.mlp_ratio) * D * D + 2 * 6 * D * D + 4 * T * T * D)
 
 
 def weight_bytes(student: Student) -> int:
@@ -112,8 +128,8 @@ class NaiveStudent(nn.Module):
     def __init__(self, student: Student, recomputes: bool = False):
         super().__init__()
         self.student, self.recomputes = student, recomputes
-        config = student.config
-        step = torch.arange(config.grid.num_steps * config.network.tokens_per_step) // config.network.tokens_per_step
+        T = sizes_of(student).tokens_per_step
+        step = torch.arange(student.num_steps * T) // T
         causal, diagonal = step[:, None] >= step[None, :], step[:, None] == step[None, :]
         masks = torch.stack([causal, diagonal])  # of the lower and of the upper layers
         weight = next(student.parameters())
@@ -121,16 +137,17 @@ class NaiveStudent(nn.Module):
 
     def forward(self, history: Tensor, labels: Tensor) -> Tensor:  # [B, s, C, H, W], [B] -> [B, s, C, H, W]
         """The first s steps; s = S in training."""
-        trunk, config = self.student.trunk, self.student.config
-        T, steps = config.network.tokens_per_step, history.shape[1]
+        trunk, history_layers = self.student.trunk, self.student.config.history_layers
+        assert isinstance(trunk, Trunk)
+        T, steps = sizes_of(self.student).tokens_per_step, history.shape[1]
         x = trunk.embed(history.to(next(trunk.parameters()).dtype)).flatten(1, 2)  # [B, s T, D]
         condition = trunk.step_vectors(self.student.embed_times[None, :steps], labels).repeat_interleave(T, dim=1)
-        for layer, block in enumerate(trunk.blocks):
-            inputs = block, x, condition, self.masks[int(layer >= config.history_layers), : steps * T, : steps * T]
+        for layer, block in enumerate(trunk.dit_blocks):
+            inputs = block, x, condition, self.masks[int(layer >= history_layers), : steps * T, : steps * T]
             x = checkpoint(_naive_block, *inputs, use_reentrant=False) if self.recomputes else _naive_block(*inputs)
         pieces = zip(self.student.heads, x.split(T, dim=1), condition.split(T, dim=1), strict=False)
         tokens = torch.stack([_naive_head(*piece) for piece in pieces], dim=1)
-        out = trunk.unembed(tokens, config.network.sample_shape)
+        out = trunk.unembed(tokens, self.student.sample_shape)
         jumps = self.student.jumps[:steps]
         return torch.stack([a * history[:, s].float() + b * out[:, s].float() for s, (a, b) in enumerate(jumps)], dim=1)
 
