@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -175,8 +175,10 @@ class Block(nn.Module):
         x: torch.Tensor,  # [B, S, T, D]
         condition: torch.Tensor,  # [B, S, D], after SiLU
         attend: Attend | None = None,
+        modulation: torch.Tensor | None = None,  # [B, S, 6D]: self.modulation(condition), where it is known already
     ) -> torch.Tensor:  # [B, S, T, D]
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
+        modulation = self.modulation(condition) if modulation is None else modulation
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         dtype = ops.dtype_of_linears(x)  # norms come as the linear layers behind them want them
         branch = self.attention(ops.modulated_layer_norm(x, shift1, scale1, self.eps, dtype), attend)
         x, normal = ops.gated_residual_modulated_layer_norm(x, gate1, branch, shift2, scale2, self.mlp_eps, dtype)
@@ -235,11 +237,17 @@ class Trunk(nn.Module):
         x: torch.Tensor,  # [B, S, T, D]
         condition: torch.Tensor,  # [B, S, D]
         attends: tuple[Attend | None, ...] = (),
+        modulations: tuple[torch.Tensor, ...] = (),  # L times [B, S, 6D], from `modulations`; (): each block computes its own
     ) -> torch.Tensor:  # [B, S, T, D]
         """Run the blocks; block i attends with `attends[i]`, within each step where there is none."""
         for i, block in enumerate(self.blocks):
-            x = block(x, condition, attends[i] if i < len(attends) else None)
+            known = (modulations[i],) if modulations else ()
+            x = block(x, condition, attends[i] if i < len(attends) else None, *known)
         return x
+
+    def modulations(self, condition: torch.Tensor) -> tuple[torch.Tensor, ...]:  # [B, S, D] -> L times [B, S, 6D]
+        """The adaLN modulations of all blocks: a third of the weights of a DiT, read once for the S steps of a rollout."""
+        return tuple(cast(Block, block).modulation(condition) for block in self.blocks)
 
 
 class DiT(nn.Module):

@@ -86,7 +86,8 @@ def batch_size_that_fits(student: Student) -> int:
     # their copies are less. float32 copies inside operators double it.
     tokens = network.tokens_per_step * network.hidden_size * (3 + 2 * network.mlp_ratio)
     cache = 2 * student.config.history_layers * student.num_steps * network.tokens_per_step * network.hidden_size
-    needed = weight.element_size() * (2 * tokens + cache)
+    modulations = student.num_steps * network.depth * 6 * network.hidden_size
+    needed = weight.element_size() * (2 * tokens + cache + modulations)
     return int(min(LARGEST_BATCH, max(1, free_memory(weight.device) / 2 // needed)))
 
 

@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from torch import nn
 from pyard import ops
 from pyard.errors import InputError
 from pyard.models.checkpoint import without_variance
-from pyard.models.dit import Attend, DiT, DiTConfig, Head
+from pyard.models.dit import Attend, DiT, DiTConfig, Head, Trunk
 from pyard.models.folder import load_folder, save_folder
 from pyard.models.history import HistoryCache, PreallocatedCache
 from pyard.models.hub import local_folder, push_folder
@@ -115,6 +115,18 @@ def default_output(target: Target, num_steps: int) -> Output:
     return "jump" if target == "state" and num_steps >= 3 else "direct"
 
 
+class StepConditions(NamedTuple):
+    """What conditions the S steps of a rollout, computed at once: see `Student.step_conditions`."""
+
+    vectors: torch.Tensor  # [B, S, D]
+    modulations: tuple[torch.Tensor, ...]  # L times [B, S, 6D]
+
+    def of(self, step: int) -> StepConditions:
+        """Those of one step."""
+        one = slice(step, step + 1)
+        return StepConditions(self.vectors[:, one], tuple(modulation[:, one] for modulation in self.modulations))
+
+
 class Student(nn.Module):
     """A few-step student of a diffusion transformer.
 
@@ -181,9 +193,11 @@ class Student(nn.Module):
         step: int,
         labels: torch.Tensor,  # [B] int64
         cache: HistoryCache,
+        conditions: StepConditions | None = None,  # from `step_conditions(labels)`; None: computed for this step alone
     ) -> tuple[torch.Tensor, HistoryCache]:  # [B, C, H, W]
         """The cached pass: one step on the history in `cache`. Returns the prediction and the cache for the next step."""
-        prediction = self._run(latest[:, None], labels, first=step, cache=cache)[:, 0]
+        known = None if conditions is None else conditions.of(step)
+        prediction = self._run(latest[:, None], labels, first=step, cache=cache, known=known)[:, 0]
         return prediction, cache.advance(self.config.network.tokens_per_step)
 
     def rollout(
@@ -194,10 +208,24 @@ class Student(nn.Module):
     ) -> Iterator[torch.Tensor]:
         """Yield the S successive predictions, each made from the history of its predecessors; the last one is the sample."""
         cache = self.new_cache(len(noise)) if cache is None else cache
+        conditions = self.step_conditions(labels)
         latest = noise
         for step in range(self.num_steps):
-            latest, cache = self.step(latest, step, labels, cache)
+            latest, cache = self.step(latest, step, labels, cache, conditions)
             yield latest
+
+    def step_conditions(self, labels: torch.Tensor) -> StepConditions | None:  # [B] int64
+        """The conditioning vectors and modulations of all S steps, one product for each layer.
+
+        Returns:
+            None where a gradient is wanted, so that blocks stay what is recomputed; where weights are sharded, since a block
+            gathers its own; and for a trunk that is not pyard's DiT.
+        """
+        sharded = any(hasattr(weight, "device_mesh") for weight in self.trunk.parameters())  # FSDP2's DTensors
+        if torch.is_grad_enabled() or sharded or not isinstance(self.trunk, Trunk):
+            return None
+        vectors = self.trunk.condition(self.embed_times[None], labels)
+        return StepConditions(vectors, self.trunk.modulations(vectors))
 
     def new_cache(self, batch_size: int) -> PreallocatedCache:
         """An empty cache for `batch_size` samples: keys and values [N, B, H, S*T, Dh] of the parameters' dtype and device."""
@@ -213,12 +241,22 @@ class Student(nn.Module):
         keys, values = weight.new_empty(size), weight.new_empty(size)
         return PreallocatedCache(keys, values)
 
-    def _run(self, inputs: torch.Tensor, labels: torch.Tensor, first: int, cache: HistoryCache | None) -> torch.Tensor:
+    def _run(
+        self,
+        inputs: torch.Tensor,
+        labels: torch.Tensor,
+        first: int,
+        cache: HistoryCache | None,
+        known: StepConditions | None = None,
+    ) -> torch.Tensor:
         # inputs [B, steps, C, H, W] are the steps first ... first + steps - 1.
         steps = inputs.shape[1]
-        condition = self.trunk.condition(self.embed_times[None, first : first + steps], labels)
+        if known is None:
+            known = StepConditions(self.trunk.condition(self.embed_times[None, first : first + steps], labels), ())
+        condition, modulations = known
         attends = tuple(self._attend(layer, cache) for layer in range(self.config.history_layers))
-        x = self.trunk(self.trunk.embed(inputs.to(next(self.trunk.parameters()).dtype)), condition, attends)
+        tokens = self.trunk.embed(inputs.to(next(self.trunk.parameters()).dtype))
+        x = self.trunk(tokens, condition, attends, *([modulations] if modulations else []))
         if len(self.heads) == 1:
             tokens = self.heads[0](x, condition)
         else:

@@ -264,3 +264,25 @@ def test_with_the_history_masked_out_a_fresh_student_is_the_teachers_jump(settin
     if num_steps > 1:
         seeing = Student.from_teacher(teacher, grid, history_layers=3, target="state", output="jump")
         assert relative_error(seeing(history, labels)[:, 1:], out[:, 1:]) > 1e-3
+
+
+def test_a_rollout_reads_every_modulation_once() -> None:
+    """The modulations of all steps come from one product; the samples are those of single steps, up to rounding."""
+    student = tiny_student(history_layers=2, history_bias=0.5)
+    noise, labels = torch.randn(2, *student.sample_shape), torch.tensor([1, 0])
+    calls = []
+    for block in student.trunk.blocks:
+        block.modulation.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        ours = list(student.rollout(noise, labels))
+        assert len(calls) == student.config.network.depth
+        cache, latest, expected = student.new_cache(len(noise)), noise, []
+        for step in range(student.num_steps):
+            latest, cache = student.step(latest, step, labels, cache)
+            expected.append(latest)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_rollout_with_gradients_leaves_the_modulations_to_the_blocks() -> None:
+    student = tiny_student(history_layers=1)
+    assert student.step_conditions(torch.tensor([0])) is None
