@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pyard import ops
 from pyard.ops import MASKS, flex, reference
+from pyard.ops.backend import library
 
 SIZES = [(3, 3, 5), (1, 4, 17), (2, 2, 130)]  # query blocks, key blocks, T; FlexAttention's own blocks are of 128
 
@@ -56,6 +58,27 @@ def test_the_choice_is_for_attention_alone() -> None:
         with ops.use_backend(backend):  # type: ignore[arg-type]
             assert ops.takes_native("modulated_layer_norm", x) == usual
             assert not ops.takes_native("block_attention", x)
+
+
+@pytest.mark.skipif(library is None, reason="the native operators are not built")
+def test_auto_leaves_own_blocks_without_history_to_sdpa_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once `auto` takes kernels there: shapes and devices alone, since no GPU is needed to choose."""
+    plain: list[int] = []
+
+    def instead(q: Tensor, k: Tensor, *_: object) -> Tensor:
+        plain.append(k.shape[2])
+        return q
+
+    monkeypatch.setattr(ops, "takes_native", lambda *_: True)
+    monkeypatch.setattr(reference, "block_attention", instead)
+    with FakeTensorMode():
+        q, k = (torch.empty(2, 2, steps * 5, 16, device="cuda") for steps in (1, 3))
+        with ops.use_backend("auto"):
+            ops.block_attention(q, q, q, 5)
+            ops.block_attention(q, k, k, 5)
+        with ops.use_backend("native"):
+            ops.block_attention(q, q, q, 5)
+    assert plain == [5]
 
 
 @pytest.mark.cuda

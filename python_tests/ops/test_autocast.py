@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from factories import tiny_student
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyard import ops
 from pyard.ops.autocast import takes_mixed
@@ -106,3 +109,31 @@ def test_on_a_gpu_the_mixed_kernels_run_and_agree() -> None:
     for our, other in zip(ours, expected, strict=True):
         assert our.dtype == other.dtype
         torch.testing.assert_close(our, other, rtol=2e-2, atol=5e-2)
+
+
+class Recorded(TorchDispatchMode):
+    """The names of the operators that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not str(func).startswith("prim."):  # questions, such as for the device
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(library is None, reason="the native operators are not built")
+def test_on_cuda_nothing_is_converted_forth_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "takes_native", lambda *_: True)
+    with FakeTensorMode(), Recorded() as recorded:
+        x = torch.empty(B, S, T, D, device="cuda")
+        branch, (gate, shift, scale) = x.bfloat16(), torch.empty(3, B, S, D, device="cuda", dtype=torch.bfloat16).unbind(0)
+        recorded.names.clear()
+        residual, normal = ops.gated_residual_modulated_layer_norm(x, gate, branch, shift, scale, 1e-6, torch.bfloat16)
+        ops.gated_residual(residual, gate, branch)
+        ops.modulated_layer_norm(residual, shift, scale, dtype=torch.bfloat16)
+    names = ["gated_residual_modulated_layer_norm", "gated_residual", "modulated_layer_norm"]
+    assert recorded.names == [f"pyard.{name}.default" for name in names]
+    assert (residual.dtype, normal.dtype) == (torch.float32, torch.bfloat16)
