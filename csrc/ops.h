@@ -13,6 +13,9 @@ using torch::stable::Tensor;
 
 namespace cpu {
 
+// Of modulated_layer_norm and gated_residual, x, the residual and their gradients may be float32 where all else is
+// bfloat16 or float16: the dtypes of scale and gate say so.
+
 // LayerNorm over D without affine parameters, then * (1 + scale) + shift.
 Tensor modulated_layer_norm(const Tensor& x,      // [B, S, T, D]
                             const Tensor& shift,  // [B, S, D]

@@ -13,9 +13,9 @@ Tensor gated_residual(const Tensor& x,         // [B, S, T, D]
   const Sizes sizes = sizes_of(x, self);
   check_shape(gate, self, "gate", {sizes.B, sizes.S, sizes.D});
   check_shape(branch, self, "branch", {sizes.B, sizes.S, sizes.T, sizes.D});
-  check_like(gate, x, self, "gate");
-  check_like(branch, x, self, "branch");
-  const auto kernel = PYARD_SELECT(gated_residual)(storage_of(x, self));
+  const Storage other = storage_beside(gate, x, self, "gate");
+  check_like(branch, gate, self, "branch");
+  const auto kernel = PYARD_SELECT(gated_residual)(storage_of(x, self), other);
 
   const Tensor x_rows = with_contiguous_rows(x), gate_rows = with_contiguous_rows(gate);
   const Tensor branch_rows = with_contiguous_rows(branch);
@@ -40,10 +40,9 @@ std::tuple<Tensor, Tensor> gated_residual_backward(const Tensor& grad,      // [
   const Sizes sizes = sizes_of(branch, self);
   check_shape(grad, self, "grad", {sizes.B, sizes.S, sizes.T, sizes.D});
   check_shape(gate, self, "gate", {sizes.B, sizes.S, sizes.D});
-  check_like(grad, branch, self, "grad");
-  check_like(gate, branch, self, "gate");
-  const Storage storage = storage_of(branch, self);
-  const auto kernel = PYARD_SELECT(gated_residual_backward)(storage);
+  const Storage storage = storage_of(grad, self), other = storage_beside(gate, grad, self, "gate");
+  check_like(branch, gate, self, "branch");
+  const auto kernel = PYARD_SELECT(gated_residual_backward)(storage, other);
 
   const Tensor grad_rows = with_contiguous_rows(grad), gate_rows = with_contiguous_rows(gate);
   const Tensor branch_rows = with_contiguous_rows(branch);

@@ -14,14 +14,14 @@ Tensor modulated_layer_norm(const Tensor& x,      // [B, S, T, D]
   const Sizes sizes = sizes_of(x, self);
   check_shape(shift, self, "shift", {sizes.B, sizes.S, sizes.D});
   check_shape(scale, self, "scale", {sizes.B, sizes.S, sizes.D});
-  check_like(shift, x, self, "shift");
-  check_like(scale, x, self, "scale");
-  const auto kernel = PYARD_SELECT(modulated_layer_norm)(storage_of(x, self));
+  const Storage other = storage_beside(scale, x, self, "scale");
+  check_like(shift, scale, self, "shift");
+  const auto kernel = PYARD_SELECT(modulated_layer_norm)(storage_of(x, self), other);
 
   const Tensor x_rows = with_contiguous_rows(x);
   const Tensor shift_rows = with_contiguous_rows(shift);
   const Tensor scale_rows = with_contiguous_rows(scale);
-  Tensor out = torch::stable::new_empty(x, x.sizes());
+  Tensor out = torch::stable::new_empty(scale, x.sizes());
   const Strided x_at(x_rows, false), shift_at(shift_rows, false), scale_at(scale_rows, false), out_at(out, true);
 
   torch::stable::parallel_for(0, sizes.tasks(), sizes.grain(), [&](int64_t begin, int64_t end) {
@@ -43,10 +43,9 @@ std::tuple<Tensor, Tensor, Tensor> modulated_layer_norm_backward(const Tensor& g
   const Sizes sizes = sizes_of(x, self);
   check_shape(grad, self, "grad", {sizes.B, sizes.S, sizes.T, sizes.D});
   check_shape(scale, self, "scale", {sizes.B, sizes.S, sizes.D});
-  check_like(grad, x, self, "grad");
-  check_like(scale, x, self, "scale");
-  const Storage storage = storage_of(x, self);
-  const auto kernel = PYARD_SELECT(modulated_layer_norm_backward)(storage);
+  const Storage storage = storage_of(x, self), other = storage_beside(scale, x, self, "scale");
+  check_like(grad, scale, self, "grad");
+  const auto kernel = PYARD_SELECT(modulated_layer_norm_backward)(storage, other);
 
   const Tensor grad_rows = with_contiguous_rows(grad);
   const Tensor x_rows = with_contiguous_rows(x);
@@ -71,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> modulated_layer_norm_backward(const Tensor& g
     }
   });
 
-  return {dx, sum_over_tasks(dshift, x.scalar_type()), sum_over_tasks(dscale, x.scalar_type())};
+  return {dx, sum_over_tasks(dshift, scale.scalar_type()), sum_over_tasks(dscale, scale.scalar_type())};
 }
 
 }  // namespace pyard::cpu

@@ -55,6 +55,17 @@ inline Sizes sizes_of(const Tensor& x, const char* operator_name) {
   return {x.size(0), x.size(1), x.size(2), x.size(3)};
 }
 
+// The storage of what is beside a stream x: that of x, or 16 bits beside float32.
+inline Storage storage_beside(const Tensor& tensor, const Tensor& x, const char* operator_name, const char* argument) {
+  const Storage stream = storage_of(x, operator_name), other = storage_of(tensor, operator_name);
+  const bool narrow = other == Storage::bfloat16 || other == Storage::float16;
+  STD_TORCH_CHECK(other == stream || (stream == Storage::float32 && narrow), operator_name, ": ", argument,
+                  " has dtype ", torch::headeronly::toString(tensor.scalar_type()), ", expected that of x, ",
+                  torch::headeronly::toString(x.scalar_type()), ", or 16 bits beside float32");
+  return other;
+}
+
+// `x` is what the dtype is compared with.
 inline void check_like(const Tensor& tensor, const Tensor& x, const char* operator_name, const char* argument) {
   STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), operator_name, ": ", argument, " has dtype ",
                   torch::headeronly::toString(tensor.scalar_type()), ", expected that of x, ",

@@ -8,7 +8,7 @@ from torch import Tensor
 from pyard.ops import limits
 
 # Where the row operators have kernels for it; elsewhere tensors are converted first.
-MIXED_DEVICES = frozenset({"cuda"})
+MIXED_DEVICES = frozenset({"cpu", "cuda"})
 NARROW_DTYPES = frozenset({torch.bfloat16, torch.float16})
 
 
@@ -30,4 +30,4 @@ def takes_mixed(operator: str, x: Tensor, *others: torch.dtype) -> bool:
     """
     if x.device.type not in MIXED_DEVICES or x.dtype != torch.float32 or len(set(others)) != 1:
         return False
-    return others[0] in NARROW_DTYPES and not limits.shape_obstacle(operator, x.shape, others[0])
+    return others[0] in NARROW_DTYPES and not (x.is_cuda and limits.shape_obstacle(operator, x.shape, others[0]))

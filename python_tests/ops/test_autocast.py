@@ -74,7 +74,8 @@ def test_mixed_kernels_are_for_float32_beside_one_narrow_dtype() -> None:
         assert not takes_mixed("gated_residual", x, torch.float32, torch.float32)
         assert not takes_mixed("gated_residual", x.half(), torch.bfloat16)
         assert not takes_mixed("gated_residual", torch.empty(B, S, T, 12, device="cuda"), torch.bfloat16)
-        assert not takes_mixed("gated_residual", torch.empty(B, S, T, D), torch.bfloat16)
+        assert takes_mixed("gated_residual", torch.empty(B, S, T, 7), torch.bfloat16)
+        assert not takes_mixed("gated_residual", torch.empty(B, S, T, D, device="meta"), torch.bfloat16)
 
 
 @pytest.mark.skipif(library is None, reason="the native operators are not built")

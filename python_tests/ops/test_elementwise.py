@@ -54,6 +54,20 @@ def test_gated_residual_is_as_exact_as_plain_pytorch(size: tuple[int, int, int, 
         assert_as_exact_as_plain(a, b, c.double())
 
 
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_gated_residual_of_a_wide_stream_is_exactly_that_of_converted_tensors(
+    size: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    B, S, _, D = size
+    x, gate, branch = numbers(*size, dtype=torch.float32), numbers(B, S, D, dtype=dtype), numbers(*size, dtype=dtype)
+    ours = with_gradients(torch.ops.pyard.gated_residual(x, gate, branch), (x, gate, branch))
+    expected = with_gradients(torch.ops.pyard.gated_residual(x, gate.float(), branch.float()), (x, gate, branch))
+    assert [tensor.dtype for tensor in ours] == [torch.float32, torch.float32, dtype, dtype]
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
 def gelu_closed_form(z: Tensor) -> Tensor:
     return 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 

@@ -206,3 +206,45 @@ def test_the_operator_itself_names_wrong_input() -> None:
 def test_the_instruction_set_is_the_one_asked_for() -> None:
     assert library is not None
     assert library.active_instruction_set == os.environ["PYARD_CPU_ISA"]
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_wide_stream_is_exactly_that_of_converted_tensors(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    x, *others = sample_inputs(size)
+    shift, scale = (tensor.detach().to(dtype).requires_grad_() for tensor in others)
+    grad = torch.randn(size).to(dtype)
+    ours = torch.ops.pyard.modulated_layer_norm(x, shift, scale, EPS)
+    expected = torch.ops.pyard.modulated_layer_norm(x, shift.float(), scale.float(), EPS).to(dtype)
+    assert torch.equal(ours, expected)
+    leaves = (x, shift, scale)
+    pairs = zip(torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+@needs_native
+def test_derivatives_of_a_wide_stream_to_second_order() -> None:
+    x, *others = sample_inputs((1, 2, 3, 8))
+    leaves = (x, *(tensor.detach().bfloat16().requires_grad_() for tensor in others))
+
+    def penalty(*leaves: Tensor) -> Tensor:
+        out = torch.ops.pyard.modulated_layer_norm(*leaves, EPS)
+        slopes = torch.autograd.grad(out.float().square().mean(), leaves, create_graph=True)
+        return torch.stack([slope.float().square().sum() for slope in slopes]).sum()
+
+    gradients_of = torch.autograd.grad(penalty(*leaves), leaves)
+    wide = tuple(leaf.detach().double().requires_grad_() for leaf in leaves)
+    for ours, exact in zip(gradients_of, torch.autograd.grad(penalty(*wide), wide), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=0.05, atol=0.05)
+
+
+@needs_native
+def test_other_mixtures_of_dtypes_are_refused() -> None:
+    x, shift, scale = (tensor.detach() for tensor in sample_inputs((1, 2, 3, 8)))
+    with pytest.raises(RuntimeError, match="scale has dtype Double, expected that of x, Float, or 16 bits beside float32"):
+        torch.ops.pyard.modulated_layer_norm(x, shift, scale.double(), EPS)
+    with pytest.raises(RuntimeError, match="scale has dtype BFloat16, expected that of x, Half"):
+        torch.ops.pyard.modulated_layer_norm(x.half(), shift.bfloat16(), scale.bfloat16(), EPS)
+    with pytest.raises(RuntimeError, match="shift has dtype Float"):
+        torch.ops.pyard.modulated_layer_norm(x, shift, scale.bfloat16(), EPS)

@@ -1,5 +1,8 @@
 // The rows of one (sample, step): T tokens that share a gate. Pointers lead to the storage type of the chosen kernel
 // unless it is said otherwise; strides count elements; the hidden dimension is contiguous everywhere.
+//
+// x, the residual and their gradients may be float32 where all else has 16 bits (`stream` and `other` below), as
+// autocast leaves a float32 network.
 #pragma once
 
 #include <cstdint>
@@ -36,10 +39,10 @@ struct GatedResidualBackwardRows {
 using GatedResidualKernel = void (*)(const GatedResidualRows&);
 using GatedResidualBackwardKernel = void (*)(const GatedResidualBackwardRows&);
 
-#define PYARD_DECLARE_KERNELS(isa)                                      \
-  namespace isa {                                                       \
-  GatedResidualKernel gated_residual(Storage storage);                  \
-  GatedResidualBackwardKernel gated_residual_backward(Storage storage); \
+#define PYARD_DECLARE_KERNELS(isa)                                                    \
+  namespace isa {                                                                     \
+  GatedResidualKernel gated_residual(Storage stream, Storage other);                  \
+  GatedResidualBackwardKernel gated_residual_backward(Storage stream, Storage other); \
   }
 PYARD_DECLARE_KERNELS(baseline)
 PYARD_DECLARE_KERNELS(avx2)

@@ -27,14 +27,14 @@ inline Moments<Accumulator<T>> moments_of(const T* x, int64_t dim, double eps) {
   return {mean, static_cast<A>(1) / std::sqrt(variance + static_cast<A>(eps))};
 }
 
-template <typename T>
+template <typename X, typename Y>
 void forward(const ModulatedLayerNormRows& rows) {
-  using A = Accumulator<T>;
-  const T* shift = static_cast<const T*>(rows.shift);
-  const T* scale = static_cast<const T*>(rows.scale);
+  using A = Accumulator<X>;
+  const Y* shift = static_cast<const Y*>(rows.shift);
+  const Y* scale = static_cast<const Y*>(rows.scale);
   for (int64_t row = 0; row < rows.rows; ++row) {
-    const T* x = static_cast<const T*>(rows.x) + row * rows.x_stride;
-    T* out = static_cast<T*>(rows.out) + row * rows.out_stride;
+    const X* x = static_cast<const X*>(rows.x) + row * rows.x_stride;
+    Y* out = static_cast<Y*>(rows.out) + row * rows.out_stride;
     const Moments<A> moments = moments_of(x, rows.dim, rows.eps);
     for_each_vector<A>(rows.dim, [&](int64_t i, auto part) {
       const Vec<A> normal = (load(x + i, part) - moments.mean) * moments.rstd;
@@ -43,17 +43,17 @@ void forward(const ModulatedLayerNormRows& rows) {
   }
 }
 
-template <typename T>
+template <typename X, typename Y>
 void backward(const ModulatedLayerNormBackwardRows& rows) {
-  using A = Accumulator<T>;
-  const T* scale = static_cast<const T*>(rows.scale);
+  using A = Accumulator<X>;
+  const Y* scale = static_cast<const Y*>(rows.scale);
   A* dshift = static_cast<A*>(rows.dshift);
   A* dscale = static_cast<A*>(rows.dscale);
   const A inverse_dim = static_cast<A>(1) / static_cast<A>(rows.dim);
   for (int64_t row = 0; row < rows.rows; ++row) {
-    const T* x = static_cast<const T*>(rows.x) + row * rows.x_stride;
-    const T* grad = static_cast<const T*>(rows.grad) + row * rows.grad_stride;
-    T* dx = static_cast<T*>(rows.dx) + row * rows.dx_stride;
+    const X* x = static_cast<const X*>(rows.x) + row * rows.x_stride;
+    const Y* grad = static_cast<const Y*>(rows.grad) + row * rows.grad_stride;
+    X* dx = static_cast<X*>(rows.dx) + row * rows.dx_stride;
     const Moments<A> moments = moments_of(x, rows.dim, rows.eps);
 
     // With n = (x - mean) * rstd and g = grad * (1 + scale): dx = rstd * (g - mean(g) - n * mean(g * n)).
@@ -82,29 +82,33 @@ void backward(const ModulatedLayerNormBackwardRows& rows) {
 
 namespace PYARD_ISA {
 
-ModulatedLayerNormKernel modulated_layer_norm(Storage storage) {
-  switch (storage) {
+ModulatedLayerNormKernel modulated_layer_norm(Storage stream, Storage other) {
+  switch (stream) {
     case Storage::float64:
-      return forward<double>;
+      return forward<double, double>;
     case Storage::bfloat16:
-      return forward<BFloat16>;
+      return forward<BFloat16, BFloat16>;
     case Storage::float16:
-      return forward<Float16>;
+      return forward<Float16, Float16>;
     default:
-      return forward<float>;
+      if (other == Storage::bfloat16) return forward<float, BFloat16>;
+      if (other == Storage::float16) return forward<float, Float16>;
+      return forward<float, float>;
   }
 }
 
-ModulatedLayerNormBackwardKernel modulated_layer_norm_backward(Storage storage) {
-  switch (storage) {
+ModulatedLayerNormBackwardKernel modulated_layer_norm_backward(Storage stream, Storage other) {
+  switch (stream) {
     case Storage::float64:
-      return backward<double>;
+      return backward<double, double>;
     case Storage::bfloat16:
-      return backward<BFloat16>;
+      return backward<BFloat16, BFloat16>;
     case Storage::float16:
-      return backward<Float16>;
+      return backward<Float16, Float16>;
     default:
-      return backward<float>;
+      if (other == Storage::bfloat16) return backward<float, BFloat16>;
+      if (other == Storage::float16) return backward<float, Float16>;
+      return backward<float, float>;
   }
 }
 

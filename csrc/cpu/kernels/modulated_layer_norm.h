@@ -1,5 +1,8 @@
 // The rows of one (sample, step): T tokens that share shift and scale. Pointers lead to the storage type of the chosen
 // kernel; strides count elements; the hidden dimension is contiguous everywhere.
+//
+// x, the residual and their gradients may be float32 where all else has 16 bits (`stream` and `other` below), as
+// autocast leaves a float32 network.
 #pragma once
 
 #include <cstdint>
@@ -38,10 +41,10 @@ struct ModulatedLayerNormBackwardRows {
 using ModulatedLayerNormKernel = void (*)(const ModulatedLayerNormRows&);
 using ModulatedLayerNormBackwardKernel = void (*)(const ModulatedLayerNormBackwardRows&);
 
-#define PYARD_DECLARE_KERNELS(isa)                                                 \
-  namespace isa {                                                                  \
-  ModulatedLayerNormKernel modulated_layer_norm(Storage storage);                  \
-  ModulatedLayerNormBackwardKernel modulated_layer_norm_backward(Storage storage); \
+#define PYARD_DECLARE_KERNELS(isa)                                                               \
+  namespace isa {                                                                                \
+  ModulatedLayerNormKernel modulated_layer_norm(Storage stream, Storage other);                  \
+  ModulatedLayerNormBackwardKernel modulated_layer_norm_backward(Storage stream, Storage other); \
   }
 PYARD_DECLARE_KERNELS(baseline)
 PYARD_DECLARE_KERNELS(avx2)
