@@ -24,6 +24,7 @@ def all_cases() -> Iterator[Case]:
     """Operator by operator, forward and forward + backward."""
     for D in (384, 1152):
         yield from layer_norm(D)
+    yield from layer_norm(1152, torch.bfloat16)
     yield from gate(384)
     yield from gelu(1536)
     for dtype in (torch.float32, torch.bfloat16):
@@ -35,22 +36,24 @@ def all_cases() -> Iterator[Case]:
     yield gather()
 
 
-def layer_norm(D: int) -> Iterator[Case]:
-    x, grad = torch.randn(B, S, T, D, requires_grad=True), torch.randn(B, S, T, D)
-    shift, scale = torch.randn(B, S, D, requires_grad=True), torch.randn(B, S, D, requires_grad=True)
-    size = FLOAT_BYTES * x.numel()
+def layer_norm(D: int, beside: torch.dtype = torch.float32) -> Iterator[Case]:
+    """`beside`: dtype of all but the stream, which autocast leaves in float32."""
+    x, grad = torch.randn(B, S, T, D, requires_grad=True), torch.randn(B, S, T, D).to(beside)
+    shift, scale = (torch.randn(B, S, D).to(beside).requires_grad_() for _ in range(2))
+    wide, narrow = FLOAT_BYTES * x.numel(), beside.itemsize * x.numel()
 
     def ours() -> Tensor:
         return torch.ops.pyard.modulated_layer_norm(x, shift, scale, 1e-6)
 
     def composed() -> Tensor:
-        return reference.modulated_layer_norm(x, shift, scale, 1e-6)
+        return reference.modulated_layer_norm(x, shift.to(x.dtype), scale.to(x.dtype), 1e-6).to(beside)
 
-    name = f"modulated_layer_norm D {D}"
-    yield forward(Measurement(f"{name} forward", "pyard", bytes=2 * size, aim={"composed": 2.5}), ours, composed)
-    yield backward(
-        Measurement(f"{name} backward", "pyard", bytes=3 * size, aim={"composed": 2.0}), ours, composed, (x, shift, scale), grad
-    )
+    uniform = beside == torch.float32
+    name = f"modulated_layer_norm D {D}" + ("" if uniform else f" float32 to {str(beside).removeprefix('torch.')}")
+    of_forward = Measurement(f"{name} forward", "pyard", bytes=wide + narrow, aim={"composed": 2.5} if uniform else {})
+    yield forward(of_forward, ours, composed)
+    of_backward = Measurement(f"{name} backward", "pyard", bytes=2 * wide + narrow, aim={"composed": 2.0} if uniform else {})
+    yield backward(of_backward, ours, composed, (x, shift, scale), grad)
 
 
 def gate(D: int) -> Iterator[Case]:
