@@ -141,18 +141,6 @@ def default_output(target: Target, num_steps: int) -> Output:
     return "jump" if target == "state" and num_steps >= 3 else "direct"
 
 
-class StepConditions(NamedTuple):
-    """What conditions the S steps of a rollout, computed at once: see `Student.step_conditions`."""
-
-    vectors: torch.Tensor  # [B, S, D]
-    modulations: tuple[torch.Tensor, ...]  # L times [B, S, 6D]
-
-    def of(self, step: int) -> StepConditions:
-        """Those of one step."""
-        one = slice(step, step + 1)
-        return StepConditions(self.vectors[:, one], tuple(modulation[:, one] for modulation in self.modulations))
-
-
 class Student(nn.Module):
     """A few-step student of a diffusion transformer.
 
