@@ -95,34 +95,53 @@ void attention(int scalar, int head_dim, int mask, bool with_bias, bool determin
   check(pyard_cuda_attention_backward(&backward, nullptr), "attention backward");
 }
 
-void residual_norm(int scalar, int dim, bool has_gate, bool has_norm) {
-  const int B = 1, S = 2, T = dim < 2048 ? 37 : 5;
-  const auto tokens = [&](bool random) {
+// `narrow`: 0, or the Scalar of all but the stream.
+void residual_norm(int scalar, int dim, bool has_gate, bool has_norm, int narrow = 0) {
+  const int B = 1, S = 2, T = dim < 2048 ? 37 : 5, other = narrow == 0 ? scalar : narrow;
+  const auto tokens = [&](int kind, bool random) {
     const int64_t elements = static_cast<int64_t>(B) * S * T * dim;
-    void* data = random ? new_random(elements, scalar) : new_memory(elements * bytes_of(scalar));
+    void* data = random ? new_random(elements, kind) : new_memory(elements * bytes_of(kind));
     return Tokens{data, static_cast<int64_t>(S) * T * dim, static_cast<int64_t>(T) * dim, dim};
   };
-  const auto per_step = [&] { return PerStep{new_random(B * S * dim, scalar), S * dim, dim}; };
-  const ResidualNormSizes sizes = {scalar, B, S, T, dim, 1e-6f, has_gate, has_norm};
-  ResidualNormForward forward{sizes,      tokens(true), tokens(true),  per_step(),
-                              per_step(), per_step(),   tokens(false), tokens(false)};
+  const auto per_step = [&] { return PerStep{new_random(B * S * dim, other), S * dim, dim}; };
+  const ResidualNormSizes sizes = {scalar, B, S, T, dim, 1e-6f, has_gate, has_norm, narrow};
+  ResidualNormForward forward{sizes,      tokens(scalar, true), tokens(other, true),   per_step(),
+                              per_step(), per_step(),           tokens(scalar, false), tokens(other, false)};
   check(pyard_cuda_residual_norm_forward(&forward, nullptr), "residual norm forward");
 
   ResidualNormBackward backward{};
   backward.sizes = sizes;
-  backward.grad_residual = tokens(true);
-  backward.grad_normal = tokens(true);
+  backward.grad_residual = tokens(scalar, true);
+  backward.grad_normal = tokens(other, true);
   backward.residual = forward.x;
   backward.branch = forward.branch;
   backward.gate = forward.gate;
   backward.scale = forward.scale;
-  backward.dx = tokens(false);
-  backward.dbranch = tokens(false);
+  backward.dx = tokens(scalar, false);
+  backward.dbranch = tokens(other, false);
   backward.partial = static_cast<float*>(new_memory(int64_t{B} * S * pyard_cuda_residual_norm_parts(T) * 3 * dim * 4));
   backward.dgate = new_memory(B * S * dim * 4);
   backward.dshift = new_memory(B * S * dim * 4);
   backward.dscale = new_memory(B * S * dim * 4);
   check(pyard_cuda_residual_norm_backward(&backward, nullptr), "residual norm backward");
+}
+
+void gelu(int scalar, int dim) {
+  const int rows = 67, parts = pyard_cuda_gelu_parts(rows);
+  const int64_t elements = static_cast<int64_t>(rows) * dim;
+  Gelu arguments{};
+  arguments.scalar = scalar;
+  arguments.dim = dim;
+  arguments.rows = rows;
+  arguments.x = new_random(elements, scalar);
+  arguments.bias = new_random(dim, scalar);
+  arguments.out = new_memory(elements * bytes_of(scalar));
+  check(pyard_cuda_gelu_forward(&arguments, nullptr), "gelu forward");
+  arguments.grad = new_random(elements, scalar);
+  arguments.parts = parts;
+  arguments.partial = static_cast<float*>(new_memory(int64_t{parts} * dim * 4));
+  arguments.dbias = new_memory(int64_t{dim} * bytes_of(scalar));
+  check(pyard_cuda_gelu_backward(&arguments, nullptr), "gelu backward");
 }
 
 void gather(int from, int to) {
@@ -166,7 +185,15 @@ int main(int count, char** words) {
       residual_norm(scalar, dim, false, true);
       residual_norm(scalar, dim, true, true);
     }
+    for (int dim : {72, 1160}) gelu(scalar, dim);
     for (int to = 0; to < 3; ++to) gather(scalar, to);
+  }
+  for (int narrow = 1; narrow < (few ? 2 : 3); ++narrow) {
+    for (int dim : {72, 1152, 2048, 8192}) {
+      residual_norm(0, dim, true, false, narrow);
+      residual_norm(0, dim, false, true, narrow);
+      residual_norm(0, dim, true, true, narrow);
+    }
   }
   const float times[] = {0.0f, 1.0f, 999.0f};
   void* on_device = new_memory(sizeof times);
