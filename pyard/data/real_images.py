@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from pyard.data.pictures import PICTURE_SUFFIXES, centre_crop
 from pyard.errors import InputError
 from pyard.models.fingerprint import weights_digest
-from pyard.storage.files import write_text
+from pyard.storage.files import new_file, write_text
 
 if TYPE_CHECKING:
     from pyard.models.codec import LatentCodec
@@ -93,9 +93,8 @@ def cached_images(
             for mirrored, names in ((False, ("images", "std")), (True, ("flipped", "flipped_std"))):
                 posterior = codec.posterior((images.flip(-1) if mirrored else images).to(device))
                 tensors |= {name: part.half().cpu().contiguous() for name, part in zip(names, posterior, strict=True)}
-        partial = shard.with_suffix(f".{rank}.tmp")
-        save_file(tensors, partial)
-        partial.replace(shard)
+        with new_file(shard) as partial:
+            save_file(tensors, partial)
     return cache
 
 

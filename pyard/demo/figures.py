@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyard.storage.files import new_file
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -143,6 +145,5 @@ def _text(figure: Figure, x: float, y: float, text: str, ha: str = "right", **st
 
 
 def _save(figure: Figure, path: Path) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    figure.savefig(partial, format="png", facecolor=figure.get_facecolor())
-    partial.replace(path)
+    with new_file(path) as partial:
+        figure.savefig(partial, format="png", facecolor=figure.get_facecolor())

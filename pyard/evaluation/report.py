@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyard.errors import InputError
+from pyard.storage.files import write_text
 
 if TYPE_CHECKING:
     from pyard.sampling.exposure_bias import ExposureBias
@@ -136,10 +137,8 @@ class Evaluation:
     def save(self, path: Path, **more: Any) -> None:
         """Write the evaluation, and `more` beside it, as a JSON file that is complete or absent."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".tmp")
         meanings = {key: meaning for key, (_, meaning) in COLUMNS.items()}
-        partial.write_text(json.dumps({**self.to_json(), "meaning": meanings, **more}, indent=2) + "\n")
-        partial.replace(path)
+        write_text(path, json.dumps({**self.to_json(), "meaning": meanings, **more}, indent=2) + "\n")
 
 
 def _quality(row: dict[str, Any]) -> Quality:

@@ -96,9 +96,7 @@ def batch_size_that_fits(student: Student) -> int:
     tokens = student.trunk.tokens_per_step() * student.trunk.hidden_size * 11
     shapes = student.trunk.attention_shapes(student.config.history_layers, student.sample_shape)
     cache = 2 * student.num_steps * sum(math.prod(shape) for shape in shapes)
-    modulations = (
-        student.num_steps * student.config.network.depth * 6 * student.trunk.hidden_size
-    )
+    modulations = student.num_steps * student.config.network.depth * 6 * student.trunk.hidden_size
     needed = weight.element_size() * (2 * tokens + cache + modulations)
     return int(min(LARGEST_BATCH, max(1, free_memory(weight.device) / 2 // needed)))
 

@@ -15,17 +15,20 @@ from typing import Any
 from pyard.errors import InputError
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Make `path` appear with `content` whole or not at all, also across a power cut.
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary file that becomes `path`, replacing what was there, if the block ends without an exception.
+
+    What the block wrote is on the disk, and so is its name, before the block is left: a power cut leaves the old file or the
+    new one.
 
     Raises:
         InputError: the disk is full, or the file too large for it.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_directory(path.parent)
@@ -39,11 +42,15 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
+def write_atomically(path: Path, content: bytes) -> None:
+    """Make `path` appear with `content` whole or not at all; see `new_file`."""
+    with new_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file that is complete or absent."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text)
-    partial.replace(path)
+    """Make `path` appear with a text in UTF-8 whole or not at all; see `new_file`."""
+    write_atomically(path, text.encode())
 
 
 @contextmanager
@@ -52,17 +59,16 @@ def new_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     building = path.parent / f".{path.name}.{os.getpid()}.new"
     retired = path.parent / f".{path.name}.{os.getpid()}.old"
-    shutil.rmtree(building, ignore_errors=True)
+    for left_over in (building, retired):
+        shutil.rmtree(left_over, ignore_errors=True)
     building.mkdir()
     try:
         yield building
-        for file in building.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
+        sync_tree(building)
         if path.exists():
             path.rename(retired)
         building.rename(path)
+        sync_directory(path.parent)
         shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -75,10 +81,7 @@ def appearing_folder(path: Path) -> Iterator[Path]:
     building = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent))
     try:
         yield building
-        for file in building.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
+        sync_tree(building)
         building.chmod(0o755)
         try:
             building.rename(path)
@@ -88,6 +91,19 @@ def appearing_folder(path: Path) -> Iterator[Path]:
         sync_directory(path.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def sync_tree(path: Path) -> None:
+    """Make everything in a folder durable: its files, then the folders that name them."""
+    folders = [path]
+    for entry in path.rglob("*"):
+        if entry.is_dir():
+            folders.append(entry)
+        elif entry.is_file():
+            with open(entry, "rb") as handle:
+                os.fsync(handle.fileno())
+    for folder in folders:
+        sync_directory(folder)
 
 
 def sync_directory(path: Path) -> None:

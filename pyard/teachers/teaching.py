@@ -21,6 +21,7 @@ from pyard.conditions import Condition
 from pyard.errors import InputError
 from pyard.models.dit.network import DiT, DiTConfig
 from pyard.storage.checkpoints import Checkpoints, Stateful, ema_of
+from pyard.storage.files import write_text
 from pyard.teachers.network_teacher import NetworkTeacher
 
 _SETTINGS_NAME = "teach.json"
@@ -176,9 +177,7 @@ def train_network(
 
 def _write_settings(folder: Path, config: TeachConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / (_SETTINGS_NAME + ".tmp")
-    partial.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    partial.replace(folder / _SETTINGS_NAME)
+    write_text(folder / _SETTINGS_NAME, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 def _check_same_settings(folder: Path, config: TeachConfig) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from pyard.conditions import save_conditions
 from pyard.errors import InputError
-from pyard.storage.files import file_sha256, sync_directory, to_bytes, write_atomically
+from pyard.storage.files import file_sha256, new_file, to_bytes, write_atomically
 from pyard.trajectories.parts import Part, writing
 from pyard.trajectories.shard import ShardRecord
 from pyard.trajectories.store import TrajectoryStore, remove_leftovers
@@ -82,22 +81,13 @@ def copy_shard(source: TrajectoryStore, shard: ShardRecord, to: TrajectoryStore)
     """Copy a shard and then its sidecar; as an atomic rename, and only if its checksum is right."""
     origin = source.path / "shards" / f"{shard.name}.safetensors"
     destination = to.path / "shards" / origin.name
-    temporary = destination.with_name(f"{destination.name}.tmp")
-    try:
+    with new_file(destination) as temporary:
         shutil.copyfile(origin, temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
         found = file_sha256(temporary)
         if found != shard.sha256:
             raise InputError(
                 f"merge: {origin}: sha256 is {found[:12]}..., its sidecar says {shard.sha256[:12]}...; delete its sidecar and "
                 "give the command that wrote the store again"
             )
-        temporary.replace(destination)
-        sync_directory(destination.parent)
-    except OSError as error:
-        raise InputError(f"merge: {destination}: cannot be written ({error.strerror}); the same command resumes") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     write_atomically(destination.with_suffix(".json"), to_bytes(dataclasses.asdict(shard)))
     remove_leftovers(to.path, shard)

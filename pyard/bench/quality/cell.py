@@ -33,7 +33,7 @@ from pyard.models.folder import WEIGHTS_NAME
 from pyard.models.student import Student, StudentConfig
 from pyard.sampling.exposure_bias import exposure_bias
 from pyard.storage.checkpoints import Checkpoints
-from pyard.storage.files import file_sha256, write_text
+from pyard.storage.files import file_sha256, new_file, write_text
 from pyard.teachers.guidance import endpoints
 from pyard.training import TrainConfig, train
 from pyard.trajectories import TrajectoryReader, TrajectoryStore, generate_trajectories
@@ -91,10 +91,9 @@ class Workshop:
             kept = self._kept_samples(path)
             if kept is None:
                 kept = {"ends": self._endpoints(DEFAULT_SEED), "reference": self._endpoints(DEFAULT_SEED + 1)}
-                with open(path.with_suffix(".tmp"), "wb") as file:
+                with new_file(path) as partial, partial.open("wb") as file:
                     teacher = np.array(self.subject.teacher.fingerprint)
                     np.savez(file, ends=kept["ends"], reference=kept["reference"], teacher=teacher)
-                path.with_suffix(".tmp").replace(path)
         return kept
 
     def _kept_samples(self, path: Path) -> dict[str, np.ndarray] | None:
@@ -141,9 +140,8 @@ class Workshop:
         with FileLock(path.with_name("real.lock")):
             if not path.exists():
                 images, labels = self.subject.data(self.budget.trajectories)
-                with open(path.with_suffix(".tmp"), "wb") as file:
+                with new_file(path) as partial, partial.open("wb") as file:
                     np.savez(file, images=images, labels=labels)
-                path.with_suffix(".tmp").replace(path)
         return str(path)
 
     def measure(self, samples: np.ndarray) -> dict[str, Any]:

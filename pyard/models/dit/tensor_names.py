@@ -17,6 +17,7 @@ import torch
 
 from pyard.errors import InputError
 from pyard.models.dit.network import DiTConfig
+from pyard.storage.files import new_file
 
 Tensors = dict[str, torch.Tensor]
 
@@ -192,16 +193,15 @@ def join_checkpoint(trunk: Tensors, heads: list[Tensors], config: DiTConfig) -> 
 def write_checkpoint(path: Path, tensors: Tensors, **extra: Any) -> None:
     """Write tensors as `.safetensors`, or as `.pt`, there as {"model", "ema", **extra} if there is anything extra."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import save_file
-
-        save_file(tensors, partial)
-    elif path.suffix == ".pt":
-        torch.save({"model": tensors, "ema": tensors, **extra} if extra else tensors, partial)
-    else:
+    if path.suffix not in (".pt", ".safetensors"):
         raise InputError(f"{path}: expected a name that ends in .pt or .safetensors")
-    partial.replace(path)
+    with new_file(path) as partial:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            save_file(tensors, partial)
+        else:
+            torch.save({"model": tensors, "ema": tensors, **extra} if extra else tensors, partial)
 
 
 def trunk_names(config: DiTConfig) -> dict[str, str]:
