@@ -30,13 +30,14 @@ install: $(INSTALLED) ## Create .venv and install pyard in it, built against the
 demo: $(INSTALLED) ## Distil real digits into an ONNX student and draw them (minutes on two cores)
 	@$(RUN) pyard demo
 
-test: $(INSTALLED) ## Run the tests (PYTEST_FLAGS="-m slow" for the long ones)
-	@$(RUN) pytest $(PYTEST_FLAGS)
+test: $(INSTALLED) ## Run the tests, a process for each core (PYTEST_FLAGS="-m slow" for the long ones)
+	@$(RUN) pytest -n auto $(PYTEST_FLAGS)
 
-lint: $(LINTERS) ## Check style and types: ruff, mypy, clang-format
+lint: $(LINTERS) ## Check style, types and layers: ruff, mypy, import-linter, clang-format
 	@$(RUN) ruff check
 	@$(RUN) ruff format --check
 	@$(RUN) mypy
+	@$(VENV)/bin/lint-imports --no-logo
 	@$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
 fuzz: build/fuzz_shard ## Fuzz the shard parser under AddressSanitizer for FUZZ_SECONDS (needs clang)

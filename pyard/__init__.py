@@ -16,7 +16,7 @@ _HOMES = {
     "InputError": "pyard.errors",
     "NoiseSchedule": "pyard.diffusion.noise_schedule",
     "Student": "pyard.models.student",
-    "StudentConfig": "pyard.models.student",
+    "StudentConfig": "pyard.models.student_config",
     "Teacher": "pyard.teachers",
     "TimeGrid": "pyard.diffusion.time_grid",
     "TrajectoryReader": "pyard.trajectories",
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from pyard.estimate.student_cost import Description, describe
     from pyard.evaluation import evaluate
     from pyard.models.dit.ard_checkpoint import load_ard_student, save_ard_student
-    from pyard.models.student import Student, StudentConfig
+    from pyard.models.student import Student
+    from pyard.models.student_config import StudentConfig
     from pyard.pipeline import ARDPipeline
     from pyard.sampling.draw import sample
     from pyard.teachers import Teacher, load_teacher

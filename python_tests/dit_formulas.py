@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyard.models.dit.network import DiTConfig
-from pyard.models.student import StudentConfig
+from pyard.models.student_config import StudentConfig
 from pyard.ops.masks import visible_steps
 
 

@@ -16,7 +16,8 @@ from benchmarks.gpu.measure import Setting
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.models.dit.network import Block, DiT, DiTConfig, Head, Trunk
-from pyard.models.student import Student, StudentConfig
+from pyard.models.student import Student
+from pyard.models.student_config import StudentConfig
 from pyard.teachers.network_teacher import NetworkTeacher
 
 M = TypeVar("M", bound=nn.Module)

@@ -25,8 +25,8 @@ from pyard.errors import InputError
 from pyard.export import export_onnx
 from pyard.models.dit.network import DiT, DiTConfig
 from pyard.models.student import Student
+from pyard.models.student_config import HISTORY_SWITCHED_OFF
 from pyard.teachers.network_teacher import NetworkTeacher
-from pyard.training.config import HISTORY_SWITCHED_OFF
 from pyard.version import __version__
 
 # Peebles & Xie 2023, table 1: depth, hidden size, heads; latents of 32 x 32 x 4 in patches of 2 are 256 tokens.

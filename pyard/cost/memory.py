@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pyard.models.dit.network import DiTConfig
-from pyard.models.student import StudentConfig
+from pyard.models.student_config import StudentConfig
 
 
 class Discriminators(Protocol):

@@ -19,7 +19,8 @@ from pyard.errors import InputError
 from pyard.models.backbone import Denoiser
 from pyard.models.dit.network import dit_trunk
 from pyard.models.folder import load_config
-from pyard.models.student import Student, StudentConfig
+from pyard.models.student import Student
+from pyard.models.student_config import StudentConfig
 from pyard.ops.backend import AUTO_DEVICES
 from pyard.storage.units import format_bytes, format_seconds
 from pyard.teachers.published import network_of

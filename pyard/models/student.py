@@ -8,12 +8,10 @@ same few lines with another number of steps.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -22,16 +20,14 @@ from pyard.conditions import ClassConditions, Condition, Conditions, load_condit
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.time_grid import Target, TimeGrid
 from pyard.errors import InputError
-from pyard.models.backbone import Backbone, BackboneConfig, Denoiser, StepHeads
+from pyard.models.backbone import Backbone, Denoiser, StepHeads
 from pyard.models.codec import LatentCodec
 from pyard.models.families import backbone_class
 from pyard.models.folder import load_folder, save_folder
 from pyard.models.history import History, HistoryCache, PreallocatedCache
 from pyard.models.hub import local_folder, push_folder
-from pyard.ops.masks import Mask, check_mask
-
-Output = Literal["direct", "jump"]
-Heads = Literal["per_step", "shared"]
+from pyard.models.student_config import Heads, Output, StudentConfig
+from pyard.ops.masks import Mask
 
 
 class Source(Protocol):
@@ -54,91 +50,6 @@ class Source(Protocol):
 
     @property
     def device(self) -> torch.device: ...
-
-
-@dataclass(frozen=True)
-class StudentConfig:
-    """What a student is; stored beside its weights.
-
-    Args:
-        network: sizes of the backbone, whose output has the C channels that the student predicts.
-        grid: the jumps, and the times that the embedding sees.
-        schedule: the teacher's forward process.
-        history_layers: N, how many of the lowest attentions see earlier steps; 0 is step distillation.
-        mask: which earlier steps they see: `diagonal` none, `window` the last `window` (own one included), `anchor` the first
-            (pure noise), `causal` all (figure 1b of the paper).
-        window: steps of the `window` mask, own one included; None for the other masks.
-        target: what a step predicts: the ODE `state` at the next grid time, or the teacher's `denoised` prediction.
-        output: `direct`, the head's output is the prediction, as in the authors' code: the head is the teacher's, though it now
-            has to say something else; it suits `denoised` targets, whose inputs carry no noise to start from. `jump`, it
-            enters the teacher's own update a_s u_s + b_s F, so that the untrained student with N = 0 is the teacher's unguided
-            DDIM/Euler sampler: training begins from a sampler, not from noise, and needs `state` targets.
-        heads: one head `per_step`, or one `shared` by all.
-        history_bias: start value of a learned bias per head on the logits of earlier steps' keys, which the teacher never saw:
-            strongly negative, it keeps the start of `jump` with N > 0 too; None: no bias.
-        teacher_fingerprint: of the teacher that it was made from.
-        class_names: of the classes, in order, where the teacher knows them; synonyms are separated by commas.
-        family: name of the backbone's family (`pyard.models.families`), or `package.module:Class` of the user's own.
-    """
-
-    network: BackboneConfig
-    grid: TimeGrid
-    schedule: NoiseSchedule
-    history_layers: int
-    mask: Mask = "causal"
-    window: int | None = None
-    target: Target = "denoised"
-    output: Output = "direct"
-    heads: Heads = "per_step"
-    history_bias: float | None = None
-    teacher_fingerprint: str = ""
-    class_names: tuple[str, ...] | None = None
-    family: str = "dit"
-
-    def __post_init__(self) -> None:
-        if self.class_names is not None:
-            object.__setattr__(self, "class_names", tuple(self.class_names))
-        for name, kinds in (("target", Target), ("output", Output), ("heads", Heads)):
-            if getattr(self, name) not in get_args(kinds):
-                raise InputError(f"student: {name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(kinds))}")
-        if not 0 <= self.history_layers <= self.network.depth:
-            raise InputError(f"student: history_layers is {self.history_layers}; the network has {self.network.depth} layers")
-        check_mask(self.mask, self.window)
-        if self.output == "jump" and self.target == "denoised":
-            raise InputError("student: output 'jump' starts from a state, so it needs target 'state', not 'denoised'")
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-able dictionary that `from_json` turns back into an equal configuration."""
-        flat = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {key: value.to_json() if hasattr(value, "to_json") else value for key, value in flat.items()}
-
-    @classmethod
-    def from_json(cls, config: dict[str, Any], network: type[Backbone] | str | None = None) -> StudentConfig:
-        """The configuration of a `to_json` dictionary.
-
-        Args:
-            config: the dictionary.
-            network: class of a backbone that is none of pyard's, or where to import it from.
-        """
-        try:
-            family = str(config.get("family", "dit"))
-            nested = {
-                "network": backbone_class(family, network, "the student").config_class(**config["network"]),
-                "grid": TimeGrid.from_json(config["grid"]),
-                "schedule": NoiseSchedule.from_json(config["schedule"]),
-            }
-            return cls(**{**config, **nested})
-        except (KeyError, TypeError) as error:
-            raise InputError(f"student: its config.json does not fit this version of pyard: {error}") from None
-
-
-def default_output(target: Target, num_steps: int) -> Output:
-    """`jump` for state targets and three steps or more, else `direct`.
-
-    A student of `jump` starts as the teacher's own sampler of S steps, and ends far closer to the teacher where that sampler is
-    any good: measured on the built-in digits, for S = 1, 2 and 4, in `docs/quality.md`.
-    """
-    return "jump" if target == "state" and num_steps >= 3 else "direct"
 
 
 class Student(nn.Module):
@@ -249,7 +160,7 @@ class Student(nn.Module):
 
     def _prepared(self, condition: Condition) -> Sequence[Condition]:
         # Not where a gradient is wanted, so that blocks stay what is recomputed, nor where a block gathers its own weights.
-        sharded = hasattr(next(self.trunk.parameters()), "device_mesh")
+        sharded = any(hasattr(weight, "device_mesh") for weight in self.trunk.parameters())  # FSDP2's DTensors
         if torch.is_grad_enabled() or sharded:
             return [condition] * self.num_steps
         return self.trunk.prepare(self.embed_times[None], condition)
@@ -303,34 +214,33 @@ class Student(nn.Module):
         teacher: Source,
         grid: TimeGrid,
         *,
-        history_layers: int,
+        history_layers: int | None = None,
         mask: Mask = "causal",
         window: int | None = None,
         target: Target = "state",
         output: Output | None = None,
         heads: Heads = "per_step",
-        history_bias: float | None = None,
+        history_bias: float | Literal["auto"] | None = "auto",
     ) -> Student:
         """A student with the teacher's weights; heads are copies of the teacher's, less its predicted-variance channels.
 
         Args:
             teacher: a teacher with a network, such as `load_teacher` returns.
             grid: where it jumps; `embed_times` are set for the target (`TimeGrid.for_target`).
-            history_layers, mask, window, target, heads, history_bias: see `StudentConfig`.
-            output: None: `default_output`; with `target`, better than the published pair that `StudentConfig` stands at.
+            history_layers, mask, window, target, output, heads, history_bias: see `StudentConfig`, whose defaults they have.
         """
         trunk, head = teacher.network.trunk.for_student(teacher.network.head)
         config = StudentConfig(
             network=trunk.config,
             grid=grid.for_target(target),
             schedule=teacher.schedule,
-            history_layers=history_layers,
+            history_layers=history_layers,  # type: ignore[arg-type]
             mask=mask,
             window=window,
             target=target,
-            output=output or default_output(target, grid.num_steps),
+            output=output,  # type: ignore[arg-type]
             heads=heads,
-            history_bias=history_bias,
+            history_bias=history_bias,  # type: ignore[arg-type]
             teacher_fingerprint=teacher.fingerprint,
             class_names=teacher.class_names,
             family=trunk.family(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,7 +13,14 @@ import yaml
 
 from pyard.diffusion.time_grid import Target
 from pyard.errors import InputError
-from pyard.models.student import Heads, Output, StudentConfig, default_output
+from pyard.models.student_config import (
+    Heads,
+    Output,
+    StudentConfig,
+    default_history_bias,
+    default_history_layers,
+    default_output,
+)
 from pyard.ops.masks import Mask
 from pyard.storage.files import write_text
 from pyard.training.adversarial_config import AdversarialConfig
@@ -27,8 +33,6 @@ LRSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "co
 Loss = Literal["mse", "pseudo_huber"]
 Stage = Literal["regression", "adversarial"]
 Parallel = Literal["ddp", "fsdp"]
-
-HISTORY_SWITCHED_OFF = -4.0  # start of a learned history bias: `docs/quality.md` has what it is worth
 
 # Two runs that differ in these alone compute the same, to rounding: a run may resume with others.
 _NOT_OF_THE_RESULT = (
@@ -288,11 +292,11 @@ class TrainConfig:
 
     def resolved(self, teacher_depth: int) -> TrainConfig:
         """The configuration with what it leaves open decided, for a teacher of so many layers."""
-        layers = math.ceil(teacher_depth / 4) if self.history_layers is None else self.history_layers
+        layers = default_history_layers(teacher_depth) if self.history_layers is None else self.history_layers
         output = self.output or default_output(self.target, self.num_steps)
         bias = self.history_bias
         if bias == "auto":
-            bias = HISTORY_SWITCHED_OFF if output == "jump" and layers > 0 else None
+            bias = default_history_bias(output, layers)
         return dataclasses.replace(self, history_layers=layers, output=output, history_bias=bias)
 
     def like(self, student: StudentConfig) -> TrainConfig:

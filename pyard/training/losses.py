@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pyard.models.student import StudentConfig
+from pyard.models.student_config import StudentConfig
 from pyard.training.config import TrainConfig
 
 

@@ -37,7 +37,8 @@ from pyard.errors import InputError
 from pyard.models.codec import LatentCodec
 from pyard.models.families import backbone_class
 from pyard.models.lora import add_lora, merge_lora
-from pyard.models.student import Student, StudentConfig
+from pyard.models.student import Student
+from pyard.models.student_config import StudentConfig
 from pyard.storage.checkpoints import Checkpoints, Stateful
 from pyard.training.config import SETTINGS_NAME
 

@@ -13,14 +13,17 @@ from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.estimate.student_cost import count
 from pyard.models.dit.network import DiTConfig
-from pyard.models.student import Student, StudentConfig
+from pyard.models.student import Student
+from pyard.models.student_config import StudentConfig
 
 
 def xl_student(history_layers: int, num_steps: int = 4) -> Student:
     """DiT-XL/2 at 256 pixels, without memory."""
     network = DiTConfig(32, 4, 2, 1152, 28, 16, 1000)
     schedule = NoiseSchedule()
-    config = StudentConfig(network, TimeGrid.build(schedule, num_steps), schedule, history_layers=history_layers)
+    config = StudentConfig(
+        network, TimeGrid.build(schedule, num_steps), schedule, history_layers=history_layers, history_bias=None
+    )
     with torch.device("meta"):
         return Student(config)
 

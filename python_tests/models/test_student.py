@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +15,11 @@ from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
 from pyard.models.history import ConcatenatingCache
-from pyard.models.student import Student, StudentConfig
+from pyard.models.student import Student
+from pyard.models.student_config import StudentConfig
 from pyard.ops.masks import visible
 from pyard.teachers.guidance import solve
+from pyard.training import TrainConfig
 
 MASKS = [("diagonal", None), ("window", 1), ("window", 2), ("anchor", None), ("causal", None)]
 
@@ -262,7 +266,7 @@ def test_with_the_history_masked_out_a_fresh_student_is_the_teachers_jump(settin
         assert relative_error(out[:, s], jump) < 2e-5
     # With its history, the untrained student is not the teacher: the bias or the mask is what keeps the start.
     if num_steps > 1:
-        seeing = Student.from_teacher(teacher, grid, history_layers=3, target="state", output="jump")
+        seeing = Student.from_teacher(teacher, grid, history_layers=3, target="state", output="jump", history_bias=None)
         assert relative_error(seeing(history, labels)[:, 1:], out[:, 1:]) > 1e-3
 
 
@@ -289,3 +293,18 @@ def test_a_rollout_with_gradients_leaves_the_modulations_to_the_blocks() -> None
     student.trunk.blocks[0].modulation.register_forward_hook(lambda *_: calls.append(1))
     list(student.rollout(torch.randn(1, *student.sample_shape), torch.tensor([0])))
     assert len(calls) == student.num_steps
+
+
+@pytest.mark.parametrize(("num_steps", "target"), [(4, "state"), (2, "state"), (4, "denoised")])
+def test_all_three_ways_of_making_a_student_have_the_same_defaults(num_steps: int, target: Any) -> None:
+    teacher = tiny_teacher(depth=5)
+    grid = TimeGrid.build(teacher.schedule, num_steps, 12)
+    made = Student.from_teacher(teacher, grid, target=target).config
+    alone = StudentConfig(teacher.network.config, grid.for_target(target), teacher.schedule, target=target)
+    settings = TrainConfig(teacher="", out=Path(), num_steps=num_steps, target=target).resolved(5)
+    for name in ("history_layers", "mask", "window", "target", "output", "heads", "history_bias"):
+        assert getattr(made, name) == getattr(alone, name) == getattr(settings, name)
+    assert StudentConfig.from_json(json.loads(json.dumps(alone.to_json()))) == alone
+    assert alone.history_layers == 2
+    expected = ("jump", -4.0) if (num_steps, target) == (4, "state") else ("direct", None)
+    assert (alone.output, alone.history_bias) == expected

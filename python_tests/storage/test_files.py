@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from pyard.errors import InputError
 from pyard.storage.files import appearing_folder, new_file, new_folder, read_json, write_atomically, write_text
+
+
+def names(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir()]
 
 
 def test_a_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
@@ -23,19 +27,22 @@ def test_a_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
         partial.write_bytes(b"new")
         assert path.read_bytes() == "ä".encode()
     assert path.read_bytes() == b"new"
-    assert os.listdir(tmp_path) == ["file"]
+    assert names(tmp_path) == ["file"]
 
 
 def test_an_exception_leaves_what_was_there(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "old")
-    with pytest.raises(ZeroDivisionError), new_file(tmp_path / "file") as partial:
-        partial.write_bytes(b"half")
-        raise ZeroDivisionError
-    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "folder") as building:
-        (building / "half").touch()
-        raise ZeroDivisionError
+
+    def stop_halfway(writing: AbstractContextManager[Path]) -> None:
+        with writing as partial:
+            (partial / "half" if partial.is_dir() else partial).write_bytes(b"half")
+            raise ZeroDivisionError
+
+    for writing in (new_file(tmp_path / "file"), new_folder(tmp_path / "folder"), appearing_folder(tmp_path / "folder")):
+        with pytest.raises(ZeroDivisionError):
+            stop_halfway(writing)
     assert (tmp_path / "file").read_text() == "old"
-    assert os.listdir(tmp_path) == ["file"]
+    assert names(tmp_path) == ["file"]
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path) -> None:
@@ -51,7 +58,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path) -> No
         signal.signal(signal.SIGXFSZ, handler)
     assert "\n" not in str(failed.value)
     assert (tmp_path / "file").read_text() == "old"
-    assert os.listdir(tmp_path) == ["file"]
+    assert names(tmp_path) == ["file"]
 
 
 def test_of_two_writers_of_a_folder_the_first_wins(tmp_path: Path) -> None:
@@ -59,8 +66,8 @@ def test_of_two_writers_of_a_folder_the_first_wins(tmp_path: Path) -> None:
         (late / "late").touch()
         with appearing_folder(tmp_path / "folder") as early:
             (early / "early").touch()
-    assert os.listdir(tmp_path / "folder") == ["early"]
-    assert os.listdir(tmp_path) == ["folder"]
+    assert names(tmp_path / "folder") == ["early"]
+    assert names(tmp_path) == ["folder"]
 
 
 def test_everything_is_flushed_before_a_name_appears(tmp_path: Path) -> None:
@@ -84,7 +91,8 @@ print("\\n".join(call.replace(str(folder), "").replace(str(os.getpid()), "PID") 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
         "fsync /file.tmp", "rename /file.tmp", "fsync ",
-        "fsync /.model.PID.new/vae/weights", "fsync /.model.PID.new", "fsync /.model.PID.new/vae", "rename /.model.PID.new", "fsync ",
+        "fsync /.model.PID.new/vae/weights", "fsync /.model.PID.new", "fsync /.model.PID.new/vae",
+        "rename /.model.PID.new", "fsync ",
     ]  # fmt: skip
 
 

@@ -30,7 +30,8 @@ from pyard.evaluation.frechet import GaussianStatistics, frechet_distance
 from pyard.evaluation.measure import balanced_labels
 from pyard.evaluation.neighbours import precision_recall
 from pyard.models.folder import WEIGHTS_NAME
-from pyard.models.student import Student, StudentConfig
+from pyard.models.student import Student
+from pyard.models.student_config import StudentConfig
 from pyard.sampling.exposure_bias import exposure_bias
 from pyard.storage.checkpoints import Checkpoints
 from pyard.storage.files import file_sha256, new_file, write_text

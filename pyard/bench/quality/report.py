@@ -21,7 +21,7 @@ from pyard.bench.quality.figures import draw_figures
 from pyard.bench.quality.intervals import Interval, degradation_ratio
 from pyard.bench.quality.plan import MAIN, PUBLISHED, Budget, Plan, Setting, corner
 from pyard.models.folder import load_config
-from pyard.models.student import StudentConfig
+from pyard.models.student_config import StudentConfig
 from pyard.storage.files import write_text
 from pyard.version import __version__
 

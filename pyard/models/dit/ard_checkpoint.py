@@ -20,7 +20,8 @@ from pyard.models.dit.tensor_names import (
     with_zero_variance,
     write_checkpoint,
 )
-from pyard.models.student import Student, StudentConfig
+from pyard.models.student import Student
+from pyard.models.student_config import StudentConfig
 
 
 def load_ard_student(
@@ -58,6 +59,9 @@ def load_ard_student(
             grid=TimeGrid.build(schedule, len(heads), teacher_steps),
             schedule=schedule,
             history_layers=history_layers,
+            target="denoised",
+            output="direct",
+            history_bias=None,
         )
     )
     student.trunk.load_state_dict(trunk)

@@ -289,8 +289,9 @@ class Trunk(Backbone):
         vectors = self.step_vectors(times, condition["label"])  # [B, S, D]
         known = {"step_vectors": vectors}
         known |= {f"modulation.{i}": block.modulation(vectors) for i, block in enumerate(self.dit_blocks)}  # [B, S, 6D]
+        # Contiguous: BLAS rounds strided rows by their address.
         return [
-            Condition({**condition, **{name: tensor[:, s : s + 1] for name, tensor in known.items()}})
+            Condition({**condition, **{name: tensor[:, s : s + 1].contiguous() for name, tensor in known.items()}})
             for s in range(times.shape[1])
         ]
 

@@ -1,0 +1,123 @@
+"""What a student is: sizes, grid, history and output; stored beside its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.time_grid import Target, TimeGrid
+from pyard.errors import InputError
+from pyard.models.backbone import Backbone, BackboneConfig
+from pyard.models.families import backbone_class
+from pyard.ops.masks import Mask, check_mask
+
+Output = Literal["direct", "jump"]
+Heads = Literal["per_step", "shared"]
+
+HISTORY_SWITCHED_OFF = -4.0  # start of a learned history bias: `docs/quality.md` has what it is worth
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """What a student is; stored beside its weights.
+
+    Args:
+        network: sizes of the backbone, whose output has the C channels that the student predicts.
+        grid: the jumps, and the times that the embedding sees.
+        schedule: the teacher's forward process.
+        history_layers: N, how many of the lowest blocks see earlier steps; 0 is step distillation; None: a quarter of the
+            backbone's, rounded up.
+        mask: which earlier steps they see: `diagonal` none, `window` the last `window` (own one included), `anchor` the first
+            (pure noise), `causal` all (figure 1b of the paper).
+        window: steps of the `window` mask, own one included; None for the other masks.
+        target: what a step predicts: the ODE `state` at the next grid time, or the teacher's `denoised` prediction.
+        output: `direct`, the head's output is the prediction, as in the authors' code: the head is the teacher's, though it now
+            has to say something else; it suits `denoised` targets, whose inputs carry no noise to start from. `jump`, it
+            enters the teacher's own update a_s u_s + b_s F, so that the untrained student with N = 0 is the teacher's unguided
+            DDIM/Euler sampler: training begins from a sampler, not from noise, and needs `state` targets. None: `jump` for
+            `state` targets and three steps or more, else `direct`.
+        heads: one head `per_step`, or one `shared` by all.
+        history_bias: start value of a learned bias per head on the logits of earlier steps' keys, which the teacher never saw:
+            strongly negative, it keeps the start of `jump` with N > 0 too; None: no bias; `auto`: -4 for `jump`, else none.
+        teacher_fingerprint: of the teacher that it was made from.
+        class_names: of the classes, in order, where the teacher knows them; synonyms are separated by commas.
+        family: name of the backbone's family (`pyard.models.families`), or `package.module:Class` of the user's own.
+    """
+
+    network: BackboneConfig
+    grid: TimeGrid
+    schedule: NoiseSchedule
+    history_layers: int = None  # type: ignore[assignment]  # decided in __post_init__, as output is
+    mask: Mask = "causal"
+    window: int | None = None
+    target: Target = "state"
+    output: Output = None  # type: ignore[assignment]
+    heads: Heads = "per_step"
+    history_bias: float | None = "auto"  # type: ignore[assignment]
+    teacher_fingerprint: str = ""
+    class_names: tuple[str, ...] | None = None
+    family: str = "dit"
+
+    def __post_init__(self) -> None:
+        if self.class_names is not None:
+            object.__setattr__(self, "class_names", tuple(self.class_names))
+        if self.history_layers is None:
+            object.__setattr__(self, "history_layers", default_history_layers(self.network.depth))
+        if self.output is None:
+            object.__setattr__(self, "output", default_output(self.target, self.grid.num_steps))
+        if cast(object, self.history_bias) == "auto":
+            object.__setattr__(self, "history_bias", default_history_bias(self.output, self.history_layers))
+        for name, kinds in (("target", Target), ("output", Output), ("heads", Heads)):
+            if getattr(self, name) not in get_args(kinds):
+                raise InputError(f"student: {name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(kinds))}")
+        if not 0 <= self.history_layers <= self.network.depth:
+            raise InputError(f"student: history_layers is {self.history_layers}; the network has {self.network.depth} layers")
+        check_mask(self.mask, self.window)
+        if self.output == "jump" and self.target == "denoised":
+            raise InputError("student: output 'jump' starts from a state, so it needs target 'state', not 'denoised'")
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dictionary that `from_json` turns back into an equal configuration."""
+        flat = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {key: value.to_json() if hasattr(value, "to_json") else value for key, value in flat.items()}
+
+    @classmethod
+    def from_json(cls, config: dict[str, Any], network: type[Backbone] | str | None = None) -> StudentConfig:
+        """The configuration of a `to_json` dictionary.
+
+        Args:
+            config: the dictionary.
+            network: class of a backbone that is none of pyard's, or where to import it from.
+        """
+        try:
+            family = str(config.get("family", "dit"))
+            nested = {
+                "network": backbone_class(family, network, "the student").config_class(**config["network"]),
+                "grid": TimeGrid.from_json(config["grid"]),
+                "schedule": NoiseSchedule.from_json(config["schedule"]),
+            }
+            return cls(**{**config, **nested})
+        except (KeyError, TypeError) as error:
+            raise InputError(f"student: its config.json does not fit this version of pyard: {error}") from None
+
+
+def default_output(target: Target, num_steps: int) -> Output:
+    """`jump` for state targets and three steps or more, else `direct`.
+
+    A student of `jump` starts as the teacher's own sampler of S steps, and ends far closer to the teacher where that sampler is
+    any good: measured on the built-in digits, for S = 1, 2 and 4, in `docs/quality.md`.
+    """
+    return "jump" if target == "state" and num_steps >= 3 else "direct"
+
+
+def default_history_layers(depth: int) -> int:
+    """N = L / 4, rounded up."""
+    return math.ceil(depth / 4)
+
+
+def default_history_bias(output: Output, history_layers: int) -> float | None:
+    """Switched off for `jump` outputs with a history, so that they start nearly as the teacher's sampler; else none."""
+    return HISTORY_SWITCHED_OFF if output == "jump" and history_layers > 0 else None
