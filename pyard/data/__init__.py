@@ -1,0 +1,1 @@
+"""Data sets for teachers and adversarial stages, and pictures."""
