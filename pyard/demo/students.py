@@ -39,10 +39,10 @@ class DemoStudent:
 
 
 # As published: the teacher's denoised predictions are the targets, the head's output is the prediction.
-_PUBLISHED = dict(target="denoised", output="direct", heads="per_step")
+_AUTHORS_CODE = dict(target="denoised", output="direct", heads="per_step")
 STUDENTS = {
-    BASELINE: DemoStudent("step-distillation", "Step distillation", False, _PUBLISHED),
-    ARD: DemoStudent("ard", "ARD", True, _PUBLISHED),
+    BASELINE: DemoStudent("step-distillation", "Step distillation", False, _AUTHORS_CODE),
+    ARD: DemoStudent("ard", "ARD", True, _AUTHORS_CODE),
     RECIPE: DemoStudent("ard-defaults", "ARD, defaults", None, {}),
     ADVERSARIAL: DemoStudent("ard-gan", "ARD + GAN", True, dict(learning_rate=3e-4), follows=ARD),
 }

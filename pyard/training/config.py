@@ -63,8 +63,8 @@ class TrainConfig:
             the teacher's layers, rounded up.
         mask: which earlier steps they see: diagonal | window | anchor | causal.
         window: steps seen with the `window` mask, own one included.
-        target: what a step predicts: the ODE `state`, or the teacher's `denoised` prediction (as published).
-        output: `direct` as published, or `jump` (needs `state` targets): start as the teacher's own unguided sampler; none:
+        target: what a step predicts: the ODE `state`, or the teacher's `denoised` prediction (the authors' code).
+        output: `direct` as in the authors' code, or `jump` (needs `state` targets): start as the teacher's own unguided sampler; none:
             `jump` for `state` targets and three steps or more, else `direct`. `docs/quality.md` has what each choice costs.
         heads: an output head `per_step`, or one `shared`.
         history_bias: start value of a learned bias on the attention to earlier steps; none: no bias; auto: -4 for `jump`

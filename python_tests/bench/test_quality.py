@@ -13,8 +13,8 @@ from pyard.bench.quality import bench_quality, chosen_cells
 from pyard.bench.quality.cell import open_workshop, run_cell, train_settings, valid_result
 from pyard.bench.quality.intervals import degradation_ratio
 from pyard.bench.quality.plan import (
+    AUTHORS_CODE,
     MAIN,
-    PUBLISHED,
     QUICK,
     STRONG,
     SUBJECTS,
@@ -99,14 +99,14 @@ def test_a_cell_is_made_once_and_made_anew_when_its_settings_change(workshop):
 def test_seeds_and_settings_make_different_students(workshop):
     found = {
         (setting.name, seed): run_cell(workshop, Cell("mixture-2d", setting, seed))["endpoint_mse"]
-        for setting in (corner(PUBLISHED, "0"), corner(PUBLISHED, "L"))
+        for setting in (corner(AUTHORS_CODE, "0"), corner(AUTHORS_CODE, "L"))
         for seed in (0, 1)
     }
     assert len(set(found.values())) == 4
 
 
 def test_the_adversarial_stage_goes_on_from_its_base(workshop):
-    base = corner(PUBLISHED, "L")
+    base = corner(AUTHORS_CODE, "L")
     started = run_cell(workshop, Cell("mixture-2d", base, 0))
     found = run_cell(workshop, Cell("mixture-2d", adversarial(base), 0))
     assert found["history_layers"] == started["history_layers"] > 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyard.bench.quality.cell import Workshop, draw
-from pyard.bench.quality.plan import PUBLISHED, STRONG, Plan, adversarial, corner
+from pyard.bench.quality.plan import AUTHORS_CODE, STRONG, Plan, adversarial, corner
 from pyard.data.pictures import tiles
 from pyard.models.student import Student
 
@@ -63,7 +63,7 @@ def _mean(rows: Sequence[Row], key: str, **wanted: Any) -> float | None:
 
 def _against_steps(rows: Sequence[Row], teacher: Row, subject: str) -> Figure:
     figure, axes = _axes(2, f"{subject}: quality against the number of steps, equal budgets")
-    for family in (PUBLISHED, STRONG):
+    for family in (AUTHORS_CODE, STRONG):
         for layers, style in (("0", "--"), ("L", "-")):
             start = corner(family, layers)  # type: ignore[arg-type]
             names = {4: start.name} | {steps: f"{start.name}-S{steps}" for steps in (1, 2, 3, 6)}
@@ -80,7 +80,7 @@ def _against_steps(rows: Sequence[Row], teacher: Row, subject: str) -> Figure:
 
 def _against_layers(rows: Sequence[Row], teacher: Row, subject: str) -> Figure:
     figure, axes = _axes(2, f"{subject}: quality against the layers with a history, S = 4")
-    for family in (PUBLISHED, STRONG):
+    for family in (AUTHORS_CODE, STRONG):
         settings = [corner(family, layers) for layers in ("0", "L/4", "L/2", "L")]
         prefix = settings[0].name.rsplit("-N", 1)[0]
         for axis, key in zip(axes, ("frechet_to_data", "endpoint_mse"), strict=True):
@@ -114,7 +114,7 @@ def _exposure(rows: Sequence[Row], subject: str) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _axes(2, f"{subject}: exposure bias, S = 4: the error on the teacher's history and on the student's own")
-    for axis, family in zip(axes, (PUBLISHED, STRONG), strict=True):
+    for axis, family in zip(axes, (AUTHORS_CODE, STRONG), strict=True):
         for layers, colour in (("0", "#c8553d"), ("L/4", "#8a8d91"), ("L", "#2a6f97")):
             found = [row["exposure_bias"] for row in rows if row["setting"] == corner(family, layers).name]  # type: ignore[arg-type]
             if not found:
@@ -136,11 +136,11 @@ def _samples(workshop: Workshop, rows: Sequence[Row]) -> Figure:
     """Teacher, step distillation, ARD, ARD + adversarial, and the strong setting, from the same noise and labels."""
     from matplotlib.figure import Figure
 
-    published = corner(PUBLISHED, "L")
+    ard = corner(AUTHORS_CODE, "L")
     wanted = {
-        "Step distillation, 4 steps": corner(PUBLISHED, "0"),
-        "ARD, 4 steps": published,
-        "ARD + adversarial, 4 steps": adversarial(published),
+        "Step distillation, 4 steps": corner(AUTHORS_CODE, "0"),
+        "ARD, 4 steps": ard,
+        "ARD + adversarial, 4 steps": adversarial(ard),
         "State targets, jump, N = 0, 4 steps": corner(STRONG, "0"),
         "State targets, jump, N = L, 4 steps": corner(STRONG, "L"),
     }

@@ -15,7 +15,7 @@ Scale = Literal["cpu", "gpu"]
 Layers = Literal["0", "L/4", "L/2", "L"]
 
 NUM_STEPS = 4
-PUBLISHED = {"target": "denoised", "output": "direct"}  # what the authors' code trains
+AUTHORS_CODE = {"target": "denoised", "output": "direct"}  # what the authors' code trains
 STRONG = {"target": "state", "output": "jump"}  # starts as the teacher's own sampler of S steps
 
 
@@ -98,7 +98,7 @@ class Cell:
 
 def corner(family: dict[str, Any], layers: Layers) -> Setting:
     """A setting of the main table."""
-    kind = "x̂0 targets, direct" if family is PUBLISHED else "state targets, jump"
+    kind = "x̂0 targets, direct" if family is AUTHORS_CODE else "state targets, jump"
     return Setting(f"{prefix(family)}-{slug(layers)}", f"{kind}, N = {layers}", layers, dict(family), "main")
 
 
@@ -112,7 +112,7 @@ def slug(layers: Layers) -> str:
     return {"0": "N0", "L/4": "N-quarter", "L/2": "N-half", "L": "N-all"}[layers]
 
 
-MAIN = tuple(corner(family, layers) for family in (PUBLISHED, STRONG) for layers in ("0", "L/4", "L"))
+MAIN = tuple(corner(family, layers) for family in (AUTHORS_CODE, STRONG) for layers in ("0", "L/4", "L"))
 
 
 def varied(
@@ -132,7 +132,7 @@ def varied(
 
 def one_factor_at_a_time() -> Iterator[Setting]:
     """Settings that differ in one thing from a row of the main table."""
-    both = (PUBLISHED, STRONG)
+    both = (AUTHORS_CODE, STRONG)
     for family in both:
         yield replace(corner(family, "L/2"), factor="N")
         for steps in (1, 2, 3, 6):
@@ -149,7 +149,7 @@ def one_factor_at_a_time() -> Iterator[Setting]:
             if steps != NUM_STEPS:
                 name, title = f"{name}-S{steps}", f"{title}, S = {steps}"
             yield Setting(name, title, layers, state_direct, "output")
-    for family, layers in ((PUBLISHED, "L"), (STRONG, "0")):
+    for family, layers in ((AUTHORS_CODE, "L"), (STRONG, "0")):
         yield varied(family, layers, "learning rate", "lr0.002", "lr 0.002", learning_rate=2e-3)  # type: ignore[arg-type]
     yield varied(STRONG, "0", "loss", "huber", "pseudo-Huber", loss="pseudo_huber")
     yield varied(STRONG, "0", "loss", "min-snr", "min-SNR weights", step_weights="min_snr")
@@ -185,10 +185,10 @@ def further_ways() -> Iterator[Setting]:
     through: dict[str, Any] = {**ROLLOUT, "rollout_gradient": "backprop"}
     for layers in ENDS:
         yield varied(STRONG, layers, "history", "through", f"{OWN}, backpropagated", **through)
-        yield varied(PUBLISHED, layers, "history", "rollout", OWN, **ROLLOUT)
+        yield varied(AUTHORS_CODE, layers, "history", "rollout", OWN, **ROLLOUT)
     yield varied(STRONG, "L", "history", "bias", SWITCHED_OFF, history_bias=-4.0)
     yield varied(STRONG, "L", "history", "bias-rollout", f"{SWITCHED_OFF}, {OWN}", history_bias=-4.0, **ROLLOUT)
-    yield varied(PUBLISHED, "L", "history", "long", LONGER, 4.0)
+    yield varied(AUTHORS_CODE, "L", "history", "long", LONGER, 4.0)
 
 
 def ways_for_fast_students() -> Iterator[Setting]:
@@ -264,7 +264,7 @@ def full_plan(subjects: Sequence[str], seeds: int) -> Plan:
     """
     first, one, every = subjects[0], range(1), range(seeds)
     cells = [Cell(subject, setting, seed) for seed in every for subject in subjects for setting in MAIN]
-    judged = [stage(corner(PUBLISHED, "L")) for stage in (adversarial, not_judged)]
+    judged = [stage(corner(AUTHORS_CODE, "L")) for stage in (adversarial, not_judged)]
     cells += [Cell(first, setting, seed) for seed in every for setting in judged]
     for subject in subjects:
         fast, large = subject == "mixture-2d", subject == "mixture-16"
@@ -284,6 +284,6 @@ def full_plan(subjects: Sequence[str], seeds: int) -> Plan:
 
 def quick_plan(subjects: Sequence[str]) -> Plan:
     """Two settings and one factor with next to no budget: that everything runs, not how good it is."""
-    settings = [corner(PUBLISHED, "0"), corner(PUBLISHED, "L"), corner(STRONG, "0"), corner(STRONG, "L")]
-    settings += [varied(STRONG, "0", "S", "S2", "S = 2", num_steps=2), adversarial(corner(PUBLISHED, "L"))]
+    settings = [corner(AUTHORS_CODE, "0"), corner(AUTHORS_CODE, "L"), corner(STRONG, "0"), corner(STRONG, "L")]
+    settings += [varied(STRONG, "0", "S", "S2", "S = 2", num_steps=2), adversarial(corner(AUTHORS_CODE, "L"))]
     return Plan(dict.fromkeys(subjects, QUICK), tuple(Cell(subjects[0], setting, 0) for setting in settings))

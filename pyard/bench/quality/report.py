@@ -19,7 +19,7 @@ from pyard.bench.machine import processor
 from pyard.bench.quality.cell import Workshop, open_workshop, training_flops, valid_result
 from pyard.bench.quality.figures import draw_figures
 from pyard.bench.quality.intervals import Interval, degradation_ratio
-from pyard.bench.quality.plan import MAIN, PUBLISHED, Budget, Plan, Setting, corner
+from pyard.bench.quality.plan import AUTHORS_CODE, MAIN, Budget, Plan, Setting, corner
 from pyard.models.folder import load_config
 from pyard.models.student_config import StudentConfig
 from pyard.storage.files import write_text
@@ -84,8 +84,8 @@ def write_report(plan: Plan, out: Path, results: Path, name: str, quick: bool) -
 
 
 def _ratio(workshop: Workshop, rows: Sequence[dict[str, Any]]) -> Interval | None:
-    """The degradation ratio of the published setting; None: its students are not there."""
-    pair = corner(PUBLISHED, "0"), corner(PUBLISHED, "L")
+    """The degradation ratio in the setting of the authors' code; None: its students are not there."""
+    pair = corner(AUTHORS_CODE, "0"), corner(AUTHORS_CODE, "L")
     seeds = sorted(_seeds(rows, workshop.subject.name, pair[0].name) & _seeds(rows, workshop.subject.name, pair[1].name))
     if not seeds:
         return None
@@ -128,14 +128,17 @@ def _document(
             "",
         ]
         if (ratio := ratios[subject]) is not None:
-            lines += [f"Degradation ratio of the published setting, N = 0 over N = L: {ratio}; published: 5.1.", ""]
+            lines += [
+                f"Degradation ratio in the setting of the authors' code, N = 0 over N = L: {ratio}; in the paper: 5.1.",
+                "",
+            ]
         for factor in dict.fromkeys(cell.setting.factor for cell in plan.cells if cell.setting.factor != "main"):
             settings = {c.setting.name: c.setting for c in plan.cells if c.setting.factor == factor and c.subject == subject}
             body = _table_rows(plan, rows, subject, list(settings.values()))
             if body:
                 lines += [f"### {subject}: {factor}", "", _HEAD, _RULE, *body, ""]
     lines += [
-        "## Published numbers, for the form of the table alone",
+        "## The paper's numbers, for the form of the table alone",
         "",
         "arXiv 2504.11295, ImageNet 256 x 256, ADM protocol, 50k samples. No number of ours compares with them.",
         "",
