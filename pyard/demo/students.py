@@ -38,7 +38,7 @@ class DemoStudent:
     follows: str | None = None
 
 
-# As published: the teacher's denoised predictions are the targets, the head's output is the prediction.
+# The authors' code: the teacher's denoised predictions are the targets, the head's output is the prediction.
 _AUTHORS_CODE = dict(target="denoised", output="direct", heads="per_step")
 STUDENTS = {
     BASELINE: DemoStudent("step-distillation", "Step distillation", False, _AUTHORS_CODE),
