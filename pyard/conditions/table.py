@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from pyard.conditions.condition import Condition
 from pyard.errors import InputError
-from pyard.storage.files import appearing_folder, read_json, to_bytes
+from pyard.storage.files import read_json, to_bytes
+from pyard.storage.folders import appearing_folder
 
 FOLDER = "conditions"
 _ABOUT_NAME = "conditions.json"

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from pyard.conditions import table
 from pyard.errors import InputError
-from pyard.storage.files import new_folder
+from pyard.models import codec
+from pyard.storage.folders import new_folder
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -24,11 +26,14 @@ def save_folder(
     kind: str,
     beside: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a model folder; `kind` is the class that reads it, kept as diffusers' `_class_name`; `beside` adds files."""
+    """Write a model folder; `kind` is the class that reads it, kept as diffusers' `_class_name`; `beside` adds files.
+
+    In a folder that is there, the files of a model are replaced and all others stay; see `new_folder`.
+    """
     # Here, since a machine that only computes with models may have no safetensors.
     from safetensors.torch import save_file
 
-    with new_folder(path) as folder:
+    with new_folder(path, owned=(CONFIG_NAME, WEIGHTS_NAME, codec.FOLDER, table.FOLDER)) as folder:
         (folder / CONFIG_NAME).write_text(json.dumps({"_class_name": kind, **config}, indent=2) + "\n")
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_NAME)
         if beside is not None:

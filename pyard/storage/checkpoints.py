@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
 
 from pyard.errors import InputError
-from pyard.storage.files import new_folder
+from pyard.storage.folders import new_folder
 
 
 @runtime_checkable

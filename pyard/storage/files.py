@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,59 +49,6 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Make `path` appear with a text in UTF-8 whole or not at all; see `new_file`."""
     write_atomically(path, text.encode())
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path`, replacing what was there, if the block ends without an exception."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.parent / f".{path.name}.{os.getpid()}.new"
-    retired = path.parent / f".{path.name}.{os.getpid()}.old"
-    for left_over in (building, retired):
-        shutil.rmtree(left_over, ignore_errors=True)
-    building.mkdir()
-    try:
-        yield building
-        sync_tree(building)
-        if path.exists():
-            path.rename(retired)
-        building.rename(path)
-        sync_directory(path.parent)
-        shutil.rmtree(retired, ignore_errors=True)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-@contextmanager
-def appearing_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` if the block ends without an exception and nobody was faster."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent))
-    try:
-        yield building
-        sync_tree(building)
-        building.chmod(0o755)
-        try:
-            building.rename(path)
-        except OSError:
-            if not path.is_dir():
-                raise
-        sync_directory(path.parent)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def sync_tree(path: Path) -> None:
-    """Make everything in a folder durable: its files, then the folders that name them."""
-    folders = [path]
-    for entry in path.rglob("*"):
-        if entry.is_dir():
-            folders.append(entry)
-        elif entry.is_file():
-            with open(entry, "rb") as handle:
-                os.fsync(handle.fileno())
-    for folder in folders:
-        sync_directory(folder)
 
 
 def sync_directory(path: Path) -> None:

@@ -15,7 +15,7 @@ from pyard.models.backbone import Denoiser
 from pyard.models.codec import LatentCodec
 from pyard.models.dit.network import DiT, DiTConfig, dit_trunk, sincos_position_embedding
 from pyard.models.dit.tensor_names import Tensors
-from pyard.storage.files import new_folder
+from pyard.storage.folders import new_folder
 from pyard.teachers.network_teacher import NetworkTeacher
 
 # The published DiT-XL/2 folder still names the class that diffusers had for all of its transformers.
@@ -200,7 +200,7 @@ def save_diffusers(teacher: NetworkTeacher, path: str | Path) -> None:
 
     transformer = to_diffusers(teacher.network, teacher.schedule)
     scheduler = scheduler_of(teacher.schedule)
-    with new_folder(Path(path)) as folder:
+    with new_folder(Path(path), owned=("model_index.json", "transformer", "scheduler", "vae")) as folder:
         if teacher.codec is not None:
             names = None if teacher.class_names is None else dict(enumerate(teacher.class_names))
             pipeline = DiTPipeline(transformer, teacher.codec.vae, scheduler, id2label=names)

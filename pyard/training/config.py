@@ -64,8 +64,9 @@ class TrainConfig:
         mask: which earlier steps they see: diagonal | window | anchor | causal.
         window: steps seen with the `window` mask, own one included.
         target: what a step predicts: the ODE `state`, or the teacher's `denoised` prediction (the authors' code).
-        output: `direct` as in the authors' code, or `jump` (needs `state` targets): start as the teacher's own unguided sampler; none:
-            `jump` for `state` targets and three steps or more, else `direct`. `docs/quality.md` has what each choice costs.
+        output: `direct` as in the authors' code, or `jump` (needs `state` targets): start as the teacher's own unguided
+            sampler; none: `jump` for `state` targets and three steps or more, else `direct`. `docs/quality.md` has what each
+            choice costs.
         heads: an output head `per_step`, or one `shared`.
         history_bias: start value of a learned bias on the attention to earlier steps; none: no bias; auto: -4 for `jump`
             outputs, so that they start nearly as that sampler with a history, too, and none for `direct` ones.

@@ -1,0 +1,149 @@
+"""A folder appears whole; one that is there keeps what is not pyard's, and holds the old model or the new one at any moment."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from factories import tiny_student, tiny_teacher
+
+from pyard.errors import InputError
+from pyard.models.student import Student
+from pyard.storage import folders
+from pyard.storage.folders import appearing_folder, new_folder
+
+# Saves models 0, 1, 2, ... of two files each, for ever.
+WRITER = """
+import itertools, sys
+from pathlib import Path
+from pyard.storage.folders import new_folder
+for number in itertools.count():
+    with new_folder(Path(sys.argv[1]), owned=("config", "weights", "vae")) as folder:
+        (folder / "config").write_text(str(number))
+        (folder / "weights").write_text(str(number) * 1000)
+        if number % 2:
+            (folder / "vae").mkdir()
+            (folder / "vae" / "weights").write_text(str(number))
+"""
+
+
+def write(path: Path, *names: str) -> None:
+    with new_folder(path, owned=("config", "weights", "vae")) as folder:
+        for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("new")
+
+
+def content(path: Path) -> dict[str, str]:
+    return {str(file.relative_to(path)): file.read_text() for file in path.rglob("*") if file.is_file()}  # enters no links
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+@pytest.fixture(params=[True, False], ids=["exchange", "entry by entry"])
+def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not request.param:
+        monkeypatch.setattr(folders, "_RENAME_EXCHANGE", 1 << 20)  # a flag that no kernel knows
+
+
+@pytest.mark.usefixtures("_both_ways")
+def test_in_a_folder_that_is_there_only_its_own_files_change(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    for name in ("config", "weights", "vae/weights", "notes", "checkpoints/step-1/model"):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text("old")
+    (path / "link").symlink_to("checkpoints")
+    log = (path / "notes").open("a")
+    write(path, "config", "weights")
+    log.write(" and more")
+    log.close()
+    expected = {"config": "new", "weights": "new", "notes": "old and more", "checkpoints/step-1/model": "old"}
+    assert content(path) == expected
+    assert (path / "link").is_symlink()
+    write(path, "config", "weights", "vae/weights")
+    assert content(path)["vae/weights"] == "new"
+    assert names(tmp_path) == ["run"]
+
+
+def test_what_others_write_meanwhile_stays(tmp_path: Path) -> None:
+    write(tmp_path / "run", "config")
+    with new_folder(tmp_path / "run", owned=("config",)) as folder:
+        (folder / "config").write_text("newer")
+        link = folders._link
+
+        def linked_too_early(entry: Path, to: Path) -> None:
+            link(entry, to)
+            (tmp_path / "run" / "late").mkdir(exist_ok=True)
+            (tmp_path / "run" / "late" / "file").write_text("late")
+
+        (tmp_path / "run" / "early").write_text("early")
+        folders._link = linked_too_early
+    folders._link = link
+    assert content(tmp_path / "run") == {"config": "newer", "early": "early", "late/file": "late"}
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "dangling link"])
+def test_a_file_or_a_link_is_refused(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "file").write_text("precious")
+    path = tmp_path / ("file" if kind == "file" else "link")
+    if kind != "file":
+        path.symlink_to("file" if kind == "link" else "nowhere")
+    for save in (tiny_teacher().save_pretrained, tiny_student(history_layers=1).save_pretrained):
+        with pytest.raises(InputError, match=f"is a {kind.split()[-1]}; expected a folder"):
+            save(path)
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_killed_at_any_moment_it_holds_one_model(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "notes").write_text("precious")
+    seen = set()
+    for seed in range(12):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)])
+        deadline = time.monotonic() + 20
+        while not (path / "config").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2 + random.Random(seed).random() * 0.1)
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.wait()
+        found = content(path)
+        number = found["config"]
+        expected = {"config": number, "weights": number * 1000, "notes": "precious"}
+        assert found == (expected | {"vae/weights": number} if int(number) % 2 else expected)
+        seen.add(number)
+    assert len(seen) > 1
+    write(path, "config")
+    assert names(tmp_path) == ["model"]  # what the killed ones left is gone
+
+
+def test_a_student_saved_into_a_run_leaves_the_run(tmp_path: Path) -> None:
+    student = tiny_student(history_layers=1)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "settings.yaml").write_text("precious")
+    for _ in range(2):
+        student.save_pretrained(tmp_path)
+        assert Student.from_pretrained(tmp_path).config == student.config
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "model.safetensors",
+        "settings.yaml",
+    ]
+
+
+def test_of_two_writers_of_a_folder_the_first_wins(tmp_path: Path) -> None:
+    with appearing_folder(tmp_path / "folder") as late:
+        (late / "late").touch()
+        with appearing_folder(tmp_path / "folder") as early:
+            (early / "early").touch()
+    assert names(tmp_path / "folder") == ["early"]
+    assert names(tmp_path) == ["folder"]
