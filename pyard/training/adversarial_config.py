@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyard.errors import InputError
+from pyard.training.settings import conform
 
 # For the built-in digits, 16 tokens: narrow discriminators with short kernels, no thousands of updates of warm-up, and feature
 # matching, which gains most there. `docs/quality.md` has what else was tried, and what came of it.
@@ -71,9 +72,7 @@ class AdversarialConfig:
         return cls(**settings)
 
     def __post_init__(self) -> None:
-        for name in ("noise_levels", "blocks", "adam_betas"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        conform(self, "adversarial")
         low, high = self.noise_levels
         if not 0 <= low <= high <= 1:
             raise InputError(f"adversarial: noise_levels is {self.noise_levels}; expected two rising shares between 0 and 1")
@@ -84,6 +83,8 @@ class AdversarialConfig:
                 raise InputError(f"adversarial: {name} is {getattr(self, name)}; expected at least {least}")
         if self.kernel_size % 2 == 0:
             raise InputError(f"adversarial: kernel_size is {self.kernel_size}; expected an odd number")
+        if not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise InputError(f"adversarial: adam_betas is {self.adam_betas}; expected two numbers from 0 to 1, 1 excluded")
         for name in ("weight", "r1", "feature_matching"):
             if getattr(self, name) < 0:
                 raise InputError(f"adversarial: {name} is {getattr(self, name)}; expected at least 0")

@@ -7,7 +7,7 @@ import difflib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 
@@ -24,6 +24,8 @@ from pyard.models.student_config import (
 from pyard.ops.masks import Mask
 from pyard.storage.files import write_text
 from pyard.training.adversarial_config import AdversarialConfig
+from pyard.training.checks import check_ranges
+from pyard.training.settings import conform
 from pyard.trajectories.manifest import DType, Keep, Precision
 
 SETTINGS_NAME = "settings.yaml"
@@ -187,71 +189,8 @@ class TrainConfig:
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "out", Path(self.out))
-        for name in ("ema_decay", "step_weights", "adam_betas"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        at_least = {
-            **dict.fromkeys(("num_steps", "max_steps", "batch_size", "gradient_accumulation", "num_trajectories"), 1),
-            **dict.fromkeys(("save_every", "keep_last", "log_every", "max_skipped_in_a_row", "evaluation_trajectories"), 1),
-            **dict.fromkeys(("warmup_steps", "evaluate_every", "rollout_start", "seed"), 0),
-        }
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise InputError(f"training: {name} is {getattr(self, name)}; expected at least {least}")
-        for name in ("keep_every", "peak_tflops", "huber_c"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise InputError(f"training: {name} is {getattr(self, name)}; expected more than 0, or none")
-        for name in ("learning_rate", "grad_clip", "min_snr_gamma"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"training: {name} is {getattr(self, name)}; expected more than 0")
-        if not self.ema_decays or not all(0 <= decay < 1 for decay in self.ema_decays):
-            raise InputError(f"training: ema_decay is {self.ema_decay}; expected 0 to 1, 1 excluded, or a list of such")
-        if len(set(self.ema_decays)) < len(self.ema_decays):
-            raise InputError(f"training: ema_decay is {self.ema_decay}; expected decays that differ")
-        if not 0 <= self.rollout_probability <= 1:
-            raise InputError(f"training: rollout_probability is {self.rollout_probability}; expected 0 to 1")
-        if not isinstance(self.step_weights, str) and (
-            len(self.step_weights) != self.num_steps or min(self.step_weights) < 0 or sum(self.step_weights) <= 0
-        ):
-            raise InputError(
-                f"training: step_weights is {list(self.step_weights)}; expected {self.num_steps} numbers (num_steps), none of "
-                "them negative and not all 0"
-            )
-        if isinstance(self.history_bias, str) and self.history_bias != "auto":
-            raise InputError(f"training: history_bias is {self.history_bias!r}; expected a number, none or auto")
-        if self.trajectory_keep not in (self.target, "both"):
-            raise InputError(
-                f"training: trajectory_keep is {self.trajectory_keep!r}, but target is {self.target!r}; keep that, or both"
-            )
-        choices = {
-            "stage": Stage,
-            "parallel": Parallel,
-            "lr_schedule": LRSchedule,
-            "loss": Loss,
-            "rollout_gradient": Literal["detach", "backprop"],
-        }
-        for name, hint in choices.items():
-            if getattr(self, name) not in get_args(hint):
-                raise InputError(f"training: {name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(hint))}")
-        if (self.stage == "adversarial") != (self.student is not None):
-            raise InputError(
-                f"training: stage is {self.stage!r} and student is {self.student!r}; the adversarial stage, and no other, "
-                "starts from a student"
-            )
-        if self.stage == "regression" and self.adversarial != AdversarialConfig():
-            raise InputError(
-                "training: adversarial has settings, but stage is 'regression'; expected 'adversarial' and a student"
-            )
-        if self.stage == "adversarial" and (self.gradient_accumulation > 1 or self.rollout_probability):
-            raise InputError(
-                "training: the adversarial stage knows neither gradient_accumulation, for its weight is that of a whole batch "
-                "(use activation_checkpointing or more processes), nor rollout_probability"
-            )
-        if self.lora_rank is not None and (self.parallel == "fsdp" or self.stage == "adversarial"):
-            raise InputError("training: lora_rank goes with parallel 'ddp' and the regression stage only")
-        if self.warmup_steps and self.lr_schedule == "constant":
-            raise InputError("training: lr_schedule 'constant' has no warm-up; use 'constant_with_warmup', or warmup_steps 0")
+        conform(self, "training")
+        check_ranges(self)
 
     @property
     def ema_decays(self) -> tuple[float, ...]:
@@ -287,6 +226,8 @@ class TrainConfig:
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(cls, fail_untyped=False, sub_configs=False)
         try:
+            if settings.get("mixed_precision") is False:  # YAML reads a bare `no` as false
+                settings = {**settings, "mixed_precision": "no"}
             return cls(**vars(parser.instantiate(parser.parse_object({"out": ".", **settings}))))
         except ArgumentError as error:
             raise InputError(f"recipe {path}: {error}") from None
@@ -298,6 +239,8 @@ class TrainConfig:
         bias = self.history_bias
         if bias == "auto":
             bias = default_history_bias(output, layers)
+        if layers > teacher_depth:
+            raise InputError(f"training: history_layers is {layers}; the teacher has {teacher_depth} layers")
         return dataclasses.replace(self, history_layers=layers, output=output, history_bias=bias)
 
     def like(self, student: StudentConfig) -> TrainConfig:

@@ -1,0 +1,88 @@
+"""What settings of a run must be, each alone and all together; checked before anything is computed."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+from pyard.errors import InputError
+from pyard.ops.masks import check_mask
+from pyard.training.adversarial_config import AdversarialConfig
+
+if TYPE_CHECKING:
+    from pyard.training.config import TrainConfig
+
+
+def check_ranges(config: TrainConfig) -> None:
+    """Refuse settings that are out of range or contradict each other.
+
+    Raises:
+        InputError: names the setting, what was found and what was expected.
+    """
+    at_least = {
+        **dict.fromkeys(("num_steps", "max_steps", "batch_size", "gradient_accumulation", "num_trajectories"), 1),
+        **dict.fromkeys(("save_every", "keep_last", "log_every", "max_skipped_in_a_row", "evaluation_trajectories"), 1),
+        **dict.fromkeys(("warmup_steps", "evaluate_every", "rollout_start", "seed"), 0),
+    }
+    for name, least in at_least.items():
+        if getattr(config, name) < least:
+            raise InputError(f"training: {name} is {getattr(config, name)}; expected at least {least}")
+    for name in ("keep_every", "peak_tflops", "huber_c"):
+        if getattr(config, name) is not None and not getattr(config, name) > 0:
+            raise InputError(f"training: {name} is {getattr(config, name)}; expected more than 0, or none")
+    for name in ("learning_rate", "grad_clip", "min_snr_gamma"):
+        if not getattr(config, name) > 0:
+            raise InputError(f"training: {name} is {getattr(config, name)}; expected more than 0")
+    if not config.ema_decays or not all(0 <= decay < 1 for decay in config.ema_decays):
+        raise InputError(f"training: ema_decay is {config.ema_decay}; expected 0 to 1, 1 excluded, or a list of such")
+    if len(set(config.ema_decays)) < len(config.ema_decays):
+        raise InputError(f"training: ema_decay is {config.ema_decay}; expected decays that differ")
+    if not 0 <= config.rollout_probability <= 1:
+        raise InputError(f"training: rollout_probability is {config.rollout_probability}; expected 0 to 1")
+    if not isinstance(config.step_weights, str) and (
+        len(config.step_weights) != config.num_steps or min(config.step_weights) < 0 or sum(config.step_weights) <= 0
+    ):
+        raise InputError(
+            f"training: step_weights is {list(config.step_weights)}; expected {config.num_steps} numbers (num_steps), none of "
+            "them negative and not all 0"
+        )
+    if config.trajectory_keep not in (config.target, "both"):
+        raise InputError(
+            f"training: trajectory_keep is {config.trajectory_keep!r}, but target is {config.target!r}; keep that, or both"
+        )
+    check_mask(config.mask, config.window)
+    if config.output == "jump" and config.target == "denoised":
+        raise InputError("training: output 'jump' starts from a state, so it needs target 'state', not 'denoised'")
+    for name, least in (("history_layers", 0), ("lora_rank", 1)):
+        if getattr(config, name) is not None and getattr(config, name) < least:
+            raise InputError(f"training: {name} is {getattr(config, name)}; expected at least {least}, or none")
+    if config.weight_decay < 0:
+        raise InputError(f"training: weight_decay is {config.weight_decay}; expected at least 0")
+    if not all(0 <= beta < 1 for beta in config.adam_betas):
+        raise InputError(f"training: adam_betas is {config.adam_betas}; expected two numbers from 0 to 1, 1 excluded")
+    if config.trajectories is None and config.batch_size > config.num_trajectories:
+        raise InputError(
+            f"training: batch_size is {config.batch_size}, more than the {config.num_trajectories} trajectories to be "
+            "generated (num_trajectories); expected at most as many"
+        )
+    if config.trackers in ("tensorboard", "wandb") and importlib.util.find_spec(config.trackers) is None:
+        raise InputError(
+            f"training: trackers is {config.trackers!r}, which is not installed: "
+            f"pip install {config.trackers}, or --trackers none"
+        )
+    if (config.stage == "adversarial") != (config.student is not None):
+        raise InputError(
+            f"training: stage is {config.stage!r} and student is {config.student!r}; the adversarial stage, and no other, "
+            "starts from a student"
+        )
+    if config.stage == "regression" and config.adversarial != AdversarialConfig():
+        raise InputError("training: adversarial has settings, but stage is 'regression'; expected 'adversarial' and a student")
+    if config.stage == "adversarial" and (config.gradient_accumulation > 1 or config.rollout_probability):
+        raise InputError(
+            "training: the adversarial stage knows neither gradient_accumulation, for its weight is that of a whole batch "
+            "(use activation_checkpointing or more processes), nor rollout_probability"
+        )
+    if config.lora_rank is not None and (config.parallel == "fsdp" or config.stage == "adversarial"):
+        raise InputError("training: lora_rank goes with parallel 'ddp' and the regression stage only")
+    if config.warmup_steps and config.lr_schedule == "constant":
+        raise InputError("training: lr_schedule 'constant' has no warm-up; use 'constant_with_warmup', or warmup_steps 0")
