@@ -19,18 +19,17 @@ from tqdm import tqdm
 from pyard.bench.machine import processor
 from pyard.cost.flops import student_flops
 from pyard.diffusion.noise import standard_normal, uniform_labels
-from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
 from pyard.export import export_onnx
-from pyard.models.dit.network import DiT, DiTConfig
+from pyard.models.backbone import Denoiser
 from pyard.models.student import Student
 from pyard.models.student_config import HISTORY_SWITCHED_OFF
 from pyard.teachers.network_teacher import NetworkTeacher
+from pyard.teachers.published import network_of
 from pyard.version import __version__
 
-# Peebles & Xie 2023, table 1: depth, hidden size, heads; latents of 32 x 32 x 4 in patches of 2 are 256 tokens.
-MODELS = {"DiT-S/2": (12, 384, 6), "DiT-B/2": (12, 768, 12), "DiT-L/2": (24, 1024, 16), "DiT-XL/2": (28, 1152, 16)}
+MODELS = ("DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2")  # latents of 32 x 32 x 4 in patches of 2 are 256 tokens
 NUM_STEPS = 4
 PLAIN, NATIVE = "PyTorch eager, plain", "PyTorch eager, native operators"
 # way of drawing -> the worker's kind of it, the backend of pyard's operators in it
@@ -73,8 +72,8 @@ def bench_onnx(
     Raises:
         InputError: an unknown model or way.
     """
-    models, batch_sizes, ways = models or list(MODELS)[:2], batch_sizes or [1, 8], ways or list(WAYS)
-    for names, known in ((models, list(MODELS)), (ways, list(WAYS))):
+    models, batch_sizes, ways = models or list(MODELS[:2]), batch_sizes or [1, 8], ways or list(WAYS)
+    for names, known in ((models, MODELS), (ways, tuple(WAYS))):
         for name in names:
             if name not in known:
                 raise InputError(f"bench onnx: unknown {name!r}; expected some of {', '.join(known)}")
@@ -89,15 +88,16 @@ def bench_onnx(
     print(table(results))
 
 
-def random_student(depth: int, hidden_size: int, num_heads: int) -> Student:
-    """A DiT student of 1000 classes as `pyard.train` makes it by default (S = 4, N = L / 4); all parameters are random."""
+def random_student(model: str) -> Student:
+    """A student of a published network as `pyard.train` makes it by default (S = 4, N = L / 4); all parameters are random."""
     torch.manual_seed(0)
-    config = DiTConfig(
-        input_size=32, in_channels=4, patch_size=2, hidden_size=hidden_size, depth=depth, num_heads=num_heads, num_classes=1000
+    network, schedule = network_of(model)
+    trunk = network.trunk
+    teacher = NetworkTeacher(Denoiser(type(trunk)(trunk.config)), schedule)  # type: ignore[call-arg]
+    layers = trunk.config.depth // 4
+    student = Student.from_teacher(
+        teacher, TimeGrid.build(schedule, NUM_STEPS), history_layers=layers, history_bias=HISTORY_SWITCHED_OFF
     )
-    teacher = NetworkTeacher(DiT(config), NoiseSchedule())
-    grid = TimeGrid.build(teacher.schedule, NUM_STEPS)
-    student = Student.from_teacher(teacher, grid, history_layers=depth // 4, history_bias=HISTORY_SWITCHED_OFF)
     for parameter in student.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return student.eval()
@@ -132,7 +132,7 @@ class _Worker:
 def _bench_model(
     model: str, batch_sizes: list[int], ways: list[str], rounds: int, threads: int, progress: bool
 ) -> list[dict[str, Any]]:
-    student = random_student(*MODELS[model])
+    student = random_student(model)
     operations = student_flops(student)
     rows = []
     with TemporaryDirectory() as name, ExitStack() as stack:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,14 +23,22 @@ from pyard.models.student import Student
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-def without_weights(module: _Module) -> _Module:
-    """A copy of a module on the meta device: shapes without numbers, whatever the size of the original."""
-    tensors = [*module.parameters(), *module.buffers()]
-    memo = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors}
-    memo = {
-        key: nn.Parameter(memo[key], tensor.requires_grad) if isinstance(tensor, nn.Parameter) else memo[key]
-        for key, tensor in zip(memo, tensors, strict=True)
-    }
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, device="meta")
+
+
+def without_weights(module: _Module, empty: Callable[[torch.Tensor], torch.Tensor] = _on_meta) -> _Module:
+    """A copy of a module with other tensors: by default on the meta device, shapes without numbers.
+
+    Args:
+        module: of any size; its tensors are not copied.
+        empty: makes the copy's tensor of each parameter, buffer and tensor that is an attribute.
+    """
+    constants = [value for part in module.modules() for value in vars(part).values() if isinstance(value, torch.Tensor)]
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers(), *constants):
+        new = empty(tensor)
+        memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
     return copy.deepcopy(module, memo)
 
 
@@ -59,9 +67,9 @@ def flops_per_pass(student: Student, condition: Condition | None = None) -> tupl
     return tuple(counts)
 
 
-def student_flops(student: Student) -> float:
-    """One forward pass of one sample through all S steps, its history included."""
-    return float(sum(flops_per_pass(student)))
+def student_flops(student: Student, condition: Condition | None = None) -> float:
+    """One forward pass of one sample through all S steps, its history included; for `condition`, see `flops_per_pass`."""
+    return float(sum(flops_per_pass(student, condition)))
 
 
 def update_flops(student: Student, batch_size: int) -> float:

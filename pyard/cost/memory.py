@@ -1,30 +1,21 @@
-"""Memory of an update on one GPU, by formula.
+"""Memory of an update on one GPU, for any backbone: activations as they are counted, the rest as parameters times bytes.
 
-P parameters of the student · L depth · D hidden · H heads · T tokens · S steps · B micro-batch · e bytes of a number in the
-precision that matrices are multiplied in: 2 under mixed precision, 4 without
+P parameters of the student · B micro-batch · T tokens · D hidden · E width of the conditioning · W width of a
+discriminator's layers
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Protocol
 
-from pyard.models.dit.network import DiTConfig
-from pyard.models.student_config import StudentConfig
+import torch
+from torch import nn
 
-
-class Discriminators(Protocol):
-    """Sizes of the adversarial stage, by the names of its settings."""
-
-    @property
-    def blocks(self) -> tuple[int, ...] | None: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def depth(self) -> int: ...
-    @property
-    def kernel_size(self) -> int: ...
+from pyard.conditions import Condition
+from pyard.cost.activations import Kept, count_kept, fake_copy
+from pyard.models.backbone import Denoiser
+from pyard.models.student import Student
 
 
 @dataclass(frozen=True)
@@ -57,9 +48,24 @@ class Memory:
         return float(sum(dataclasses.astuple(self)))
 
 
+@dataclass(frozen=True)
+class AdversarialMemory:
+    """What the adversarial stage adds, in bytes.
+
+    Args:
+        frozen: the teacher, float32, and what mixed precision casts of it.
+        discriminators: weights, gradients and moments.
+        per_sample: activations of the teacher and the discriminators, for one sample and its real counterpart.
+    """
+
+    frozen: float
+    discriminators: float
+    per_sample: float
+
+
 def update_memory(
-    student: StudentConfig,
-    parameters: int,
+    student: Student,
+    kept: Kept,
     batch: int,
     *,
     world: int = 1,
@@ -67,90 +73,117 @@ def update_memory(
     mixed: bool = False,
     checkpointing: bool = False,
     sharded: bool = False,
-    plain: bool = False,
-    adversarial: Discriminators | None = None,
-    teacher: tuple[DiTConfig, int] | None = None,
+    adversarial: AdversarialMemory | None = None,
 ) -> Memory:
-    """Memory of an update.
+    """Memory of an update that trains all weights.
 
     Args:
-        student: sizes.
-        parameters: P.
+        student: on any device.
+        kept: by its forward pass, see `student_activations`.
         batch: B, samples of a micro-batch on each GPU.
         world: how many GPUs.
         averages: how many EMAs.
         mixed: bf16 or fp16.
         checkpointing: activation checkpointing.
         sharded: FSDP instead of DDP.
-        plain: operators in plain PyTorch, which keep the normalised inputs of a block as well.
-        adversarial: settings of the adversarial stage; None: regression.
-        teacher: its network and parameters, for that stage.
+        adversarial: of that stage, see `adversarial_memory`; None: regression.
     """
-    share = 1 / world if sharded else 1.0
-    cast = 2 * parameters if mixed else 0
-    network = _dit(student)
-    block = block_parameters(network)
-    outside = parameters - network.depth * block
-    states, discriminators, kept = 4 * parameters * share, 0.0, _activations(student, batch, mixed, checkpointing, plain)
-    frozen = 0.0
-    if adversarial is not None and teacher is not None:
-        frozen = 4.0 * teacher[1] + (2.0 * teacher[1] if mixed else 0.0)
-        blocks = tuple(range(teacher[0].depth)) if adversarial.blocks is None else adversarial.blocks
-        discriminators = 16.0 * len(blocks) * head_parameters(teacher[0], adversarial)
-        tokens = batch * teacher[0].tokens_per_step
-        kept += tokens * (max(blocks) + 1) * block_bytes(teacher[0], mixed, plain)
-        # Features of both samples in float32; a head keeps input, output and normalised output of each layer.
-        kept += 4.0 * tokens * len(blocks) * (2 * network.hidden_size + adversarial.width * (5 + 4 * adversarial.depth))
+    parameters = _count(student)
+    blocks = [_count(block) for block in student.trunk.blocks]
+    states, cast = 4 * parameters / (world if sharded else 1), 2 * parameters if mixed else 0
+    whole = 2 * max(blocks, default=0) + parameters - sum(blocks)
+    added = adversarial or AdversarialMemory(0.0, 0.0, 0.0)
     return Memory(
         # Of a block in shards, autograd keeps the cast weights until its backward pass, unless that computes it again.
         weights=states + (0 if sharded and checkpointing else cast),
         averages=averages * states,
         optimizer=2 * states,
         gradients=states + (4 * parameters if world > 1 and not sharded else 0),
-        gathered=(4 + (2 if mixed else 0)) * (2 * block + outside) if sharded else 0.0,
-        frozen=frozen,
-        discriminators=discriminators,
-        activations=kept,
+        gathered=float((6 if mixed else 4) * whole) if sharded else 0.0,
+        frozen=added.frozen,
+        discriminators=added.discriminators,
+        activations=batch * (kept.peak(checkpointing) + added.per_sample),
     )
 
 
-def _dit(student: StudentConfig) -> DiTConfig:
-    assert isinstance(student.network, DiTConfig)
-    return student.network
+def student_activations(student: Student, condition: Condition, *, mixed: bool = False, device_type: str = "cuda") -> Kept:
+    """What the parallel pass keeps of one sample.
 
-
-def block_bytes(network: DiTConfig, mixed: bool, plain: bool) -> float:
-    """What a block keeps of each token for its backward pass.
-
-    In float32, the residual stream twice and both branches: 4 (4 D). In the precision of the products, the input of qkv, q, k,
-    v, the attention's output, the MLP's input and its hidden layer before and after the activation: e (D + 3 D + D + D + 8 D),
-    the last for mlp_ratio 4. The logarithms of the softmax's sums, 4 H; a step's six modulations, e 6 D / T. In plain PyTorch
-    two normalised inputs more, 8 D.
+    Args:
+        student: on any device; all its weights are taken to be trained.
+        condition: of one sample.
+        mixed: matrices are multiplied in 16 bits.
+        device_type: where the training runs: it decides which operators do, and plain ones keep more than compiled ones.
     """
-    e, hidden = (2 if mixed else 4), network.hidden_size
-    products = e * hidden * (6 + 2 * network.mlp_ratio)
-    modulations = e * 6 * hidden / network.tokens_per_step
-    return 16 * hidden + products + 4 * network.num_heads + modulations + (8 * hidden if plain else 0)
+    copy = fake_copy(student).train().requires_grad_(True)
+
+    def run(batch: int) -> object:
+        return copy(torch.empty(batch, copy.num_steps, *copy.sample_shape), _rows(condition, batch))
+
+    return count_kept(run, copy, copy.trunk.blocks, mixed=mixed, device_type=device_type)
 
 
-def block_parameters(network: DiTConfig) -> int:
-    """Of one adaLN-Zero block: modulation, attention and MLP, with their biases."""
-    hidden, mlp = network.hidden_size, round(network.hidden_size * network.mlp_ratio)
-    return hidden * (6 * hidden + 4 * hidden + 2 * mlp) + 6 * hidden + 4 * hidden + mlp + hidden
+def adversarial_memory(
+    network: Denoiser,
+    condition: Condition,
+    blocks: tuple[int, ...],
+    *,
+    width: int,
+    depth: int,
+    kernel_size: int,
+    mixed: bool = False,
+    device_type: str = "cuda",
+) -> AdversarialMemory:
+    """What a frozen teacher and the discriminators of its blocks need.
+
+    Args:
+        network: the teacher's, on any device.
+        condition: of one sample.
+        blocks: those that are looked at.
+        width, depth, kernel_size: of each discriminator, see `pyard.models.discriminator.DiscriminatorHead`.
+        mixed, device_type: see `student_activations`.
+    """
+    trunk, frozen = network.trunk, fake_copy(network).eval().requires_grad_(False)
+
+    def run(batch: int) -> object:
+        x = torch.empty(batch, *network.config.sample_shape).requires_grad_()
+        return frozen.trunk.features(x, torch.empty(batch), _rows(condition, batch), frozen.head, blocks)
+
+    seen = count_kept(run, frozen, frozen.trunk.blocks, mixed=mixed, device_type=device_type).everything
+    hidden, tokens = trunk.hidden_size, trunk.tokens_per_step()
+    heads = head_parameters(hidden, trunk.conditioning_size(condition), width=width, depth=depth, kernel_size=kernel_size)
+    return AdversarialMemory(
+        frozen=(6.0 if mixed else 4.0) * _count(network),
+        discriminators=16.0 * len(blocks) * heads,
+        per_sample=seen + len(blocks) * head_bytes(tokens, hidden, width=width, depth=depth),
+    )
 
 
-def head_parameters(network: DiTConfig, settings: Discriminators) -> int:
-    """Of one discriminator head."""
-    hidden, width = network.hidden_size, settings.width
-    layers = hidden * width + settings.depth * width * width * settings.kernel_size + (settings.depth + 1) * 3 * width
-    return layers + width * width + width + hidden * width + width
+def head_parameters(hidden: int, condition: int, *, width: int, depth: int, kernel_size: int) -> int:
+    """Of one discriminator head.
+
+    Args:
+        hidden, condition: D, E.
+        width, depth, kernel_size: W, residual layers and their kernel.
+    """
+    layers = hidden * width + depth * width * width * kernel_size + (depth + 1) * 3 * width
+    return layers + width * width + width + condition * width + width
 
 
-def _activations(student: StudentConfig, batch: int, mixed: bool, checkpointing: bool, plain: bool) -> float:
-    network = _dit(student)
-    tokens = batch * student.grid.num_steps * network.tokens_per_step
-    block = block_bytes(network, mixed, plain)
-    # Checkpointing keeps each block's input, and all of the one that is computed again. The gradients in a block's backward
-    # pass are about a quarter of what it kept; embeddings and heads keep their input and its normalised form.
-    blocks = network.depth * 4 * network.hidden_size + block if checkpointing else network.depth * block
-    return tokens * (blocks + 0.25 * block + 8 * network.hidden_size)
+def head_bytes(tokens: int, hidden: int, *, width: int, depth: int) -> float:
+    """What one discriminator head keeps of a sample: both samples' features in float32, and of each layer its input, output
+    and normalised output.
+
+    Args:
+        tokens, hidden: T, D.
+        width, depth: W, residual layers.
+    """
+    return 4.0 * tokens * (2 * hidden + width * (5 + 4 * depth))
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _rows(condition: Condition, batch: int) -> Condition:
+    return Condition({name: torch.empty(batch, *t.shape[1:], dtype=t.dtype) for name, t in condition.items()})

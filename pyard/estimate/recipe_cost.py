@@ -8,23 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyard.conditions import Condition
+from pyard.conditions import Condition, load_conditions
+from pyard.cost.activations import Kept
 from pyard.cost.devices import DEVICES, known_device
-from pyard.cost.flops import student_flops, teacher_flops, update_flops
-from pyard.cost.memory import Memory, update_memory
+from pyard.cost.flops import student_flops, teacher_flops
+from pyard.cost.memory import AdversarialMemory, Memory, adversarial_memory, student_activations, update_memory
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.solvers import solver_of
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
+from pyard.estimate.report import Estimate, StageCost
 from pyard.models.backbone import Denoiser
-from pyard.models.dit.network import dit_trunk
 from pyard.models.folder import load_config
 from pyard.models.student import Student
 from pyard.models.student_config import StudentConfig
-from pyard.ops.backend import AUTO_DEVICES
-from pyard.storage.units import format_bytes, format_seconds
 from pyard.teachers.published import network_of
-from pyard.training.adversarial_cost import adversarial_flops
+from pyard.training.adversarial_cost import adversarial_flops, looked_at
 from pyard.training.config import TrainConfig
 from pyard.trajectories.generate import DEFAULT_BATCH_SIZE, default_shard_size
 from pyard.trajectories.manifest import SAFETENSORS_DTYPES, TrajectoryManifest
@@ -39,115 +38,6 @@ LAYOUTS = {
 }  # sharded, checkpointing
 
 
-@dataclass(frozen=True)
-class StageCost:
-    """Work of a stage.
-
-    Args:
-        name: trajectories | regression | adversarial.
-        flops: in all, what activation checkpointing computes twice included.
-        tflops: that one GPU is taken to sustain, in TFLOP/s; None: no device was given.
-    """
-
-    name: str
-    flops: float
-    tflops: float | None
-
-    @property
-    def gpu_hours(self) -> float | None:
-        """Hours on one GPU."""
-        return None if self.tflops is None else self.flops / (self.tflops * 1e12) / 3600
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a recipe costs.
-
-    Args:
-        recipe: the file.
-        teacher: its name.
-        teacher_parameters: of its network.
-        student: its sizes.
-        tokens_per_step: T.
-        parameters: of the student.
-        trajectories: how many.
-        sample_bytes: of one.
-        store_bytes: of all shards, headers included; sidecars (about 500 bytes a shard) are not.
-        generated: whether the recipe has them generated; False if it names a store.
-        guessed: the store that it names is not there, so that the sizes are those of the recipe's own defaults.
-        checkpoint_bytes: of one checkpoint, without discriminators.
-        stages: in order.
-        gpus: that share the work.
-        memory: bytes on each GPU by layout and micro-batch.
-        capacity: of one GPU in bytes; None: no device was given.
-        share: samples of an update on each GPU, a micro-batch of the recipe.
-    """
-
-    recipe: str
-    teacher: str
-    teacher_parameters: int
-    student: StudentConfig
-    tokens_per_step: int
-    parameters: int
-    trajectories: int
-    sample_bytes: int
-    store_bytes: int
-    generated: bool
-    guessed: bool
-    checkpoint_bytes: int
-    stages: tuple[StageCost, ...]
-    gpus: int
-    memory: dict[str, dict[int, Memory]]
-    capacity: float | None
-    share: int
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-able dictionary."""
-        flat = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        stages = [{**dataclasses.asdict(stage), "gpu_hours": stage.gpu_hours} for stage in self.stages]
-        memory = {
-            layout: {str(batch): {**dataclasses.asdict(m), "total": m.total} for batch, m in row.items()}
-            for layout, row in self.memory.items()
-        }
-        return {**flat, "student": self.student.to_json(), "stages": stages, "memory": memory}
-
-    def __str__(self) -> str:
-        student = self.student
-        depth, tokens = student.network.depth, self.tokens_per_step
-        made = "to generate" if self.generated else "not there yet: sizes by default" if self.guessed else "there already"
-        sizes = f"S = {student.grid.num_steps} steps, N = {student.history_layers} of {depth} layers, "
-        sizes += f"T = {tokens} tokens"
-        store = f"{self.trajectories} of {format_bytes(self.sample_bytes)}: {format_bytes(self.store_bytes)}, {made}"
-        lines = [
-            f"recipe         {self.recipe}",
-            f"teacher        {self.teacher}: {self.teacher_parameters / 1e6:.4g} M parameters",
-            f"student        {self.parameters / 1e6:.4g} M parameters; {sizes}",
-            f"trajectories   {store}",
-            f"checkpoint     {format_bytes(self.checkpoint_bytes)} each",
-            "",
-            f"{'stage':<15}{'FLOPs':>10}{'TFLOP/s':>10}{'GPU-hours':>12}{f'on {self.gpus} GPU':>14}",
-        ]
-        for stage in self.stages:
-            hours = stage.gpu_hours
-            lines.append(
-                f"{stage.name:<15}{stage.flops:>10.3g}"
-                + (f"{stage.tflops:>10.4g}{hours:>12.3g}" if hours is not None else f"{'-':>10}{'-':>12}")
-                + (f"{format_seconds(hours * 3600 / self.gpus):>14}" if hours is not None else f"{'-':>14}")
-            )
-        lines += ["", f"memory of each GPU by micro-batch (the recipe: {self.share})"]
-        layouts = list(self.memory)
-        lines.append(f"{'':<15}" + "".join(f"{layout:>21}" for layout in layouts))
-        for batch in self.memory[layouts[0]]:
-            cells = [self._cell(self.memory[layout][batch].total) for layout in layouts]
-            lines.append(f"{batch:<15}" + "".join(f"{cell:>21}" for cell in cells))
-        if self.capacity is not None:
-            lines.append(f"* more than the {format_bytes(self.capacity)} of the device, 10 % of them kept free")
-        return "\n".join(lines)
-
-    def _cell(self, total: float) -> str:
-        return format_bytes(total) + ("*" if self.capacity is not None and total > 0.9 * self.capacity else " ")
-
-
 def estimate(
     recipe: Path,
     *,
@@ -156,16 +46,17 @@ def estimate(
     mfu: float = 0.4,
     gpus: int = 1,
     out: Path | None = None,
+    network: str | None = None,
 ) -> Estimate:
     """Say what a recipe costs, before anything is started and without any weights.
 
-    Disk: the trajectories' shards, exactly, and a checkpoint. Time: the floating-point operations of every stage, counted from
-    the matrices' sizes (`pyard describe` counts in the same way), over what a GPU sustains: `tflops` if you have measured it
-    (a training's progress bar shows it), else the data sheet's peak of `device` times `mfu`. Well-fed GPUs reach 0.3 to 0.5 of
-    their peak on large transformers; small networks reach far less. Memory: weights, averages, AdamW's moments, gradients (with
-    DDP twice, for its buckets) and what the backward pass needs of the forward pass, for several micro-batches, with and
-    without activation checkpointing, for DDP and FSDP. All weights are taken to be trained (lora_rank is not counted). It is
-    right to about a quarter; 0.5 GB of CUDA's own come on top.
+    Disk: the trajectories' shards, exactly, and a checkpoint. Time: the floating-point operations of every stage, counted while
+    the networks run without data (`pyard describe` counts in the same way), over what a GPU sustains: `tflops` if you have
+    measured it (a training's progress bar shows it), else the data sheet's peak of `device` times `mfu`. Well-fed GPUs reach
+    0.3 to 0.5 of their peak on large transformers; small networks reach far less. Memory: weights, averages, AdamW's moments,
+    gradients (with DDP twice, for its buckets) and what the backward pass needs of the forward pass, counted in the same way,
+    for several micro-batches, with and without activation checkpointing, for DDP and FSDP. All weights are taken to be trained
+    (lora_rank is not counted). It is right to about a quarter; 0.5 GB of CUDA's own come on top.
 
     Example: pyard estimate recipes/imagenet256-dit-xl2.yaml --device H100 --gpus 8
 
@@ -176,12 +67,13 @@ def estimate(
         mfu: share of the data sheet's peak that is taken to be reached.
         gpus: how many share the work; FSDP splits the weights among them.
         out: a JSON file to write as well.
+        network: package.module:Class of the backbone of a teacher that is made of none of pyard's; none: the recipe's.
 
     Returns:
         The numbers.
 
     Raises:
-        InputError: a recipe that is none, an unknown teacher or device.
+        InputError: a recipe that is none, an unknown teacher or device, a teacher without a table of conditions.
     """
     sheet = None if device is None else known_device(device)
     if device is not None and sheet is None:
@@ -190,9 +82,10 @@ def estimate(
         if value is not None and value <= 0:
             raise InputError(f"estimate: {name} is {value}; expected more than 0")
     config = TrainConfig.read(recipe)
-    network, schedule = network_of(config.teacher, config.network)
-    config, student = student_of(config, network, schedule)
-    manifest = manifest_of(config, network, schedule, 1 if student.conditions is None else student.conditions.count)
+    teacher, schedule = network_of(config.teacher, network or config.network)
+    config, student = student_of(config, teacher, schedule)
+    condition = one_condition(config, student)
+    manifest = manifest_of(config, teacher, schedule, student.num_conditions)
     count, generated, guessed = config.num_trajectories, config.trajectories is None, config.trajectories is not None
     if config.trajectories is not None and Path(config.trajectories).is_dir():
         store = TrajectoryStore.open(config.trajectories)
@@ -206,17 +99,14 @@ def estimate(
     precision = "bf16" if config.trajectory_precision == "bfloat16" else "no"
     stages = []
     if generated:
-        stages.append(
-            StageCost(
-                "trajectories", trajectory_flops(config, network, student.require_conditions().take([0])), sustained(precision)
-            )
-        )
-    stages.append(StageCost(config.stage, stage_flops(config, network, student), sustained(config.mixed_precision)))
+        stages.append(StageCost("trajectories", trajectory_flops(config, teacher, condition), sustained(precision)))
+    stages.append(StageCost(config.stage, stage_flops(config, teacher, student), sustained(config.mixed_precision)))
+    memory = MemoryOfUpdates.count(config, teacher, student)
     parameters = sum(p.numel() for p in student.parameters())
     result = Estimate(
         recipe=str(recipe),
         teacher=config.teacher,
-        teacher_parameters=sum(p.numel() for p in network.parameters()),
+        teacher_parameters=sum(p.numel() for p in teacher.parameters()),
         student=student.config,
         tokens_per_step=student.trunk.tokens_per_step(),
         parameters=parameters,
@@ -231,7 +121,7 @@ def estimate(
         gpus=gpus,
         memory={
             (layout if gpus > 1 else layout.replace("DDP", "one GPU")): {
-                batch: memory_of(config, network, student, batch, gpus, *kind) for batch in MICRO_BATCHES
+                batch: memory.of(batch, gpus, *kind) for batch in MICRO_BATCHES
             }
             for layout, kind in LAYOUTS.items()
             if gpus > 1 or not kind[0]
@@ -271,7 +161,21 @@ def student_of(config: TrainConfig, network: Denoiser, schedule: NoiseSchedule) 
             history_bias=config.history_bias,
             family=trunk.family(),
         )
-    return config, Student(student, trunk, head).to("meta")
+    made = Student(student, trunk, head).to("meta")
+    places = [Path(place) for place in (config.teacher, config.trajectories, config.student) if place is not None]
+    made.conditions = made.conditions or load_conditions(*places, *(place / "student" for place in places))
+    return config, made
+
+
+def one_condition(config: TrainConfig, student: Student) -> Condition:
+    """The condition of one sample, as long as it is in a batch of the first conditions of the table."""
+    table = student.conditions
+    if table is None:
+        raise InputError(
+            f"estimate: teacher {config.teacher!r} knows no classes, and no table of conditions was found; expected one in "
+            "conditions/ of its folder, where `save_pretrained` writes it"
+        )
+    return table.take(range(min(table.count, config.batch_size))).index(slice(0, 1))
 
 
 def manifest_of(config: TrainConfig, network: Denoiser, schedule: NoiseSchedule, classes: int) -> TrajectoryManifest:
@@ -323,40 +227,63 @@ def trajectory_flops(config: TrainConfig, network: Denoiser, condition: Conditio
 
 def stage_flops(config: TrainConfig, network: Denoiser, student: Student) -> float:
     """Of all updates, with the rollouts that make own histories and checkpointing's second forward pass."""
-    forward = config.batch_size * student_flops(student)
-    update = update_flops(student, config.batch_size)
+    condition = one_condition(config, student)
+    forward = config.batch_size * student_flops(student, condition)
+    update = 3 * forward
     if config.activation_checkpointing:
         update += forward
     if config.rollout_gradient == "detach":
         share = max(0.0, 1 - config.rollout_start / config.max_steps)
         update += config.rollout_probability * share * forward
     if config.stage == "adversarial":
-        update += config.batch_size * adversarial_flops(network, student.require_conditions().take([0]), config.adversarial)
+        update += config.batch_size * adversarial_flops(network, condition, config.adversarial)
     return config.max_steps * update
 
 
-def memory_of(
-    config: TrainConfig,
-    network: Denoiser,
-    student: Student,
-    batch: int,
-    gpus: int,
-    sharded: bool,
-    checkpointing: bool,
-    *,
-    device_type: str = "cuda",
-) -> Memory:
-    """Memory of an update of the recipe with a micro-batch of `batch` samples."""
-    return update_memory(
-        student.config,
-        sum(p.numel() for p in student.parameters()),
-        batch,
-        world=gpus,
-        averages=len(config.ema_decays),
-        mixed=config.mixed_precision != "no",
-        checkpointing=checkpointing,
-        sharded=sharded,
-        plain=device_type not in AUTO_DEVICES,
-        adversarial=config.adversarial if config.stage == "adversarial" else None,
-        teacher=(dit_trunk(network, "estimate").config, sum(p.numel() for p in network.parameters())),
-    )
+@dataclass(frozen=True)
+class MemoryOfUpdates:
+    """Memory of a recipe's updates, counted once for all micro-batches and layouts.
+
+    Args:
+        config: the recipe.
+        student: without weights.
+        kept: what its forward pass keeps of a sample.
+        adversarial: what that stage adds; None: regression.
+    """
+
+    config: TrainConfig
+    student: Student
+    kept: Kept
+    adversarial: AdversarialMemory | None
+
+    @classmethod
+    def count(cls, config: TrainConfig, network: Denoiser, student: Student, device_type: str = "cuda") -> MemoryOfUpdates:
+        """Run student and teacher without data, with the operators that a device has."""
+        condition, settings = one_condition(config, student), config.adversarial
+        mixed, added = config.mixed_precision != "no", None
+        if config.stage == "adversarial":
+            added = adversarial_memory(
+                network,
+                condition,
+                looked_at(network, settings),
+                width=settings.width,
+                depth=settings.depth,
+                kernel_size=settings.kernel_size,
+                mixed=mixed,
+                device_type=device_type,
+            )
+        return cls(config, student, student_activations(student, condition, mixed=mixed, device_type=device_type), added)
+
+    def of(self, batch: int, gpus: int, sharded: bool, checkpointing: bool) -> Memory:
+        """With a micro-batch of `batch` samples on each GPU."""
+        return update_memory(
+            self.student,
+            self.kept,
+            batch,
+            world=gpus,
+            averages=len(self.config.ema_decays),
+            mixed=self.config.mixed_precision != "no",
+            checkpointing=checkpointing,
+            sharded=sharded,
+            adversarial=self.adversarial,
+        )

@@ -40,9 +40,11 @@ def network_of(source: str | Path, network: type[Backbone] | str | None = None) 
     if path.is_dir() and (path / CONFIG_NAME).is_file() and _class_name(path) in KINDS:
         config = load_config(path, kind=KINDS)
         backbone = backbone_class(str(config.get("family", "dit")), network, path)
-        return _without_weights(backbone, backbone.config_class(**config["network"])), NoiseSchedule.from_json(
-            config["schedule"]
-        )
+        try:
+            sizes = backbone.config_class(**config["network"])
+            return _without_weights(backbone, sizes), NoiseSchedule.from_json(config["schedule"])
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path}: config.json does not fit {backbone.__name__}: {error}") from None
     if path.exists():
         teacher = load_teacher(source, network=network)
         return teacher.network.to("meta"), teacher.schedule
@@ -54,7 +56,7 @@ def network_of(source: str | Path, network: type[Backbone] | str | None = None) 
         )
     family, size, patch, resolution = name.groups()
     depth, hidden, heads = SIZES[size.upper()]
-    sizes = DiTConfig(
+    published = DiTConfig(
         input_size=int(resolution or 256) // 8,
         in_channels=4,
         out_channels=8,
@@ -65,12 +67,15 @@ def network_of(source: str | Path, network: type[Backbone] | str | None = None) 
         num_classes=1000,
     )
     flow = family.lower() == "sit"
-    return _without_weights(Trunk, sizes), NoiseSchedule(kind="flow", prediction="velocity") if flow else NoiseSchedule()
+    return _without_weights(Trunk, published), NoiseSchedule(kind="flow", prediction="velocity") if flow else NoiseSchedule()
 
 
 def _without_weights(backbone: type[Backbone], sizes: BackboneConfig) -> Denoiser:
-    with torch.device("meta"):
-        return Denoiser(backbone(sizes))  # type: ignore[call-arg]
+    try:
+        with torch.device("meta"):
+            return Denoiser(backbone(sizes))  # type: ignore[call-arg]
+    except RuntimeError:  # some networks look at the numbers of their constants
+        return Denoiser(backbone(sizes)).to("meta")  # type: ignore[call-arg]
 
 
 def _class_name(folder: Path) -> str | None:

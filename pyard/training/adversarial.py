@@ -21,7 +21,7 @@ from pyard.models.discriminator import Discriminator
 from pyard.models.student import Student
 from pyard.teachers.network_teacher import NetworkTeacher
 from pyard.training.adversarial_config import AdversarialConfig
-from pyard.training.adversarial_cost import adversarial_flops
+from pyard.training.adversarial_cost import adversarial_flops, looked_at
 from pyard.training.config import TrainConfig
 from pyard.training.processes import Processes, seed_of
 from pyard.training.regression import Measured, Regression
@@ -39,10 +39,7 @@ class Features:
     """
 
     def __init__(self, teacher: NetworkTeacher, config: AdversarialConfig):
-        depth = len(teacher.network.trunk.blocks)
-        self.blocks = tuple(range(depth)) if config.blocks is None else config.blocks
-        if max(self.blocks) >= depth:
-            raise InputError(f"adversarial: blocks is {list(self.blocks)}; the teacher has {depth}, numbered from 0")
+        self.blocks = looked_at(teacher.network, config)
         self.teacher, self.range = teacher, config.noise_levels
 
     def draw_times(self, count: int, random: torch.Generator) -> list[float]:

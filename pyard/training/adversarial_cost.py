@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pyard.conditions import Condition
 from pyard.cost.flops import discriminator_flops, feature_flops
+from pyard.errors import InputError
 from pyard.models.backbone import Denoiser
 from pyard.training.adversarial_config import AdversarialConfig
 
@@ -16,8 +17,7 @@ def adversarial_flops(network: Denoiser, condition: Condition, settings: Adversa
         condition: of one sample.
         settings: of the stage.
     """
-    trunk = network.trunk
-    blocks = tuple(range(len(trunk.blocks))) if settings.blocks is None else settings.blocks
+    trunk, blocks = network.trunk, looked_at(network, settings)
     head = discriminator_flops(
         trunk.tokens_per_step(),
         trunk.hidden_size,
@@ -29,3 +29,13 @@ def adversarial_flops(network: Denoiser, condition: Condition, settings: Adversa
         feature_matching=settings.feature_matching > 0,
     )
     return feature_flops(network, condition, blocks) + len(blocks) * head
+
+
+def looked_at(network: Denoiser, settings: AdversarialConfig) -> tuple[int, ...]:
+    """The blocks of the teacher that have discriminators; an InputError if it does not have them."""
+    depth = len(network.trunk.blocks)
+    if settings.blocks is None:
+        return tuple(range(depth))
+    if max(settings.blocks) >= depth:
+        raise InputError(f"adversarial: blocks is {list(settings.blocks)}; the teacher has {depth}, numbered from 0")
+    return settings.blocks

@@ -6,11 +6,13 @@ import dataclasses
 import gc
 import json
 import multiprocessing
+import shutil
 from pathlib import Path
 
 import factories
 import pytest
 import torch
+from own_backbone import own_module, own_teacher
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,11 +20,11 @@ from pyard import ops
 from pyard.cli.command_line import main
 from pyard.conditions import Condition
 from pyard.cost.flops import head_flops, teacher_flops
-from pyard.cost.memory import block_bytes, block_parameters, head_parameters
+from pyard.cost.memory import head_parameters, student_activations
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
-from pyard.estimate.recipe_cost import estimate, memory_of, stage_flops, store_bytes, student_of
+from pyard.estimate.recipe_cost import MemoryOfUpdates, estimate, stage_flops, store_bytes, student_of
 from pyard.models.backbone import Denoiser
 from pyard.models.discriminator import Discriminator
 from pyard.models.dit.network import DiT, Trunk
@@ -138,48 +140,11 @@ def test_flops_of_an_update_are_those_that_run(rollout):
     assert stage_flops(config, digits(), student) == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
-def test_parameters_are_those_of_the_modules():
-    network = digits_network()
-    model = DiT(network)
-    assert block_parameters(network) == sum(p.numel() for p in model.trunk.blocks[0].parameters())
-    settings = AdversarialConfig(width=24, depth=2, kernel_size=5)
+def test_flops_of_a_discriminator_are_those_of_the_module():
     heads = Discriminator(3, 64, width=24, depth=2, kernel_size=5, group=1)
-    assert 3 * head_parameters(network, settings) == sum(p.numel() for p in heads.parameters())
     with FlopCounterMode(display=False) as counter:
         heads.heads[0].eval()(torch.randn(1, 16, 64), torch.randn(1, 64))
     assert sum(head_flops(16, 64, 64, width=24, depth=2, kernel_size=5)) == pytest.approx(counter.get_total_flops(), rel=0.01)
-
-
-@pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_a_block_keeps_what_the_formula_says(backend, mixed):
-    schedule = NoiseSchedule()
-
-    def kept(depth: int) -> int:
-        _, sizes = student_of(TrainConfig(teacher="", out=Path()), Denoiser(Trunk(digits_network(64, depth))), schedule)
-        model = Student(dataclasses.replace(sizes.config, history_layers=1))
-        factories.randomise(model)
-        storages: dict[int, torch.UntypedStorage] = {}
-        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.untyped_storage().data_ptr() not in own:
-                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-            return tensor
-
-        with (
-            ops.use_backend(backend),
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=mixed),
-        ):
-            output = model(torch.randn(64, 4, 1, 8, 8), torch.zeros(64, dtype=torch.long))
-        total = sum(storage.nbytes() for storage in storages.values())
-        del output
-        return total
-
-    plain = backend == "reference" or ops.backend.library is None
-    tokens = 64 * 4 * 16
-    assert (kept(3) - kept(2)) / tokens == pytest.approx(block_bytes(digits_network(), mixed, plain), rel=0.05)
 
 
 def _resident(field: str) -> int:
@@ -225,7 +190,7 @@ def test_memory_is_that_of_a_run_on_the_digits(checkpointing, monkeypatch):
     measured = queue.get(timeout=300)
     process.join()
     config, sizes = student_of(TrainConfig.read(RECIPES / "digits.yaml"), digits(), NoiseSchedule())
-    found = memory_of(config, digits(), sizes, batch, 1, False, checkpointing, device_type="cpu")
+    found = MemoryOfUpdates.count(config, digits(), sizes, device_type="cpu").of(batch, 1, False, checkpointing)
     print(f"measured {measured / 1e6:.0f} MB, estimated {found.total / 1e6:.0f} MB")
     assert 0.8 * measured < found.total < 1.25 * measured
 
@@ -243,10 +208,75 @@ def test_adversarial_stage_and_students_that_are_there(tmp_path, capsys):
     written = json.loads((tmp_path / "estimate.json").read_text())
     assert written["student"]["heads"] == "shared"
     assert written["parameters"] == sum(p.numel() for p in student.parameters())
-    costs = written["memory"]["one GPU"]["4"]
+    costs, kernel_size = written["memory"]["one GPU"]["4"], AdversarialConfig().kernel_size
     assert costs["frozen"] == 4 * sum(p.numel() for p in teacher.network.parameters())
-    assert costs["discriminators"] == 16 * 3 * head_parameters(teacher.network.config, AdversarialConfig(width=8))
+    assert costs["discriminators"] == 16 * 3 * head_parameters(32, 32, width=8, depth=1, kernel_size=kernel_size)
     assert costs["total"] == pytest.approx(sum(value for name, value in costs.items() if name != "total"))
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """A folder with the module of a user's backbone, and a teacher's folder made of it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    own_teacher(own_module(tmp_path)).save_pretrained(tmp_path / "teacher")
+    return tmp_path
+
+
+NETWORK = "a_users_backbone:MyBackbone"
+
+
+@pytest.mark.parametrize("where", ["flag", "recipe"])
+def test_a_backbone_of_ones_own_has_a_cost(where, own_folder, capsys):
+    settings = {"teacher": "teacher", "num_steps": 3, "max_steps": 5, "batch_size": 8, "num_trajectories": 16}
+    (own_folder / "recipe.yaml").write_text(json.dumps({**settings, **({"network": NETWORK} if where == "recipe" else {})}))
+    flags = ["--network", NETWORK] if where == "flag" else []
+    assert main(["estimate", "recipe.yaml", *flags, "--device", "H100", "--gpus", "2", "--out", "estimate.json"]) == 0
+    assert "T = 32 tokens" in capsys.readouterr().out
+    written = json.loads(Path("estimate.json").read_text())
+    teacher = NetworkTeacher.from_pretrained("teacher", network=NETWORK)
+    student = Student.from_teacher(teacher, TimeGrid.build(teacher.schedule, 3, 25), history_layers=1, history_bias=-4.0)
+    assert written["parameters"] == sum(p.numel() for p in student.parameters())
+    assert [stage["name"] for stage in written["stages"]] == ["trajectories", "regression"]
+    # Both guided passes of 25 steps, for prompts that a batch pads to 5 tokens.
+    one = Condition({"tokens": torch.zeros(1, 5, 8), "mask": torch.ones(1, 5, dtype=torch.bool)})
+    assert written["stages"][0]["flops"] == 16 * 50 * teacher_flops(teacher.network, one)
+    kept = student_activations(student, one)
+    memory = written["memory"]
+    assert memory["DDP"]["4"]["activations"] == 4 * kept.peak(False)
+    assert memory["FSDP, checkpointing"]["4"]["activations"] == 4 * kept.peak(True)
+    block = sum(p.numel() for p in student.trunk.blocks[0].parameters())
+    assert memory["FSDP"]["4"]["gathered"] == 4 * (written["parameters"] - block)  # of 3 blocks, 2 are gathered at a time
+    store = generate_trajectories(teacher, own_folder / "store", 16, num_steps=3, progress=False)
+    assert written["store_bytes"] == store_bytes(store.manifest, 16)
+
+
+def test_the_adversarial_stage_of_a_backbone_of_ones_own_has_a_cost(own_folder):
+    teacher = NetworkTeacher.from_pretrained("teacher", network=NETWORK)
+    student = Student.from_teacher(teacher, TimeGrid.build(teacher.schedule, 3, 25), history_layers=2)
+    student.save_pretrained("run/student")
+    settings = {"teacher": "teacher", "student": "run", "network": NETWORK, "stage": "adversarial", "num_steps": 3}
+    Path("recipe.yaml").write_text(json.dumps({**settings, "adversarial": {"width": 8, "depth": 0, "blocks": [0, 2]}}))
+    found = estimate(Path("recipe.yaml"))
+    memory = found.memory["one GPU"][4]
+    assert memory.discriminators == 16 * 2 * head_parameters(16, 1 + 8, width=8, depth=0, kernel_size=9)
+    assert memory.frozen == 4 * found.teacher_parameters
+    plain = student_activations(student, teacher.conditions.take([1]))
+    assert memory.activations > 4 * plain.peak(False)
+    Path("recipe.yaml").write_text(json.dumps({**settings, "adversarial": {"blocks": [3]}}))
+    with pytest.raises(InputError, match="the teacher has 3, numbered from 0"):
+        estimate(Path("recipe.yaml"))
+
+
+def test_what_is_missing_of_a_backbone_of_ones_own_is_named(own_folder, capsys):
+    Path("recipe.yaml").write_text(json.dumps({"teacher": "teacher", "num_steps": 3}))
+    assert main(["estimate", "recipe.yaml"]) == 2
+    assert f"--network {NETWORK}" in capsys.readouterr().err
+    shutil.rmtree("teacher/conditions")
+    assert main(["estimate", "recipe.yaml", "--network", NETWORK]) == 2
+    assert "no table of conditions was found; expected one in conditions/" in capsys.readouterr().err
+    assert main(["estimate", "recipe.yaml", "--network", "pyard.models.dit.network:Trunk"]) == 2
+    assert "config.json does not fit Trunk" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

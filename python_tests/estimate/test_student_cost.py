@@ -3,29 +3,27 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from dit_formulas import flops_of_passes
 from factories import tiny_student
+from own_backbone import own_module, own_teacher
 
 import pyard
 from pyard.cli.command_line import main
-from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.estimate.student_cost import count
-from pyard.models.dit.network import DiTConfig
 from pyard.models.student import Student
 from pyard.models.student_config import StudentConfig
+from pyard.teachers.published import network_of
 
 
 def xl_student(history_layers: int, num_steps: int = 4) -> Student:
     """DiT-XL/2 at 256 pixels, without memory."""
-    network = DiTConfig(32, 4, 2, 1152, 28, 16, 1000)
-    schedule = NoiseSchedule()
+    network, schedule = network_of("DiT-XL/2")
+    trunk, head = network.trunk.for_student(network.head)
     config = StudentConfig(
-        network, TimeGrid.build(schedule, num_steps), schedule, history_layers=history_layers, history_bias=None
+        trunk.config, TimeGrid.build(schedule, num_steps), schedule, history_layers=history_layers, history_bias=None
     )
-    with torch.device("meta"):
-        return Student(config)
+    return Student(config, trunk, head).to("meta")
 
 
 def test_the_history_of_the_paper_costs_1_15_percent():
@@ -71,3 +69,19 @@ def test_describe_prints_and_returns_the_numbers(capsys, tmp_path: Path):
     for parameter in student.trunk.parameters():
         parameter.requires_grad_(False)
     assert count(student).trainable_parameters == sum(p.numel() for p in student.heads.parameters())
+
+
+def test_describe_reads_a_backbone_of_ones_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    teacher = own_teacher(own_module(tmp_path))
+    student = Student.from_teacher(teacher, TimeGrid.build(teacher.schedule, 3, 3), history_layers=2)
+    student.save_pretrained("run/student")
+    assert main(["describe", "run"]) == 2
+    assert "--network a_users_backbone:MyBackbone" in capsys.readouterr().err
+    assert main(["describe", "run", "--network", "a_users_backbone:MyBackbone"]) == 0
+    description = count(student)
+    assert str(description) in capsys.readouterr().out
+    assert description.cache_bytes == 2 * 2 * 3 * 32 * 16 * 4
+    # Two layers x (0 + 1 + 2) earlier steps x two products of [32, 16] x [16, 32].
+    assert description.flops_per_image - description.flops_without_history == 2 * 3 * 2 * 2 * 32 * 32 * 16
