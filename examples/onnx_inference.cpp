@@ -3,9 +3,9 @@
 //   onnx_inference student.onnx samples.pgm 0 3 1 4             one sample for each label; the noise is that of seed 0
 //   onnx_inference student.onnx samples.f32 noise.f32 3 1 4     the noise is read: raw float32 [labels, C, H, W]
 //
-// samples.pgm (one channel) and samples.ppm (three, or a file exported with --vae) show the samples side by side; by
+// samples.pgm (one channel) and samples.ppm (three, or a file with a decoder) show the samples side by side; by
 // any other name the file holds raw numbers: float32 [labels, C, H, W], or uint8 [labels, height, width, 3] of a file
-// with --vae.
+// with a decoder.
 
 #include <onnxruntime_cxx_api.h>
 

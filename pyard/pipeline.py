@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from pyard.conditions import Condition
 from pyard.errors import InputError
-from pyard.models.codec import LatentCodec
+from pyard.models.codec import LatentCodec, require_latent_codec
 from pyard.models.student import Student
 from pyard.sampling.draw import condition_numbers
 
@@ -59,20 +59,20 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     Args:
         student: the component.
-        vae: of a student in latent space.
+        vae: of a student in latent space (`pyard.models.codec.LatentCodec` says which).
     """
 
     model_cpu_offload_seq = "student->vae"
     _optional_components = ["vae"]  # noqa: RUF012 (diffusers' own form)
 
     student: StudentModel
-    vae: AutoencoderKL | None
+    vae: ModelMixin | None
 
-    def __init__(self, student: StudentModel | Student, vae: AutoencoderKL | None = None):
+    def __init__(self, student: StudentModel | Student, vae: ModelMixin | None = None):
         super().__init__()
         student = StudentModel(student) if isinstance(student, Student) else student
         if vae is None and student.student.codec is not None:
-            vae = student.student.codec.vae
+            vae = require_latent_codec(student.student.codec, "a pipeline").vae
         self.register_modules(student=student, vae=vae)
 
     @classmethod
@@ -131,9 +131,10 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise InputError(f"output_type is {output_type!r}; expected pil, np, pt or latent")
         if self.vae is not None:
             sample = LatentCodec(self.vae).decode(sample)
-        elif sample.shape[1] not in (1, 3):
+        elif sample.ndim != 4 or sample.shape[1] not in (1, 3):
             raise InputError(
-                f"this student draws {sample.shape[1]} channels and has no VAE; pass vae=…, or use output_type='latent'"
+                f"this student draws samples of shape {tuple(sample.shape[1:])} and has no VAE; pass vae=…, or use "
+                "output_type='latent'"
             )
         images = (sample / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from factories import randomise, tiny_student, tiny_teacher
 from golden import relative_error
+from models.autoencoders import plain_vae, qwen_vae
 
 import pyard
 from pyard import ARDPipeline, Student, TimeGrid
@@ -69,6 +70,32 @@ def test_what_train_writes_is_read_as_a_pipeline(student, tmp_path: Path):
     assert relative_error(images, (student.codec.decode(expected) / 2 + 0.5).clamp(0, 1)) < 1e-6
     pictures = pipe(class_labels=[1, 2], latents=noise).images
     assert [picture.size for picture in pictures] == [(8, 8), (8, 8)]
+
+
+def test_a_pipeline_decodes_with_a_vae_of_videos(tmp_path: Path, caplog):
+    student = tiny_student(2, history_layers=1)
+    student.codec = LatentCodec(qwen_vae())
+    ARDPipeline(student).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderKLQwenImage"]
+    pipe = ARDPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(2, 2, 8, 8)
+    images = pipe(class_labels=[1, 2], latents=noise, output_type="pt").images
+    with torch.inference_mode():
+        *_, latents = student.rollout(noise, torch.tensor([1, 2]))
+    expected = (student.codec.decode(latents) / 2 + 0.5).clamp(0, 1)
+    assert expected.std() > 0.01
+    assert relative_error(images, expected) < 1e-6
+    assert not [record for record in caplog.records if "type" in record.message], "diffusers warns about the VAE's class"
+
+
+def test_packed_tokens_keep_their_grid_in_a_pipeline(tmp_path: Path):
+    """The grid is in the VAE's configuration, which diffusers carries along."""
+    student = tiny_student(2, history_layers=1)
+    student.codec = LatentCodec(plain_vae(), grid=(2, 3))
+    ARDPipeline(student).save_pretrained(tmp_path)
+    pipe = ARDPipeline.from_pretrained(tmp_path)
+    assert pipe._images(torch.randn(1, 6, 8), "pt").shape == (1, 3, 8, 12)
 
 
 def test_every_image_can_have_a_generator_of_its_own(student):

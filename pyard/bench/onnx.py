@@ -194,7 +194,7 @@ def _file(student: Student, way: str, folder: Path) -> Path:
         return folder / "student"
     precision = way.removeprefix("ONNX ")
     path = folder / precision / "student.onnx"
-    export_onnx(student, path, precision=precision, calibration=8)  # type: ignore[arg-type]
+    export_onnx(student, path, precision=precision, calibration=8, vae=None)  # type: ignore[arg-type]
     return path
 
 

@@ -25,8 +25,9 @@ class RealData:
     """Images, or latents as distributions, with labels.
 
     Args:
-        shards: each with `images` [n, C, H, W] (pixels from -1 to 1, or the means of latents) and `labels` [n]. Latents, whose
-            mirror image is not that of the picture, have `flipped` too, and the standard deviations `std` and `flipped_std`.
+        shards: each with `images` [n, C, H, W] (pixels from -1 to 1, or the means of latents of any shape) and `labels` [n].
+            Latents, whose mirror image is not that of the picture, have `flipped` too, and the standard deviations `std` and
+            `flipped_std`.
     """
 
     shards: tuple[dict[str, torch.Tensor], ...]
@@ -42,7 +43,8 @@ class RealData:
                     "and flipped_std"
                 )
             images, labels = shard["images"], shard["labels"]
-            if images.ndim != 4 or not images.is_floating_point() or labels.shape != images.shape[:1] or not len(labels):
+            rank = images.ndim >= 3 if of_latents else images.ndim == 4  # latents may be packed
+            if not rank or not images.is_floating_point() or labels.shape != images.shape[:1] or not len(labels):
                 raise InputError(
                     f"real data: images {images.dtype} {list(images.shape)} and labels {list(labels.shape)}; expected floating "
                     "point [n, C, H, W] and [n], n at least 1"

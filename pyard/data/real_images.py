@@ -14,11 +14,10 @@ from safetensors.torch import save_file
 
 from pyard.data.pictures import PICTURE_SUFFIXES, centre_crop
 from pyard.errors import InputError
-from pyard.models.fingerprint import weights_digest
 from pyard.storage.files import new_file, write_text
 
 if TYPE_CHECKING:
-    from pyard.models.codec import LatentCodec
+    from pyard.models.codec import Codec
 
 SHARD_IMAGES = 512
 _ABOUT_NAME = "images.json"
@@ -33,7 +32,7 @@ def cached_images(
     path: Path,
     cache: Path,
     sample_shape: tuple[int, ...],
-    codec: LatentCodec | None,
+    codec: Codec | None,
     *,
     device: torch.device | str = "cpu",
     rank: int = 0,
@@ -47,7 +46,7 @@ def cached_images(
     Args:
         path: sub-folders of pictures, one a class.
         cache: folder of the shards; of one folder of pictures, one size and one VAE.
-        sample_shape: (C, H, W) that the student draws.
+        sample_shape: that the student draws; its pictures have to be square, as the crop is.
         codec: the VAE of a student of latents, whose posteriors are kept, of the mirror image as well; None: pixels, -1 to 1.
         device: where the VAE computes.
         rank: which of world_size processes this is.
@@ -60,16 +59,16 @@ def cached_images(
         InputError: pictures that cannot be read, channels that do not fit, or a cache of something else.
     """
     files = list(_pictures(path))
-    channels, size = sample_shape[0], sample_shape[1]
-    if codec is None:
-        if channels not in (1, 3):
-            raise InputError(
-                f"real data {path}: pictures for a student of {channels} channels; latents need a VAE: give a teacher's folder "
-                "with vae/ in it (load_teacher(..., vae=...).save_pretrained writes one)"
-            )
-    else:
-        channels, size = 3, size * 2 ** (len(codec.vae.config.block_out_channels) - 1)
-    vae = None if codec is None else weights_digest(codec.vae, str(codec.scaling()))
+    shape = tuple(sample_shape) if codec is None else codec.image_shape(sample_shape)
+    channels, size = shape[0], shape[-1]
+    if codec is None and (len(shape) != 3 or channels not in (1, 3)):
+        raise InputError(
+            f"real data {path}: pictures for a student of samples {shape}; latents need a VAE: give a teacher's folder "
+            "with vae/ in it (load_teacher(..., vae=...).save_pretrained writes one)"
+        )
+    if shape[1] != size:
+        raise InputError(f"real data {path}: pictures are cropped to squares; this student draws {shape[1]} x {size}")
+    vae = None if codec is None else codec.fingerprint()
     about = {"images": _digest(path, files), "size": size, "channels": channels, "vae": vae}
     file = cache / _ABOUT_NAME
     if file.exists() and json.loads(file.read_text()) != about:
@@ -91,7 +90,7 @@ def cached_images(
             tensors["images"] = images
         else:
             for mirrored, names in ((False, ("images", "std")), (True, ("flipped", "flipped_std"))):
-                posterior = codec.posterior((images.flip(-1) if mirrored else images).to(device))
+                posterior = codec.posterior((images.flip(-1) if mirrored else images).to(device), sample_shape=sample_shape)
                 tensors |= {name: part.half().cpu().contiguous() for name, part in zip(names, posterior, strict=True)}
         with new_file(shard) as partial:
             save_file(tensors, partial)

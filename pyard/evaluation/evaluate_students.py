@@ -20,7 +20,7 @@ from pyard.evaluation.measure import Candidate, LabelPolicy, labels_of, measure
 from pyard.evaluation.pixels import to_bytes
 from pyard.evaluation.reference import Reference, load_reference
 from pyard.evaluation.report import Evaluation
-from pyard.models.codec import LatentCodec
+from pyard.models.codec import Codec
 from pyard.models.student import Student
 from pyard.runtime import OnnxStudent
 from pyard.sampling.exposure_bias import ExposureBias, exposure_bias
@@ -100,7 +100,7 @@ def evaluate(
     candidates = [student_candidate(s, teacher, name=None if n is None else str(n)) for s, n in zip(loaded, named, strict=True)]
     codec = teacher.codec or next((s.codec for s in loaded if isinstance(s, Student) and s.codec), None)
     decode = None if codec is None else _decoder(codec, teacher.device)
-    shape = _image_shape(teacher, decode)
+    shape = teacher.sample_shape if codec is None else codec.image_shape(teacher.sample_shape)
     network, data = _network_and_data(features, feature_settings, reference, shape, samples_npz, progress)
     biases: dict[str, ExposureBias] = {}
     if trajectories is not None:
@@ -213,15 +213,8 @@ def _sample_file(
         yield write
 
 
-def _decoder(codec: LatentCodec, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
+def _decoder(codec: Codec, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
     return lambda latents: codec.decode(torch.from_numpy(latents).to(device)).cpu().numpy()
-
-
-def _image_shape(teacher: NetworkTeacher, decode: Callable[[np.ndarray], np.ndarray] | None) -> tuple[int, ...]:
-    if decode is None:
-        return teacher.sample_shape
-    channels, height, width = decode(np.zeros((1, *teacher.sample_shape), np.float32)).shape[1:]
-    return channels, height, width
 
 
 def _loaded(student: str | Path | Student | OnnxStudent, device: str) -> Student | OnnxStudent:

@@ -18,7 +18,7 @@ import torch
 from pyard.diffusion.noise import standard_normal, uniform_labels
 from pyard.errors import InputError
 from pyard.export.assembly import Form, assemble
-from pyard.export.decoder import Decoder, load_decoder
+from pyard.export.decoder import Decoder, expected_pictures, load_decoder
 from pyard.export.files import (
     LARGEST_SINGLE_FILE,
     check_target,
@@ -35,7 +35,7 @@ from pyard.models.student import Student
 from pyard.runtime import OnnxStudent
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers import ModelMixin
 
 Precision = Literal["fp32", "fp16", "int8", "int8-static"]
 PARITY_BOUND = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.25, "int8-static": 0.25}  # of the largest value of the sample
@@ -52,7 +52,7 @@ def export(
     opset: int = 23,
     precision: Precision = "fp32",
     calibration: int = 64,
-    vae: Path | None = None,
+    vae: Literal["own", "none"] | Path | None = "own",
     external_data: bool | None = None,
 ) -> None:
     """Write a student as one ONNX file and check it against PyTorch.
@@ -68,7 +68,8 @@ def export(
         precision: of weights and products: `fp32`; `fp16`, half the size, for GPUs; `int8`, a quarter if the student is large,
             ranges measured in every call; `int8-static`, ranges fixed by calibration.
         calibration: samples that `int8-static` is calibrated with.
-        vae: folder of a diffusers AutoencoderKL, whose decoder is appended: the samples become 8-bit pictures.
+        vae: the VAE whose decoder is appended, so that the samples become 8-bit pictures: the student's `own`, if it has one;
+            the folder of another diffusers autoencoder; `none`: the file draws latents.
         external_data: weights in a second file, FILE.data; none: where one file cannot hold them (2 GB).
     """
     folder = Path(student)
@@ -92,7 +93,7 @@ def export_onnx(
     opset: int = 23,
     precision: Precision = "fp32",
     calibration: int = 64,
-    vae: str | Path | AutoencoderKL | None = None,
+    vae: str | Path | ModelMixin | None = "own",
     external_data: bool | None = None,
 ) -> dict[int, float]:
     """Write a student as one ONNX file, of the form `sampler`, noise [B, C, H, W], label [B] -> sample [B, C, H, W], or `step`,
@@ -110,7 +111,8 @@ def export_onnx(
         precision: of weights and products: `fp32`; `fp16`; `int8`, with ranges of the activations measured in every call;
             `int8-static`, with ranges fixed by `calibration` samples. Latents, jumps and predictions are float32 in all.
         calibration: samples whose trajectories calibrate `int8-static`.
-        vae: a diffusers AutoencoderKL, or its folder: its decoder is appended, and samples are uint8 [B, height, width, 3].
+        vae: whose decoder is appended, so that samples are uint8 [B, height, width, 3]: `own`, the student's, if it has one; a
+            diffusers autoencoder (`pyard.models.codec.LatentCodec`), or its folder; `none` or None: samples are latents.
         external_data: weights in a second file, `<path>.data`; None: where one file cannot hold them (2 GB).
 
     Returns:
@@ -133,10 +135,10 @@ def export_onnx(
     if not isinstance(student, Student):
         student = Student.from_pretrained(student)
     student = copy.deepcopy(student).to("cpu", torch.float32).eval().requires_grad_(False)
-    decoder = None if vae is None else load_decoder(vae, student.sample_shape)
+    decoder = load_decoder(vae, student)
     model = assemble(student, form, opset, torch.float16 if precision == "fp16" else torch.float32, decoder)
     external = weight_bytes(model) > LARGEST_SINGLE_FILE if external_data is None else external_data
-    facts = describe(student, form=form, precision=precision, opset=opset, pictures=vae is not None, parity={})
+    facts = describe(student, form=form, precision=precision, opset=opset, pictures=decoder is not None, parity={})
     with new_files(path) as building:
         if precision.startswith("int8"):
             with TemporaryDirectory(dir=building.parent) as folder:
@@ -162,7 +164,8 @@ def export_onnx(
 
 
 def measure_parity(student: Student, exported: OnnxStudent, decoder: Decoder | None = None) -> dict[int, float]:
-    """The largest error of an exported student relative to the largest value of PyTorch's sample, by batch size."""
+    """The largest error of an exported student relative to the largest value of PyTorch's sample, of a picture 255, by batch
+    size."""
     parity = {}
     for size in PARITY_BATCH_SIZES:
         index = np.arange(size)
@@ -170,8 +173,11 @@ def measure_parity(student: Student, exported: OnnxStudent, decoder: Decoder | N
         noise = standard_normal(1, index, student.sample_shape)
         with torch.inference_mode():
             *_, last = student.rollout(torch.from_numpy(noise), torch.from_numpy(labels))
-            expected = (last if decoder is None else decoder(last)).float().numpy()
-        error = np.abs(exported.sample(labels, noise=noise) - expected).max() / np.abs(expected).max()
+        drawn = last.numpy() if decoder is None else expected_pictures(decoder.codec, last)
+        expected = drawn.astype(np.float32)
+        # Of pictures 255, whatever they show: one level is as much in a dark one.
+        largest = np.abs(expected).max() if decoder is None else 255
+        error = np.abs(exported.sample(labels, noise=noise) - expected).max() / largest
         parity[size] = float(error)
     return parity
 

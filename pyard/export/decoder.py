@@ -1,53 +1,76 @@
-"""A diffusers autoencoder's decoder as a part of the graph: latents in, 8-bit pictures out."""
+"""A codec's decoder as a part of the graph: samples of the student in, 8-bit pictures out."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import nn
 
 from pyard.errors import InputError
 from pyard.export.parts import TracedPart, run_exporter
+from pyard.models.codec import LatentCodec, require_latent_codec
+from pyard.models.student import Student
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers import ModelMixin
 
 
 class Decoder(nn.Module):
-    """Latents [B, C, h, w], as the diffusion model knows them, to uint8 pictures [B, H, W, 3]."""
+    """Samples [B, *sample_shape], as the diffusion model knows them, to uint8 pictures [B, H, W, 3].
 
-    def __init__(self, vae: AutoencoderKL):
+    Args:
+        codec: whose own decoding is traced; its VAE is copied to the CPU in float32 and left as it is.
+    """
+
+    def __init__(self, codec: LatentCodec):
         super().__init__()
-        self.vae = vae.to("cpu", torch.float32).eval().requires_grad_(False)
+        vae = copy.deepcopy(codec.vae).to("cpu")
+        self.vae = vae if vae.dtype == torch.float32 else vae.float()
+        self.codec = LatentCodec(self.vae)
+        assert self.codec.vae is self.vae  # prepared here, not while it is traced
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
-        config = self.vae.config
-        unscaled = latent / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        picture = self.vae.decode(unscaled, return_dict=False)[0]  # [B, 3, H, W], -1 to 1
+        picture = self.codec.decode_batch(latent)  # [B, 3, H, W], -1 to 1
         # 128, not 127.5: the conversion cuts off the fraction, so this rounds to the nearest.
         return (127.5 * picture + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def load_decoder(vae: str | Path | AutoencoderKL, sample_shape: tuple[int, ...]) -> Decoder:
-    """The decoder of an AutoencoderKL, or of its folder.
+def load_decoder(vae: str | Path | ModelMixin | None, student: Student) -> Decoder | None:
+    """The decoder that an exported student gets; None: it draws samples.
+
+    Args:
+        vae: `own`, that of the student, if it has one; `none` or None: none; the folder of a diffusers autoencoder, or one in
+            memory.
+        student: that is exported.
 
     Raises:
-        InputError: no autoencoder there, or one of another number of channels.
+        InputError: no autoencoder there, or one that does not decode the student's samples.
     """
-    from diffusers import AutoencoderKL
+    if vae is None or str(vae) == "none":
+        return None
+    if isinstance(vae, str | Path) and str(vae) == "own":
+        if student.codec is None:
+            return None
+        codec = require_latent_codec(student.codec, "an export with pictures")
+    else:
+        codec = LatentCodec(vae)
+    try:
+        codec.check(student.sample_shape)
+    except InputError as error:
+        raise InputError(f"--vae {vae if isinstance(vae, str | Path) else type(vae).__name__}: {error}") from None
+    return Decoder(codec)
 
-    if isinstance(vae, str | Path):
-        try:
-            vae = AutoencoderKL.from_pretrained(vae, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise InputError(f"--vae {vae}: expected a folder with diffusers' AutoencoderKL: {error}") from None
-    channels = vae.config.latent_channels
-    if channels != sample_shape[0]:
-        raise InputError(f"the autoencoder decodes latents of {channels} channels; the student draws {sample_shape[0]}")
-    return Decoder(vae)
+
+def expected_pictures(codec: LatentCodec, samples: torch.Tensor) -> np.ndarray:  # uint8 [B, H, W, 3]
+    """What an exported student should draw: samples [B, *sample_shape] by `codec.decode`, rounded to 8 bits by numpy."""
+    images = codec.decode(samples).cpu().numpy()
+    levels = np.clip(np.rint((images.astype(np.float64) + 1) * 127.5), 0, 255).astype(np.uint8)
+    return levels.transpose(0, 2, 3, 1)
 
 
 def trace_decoder(decoder: Decoder, sample_shape: tuple[int, ...], opset: int) -> tuple[TracedPart, dict[str, ir.Value]]:

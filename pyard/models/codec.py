@@ -1,93 +1,278 @@
-"""Between latents and images: a diffusers AutoencoderKL with its scaling and shift, kept beside a teacher or a student."""
+"""Between latents and images: a diffusers autoencoder with its scaling, kept beside a teacher or a student."""
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from pyard.errors import InputError
+from pyard.models.fingerprint import weights_digest
+from pyard.models.latent_layout import Scaling, latent_size, layout_of, pack, unpack
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers import ModelMixin
 
 FOLDER = "vae"
+_CONFIG_NAME = "config.json"
+# diffusers ignores a key with an underscore, keeps it and writes it again, so that it travels wherever the VAE does.
+_GRID_KEY = "_packed_grid"
+
+
+class Codec(Protocol):
+    """What turns samples of a student into images, and images into samples: `LatentCodec`, or one of the user's own."""
+
+    def check(self, sample_shape: tuple[int, ...]) -> None:
+        """Raise an InputError unless samples of this shape can be decoded."""
+        ...
+
+    def image_shape(self, sample_shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """(channels, height, width) of the image that a sample of this shape becomes."""
+        ...
+
+    def decode(self, latents: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
+        """Samples [n, *sample_shape] to images [n, 3, H, W] float32, about -1 to 1."""
+        ...
+
+    def encode(self, images: torch.Tensor, batch_size: int = 8, *, sample_shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        """Images [n, 3, H, W], -1 to 1, to samples float32; of this shape, where there is more than one."""
+        ...
+
+    def posterior(
+        self, images: torch.Tensor, batch_size: int = 8, *, sample_shape: tuple[int, ...] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images as in `encode` to mean and standard deviation of their samples, each like the samples."""
+        ...
+
+    def fingerprint(self) -> str:
+        """What tells its latents from those of another codec."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write itself into the model's folder."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What differs between classes of autoencoders.
+
+    Args:
+        channels: name in the configuration of the number of latent channels.
+        factor: pixels along one side of a latent, from the configuration.
+        image_channels: likewise.
+        frames: whether images are videos of one frame: latents [B, C, 1, h, w].
+    """
+
+    channels: str
+    factor: Callable[[Mapping[str, Any]], int]
+    image_channels: Callable[[Mapping[str, Any]], int]
+    frames: bool = False
+
+
+AUTOENCODERS = {
+    "AutoencoderKL": _Kind(
+        "latent_channels",
+        lambda config: 2 ** (len(config["block_out_channels"]) - 1),
+        lambda config: config["out_channels"],
+    ),
+    "AutoencoderKLQwenImage": _Kind(
+        "z_dim",
+        lambda config: 2 ** len(config["temperal_downsample"]),
+        lambda config: config["input_channels"],
+        frames=True,
+    ),
+    # Wan's scale_factor_spatial is what its pipeline says of it, not what its layers do.
+    "AutoencoderKLWan": _Kind(
+        "z_dim",
+        lambda config: 2 ** len(config["temperal_downsample"]) * (config["patch_size"] or 1),
+        lambda config: config["out_channels"] // (config["patch_size"] or 1) ** 2,
+        frames=True,
+    ),
+}
 
 
 class LatentCodec:
     """A VAE that is read when it is first needed; no submodule of the model that it travels with, so it is never trained.
 
+    Samples are its latents, scaled as diffusers' pipelines do (`pyard.models.latent_layout`): [C, h, w], [C, 1, h, w], or
+    packed 2 x 2, [4C, h/2, w/2] or [T, 4C]. Their shape tells them apart.
+
     Args:
-        source: the folder of a diffusers `AutoencoderKL`, or one in memory.
+        source: the folder of a diffusers autoencoder, or one in memory: `AutoencoderKL`, `AutoencoderKLQwenImage` or
+            `AutoencoderKLWan`.
+        grid: rows and columns of samples [T, 4C]; None: what the VAE's configuration says, else as many of each.
     """
 
-    def __init__(self, source: str | Path | AutoencoderKL):
+    def __init__(self, source: str | Path | ModelMixin, grid: tuple[int, int] | None = None):
         self._folder = Path(source) if isinstance(source, str | Path) else None
-        self._vae: Any = None if isinstance(source, str | Path) else source
+        self._source: Any = None if isinstance(source, str | Path) else source
+        self._vae: Any = None
+        self._new_grid = grid
 
     @classmethod
     def beside(cls, *folders: Path) -> LatentCodec | None:
         """The codec in the sub-folder `vae` of the first of these folders that has one."""
-        return next((cls(folder / FOLDER) for folder in folders if (folder / FOLDER / "config.json").is_file()), None)
+        return next((cls(folder / FOLDER) for folder in folders if (folder / FOLDER / _CONFIG_NAME).is_file()), None)
 
     @property
-    def vae(self) -> AutoencoderKL:
-        """The autoencoder.
+    def vae(self) -> Any:
+        """The autoencoder, a module of diffusers.
 
         Raises:
-            InputError: the folder holds none, or one that normalises its latents by channel.
+            InputError: the folder holds none, or one of another class than pyard decodes.
         """
         if self._vae is None:
-            from diffusers import AutoencoderKL
+            vae = _read(self._folder) if self._folder is not None else self._source
+            _kind_of(vae)
+            if self._new_grid is not None:
+                vae.register_to_config(**{_GRID_KEY: list(self._new_grid)})
+            self._vae = vae.eval().requires_grad_(False)
+        return self._vae
 
-            try:
-                self._vae = AutoencoderKL.from_pretrained(str(self._folder), torch_dtype=torch.float32)
-            except (OSError, ValueError, RuntimeError) as error:
-                raise InputError(f"{self._folder}: no AutoencoderKL that diffusers can read: {error}") from None
-        config = self._vae.config
-        if getattr(config, "latents_mean", None) is not None or getattr(config, "latents_std", None) is not None:
-            raise InputError("this VAE normalises each latent channel (latents_mean, latents_std); pyard scales them alone")
-        return self._vae.eval().requires_grad_(False)
+    @property
+    def channels(self) -> int:
+        """C, of the VAE's latents."""
+        return int(self.vae.config[_kind_of(self.vae).channels])
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of packed tokens [T, 4C]; None: as many of each."""
+        grid = self.vae.config.get(_GRID_KEY)
+        return None if grid is None else (int(grid[0]), int(grid[1]))
+
+    def scaling(self) -> Scaling:
+        """How latents are scaled.
+
+        Raises:
+            InputError: a configuration that contradicts itself.
+        """
+        return Scaling.of(self.vae.config, self.channels)
+
+    def check(self, sample_shape: tuple[int, ...]) -> None:
+        """Raise an InputError unless the VAE decodes samples of this shape."""
+        self.image_shape(sample_shape)
+        self.scaling()
+
+    def image_shape(self, sample_shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """(channels, height, width) of the image that a sample of this shape becomes."""
+        kind, config = _kind_of(self.vae), self.vae.config
+        factor = kind.factor(config)
+        height, width = latent_size(tuple(sample_shape), self.channels, self.grid)
+        return kind.image_channels(config), height * factor, width * factor
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
-        """Latents [n, C, h, w] to images [n, 3, H, W] float32, about -1 to 1: z / scaling_factor + shift_factor, decoded."""
-        vae = self.vae.to(latents.device)
-        scaling, shift = self.scaling()
-        parts = [vae.decode((part.float() / scaling + shift).to(vae.dtype)).sample for part in latents.split(batch_size)]
-        return torch.cat(parts).float()
+        """Samples [n, *sample_shape] to images [n, 3, H, W] float32, about -1 to 1."""
+        self.vae.to(latents.device)
+        return torch.cat([self.decode_batch(part) for part in latents.split(batch_size)])
+
+    def decode_batch(self, latents: torch.Tensor) -> torch.Tensor:
+        """`decode` of one batch, on the VAE's device, without control flow that depends on values: what an export traces."""
+        plain = self.scaling().to_vae(unpack(latents, self.channels, self.grid).float()).to(self.vae.dtype)
+        if not _kind_of(self.vae).frames:
+            image: torch.Tensor = self.vae.decode(plain, return_dict=False)[0]
+        else:
+            image = self.vae.decode(plain[:, :, None], return_dict=False)[0][:, :, 0]
+        return image.float()
 
     @torch.inference_mode()
-    def encode(self, images: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
-        """Images [n, 3, H, W], -1 to 1, to latents [n, C, h, w] float32: (mode of the posterior - shift_factor) * scaling."""
-        vae = self.vae.to(images.device)
-        scaling, shift = self.scaling()
-        modes = [vae.encode(part.to(vae.dtype)).latent_dist.mode() for part in images.split(batch_size)]
-        return (torch.cat(modes).float() - shift) * scaling
+    def encode(self, images: torch.Tensor, batch_size: int = 8, *, sample_shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        """Images to samples, of the posterior's mode.
+
+        Args:
+            images: [n, 3, H, W], -1 to 1.
+            batch_size: images that are encoded together.
+            sample_shape: of the samples, where they are packed; None: [C, h, w].
+
+        Returns:
+            float32 [n, *sample_shape].
+        """
+        modes = torch.cat([part.mode() for part in self._posteriors(images, batch_size)])
+        return self._as_samples(self.scaling().from_vae(self._without_frame(modes)), sample_shape)
 
     @torch.inference_mode()
-    def posterior(self, images: torch.Tensor, batch_size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images as in `encode` to mean and standard deviation of their latents, each [n, C, h, w] float32, scaled alike."""
-        vae = self.vae.to(images.device)
-        scaling, shift = self.scaling()
-        parts = [vae.encode(part.to(vae.dtype)).latent_dist for part in images.split(batch_size)]
-        mean, std = (torch.cat([getattr(part, name) for part in parts]).float() for name in ("mean", "std"))
-        return (mean - shift) * scaling, std * scaling
+    def posterior(
+        self, images: torch.Tensor, batch_size: int = 8, *, sample_shape: tuple[int, ...] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Arguments as of `encode`, to mean and standard deviation of the samples, each float32 [n, *sample_shape]."""
+        parts = self._posteriors(images, batch_size)
+        mean, std = (self._without_frame(torch.cat([getattr(part, name) for part in parts])) for name in ("mean", "std"))
+        scaling = self.scaling()
+        return self._as_samples(scaling.from_vae(mean), sample_shape), self._as_samples(scaling.spread(std), sample_shape)
+
+    def fingerprint(self) -> str:
+        """sha256 of the VAE's weights and the scaling."""
+        scaling = self.scaling()
+        # A pair where there is no more to say: caches of encoded images that hold it are older than the statistics.
+        about = (scaling.scaling, scaling.shift) if scaling.mean is None else scaling
+        return weights_digest(self.vae, str(about))
 
     def save(self, folder: Path) -> None:
         """Write the VAE into the sub-folder `vae`."""
-        if self._folder is not None:
+        if self._folder is not None and self._new_grid is None:
             shutil.copytree(self._folder, folder / FOLDER)
         else:
             self.vae.save_pretrained(str(folder / FOLDER))
 
-    def scaling(self) -> tuple[float, float]:
-        """(scaling_factor, shift_factor) of the VAE's configuration."""
-        config = self.vae.config
-        return float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
+    def _posteriors(self, images: torch.Tensor, batch_size: int) -> list[Any]:
+        vae = self.vae.to(images.device)
+        images = images.to(vae.dtype)
+        images = images[:, :, None] if _kind_of(vae).frames else images
+        return [vae.encode(part).latent_dist for part in images.split(batch_size)]
+
+    def _without_frame(self, latents: torch.Tensor) -> torch.Tensor:  # float32 [n, C, h, w]
+        return (latents[:, :, 0] if _kind_of(self.vae).frames else latents).float()
+
+    def _as_samples(self, latents: torch.Tensor, sample_shape: tuple[int, ...] | None) -> torch.Tensor:
+        if sample_shape is None:
+            return latents
+        packed = pack(latents, layout_of(tuple(sample_shape), self.channels))
+        size = latent_size(tuple(sample_shape), self.channels, self.grid)
+        if tuple(latents.shape[2:]) != size:
+            found = "{} x {}".format(*latents.shape[2:])
+            raise InputError(
+                f"these images have latents of {found}; samples of shape {sample_shape} hold {size[0]} x {size[1]}"
+            )
+        return packed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LatentCodec:
         # An average of the student's weights, or its copy in another precision, decodes with the same VAE.
         return self
+
+
+def require_latent_codec(codec: Codec, purpose: str) -> LatentCodec:
+    """The codec, if it is one of diffusers' autoencoders, else an InputError."""
+    if not isinstance(codec, LatentCodec):
+        raise InputError(f"{purpose} needs a VAE of diffusers (LatentCodec); this codec is a {type(codec).__name__}")
+    return codec
+
+
+def _kind_of(vae: Any) -> _Kind:
+    found = next((AUTOENCODERS[cls.__name__] for cls in type(vae).__mro__ if cls.__name__ in AUTOENCODERS), None)
+    if found is None:
+        raise InputError(f"the VAE is a {type(vae).__name__}; expected one of {', '.join(AUTOENCODERS)}")
+    return found
+
+
+def _read(folder: Path) -> Any:
+    import diffusers
+
+    file = folder / _CONFIG_NAME
+    if not file.is_file():
+        raise InputError(f"{folder}: expected the folder of a diffusers autoencoder; there is no {_CONFIG_NAME}")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")).get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{file} is no configuration of a diffusers autoencoder: {error}") from None
+    if found not in AUTOENCODERS:
+        raise InputError(f"{folder}: the VAE is a {found}; expected one of {', '.join(AUTOENCODERS)}")
+    try:
+        return getattr(diffusers, found).from_pretrained(str(folder), torch_dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise InputError(f"{folder}: no {found} that diffusers can read: {' '.join(str(error).split())}") from None

@@ -21,7 +21,7 @@ from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.time_grid import Target, TimeGrid
 from pyard.errors import InputError
 from pyard.models.backbone import Backbone, Denoiser, StepHeads
-from pyard.models.codec import LatentCodec
+from pyard.models.codec import Codec, LatentCodec
 from pyard.models.families import backbone_class
 from pyard.models.folder import load_folder, save_folder
 from pyard.models.history import History, HistoryCache, PreallocatedCache
@@ -34,7 +34,7 @@ class Source(Protocol):
     """What a student is made from: a teacher with a network."""
 
     schedule: NoiseSchedule
-    codec: LatentCodec | None
+    codec: Codec | None
 
     @property
     def network(self) -> Denoiser: ...
@@ -74,7 +74,7 @@ class Student(nn.Module):
         head = self.trunk.new_head() if head is None else head
         self.heads = StepHeads(head, config.grid.num_steps if config.heads == "per_step" else 1)
         self.register_buffer("embed_times", torch.tensor(config.grid.embed_times, device="cpu"), persistent=False)
-        self.codec: LatentCodec | None = None
+        self.codec: Codec | None = None
         self.conditions: Conditions | None = None
         if self.trunk.num_classes is not None:
             classes = self.trunk.num_classes

@@ -179,10 +179,9 @@ def sample_to_file(
     if out.suffix not in (".npz", ".png"):
         raise InputError(f"--out {out}: expected a name that ends in .npz or .png")
     model = Student.from_pretrained(student, network=network)
-    if out.suffix == ".png" and len(model.sample_shape) != 3:
-        raise InputError(
-            f"--out {out}: samples of shape {model.sample_shape} are no pictures; expected a name that ends in .npz"
-        )
+    shape = model.sample_shape if model.codec is None else model.codec.image_shape(model.sample_shape)
+    if out.suffix == ".png" and len(shape) != 3:
+        raise InputError(f"--out {out}: samples of shape {shape} are no pictures; expected a name that ends in .npz")
     numbers = condition_numbers(list(range(model.num_conditions)) if labels is None else labels, model)
     if torch.cuda.is_available():
         model.to("cuda")

@@ -39,7 +39,8 @@ def load_teacher(
         num_heads: for a `.pt` or `.safetensors` of another width than the published models: attention heads.
         num_classes: for a `.pt` or `.safetensors` whose label table has no row for "no class".
         schedule: overrides the noise schedule that the source comes with; needed where it comes with none.
-        vae: folder of the diffusers `AutoencoderKL` of a teacher in latent space that comes without one, as `.pt` files do.
+        vae: folder of the diffusers autoencoder (`pyard.models.codec.LatentCodec`) of a teacher in latent space that comes
+            without one, as `.pt` files do.
         network: class of the backbone of a teacher's folder that is none of pyard's, or its "package.module:Class".
 
     Returns:
@@ -53,9 +54,10 @@ def load_teacher(
         from pyard.models.codec import LatentCodec
 
         teacher.codec = LatentCodec(vae)
-        channels = teacher.codec.vae.config.latent_channels
-        if channels != teacher.sample_shape[0]:
-            raise InputError(f"{vae} makes latents of {channels} channels; the teacher has {teacher.sample_shape[0]}")
+        try:
+            teacher.codec.check(teacher.sample_shape)
+        except InputError as error:
+            raise InputError(f"teacher: the VAE {vae} does not fit: {error}") from None
     return teacher
 
 

@@ -31,7 +31,7 @@ def convert(
         family: of a `.pt` or `.safetensors` whose name does not say it.
         num_heads: attention heads of a `.pt` or `.safetensors` of another width than the published models.
         num_classes: of a `.pt` or `.safetensors` without a row for "no class".
-        vae: folder of the diffusers AutoencoderKL that belongs to the source, where it comes without; it goes along.
+        vae: folder of the diffusers autoencoder that belongs to the source, where it comes without; it goes along.
     """
     teacher = load_teacher(source, family=family, num_heads=num_heads, num_classes=num_classes, vae=vae)
     if to == "pyard":

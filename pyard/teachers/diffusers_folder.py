@@ -12,7 +12,7 @@ from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.schedulers import load_schedule, scheduler_of
 from pyard.errors import InputError
 from pyard.models.backbone import Denoiser
-from pyard.models.codec import LatentCodec
+from pyard.models.codec import LatentCodec, require_latent_codec
 from pyard.models.dit.network import DiT, DiTConfig, dit_trunk, sincos_position_embedding
 from pyard.models.dit.tensor_names import Tensors
 from pyard.storage.folders import new_folder
@@ -196,14 +196,17 @@ def save_diffusers(teacher: NetworkTeacher, path: str | Path) -> None:
     Raises:
         InputError: what diffusers cannot hold, with the reason.
     """
-    from diffusers import DiTPipeline
+    from diffusers import AutoencoderKL, DiTPipeline
 
     transformer = to_diffusers(teacher.network, teacher.schedule)
     scheduler = scheduler_of(teacher.schedule)
+    vae = None if teacher.codec is None else require_latent_codec(teacher.codec, "a DiTPipeline").vae
+    if vae is not None and not isinstance(vae, AutoencoderKL):
+        raise InputError(f"a DiTPipeline decodes with an AutoencoderKL alone; this teacher's VAE is a {type(vae).__name__}")
     with new_folder(Path(path), owned=("model_index.json", "transformer", "scheduler", "vae")) as folder:
-        if teacher.codec is not None:
+        if vae is not None:
             names = None if teacher.class_names is None else dict(enumerate(teacher.class_names))
-            pipeline = DiTPipeline(transformer, teacher.codec.vae, scheduler, id2label=names)
+            pipeline = DiTPipeline(transformer, vae, scheduler, id2label=names)
             pipeline.save_pretrained(str(folder))
             if names is not None:
                 # The pipeline reads these names from its index but does not write them there.

@@ -12,7 +12,7 @@ from pyard.conditions import ClassConditions, Condition, Conditions, as_conditio
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.errors import InputError
 from pyard.models.backbone import Backbone, Denoiser
-from pyard.models.codec import LatentCodec
+from pyard.models.codec import Codec, LatentCodec
 from pyard.models.families import backbone_class
 from pyard.models.fingerprint import fingerprint_of
 from pyard.models.folder import load_folder, save_folder
@@ -40,7 +40,7 @@ class NetworkTeacher:
         network: Denoiser,
         schedule: NoiseSchedule,
         *,
-        codec: LatentCodec | None = None,
+        codec: Codec | None = None,
         class_names: Sequence[str] | None = None,
         conditions: Conditions | None = None,
     ):

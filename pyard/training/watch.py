@@ -19,6 +19,7 @@ import torch
 from pyard.data.pictures import tiles
 from pyard.diffusion.noise import standard_normal
 from pyard.errors import InputError
+from pyard.models.codec import LatentCodec
 from pyard.models.history import ConcatenatingCache
 from pyard.models.student import Student
 from pyard.sampling.exposure_bias import exposure_bias
@@ -56,6 +57,8 @@ class Watcher:
         self.curves = TrainingLog(config.out / CURVES_NAME, resume_step) if held_out and records else None
         numbers = np.arange(_GRID_SAMPLES) % student.num_conditions
         noise = standard_normal(config.seed, np.arange(_GRID_SAMPLES), student.sample_shape)
+        if self.trackers and config.evaluate_every and student.codec is not None:
+            student.codec.check(student.sample_shape)  # now, not at the first picture
         self._noise, self._condition = torch.from_numpy(noise), student.require_conditions().take(numbers)
 
     def __call__(self, step: int, measured: Measured) -> None:
@@ -81,7 +84,9 @@ class Watcher:
     def _evaluate(self, step: int) -> None:
         student, device = self.student.eval(), self.student.embed_times.device
         *_, samples = student.rollout(self._noise.to(device), self._condition.to(device), ConcatenatingCache())
-        if samples.ndim == 4:  # else they are no pictures
+        if self.trackers:
+            samples = self._decoded(samples)
+        if self.trackers and samples.ndim == 4:  # else they are no pictures
             picture = tiles(samples.float().cpu().numpy(), columns=_GRID_SAMPLES // 2)  # [rows, columns, 3]
             for tracker in self.trackers:
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -93,6 +98,15 @@ class Watcher:
             values = {f"teacher_forced/{s}": error for s, error in enumerate(curve.teacher_forced)}
             values |= {f"rollout/{s}": error for s, error in enumerate(curve.rollout)}
             self._log({f"exposure_bias/{name}": value for name, value in values.items()}, step)
+
+    def _decoded(self, samples: torch.Tensor) -> torch.Tensor:
+        codec = self.student.codec
+        if codec is None:
+            return samples
+        images = codec.decode(samples.float(), batch_size=1)
+        if isinstance(codec, LatentCodec):
+            codec.vae.to("cpu")  # until the next look, its memory is the training's
+        return images
 
     def _log(self, values: dict[str, float], step: int) -> None:
         for tracker in self.trackers:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pyard.data.pictures import save_tiles
 from pyard.errors import InputError
+from pyard.models.codec import Codec, LatentCodec
 from pyard.storage.units import format_bytes, format_seconds
 from pyard.trajectories.gather import as_tensor
 from pyard.trajectories.store import TrajectoryStore
@@ -42,7 +44,14 @@ def verify_trajectories(store: str | Path) -> int:
     return 0
 
 
-def trajectory_stats(store: str | Path, *, picture: str | Path | None = None, trajectories: int = 8) -> int:
+def trajectory_stats(
+    store: str | Path,
+    *,
+    picture: str | Path | None = None,
+    trajectories: int = 8,
+    vae: str | Path | None = None,
+    teacher: str | Path | None = None,
+) -> int:
     """Print what a store holds, and draw a few of its trajectories.
 
     Example: pyard trajectories stats trajectories/digits --picture digits.png
@@ -52,21 +61,33 @@ def trajectory_stats(store: str | Path, *, picture: str | Path | None = None, tr
         picture: a .png to write: a row for each trajectory, its noise and its denoised predictions of x_0 along the columns
             (its states if the store keeps no predictions); none: `stats.png` in the store's folder.
         trajectories: rows of the picture.
+        vae: folder of the diffusers autoencoder that decodes latents; none: their first three channels are drawn as they are.
+        teacher: folder of the teacher, whose VAE decodes them, in place of vae.
 
     Returns:
         0.
 
     Raises:
-        InputError: no store there, or it holds no trajectory.
+        InputError: no store there, or it holds no trajectory; a VAE that is missing or does not fit; a .png of samples that are
+            no pictures.
     """
+    codec = _codec(vae, teacher)
     opened = TrajectoryStore.open(store)
     if not opened.shards:
         raise InputError(f"trajectories {store}: holds none yet; give the command that was to write them")
     if trajectories < 1:
         raise InputError(f"stats: trajectories is {trajectories}; expected at least 1")
-    print(as_table(opened))
     path = Path(picture) if picture is not None else opened.path / "stats.png"
-    draw(opened, path, trajectories)
+    if path.suffix.lower() != ".png":
+        raise InputError(f"stats: picture is {path}; expected a .png")
+    shape = tuple(opened.manifest.sample_shape)
+    shape = shape if codec is None else codec.image_shape(shape)
+    print(as_table(opened))
+    if len(shape) != 3:
+        if picture is not None:
+            raise InputError(f"stats: samples of shape {shape} are no pictures; leave picture out, or give vae or teacher")
+        return 0
+    draw(opened, path, trajectories, codec)
     print(f"\n{path}: {min(trajectories, opened.count)} trajectories")
     return 0
 
@@ -144,19 +165,36 @@ def moments(store: TrajectoryStore) -> list[tuple[str, tuple[float, float, float
     return result
 
 
-def draw(store: TrajectoryStore, path: Path, trajectories: int) -> None:
-    """Write a picture: rows are trajectories, columns the noise and then the S stored steps."""
-    if path.suffix.lower() != ".png":
-        raise InputError(f"stats: picture is {path}; expected a .png")
+def draw(store: TrajectoryStore, path: Path, trajectories: int, codec: Codec | None = None) -> None:
+    """Write a picture: rows are trajectories, columns the noise and then the S stored steps, decoded if there is a codec."""
     name = "state" if store.manifest.keep == "state" else "denoised"
+    # Pixels of noise are shown within -1 to 1; a VAE knows no such range.
+    spread = 3 if codec is None else 1
     rows: list[np.ndarray[Any, Any]] = []
     for shard in store.shards:
         tensors = store.tensors(shard)
         take = min(shard.count, trajectories - len(rows))
         noise, steps = (as_tensor(tensors[key][:take]).float().numpy() for key in ("noise", name))
-        rows += list(np.concatenate([noise[:, None] / 3, steps], axis=1))
+        rows += list(np.concatenate([noise[:, None] / spread, steps], axis=1))
         if len(rows) == trajectories:
             break
-    stacked = np.stack(rows)  # [rows, 1 + S, C, H, W]
+    stacked = np.stack(rows)  # [rows, 1 + S, *sample_shape]
+    samples = stacked.reshape(-1, *stacked.shape[2:])
+    images = samples if codec is None else codec.decode(torch.from_numpy(samples), batch_size=1).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_tiles(stacked.reshape(-1, *stacked.shape[2:]), path, columns=stacked.shape[1])
+    save_tiles(images, path, columns=stacked.shape[1])
+
+
+def _codec(vae: str | Path | None, teacher: str | Path | None) -> LatentCodec | None:
+    if vae is not None and teacher is not None:
+        raise InputError("stats: found both vae and teacher; expected one of the two")
+    if vae is not None:
+        return LatentCodec(vae)
+    if teacher is None:
+        return None
+    folder = Path(teacher)
+    # As in a pipeline's folder, whose transformer may be what was given.
+    codec = LatentCodec.beside(folder, *([folder.parent] if folder.name == "transformer" else []))
+    if codec is None:
+        raise InputError(f"stats: the teacher {teacher} has no vae/ in its folder; give vae=")
+    return codec

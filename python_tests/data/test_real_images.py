@@ -94,6 +94,18 @@ def test_latents_are_the_posterior_of_picture_and_mirror_image(tmp_path):
         cached_images(folder, tmp_path / "cache", (2, 8, 8), codec)  # the latents of another VAE
 
 
+def test_packed_samples_are_encoded_packed(tmp_path):
+    folder, codec = pictures(tmp_path / "images"), LatentCodec(vae())
+    plain = load_file(cached_images(folder, tmp_path / "plain", (2, 8, 8), codec) / "000000.safetensors")
+    packed = load_file(cached_images(folder, tmp_path / "packed", (16, 8), codec) / "000000.safetensors")
+    for name in ("images", "std", "flipped", "flipped_std"):
+        tokens = torch.nn.functional.pixel_unshuffle(plain[name], 2).flatten(2).transpose(1, 2)
+        assert torch.equal(packed[name], tokens)
+    assert RealData.load(tmp_path / "packed", (16, 8), 2).count == 7
+    with pytest.raises(InputError, match="cropped to squares; this student draws 16 x 32"):
+        cached_images(folder, tmp_path / "wide", (2, 8, 16), codec)
+
+
 def test_a_stopped_encoding_goes_on_and_processes_share_it(tmp_path, monkeypatch):
     monkeypatch.setattr(real_images, "SHARD_IMAGES", 2)
     folder = pictures(tmp_path / "images", size=(8, 8))

@@ -20,9 +20,8 @@ def xl_student(history_layers: int, num_steps: int = 4) -> Student:
     """DiT-XL/2 at 256 pixels, without memory."""
     network, schedule = network_of("DiT-XL/2")
     trunk, head = network.trunk.for_student(network.head)
-    config = StudentConfig(
-        trunk.config, TimeGrid.build(schedule, num_steps), schedule, history_layers=history_layers, history_bias=None
-    )
+    grid = TimeGrid.build(schedule, num_steps)
+    config = StudentConfig(trunk.config, grid, schedule, history_layers=history_layers, history_bias=None)
     return Student(config, trunk, head).to("meta")
 
 

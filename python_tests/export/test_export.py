@@ -285,39 +285,3 @@ def test_a_deviation_of_each_precision_fails(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(RuntimeError, match=r"was not written.*expected at most 1e-06"):
             export.export_onnx(tiny_student(2, history_layers=1), tmp_path / "student.onnx", precision=precision)
         assert list(tmp_path.iterdir()) == []
-
-
-def tiny_vae() -> Any:
-    from diffusers import AutoencoderKL
-
-    blocks = dict(
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, block_out_channels=[8, 8]
-    )
-    return AutoencoderKL(**blocks, norm_num_groups=4, latent_channels=2, sample_size=16, layers_per_block=1, scaling_factor=0.3)
-
-
-@pytest.mark.slow
-def test_a_decoder_turns_samples_into_pictures(tmp_path: Path) -> None:
-    torch.manual_seed(3)
-    vae, student = tiny_vae(), tiny_student(2, history_layers=1)
-    vae.save_pretrained(tmp_path / "vae")
-    (tmp_path / "out").mkdir()
-    latents = pyard.sample(student, [0, 3], seed=4)
-    with torch.no_grad():
-        decoded = vae.decode(latents / 0.3, return_dict=False)[0]
-    expected = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()
-    assert expected.std() > 0
-    for form in ("sampler", "step"):
-        export.export_onnx(student, tmp_path / "out" / "student.onnx", form=form, vae=tmp_path / "vae")
-        exported = OnnxStudent(tmp_path / "out" / "student.onnx")
-        assert exported.info.output_shape == (16, 16, 3)
-        pictures = exported.sample([0, 3], seed=4, batch_size=1)
-        assert pictures.dtype == np.uint8
-        assert np.abs(pictures - expected).max() <= 1
-    first, last = exported.stream([0, 3], seed=4)
-    assert first.shape == last.shape == (2, 16, 16, 3)
-    np.testing.assert_array_equal(last, exported.sample([0, 3], seed=4))
-    with pytest.raises(InputError, match="latents of 2 channels; the student draws 1"):
-        export.load_decoder(vae, (1, 8, 8))
-    with pytest.raises(InputError, match="expected a folder with diffusers' AutoencoderKL"):
-        export.load_decoder(tmp_path / "nowhere", (2, 8, 8))

@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 from factories import tiny_teacher
 from golden import relative_error
+from models.autoencoders import qwen_vae
 
 from pyard import load_teacher
 from pyard.cli.command_line import main
@@ -70,7 +71,13 @@ def test_a_vae_can_be_given_to_a_checkpoint_that_comes_without(tmp_path: Path, c
         assert relative_error(codec.decode(latents), vae.eval().decode(latents / 0.18215).sample) < 1e-6
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).save_pretrained(tmp_path / "vae")
     assert run(*words) == 2
-    assert "latents of 4 channels; the teacher has 2" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "latents of 4 channels; found samples of shape (2, 8, 8)" in error
+    assert error.count("\n") == 1
+    qwen_vae().save_pretrained(tmp_path / "qwen")
+    words = tuple(tmp_path / "qwen" if word == tmp_path / "vae" else word for word in words)
+    assert run(*words) == 0
+    assert type(load_teacher(tmp_path / "out").codec.vae).__name__ == "AutoencoderKLQwenImage"  # type: ignore[union-attr]
 
 
 def test_names_and_precision_reach_the_sampler_from_the_command_line(tmp_path: Path, capsys):

@@ -11,10 +11,12 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from factories import randomise, tiny_config, tiny_teacher
 from golden import relative_error
+from models.autoencoders import qwen_vae
 
 from pyard import Student, TimeGrid, load_teacher, sample
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.errors import InputError
+from pyard.models.codec import LatentCodec
 from pyard.models.dit.network import DiT
 from pyard.teachers.diffusers_folder import from_diffusers, save_diffusers, to_diffusers
 from pyard.teachers.guidance import endpoints
@@ -201,6 +203,10 @@ def test_a_teacher_without_vae_saves_transformer_and_scheduler(tmp_path: Path):
     again = load_teacher(tmp_path / "out" / "transformer")
     assert again.fingerprint == teacher.fingerprint
     assert again.codec is None
+    again.codec = LatentCodec(qwen_vae())
+    with pytest.raises(InputError, match="decodes with an AutoencoderKL alone; this teacher's VAE is a AutoencoderKLQwenImage"):
+        save_diffusers(again, tmp_path / "pipeline")
+    assert not (tmp_path / "pipeline").exists()
 
 
 def test_folders_that_say_too_little_are_refused(tmp_path: Path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import re
 from pathlib import Path
 
@@ -8,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 from factories import tiny_student
+from models.autoencoders import plain_vae
 from training_runs import teacher_and_store, train_in
 
+from pyard.data.pictures import tiles
+from pyard.diffusion.noise import standard_normal
 from pyard.errors import InputError
 from pyard.models.student import Student
 from pyard.sampling.exposure_bias import exposure_bias
@@ -92,6 +96,35 @@ def test_tensorboard_gets_numbers_pictures_and_curves_once_each(tmp_path: Path):
     stores = [TrajectoryStore.open(folder) for folder in (run / "held-out", tmp_path / "store")]
     first = [store.tensors(store.shards[0])["noise"][0] for store in stores]
     assert (first[0] != first[1]).any()
+
+
+def test_pictures_are_decoded_with_the_vae_of_the_run(tmp_path: Path):
+    pytest.importorskip("tensorboard")
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    teacher_and_store(tmp_path)
+    plain_vae().save_pretrained(tmp_path / "teacher" / "vae")
+    run = train_in(
+        tmp_path, "run", max_steps=2, evaluate_every=2, evaluation_trajectories=4, save_every=2, trackers="tensorboard"
+    )
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    (event,) = events.Images("samples")
+    shown = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+    student = Student.from_pretrained(run)
+    assert student.codec is not None
+    noise = torch.from_numpy(standard_normal(0, np.arange(20), student.sample_shape))
+    with torch.inference_mode():
+        *_, latents = student.rollout(noise, torch.arange(20) % 5)
+    expected = tiles(student.codec.decode(latents).numpy(), columns=10)  # images of 16 x 16 pixels, in colour
+    assert shown.shape == expected.shape
+    assert np.abs(shown.astype(int) - expected).max() <= 2
+    assert (shown[..., 0] != shown[..., 2]).any()
+
+    plain_vae(latent_channels=3).save_pretrained(tmp_path / "teacher" / "vae")
+    with pytest.raises(InputError, match="latents of 3 channels"):  # before the first update
+        train_in(tmp_path, "wrong", max_steps=2, evaluate_every=2, evaluation_trajectories=4, trackers="tensorboard")
 
 
 def test_held_out_trajectories_are_of_the_same_classes_and_may_become_more(tmp_path: Path):

@@ -53,7 +53,7 @@ class GaussianTeacher:
             return x * float("inf")
         self.samples_computed += len(x)
         alpha, sigma = self.schedule.alpha(time), self.schedule.sigma(time)
-        mean = self.mean(condition["label"]).to(x)[:, None, None, None]
+        mean = self.mean(condition["label"]).to(x).reshape(-1, *[1] * (x.ndim - 1))
         denoised = mean + alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + sigma**2) * (x - alpha * mean)
         eps = (x - alpha * denoised) / sigma
         return eps if self.schedule.prediction == "eps" else eps - denoised

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from trajectories.gaussian import flip_byte, write
+import torch
+from models.autoencoders import plain_vae
+from trajectories.gaussian import GaussianTeacher, flip_byte, write
 
 from pyard.cli.command_line import main
+from pyard.data.pictures import tiles
 from pyard.errors import InputError
 from pyard.trajectories import trajectory_stats
 
@@ -41,6 +44,52 @@ def test_stats_prints_a_table_and_draws_trajectories(tmp_path: Path, capsys: pyt
     shown = picture[2 + 2 * tile + 8 : 2 + 2 * tile + 64 : 16, 2 + 3 * tile + 8 : 2 + 3 * tile + 64 : 16, 0]
     wanted = np.clip((predictions[2, 2, 0] + 1) * 127.5, 0, 255)
     assert np.abs(shown - wanted).max() < 2
+
+
+def test_stats_decodes_latents_with_a_vae_or_the_teachers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    shape = (2, 4, 4)
+    store = write(tmp_path / "store", 3, teacher=GaussianTeacher(shape))
+    vae = plain_vae(shift_factor=0.1)
+    vae.save_pretrained(tmp_path / "teacher" / "vae")
+    tensors = store.tensors(store.shards[0])
+    steps = np.concatenate([tensors["noise"][:, None], tensors["denoised"]], axis=1)  # [3, 1 + S, *shape]
+    with torch.no_grad():
+        images = vae.decode(torch.from_numpy(steps.reshape(-1, *shape)) / 0.3 + 0.1, return_dict=False)[0].numpy()
+    expected = tiles(images, columns=steps.shape[1])
+    for flag, folder in (("--vae", tmp_path / "teacher" / "vae"), ("--teacher", tmp_path / "teacher")):
+        words = [str(tmp_path / "store"), "--picture", str(tmp_path / "p.png"), flag, str(folder)]
+        assert main(["trajectories", "stats", *words]) == 0
+        assert np.abs(np.asarray(Image.open(tmp_path / "p.png")).astype(int) - expected).max() <= 1
+    assert trajectory_stats(tmp_path / "store", picture=tmp_path / "latents.png") == 0
+    assert np.abs(np.asarray(Image.open(tmp_path / "latents.png")).astype(int) - expected).max() > 20
+    capsys.readouterr()
+    plain_vae(latent_channels=3).save_pretrained(tmp_path / "wrong")
+    for settings, message in (
+        ({"vae": tmp_path / "wrong"}, "latents of 3 channels"),
+        ({"vae": tmp_path / "nowhere"}, r"there is no config\.json"),
+        ({"teacher": tmp_path / "store"}, "has no vae/"),
+        ({"vae": tmp_path / "wrong", "teacher": tmp_path / "teacher"}, "found both vae and teacher"),
+    ):
+        with pytest.raises(InputError, match=message):
+            trajectory_stats(tmp_path / "store", **settings)
+        assert capsys.readouterr().out == ""  # refused before the work
+
+
+def test_samples_that_are_no_pictures_have_statistics_and_no_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Packed tokens [4, 8] are four squares of latents [2, 4, 4]."""
+    write(tmp_path / "store", 3, teacher=GaussianTeacher((4, 8)))
+    assert trajectory_stats(tmp_path / "store") == 0
+    assert "(4, 8)" in capsys.readouterr().out
+    assert not (tmp_path / "store" / "stats.png").exists()
+    with pytest.raises(InputError, match="are no pictures"):
+        trajectory_stats(tmp_path / "store", picture=tmp_path / "p.png")
+    plain_vae().save_pretrained(tmp_path / "vae")
+    assert trajectory_stats(tmp_path / "store", picture=tmp_path / "p.png", vae=tmp_path / "vae") == 0
+    assert (tmp_path / "p.png").exists()
 
 
 def test_stats_of_a_store_with_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
