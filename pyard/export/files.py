@@ -43,7 +43,7 @@ def write_metadata(path: Path, metadata: dict[str, Any]) -> None:
 
 
 def describe(student: Student, **facts: Any) -> dict[str, Any]:
-    """pyard's metadata of a student: grid, classes, sizes, hashes and pyard's version, with further `facts`."""
+    """pyard's metadata of a student: grid, classes or number of conditions, sizes, hashes, version, and further `facts`."""
     digest = hashlib.sha256()
     for name, tensor in sorted(student.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
@@ -54,6 +54,7 @@ def describe(student: Student, **facts: Any) -> dict[str, Any]:
         "num_steps": student.num_steps,
         "history_layers": student.config.history_layers,
         "num_classes": student.num_classes,
+        "num_conditions": None if student.conditions is None else student.conditions.count,
         "sample_shape": list(student.sample_shape),
         "config": student.config.to_json(),
         "weights_sha256": digest.hexdigest(),
