@@ -189,6 +189,11 @@ def export_onnx(
         try:
             onnx.checker.check_model(str(building), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            if dtype == torch.float16 and "float16" in str(error) and not isinstance(student.trunk, Trunk):
+                raise InputError(
+                    f"{type(student.trunk).__name__} mixes float32 with half precision ({' '.join(str(error).split())[:200]}): "
+                    "use precision fp32, or convert to the weights' dtype in its forward"
+                ) from None
             raise RuntimeError(f"{path} was not written: onnx.checker refuses the graph: {error}") from None
         parity = measure_parity(student, OnnxStudent(building, providers=["CPUExecutionProvider"]), inputs, decoder)
         # A picture's levels are whole numbers, so the smallest difference may round to one of 255.

@@ -37,6 +37,8 @@ def save_model(model: ir.Model, path: Path, *, external_data: bool) -> None:
 def write_metadata(path: Path, metadata: dict[str, Any]) -> None:
     """Put pyard's entry into a model file; external data are not touched."""
     model = onnx.load(path, load_external_data=False)
+    # A file's reader infers the shapes in between; onnxruntime's quantiser transposes weights, which would contradict them.
+    del model.graph.value_info[:]
     model.producer_name, model.producer_version = "pyard", __version__
     onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(metadata)})
     path.write_bytes(model.SerializeToString())

@@ -48,7 +48,7 @@ class VisiblePast(History):
             raise InputError(
                 f"history: attention {attention} is called as number {len(cache.present)}; count in order of execution"
             )
-        past = cache.past[attention] if attention < len(cache.past) else None
+        past = list(cache.past[attention]) if attention < len(cache.past) else None
         cache.extend(attention, k[:, :, image], v[:, :, image])
         gqa = q.shape[1] != k.shape[1]
         if past is not None:
@@ -57,11 +57,17 @@ class VisiblePast(History):
                 shown = attn_mask.new_ones(earlier) if attn_mask.dtype == torch.bool else attn_mask.new_zeros(earlier)
                 attn_mask = torch.cat([shown, attn_mask], dim=-1)
             if self.bias is not None:
+                if gqa:
+                    # torch.export cannot tell the strides of grouped keys that have one more channel. repeat_interleave would
+                    # become a Reshape to -1, which an empty past does not survive.
+                    group = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])
+                    k, v, *past = (tensor.index_select(1, group) for tensor in (k, v, *past))
+                    gqa = False
                 # One more channel, 1 in the keys of earlier steps: a mask would be as large as the logits in onnxruntime.
                 scale = q.shape[-1] ** -0.5 if scale is None else scale
                 channel = (self.bias[attention] / scale).clamp(min=torch.finfo(q.dtype).min / 2).to(q.dtype)  # [H]
                 q = torch.cat([q, channel[:, None, None].expand(*q.shape[:3], 1)], dim=-1)
-                past = torch.cat([past[0], torch.ones_like(past[0][..., :1])], dim=-1), past[1]
+                past = [torch.cat([past[0], torch.ones_like(past[0][..., :1])], dim=-1), past[1]]
                 k = torch.cat([k, torch.zeros_like(k[..., :1])], dim=-1)
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask, scale=scale, enable_gqa=gqa)
