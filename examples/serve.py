@@ -48,6 +48,10 @@ def make_app(student: OnnxStudent, *, max_batch: int = 8, max_wait: float = 0.01
     """
     if max_batch < 1 or max_queue < 1 or max_wait < 0:
         raise InputError(f"max_batch is {max_batch}, max_queue {max_queue}, max_wait {max_wait}; expected at least 1, 1 and 0")
+    if student.info.num_classes is None:
+        raise InputError(
+            f"{student.path} is conditioned on {', '.join(map(str, student.info.conditions))}; this service takes classes"
+        )
     if not student.info.pictures and student.info.output_shape[0] not in (1, 3):
         raise InputError(f"{student.path} draws latents of {student.info.output_shape[0]} channels; export it with --vae")
     jobs: asyncio.Queue[Job] = asyncio.Queue(max_queue)

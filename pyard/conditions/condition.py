@@ -26,13 +26,15 @@ class Condition(Mapping[str, torch.Tensor]):
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]):
         self._tensors = dict(tensors)
-        if len({len(tensor) if tensor.ndim else -1 for tensor in self._tensors.values()} - {-1}) != 1:
+        # Sizes are compared, not put into a set: an exporter's symbolic size would become a constant there, and in len() too.
+        sizes = [tensor.shape[0] if tensor.ndim else -1 for tensor in self._tensors.values()]
+        if not sizes or any(size != sizes[0] or size == -1 for size in sizes):
             raise InputError(f"{self}: expected at least one tensor, all with the same leading batch dimension")
 
     @property
     def batch_size(self) -> int:
         """B. (`len` is the number of tensors.)"""
-        return len(next(iter(self._tensors.values())))
+        return next(iter(self._tensors.values())).shape[0]
 
     @property
     def device(self) -> torch.device:

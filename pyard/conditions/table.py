@@ -9,8 +9,9 @@ import functools
 import hashlib
 import json
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -49,6 +50,11 @@ class Conditions(Protocol):
         """The tensors of rows, null rows included, on the CPU or on the device of `numbers`."""
         ...
 
+    @property
+    def free_sizes(self) -> Mapping[str, Mapping[int, str]]:
+        """Sizes that depend on the rows taken: tensor to its free dimensions, each with a name; equal names, equal sizes."""
+        ...
+
     def null(self, numbers: Numbers) -> torch.Tensor:
         """For each row the number of the one that guidance leads away from (no class, the negative prompt): int64 [B]."""
         ...
@@ -72,6 +78,7 @@ class ClassConditions:
         self.names = None if names is None else tuple(names)
 
     fingerprint = ""
+    free_sizes: Mapping[str, Mapping[int, str]] = MappingProxyType({})
 
     def take(self, numbers: Numbers) -> Condition:
         return Condition({"label": as_numbers(numbers)})
@@ -120,6 +127,8 @@ class EmbeddingTable:
             raise InputError("conditions: rows of different kinds; expected tensors [n, D] of one floating-point dtype, n >= 1")
         self._tokens = torch.cat(list(rows)).cpu().contiguous()
         self._begin = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+
+    free_sizes: Mapping[str, Mapping[int, str]] = MappingProxyType({"tokens": {1: "num_tokens"}, "mask": {1: "num_tokens"}})
 
     @property
     def count(self) -> int:

@@ -247,7 +247,7 @@ def student_candidate(
     source = name or (str(student) if isinstance(student, str | Path) else type(student).__name__)
     student = _loaded(student, str(teacher.device))
     facts = student.info if isinstance(student, OnnxStudent) else student
-    numbers = facts.num_conditions if isinstance(facts, Student) else facts.num_classes
+    numbers = facts.num_conditions
     if (tuple(facts.sample_shape), numbers) != (teacher.sample_shape, teacher.conditions.count):
         raise InputError(
             f"{source} draws {tuple(facts.sample_shape)} of {numbers} classes; the teacher draws "
@@ -257,7 +257,9 @@ def student_candidate(
     @torch.inference_mode()
     def draw(noise: np.ndarray, labels: np.ndarray) -> np.ndarray:
         if isinstance(student, OnnxStudent):
-            samples = student.sample(labels, noise=noise)
+            from pyard.export.condition_inputs import as_arrays  # the exporter's imports take a second
+
+            samples = student.sample(condition=as_arrays(teacher.conditions.take(labels)), noise=noise)
             return samples.transpose(0, 3, 1, 2) if student.info.pictures else samples
         device = student.embed_times.device
         *_, last = student.rollout(torch.from_numpy(noise).to(device), torch.from_numpy(labels).to(device))

@@ -1,23 +1,28 @@
 """A student as an ONNX file: `python -m pyard.export --onnx student.onnx --student RUN`.
 
-`parts` traces the few different parts of a pass with torch's exporter, `assembly` puts copies of them together with the weights
-stored once, `files` lets the result appear, checked and equal to PyTorch, or not at all.
+Of a DiT, `parts` traces the few different parts of a pass with torch's exporter, and `assembly` puts copies of them together
+with the weights stored once. `traced` traces the students of all other backbones as a whole. `files` lets the result appear,
+checked and equal to PyTorch, or not at all.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 
-from pyard.diffusion.noise import standard_normal, uniform_labels
+from pyard.conditions import Condition
+from pyard.diffusion.noise import standard_normal
 from pyard.errors import InputError
 from pyard.export.assembly import Form, assemble
+from pyard.export.condition_inputs import ConditionInputs, as_arrays
 from pyard.export.decoder import Decoder, expected_pictures, load_decoder
 from pyard.export.files import (
     LARGEST_SINGLE_FILE,
@@ -30,6 +35,9 @@ from pyard.export.files import (
     write_metadata,
 )
 from pyard.export.quantise import quantise
+from pyard.export.traced import trace_student
+from pyard.models.backbone import Backbone
+from pyard.models.dit.network import Trunk
 from pyard.models.folder import CONFIG_NAME
 from pyard.models.student import Student
 from pyard.runtime import OnnxStudent
@@ -38,10 +46,12 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
 
 Precision = Literal["fp32", "fp16", "int8", "int8-static"]
+Method = Literal["auto", "assembled", "traced"]
 PARITY_BOUND = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.25, "int8-static": 0.25}  # of the largest value of the sample
 PARITY_BATCH_SIZES = (1, 3)
 OPSETS = (20, 21, 22, 23)
 FORMS = ("sampler", "step")
+METHODS = get_args(Method)
 
 
 def export(
@@ -54,6 +64,8 @@ def export(
     calibration: int = 64,
     vae: Literal["own", "none"] | Path | None = "own",
     external_data: bool | None = None,
+    method: Method = "auto",
+    network: str | None = None,
 ) -> None:
     """Write a student as one ONNX file and check it against PyTorch.
 
@@ -71,12 +83,14 @@ def export(
         vae: the VAE whose decoder is appended, so that the samples become 8-bit pictures: the student's `own`, if it has one;
             the folder of another diffusers autoencoder; `none`: the file draws latents.
         external_data: weights in a second file, FILE.data; none: where one file cannot hold them (2 GB).
+        method: `assembled`, for pyard's DiT; `traced`, for any network; `auto`, the first one where it fits.
+        network: package.module:Class of the backbone of a student that is made of none of pyard's.
     """
     folder = Path(student)
-    model = Student.from_pretrained(folder)
+    model = Student.from_pretrained(folder, network=network)
     if onnx is None:
         onnx = (folder / "student" if (folder / "student").is_dir() else folder) / "student.onnx"
-    settings = dict(form=form, opset=opset, precision=precision, calibration=calibration, vae=vae)
+    settings = dict(form=form, opset=opset, precision=precision, calibration=calibration, vae=vae, method=method)
     parity = export_onnx(model, onnx, **settings, external_data=external_data)  # type: ignore[arg-type]
     errors = ", ".join(f"{error:.1e} at batch {size}" for size, error in parity.items())
     files = [file for file in (onnx, onnx.with_name(f"{onnx.name}.data")) if file.exists()]
@@ -95,12 +109,17 @@ def export_onnx(
     calibration: int = 64,
     vae: str | Path | ModelMixin | None = "own",
     external_data: bool | None = None,
+    method: Method = "auto",
+    examples: Sequence[Condition] = (),
+    network: type[Backbone] | str | None = None,
 ) -> dict[int, float]:
-    """Write a student as one ONNX file, of the form `sampler`, noise [B, C, H, W], label [B] -> sample [B, C, H, W], or `step`,
-    latent [B, C, H, W], label [B], step [], past keys and values [B, H, K, Dh] -> prediction, present keys and values.
+    """Write a student as one ONNX file, of the form `sampler`, noise [B, C, ...], condition -> sample [B, C, ...], or `step`,
+    latent [B, C, ...], condition, step [], past keys and values [B, H, K, Dh] -> prediction, present keys and values.
 
-    The batch size is free. Grid, classes, sizes, hashes and pyard's version travel inside the file; a `config.json` like the
-    student's lies beside it. `pyard.runtime.OnnxStudent` reads both forms.
+    A condition is an input for each of its tensors, by name: `label` int64 [B] of a class-conditional student, `tokens`
+    [B, n, D] and `mask` bool [B, n] of one with an EmbeddingTable. The batch size is free, and so are sizes such as n. Grid,
+    classes, sizes, hashes and pyard's version travel inside the file; a `config.json` like the student's lies beside it.
+    `pyard.runtime.OnnxStudent` reads both forms.
 
     Args:
         student: the student, or the path of its folder; it is left as it is.
@@ -114,12 +133,18 @@ def export_onnx(
         vae: whose decoder is appended, so that samples are uint8 [B, height, width, 3]: `own`, the student's, if it has one; a
             diffusers autoencoder (`pyard.models.codec.LatentCodec`), or its folder; `none` or None: samples are latents.
         external_data: weights in a second file, `<path>.data`; None: where one file cannot hold them (2 GB).
+        method: `assembled`, of parts that are traced once, for pyard's DiT: fast to export and to run; `traced` as a whole, for
+            any backbone; `auto`, the first one where it fits.
+        examples: conditions to trace and check a student with that has no table of conditions, one row or more each; sizes that
+            differ between them are free.
+        network: class of the backbone of a folder's student that is none of pyard's, or "package.module:Class".
 
     Returns:
         The largest relative error against PyTorch at each batch size that was tried.
 
     Raises:
-        InputError: an opset or form out of range, no student there, a path that is a folder, a foreign config.json beside it.
+        InputError: an opset, form or method out of range, no student there, a path that is a folder, a foreign config.json
+            beside it, a backbone that cannot be traced, with the reason.
         RuntimeError: the exported graph is invalid, or deviates from PyTorch by more than the bound of its precision.
     """
     path = Path(path)
@@ -129,16 +154,24 @@ def export_onnx(
         raise InputError(f"form is {form!r}; expected {' or '.join(FORMS)}")
     if precision not in PARITY_BOUND:
         raise InputError(f"precision is {precision!r}; expected {', '.join(PARITY_BOUND)}")
+    if method not in METHODS:
+        raise InputError(f"method is {method!r}; expected {', '.join(METHODS)}")
     if calibration < 1:
         raise InputError(f"calibration is {calibration}; expected at least 1 sample")
     check_target(path)
     if not isinstance(student, Student):
-        student = Student.from_pretrained(student)
+        student = Student.from_pretrained(student, network=network)
     student = copy.deepcopy(student).to("cpu", torch.float32).eval().requires_grad_(False)
     decoder = load_decoder(vae, student)
-    model = assemble(student, form, opset, torch.float16 if precision == "fp16" else torch.float32, decoder)
+    inputs = ConditionInputs(student, examples)
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    if method == "assembled" or (method == "auto" and isinstance(student.trunk, Trunk)):
+        model = assemble(student, form, opset, dtype, decoder)
+    else:
+        model = trace_student(student, form, opset, inputs, dtype, decoder)
     external = weight_bytes(model) > LARGEST_SINGLE_FILE if external_data is None else external_data
     facts = describe(student, form=form, precision=precision, opset=opset, pictures=decoder is not None, parity={})
+    facts["conditions"] = [item.to_json() for item in inputs.inputs]
     with new_files(path) as building:
         if precision.startswith("int8"):
             with TemporaryDirectory(dir=building.parent) as folder:
@@ -146,7 +179,11 @@ def export_onnx(
                 save_model(model, source, external_data=external)
                 write_metadata(source, facts)
                 samples = calibration if precision == "int8-static" else None
-                quantise(source, building, calibration=samples, external_data=external)
+
+                def draw(seed: int, index: NDArray[Any]) -> dict[str, NDArray[Any]]:
+                    return as_arrays(inputs.draw(seed, index))
+
+                quantise(source, building, calibration=samples, external_data=external, draw=draw)
         else:
             save_model(model, building, external_data=external)
         del model
@@ -154,8 +191,13 @@ def export_onnx(
         try:
             onnx.checker.check_model(str(building), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            if dtype == torch.float16 and "float16" in str(error) and not isinstance(student.trunk, Trunk):
+                raise InputError(
+                    f"{type(student.trunk).__name__} mixes float32 with half precision ({' '.join(str(error).split())[:200]}): "
+                    "use precision fp32, or convert to the weights' dtype in its forward"
+                ) from None
             raise RuntimeError(f"{path} was not written: onnx.checker refuses the graph: {error}") from None
-        parity = measure_parity(student, OnnxStudent(building, providers=["CPUExecutionProvider"]), decoder)
+        parity = measure_parity(student, OnnxStudent(building, providers=["CPUExecutionProvider"]), inputs, decoder)
         # A picture's levels are whole numbers, so the smallest difference may round to one of 255.
         check_parity(parity, PARITY_BOUND[precision] + (0.0 if decoder is None else 1.01 / 255), path)
         write_metadata(building, {**facts, "parity": {str(size): error for size, error in parity.items()}})
@@ -163,21 +205,26 @@ def export_onnx(
     return parity
 
 
-def measure_parity(student: Student, exported: OnnxStudent, decoder: Decoder | None = None) -> dict[int, float]:
+def measure_parity(
+    student: Student, exported: OnnxStudent, inputs: ConditionInputs, decoder: Decoder | None = None
+) -> dict[int, float]:
     """The largest error of an exported student relative to the largest value of PyTorch's sample, of a picture 255, by batch
-    size."""
+    size.
+
+    No batch size or size of a condition is one that the graph was traced with.
+    """
     parity = {}
     for size in PARITY_BATCH_SIZES:
         index = np.arange(size)
-        labels = uniform_labels(1, index, student.num_conditions)
+        condition = inputs.draw(1, index)
         noise = standard_normal(1, index, student.sample_shape)
         with torch.inference_mode():
-            *_, last = student.rollout(torch.from_numpy(noise), torch.from_numpy(labels))
+            *_, last = student.rollout(torch.from_numpy(noise), condition)
         drawn = last.numpy() if decoder is None else expected_pictures(decoder.codec, last)
         expected = drawn.astype(np.float32)
         # Of pictures 255, whatever they show: one level is as much in a dark one.
         largest = np.abs(expected).max() if decoder is None else 255
-        error = np.abs(exported.sample(labels, noise=noise) - expected).max() / largest
+        error = np.abs(exported.sample(condition=as_arrays(condition), noise=noise) - expected).max() / largest
         parity[size] = float(error)
     return parity
 

@@ -37,13 +37,15 @@ def save_model(model: ir.Model, path: Path, *, external_data: bool) -> None:
 def write_metadata(path: Path, metadata: dict[str, Any]) -> None:
     """Put pyard's entry into a model file; external data are not touched."""
     model = onnx.load(path, load_external_data=False)
+    # A file's reader infers the shapes in between; onnxruntime's quantiser transposes weights, which would contradict them.
+    del model.graph.value_info[:]
     model.producer_name, model.producer_version = "pyard", __version__
     onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(metadata)})
     path.write_bytes(model.SerializeToString())
 
 
 def describe(student: Student, **facts: Any) -> dict[str, Any]:
-    """pyard's metadata of a student: grid, classes, sizes, hashes and pyard's version, with further `facts`."""
+    """pyard's metadata of a student: grid, classes or number of conditions, sizes, hashes, version, and further `facts`."""
     digest = hashlib.sha256()
     for name, tensor in sorted(student.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
@@ -54,6 +56,7 @@ def describe(student: Student, **facts: Any) -> dict[str, Any]:
         "num_steps": student.num_steps,
         "history_layers": student.config.history_layers,
         "num_classes": student.num_classes,
+        "num_conditions": None if student.conditions is None else student.conditions.count,
         "sample_shape": list(student.sample_shape),
         "config": student.config.to_json(),
         "weights_sha256": digest.hexdigest(),

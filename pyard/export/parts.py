@@ -13,7 +13,8 @@ import functools
 import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -272,28 +273,39 @@ def run_exporter(module: nn.Module, arguments: dict[str, tuple[torch.Tensor, Any
         outputs: their names.
         opset: version of the ONNX operators.
     """
+    with quiet_exporter():
+        program = torch.onnx.export(
+            module,
+            tuple(tensor for tensor, _ in arguments.values()),
+            input_names=list(arguments),
+            output_names=outputs,
+            dynamic_shapes=tuple(sizes for _, sizes in arguments.values()),
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    without_paths(program.model)
+    return program.model.graph
+
+
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Without gradients, and without what torch's exporter says about itself."""
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
     try:
         registration.setLevel(logging.ERROR)  # it warns that torchvision is not installed
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about itself
-            program = torch.onnx.export(
-                module,
-                tuple(tensor for tensor, _ in arguments.values()),
-                input_names=list(arguments),
-                output_names=outputs,
-                dynamic_shapes=tuple(sizes for _, sizes in arguments.values()),
-                opset_version=opset,
-                dynamo=True,
-                verbose=False,
-            )
+            yield
     finally:
         registration.setLevel(level)
-    assert program is not None
-    # The exporter notes the source lines of every node: paths of this machine, and more bytes than a small student has.
-    ClearMetadataAndDocStringPass()(program.model)
-    return program.model.graph
+
+
+def without_paths(model: ir.Model) -> None:
+    """Drop the source lines that the exporter notes at every node: paths of this machine, larger than a small student."""
+    ClearMetadataAndDocStringPass()(model)
 
 
 def _nodes_behind(graph: ir.Graph, outputs: tuple[ir.Value, ...]) -> tuple[ir.Node, ...]:

@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
-from pyard.diffusion.noise import standard_normal, uniform_labels
+from pyard.diffusion.noise import standard_normal
+from pyard.errors import InputError
 from pyard.runtime import OnnxStudent
 
 CALIBRATION_SEED = 2**32 + 1  # of nobody's samples
 CALIBRATION_BATCH = 8
 
+# A seed and the numbers of samples to the tensors of their conditions.
+Draw = Callable[[int, NDArray[Any]], Mapping[str, NDArray[Any]]]
 
-def quantise(source: Path, target: Path, *, calibration: int | None, external_data: bool) -> None:
+
+def quantise(source: Path, target: Path, *, calibration: int | None, external_data: bool, draw: Draw) -> None:
     """Write an 8-bit copy of an exported student.
 
     Args:
@@ -33,9 +38,17 @@ def quantise(source: Path, target: Path, *, calibration: int | None, external_da
         calibration: samples whose trajectories give fixed ranges of the activations, in the form `sampler` a range of its own
             for every step; None: ranges are measured in every call.
         external_data: weights in `<target>.data`.
+        draw: conditions of the calibration's samples.
+
+    Raises:
+        InputError: no product of the blocks is one with a weight.
     """
     nodes = onnx.load(source, load_external_data=False).graph.node
     chosen = [node.name for node in nodes if node.op_type == "MatMul" and re.search(r"blocks?\.?\d", " ".join(node.input))]
+    if not chosen:
+        raise InputError(
+            "int8: the blocks of this network multiply by no weight, so there is nothing to quantise; use fp32 or fp16"
+        )
     # Seven bits, since the products of 8-bit ones overflow 16 bits on processors without VNNI, silently.
     settings: dict[str, Any] = dict(
         op_types_to_quantize=["MatMul"],
@@ -54,7 +67,7 @@ def quantise(source: Path, target: Path, *, calibration: int | None, external_da
             quantize_static(
                 source,
                 target,
-                _Trajectories(OnnxStudent(source, providers=["CPUExecutionProvider"]), calibration),
+                _Trajectories(OnnxStudent(source, providers=["CPUExecutionProvider"]), calibration, draw),
                 quant_format=QuantFormat.QDQ,
                 activation_type=QuantType.QUInt8,
                 extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"], **extra},
@@ -65,22 +78,22 @@ def quantise(source: Path, target: Path, *, calibration: int | None, external_da
 class _Trajectories(CalibrationDataReader):
     """What a student's graph is fed with while it draws samples."""
 
-    def __init__(self, student: OnnxStudent, count: int):
-        self.inputs = _inputs(student, count)
+    def __init__(self, student: OnnxStudent, count: int, draw: Draw):
+        self.inputs = _inputs(student, count, draw)
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         return next(self.inputs, None)
 
 
-def _inputs(student: OnnxStudent, count: int) -> Iterator[dict[str, np.ndarray]]:
+def _inputs(student: OnnxStudent, count: int, draw: Draw) -> Iterator[dict[str, np.ndarray]]:
     for start in range(0, count, CALIBRATION_BATCH):
         index = np.arange(start, min(start + CALIBRATION_BATCH, count))
-        labels = uniform_labels(CALIBRATION_SEED, index, student.info.num_classes)
+        condition = draw(CALIBRATION_SEED, index)
         noise = standard_normal(CALIBRATION_SEED, index, student.info.sample_shape)
         if student.info.form == "sampler":
-            yield {"noise": noise, "label": labels}
+            yield {"noise": noise, **condition}
         else:
-            for inputs, _ in student.run_steps(noise, labels):
+            for inputs, _ in student.run_steps(noise, condition):
                 yield {name: x if isinstance(x, np.ndarray) else x.numpy() for name, x in inputs.items()}
 
 

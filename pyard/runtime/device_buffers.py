@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 
 class FixedBuffers:
-    """Runs a session on buffers that keep their addresses, one set for each batch size, as CUDA graphs need them.
+    """Runs a session on buffers that keep their addresses, one set for each set of shapes, as CUDA graphs need them.
 
-    The first call of a batch size records its graph (onnxruntime's `gpu_graph_id`), later ones replay it: one launch instead of
-    thousands. On the CPU the same calls run without a graph.
+    The first call of a batch size, and of the sizes of a condition, records its graph (onnxruntime's `gpu_graph_id`), later
+    ones replay it: one launch instead of thousands. On the CPU the same calls run without a graph.
 
     Args:
         session: of the form `sampler`; on CUDA, opened with the provider option `enable_cuda_graph`.
@@ -29,22 +29,22 @@ class FixedBuffers:
         self, session: onnxruntime.InferenceSession, output: str, shape: tuple[int, ...], dtype: type[np.generic], device: str
     ):
         self._session, self._output, self._shape, self._dtype, self._device = session, output, shape, dtype, device
-        self._bound: dict[int, tuple[Any, dict[str, Any], Any]] = {}
+        self._bound: dict[tuple[tuple[int, ...], ...], tuple[Any, dict[str, Any], Any, int]] = {}
         # The buffers are one set for all threads, and a graph cannot be recorded while another runs.
         self._lock = threading.Lock()
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
         """The output for these inputs, whose first dimension is the batch."""
-        rows = len(next(iter(inputs.values())))
+        shapes = tuple(array.shape for array in inputs.values())
         with self._lock:
-            if rows not in self._bound:
-                self._bound[rows] = self._bind(rows, inputs)
-            binding, values, output = self._bound[rows]
+            if shapes not in self._bound:
+                self._bound[shapes] = (*self._bind(shapes[0][0], inputs), len(self._bound) + 1)
+            binding, values, output, graph = self._bound[shapes]
             for name, array in inputs.items():
                 values[name].update_inplace(np.ascontiguousarray(array))
             options = onnxruntime.RunOptions()
             if self._device == "cuda":
-                options.add_run_config_entry("gpu_graph_id", str(rows))
+                options.add_run_config_entry("gpu_graph_id", str(graph))
             self._session.run_with_iobinding(binding, options)
             result: NDArray[Any] = output.numpy().copy()
             return result

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from pyard.diffusion.noise import check_labels, standard_normal
+from pyard.diffusion.noise import standard_normal
 from pyard.errors import InputError
+from pyard.runtime.conditions import ConditionTensor, check_condition
 from pyard.runtime.device_buffers import FixedBuffers, run_on_device
 
 METADATA_KEY = "pyard"
@@ -32,8 +33,10 @@ class OnnxStudentInfo:
         form: `sampler`, all S passes in one graph, or `step`, one of them.
         num_steps: S.
         history_layers: N.
-        num_classes: labels are 0 ... num_classes - 1.
-        sample_shape: (C, H, W) of the noise, and of a sample that is no picture.
+        num_classes: labels are 0 ... num_classes - 1; None: the student is conditioned on something else.
+        num_conditions: rows of the table that the student was trained with; None: it has no table.
+        conditions: the tensors that condition it.
+        sample_shape: (C, ...) of the noise, and of a sample that is no picture.
         output_shape: of what `sample` returns for each label: `sample_shape`, or (height, width, 3) of a picture.
         times: the S + 1 grid times, in the teacher's time.
         precision: `fp32`, `fp16`, `int8` or `int8-static`, of weights and products.
@@ -48,7 +51,9 @@ class OnnxStudentInfo:
     form: str
     num_steps: int
     history_layers: int
-    num_classes: int
+    num_classes: int | None
+    num_conditions: int | None
+    conditions: tuple[ConditionTensor, ...]
     sample_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     times: tuple[float, ...]
@@ -81,6 +86,7 @@ class OnnxStudent:
     Example:
         student = OnnxStudent("student.onnx")
         images = student.sample([3, 1, 4], seed=0)  # float32 [3, C, H, W], -1 black, 1 white
+        images = other.sample(condition={"tokens": tokens, "mask": mask})  # of a student that takes these
     """
 
     def __init__(
@@ -104,31 +110,33 @@ class OnnxStudent:
 
     def sample(
         self,
-        labels: Sequence[int] | NDArray[np.integer[Any]],
+        labels: Sequence[int] | NDArray[np.integer[Any]] | None = None,
         seed: int = 0,
         batch_size: int | None = None,
         *,
         noise: NDArray[np.float32] | None = None,
+        condition: Mapping[str, NDArray[Any]] | None = None,
     ) -> NDArray[Any]:
-        """Draw one sample for each label.
+        """Draw one sample for each label, or for each row of a condition.
 
         Sample i starts from `pyard.diffusion.noise.standard_normal(seed, [i], sample_shape)` whatever the batch size, as it
         does in `pyard.sample`, so both draw the same samples up to rounding. Any number of threads may call it at once.
 
         Args:
-            labels: class of each sample, 0 ... num_classes - 1, integers [n].
+            labels: class of each sample, 0 ... num_classes - 1, integers [n]; of a class-conditional student.
             seed: of the noise, 0 to 2**64 - 1.
             batch_size: samples that run together; bounds memory. None runs all at once.
-            noise: float32 [n, C, H, W] to start from instead of the seed's.
+            noise: float32 [n, C, ...] to start from instead of the seed's.
+            condition: instead of labels, arrays [n, ...] by name, with dtypes and shapes as in `info.conditions`.
 
         Returns:
-            float32 [n, C, H, W], in the range of the training data; uint8 [n, height, width, 3] from a file with a decoder.
+            float32 [n, C, ...], in the range of the training data; uint8 [n, height, width, 3] from a file with a decoder.
 
         Raises:
-            InputError: labels, noise, seed or batch size out of range or of the wrong shape or type.
+            InputError: labels, condition, noise, seed or batch size out of range or of the wrong shape or type.
         """
-        classes = self._check(labels, noise)
-        count, shape = len(classes), self.info.sample_shape
+        tensors, count = self._check(labels, condition, noise)
+        shape = self.info.sample_shape
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected at least 1, or None for all at once")
         rows = batch_size or max(count, 1)
@@ -136,25 +144,27 @@ class OnnxStudent:
         for start in range(0, count, rows):
             index = np.arange(start, min(start + rows, count))
             start_noise = standard_normal(seed, index, shape) if noise is None else noise[index]
+            rows_of = {name: array[start : start + rows] for name, array in tensors.items()}
             if self._fixed is not None:
-                samples[index] = self._fixed.run({"noise": start_noise, "label": classes[index]})
+                samples[index] = self._fixed.run({"noise": start_noise, **rows_of})
             elif self.info.form == "sampler":
-                samples[index] = self._session.run(["sample"], {"noise": start_noise, "label": classes[index]})[0]
+                samples[index] = self._session.run(["sample"], {"noise": start_noise, **rows_of})[0]
             else:
-                *_, (_, samples[index]) = self.run_steps(start_noise, classes[index])
+                *_, (_, samples[index]) = self.run_steps(start_noise, rows_of)
         return samples
 
     def stream(
         self,
-        labels: Sequence[int] | NDArray[np.integer[Any]],
+        labels: Sequence[int] | NDArray[np.integer[Any]] | None = None,
         seed: int = 0,
         *,
         noise: NDArray[np.float32] | None = None,
+        condition: Mapping[str, NDArray[Any]] | None = None,
     ) -> Iterator[NDArray[Any]]:
-        """Draw one sample for each label and show it while it forms: the S predictions one by one, coarse ones first.
+        """Draw samples and show them while they form: the S predictions one by one, coarse ones first.
 
         Args:
-            labels, seed, noise: as for `sample`.
+            labels, seed, noise, condition: as for `sample`.
 
         Returns:
             An iterator over S arrays like those of `sample`; each is computed when it is asked for, the last is the sample.
@@ -167,26 +177,27 @@ class OnnxStudent:
                 f"{self.path} is of the form {self.info.form!r}, which gives the sample alone; "
                 "export the student with --form step to see each prediction"
             )
-        classes = self._check(labels, noise)
+        tensors, count = self._check(labels, condition, noise)
         if noise is None:
-            noise = standard_normal(seed, np.arange(len(classes)), self.info.sample_shape)
-        return (prediction for _, prediction in self.run_steps(noise, classes))
+            noise = standard_normal(seed, np.arange(count), self.info.sample_shape)
+        return (prediction for _, prediction in self.run_steps(noise, tensors))
 
     def run_steps(
-        self, noise: NDArray[np.float32], classes: NDArray[np.int64]
+        self, noise: NDArray[np.float32], condition: Mapping[str, NDArray[Any]]
     ) -> Iterator[tuple[dict[str, Any], NDArray[Any]]]:
         """What each step of the form `step` is fed with, and its prediction (a picture where the file has a decoder).
 
         Keys, values and latents stay on the device from one step to the next.
         """
         latest: Any = np.ascontiguousarray(noise)
+        tensors = {name: np.ascontiguousarray(array) for name, array in condition.items()}
         past: dict[str, Any] = {
             tensor.name: np.zeros([len(noise), tensor.shape[1], 0, tensor.shape[3]], dtype=_NUMPY_TYPES[tensor.type])
             for tensor in self._session.get_inputs()
             if tensor.name.startswith("past")
         }
         for step in range(self.info.num_steps):
-            inputs = {"latent": latest, "label": classes, "step": np.array(step, dtype=np.int64), **past}
+            inputs = {"latent": latest, **tensors, "step": np.array(step, dtype=np.int64), **past}
             outputs = run_on_device(self._session, inputs, self._device)
             past = {name: outputs[name.replace("past_key_values", "present")] for name in past}
             latest = outputs["prediction"]
@@ -196,11 +207,14 @@ class OnnxStudent:
         info = self.info
         return f"{self.path}: {info.form} of {info.num_steps} steps, {info.precision}, on {info.provider}"
 
-    def _check(self, labels: object, noise: NDArray[np.float32] | None) -> NDArray[np.int64]:
-        classes = check_labels(labels, self.info.num_classes)
+    def _check(
+        self, labels: object, condition: Mapping[str, NDArray[Any]] | None, noise: NDArray[np.float32] | None
+    ) -> tuple[dict[str, NDArray[Any]], int]:
+        tensors = check_condition(labels, condition, self.info.conditions, self.info.num_classes)
+        count = len(next(iter(tensors.values())))
         if noise is not None:
-            _check_noise(noise, (len(classes), *self.info.sample_shape))
-        return classes
+            _check_noise(noise, (count, *self.info.sample_shape))
+        return tensors, count
 
 
 def _open_session(path: Path, providers: list[str], threads: int | None, cuda_graphs: bool) -> onnxruntime.InferenceSession:
@@ -256,6 +270,8 @@ def _read_info(path: Path, session: onnxruntime.InferenceSession) -> OnnxStudent
         num_steps=metadata["num_steps"],
         history_layers=metadata["history_layers"],
         num_classes=metadata["num_classes"],
+        num_conditions=metadata.get("num_conditions", metadata["num_classes"]),
+        conditions=_conditions(metadata, session),
         sample_shape=tuple(metadata["sample_shape"]),
         output_shape=tuple(outputs[-1 if pictures and metadata["form"] == "step" else 0].shape[1:]),
         pictures=pictures,
@@ -267,6 +283,13 @@ def _read_info(path: Path, session: onnxruntime.InferenceSession) -> OnnxStudent
         parity=metadata["parity"],
         provider=session.get_providers()[0],
     )
+
+
+def _conditions(metadata: dict[str, Any], session: onnxruntime.InferenceSession) -> tuple[ConditionTensor, ...]:
+    # Files of earlier versions are class-conditional and say nothing of it.
+    known = metadata.get("conditions", [{"name": "label", "dtype": "int64"}])
+    shapes = {tensor.name: tuple(tensor.shape) for tensor in session.get_inputs()}
+    return tuple(ConditionTensor(item["name"], item["dtype"], shapes[item["name"]]) for item in known)
 
 
 def _choose_providers(providers: Sequence[str] | None) -> list[str]:
@@ -295,6 +318,6 @@ def _cuda_driver_works() -> bool:
 def _check_noise(noise: NDArray[np.float32], shape: tuple[int, ...]) -> None:
     if not isinstance(noise, np.ndarray) or noise.dtype != np.float32 or noise.shape != shape:
         found = f"{noise.dtype} {noise.shape}" if isinstance(noise, np.ndarray) else type(noise).__name__
-        raise InputError(f"noise: found {found}; expected a numpy array, float32 {shape}, one for each label")
+        raise InputError(f"noise: found {found}; expected a numpy array, float32 {shape}, one for each sample")
     if not np.isfinite(noise).all():
         raise InputError("noise: found NaN or infinity; expected finite, standard normal numbers")
