@@ -155,6 +155,7 @@ def estimate(
     mfu: float = 0.4,
     gpus: int = 1,
     out: Path | None = None,
+    network: str | None = None,
 ) -> Estimate:
     """Say what a recipe costs, before anything is started and without any weights.
 
@@ -175,6 +176,7 @@ def estimate(
         mfu: share of the data sheet's peak that is taken to be reached.
         gpus: how many share the work; FSDP splits the weights among them.
         out: a JSON file to write as well.
+        network: package.module:Class of the backbone of a teacher's folder that is none of pyard's; none: the recipe's.
 
     Returns:
         The numbers.
@@ -189,10 +191,12 @@ def estimate(
         if value is not None and value <= 0:
             raise InputError(f"estimate: {name} is {value}; expected more than 0")
     config = TrainConfig.read(recipe)
-    network, schedule = network_of(config.teacher, config.network)
-    config, student = student_of(config, network, schedule)
-    manifest = manifest_of(config, network, schedule, 1 if student.conditions is None else student.conditions.count)
+    denoiser, schedule = network_of(config.teacher, network or config.network)
+    config, student = student_of(config, denoiser, schedule)
+    manifest = manifest_of(config, denoiser, schedule, 1 if student.conditions is None else student.conditions.count)
     count, generated, guessed = config.num_trajectories, config.trajectories is None, config.trajectories is not None
+    if isinstance(config.trajectories, list):
+        raise InputError(f"estimate: trajectories is a list of {len(config.trajectories)} stores; give one of them")
     if config.trajectories is not None and Path(config.trajectories).is_dir():
         store = TrajectoryStore.open(config.trajectories)
         manifest, count, guessed = store.manifest, store.count, False
@@ -207,15 +211,15 @@ def estimate(
     if generated:
         stages.append(
             StageCost(
-                "trajectories", trajectory_flops(config, network, student.require_conditions().take([0])), sustained(precision)
+                "trajectories", trajectory_flops(config, denoiser, student.require_conditions().take([0])), sustained(precision)
             )
         )
-    stages.append(StageCost(config.stage, stage_flops(config, network, student), sustained(config.mixed_precision)))
+    stages.append(StageCost(config.stage, stage_flops(config, denoiser, student), sustained(config.mixed_precision)))
     parameters = sum(p.numel() for p in student.parameters())
     result = Estimate(
         recipe=str(recipe),
         teacher=config.teacher,
-        teacher_parameters=sum(p.numel() for p in network.parameters()),
+        teacher_parameters=sum(p.numel() for p in denoiser.parameters()),
         student=student.config,
         tokens_per_step=student.trunk.tokens_per_step(),
         parameters=parameters,
@@ -230,7 +234,7 @@ def estimate(
         gpus=gpus,
         memory={
             (layout if gpus > 1 else layout.replace("DDP", "one GPU")): {
-                batch: memory_of(config, network, student, batch, gpus, *kind) for batch in MICRO_BATCHES
+                batch: memory_of(config, denoiser, student, batch, gpus, *kind) for batch in MICRO_BATCHES
             }
             for layout, kind in LAYOUTS.items()
             if gpus > 1 or not kind[0]

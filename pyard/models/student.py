@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -79,6 +79,7 @@ class StudentConfig:
         teacher_fingerprint: of the teacher that it was made from.
         class_names: of the classes, in order, where the teacher knows them; synonyms are separated by commas.
         family: name of the backbone's family (`pyard.models.families`), or `package.module:Class` of the user's own.
+        sample_shapes: [C, ...] of the samples that it was trained on; None: those of `network.sample_shape` alone.
     """
 
     network: BackboneConfig
@@ -94,8 +95,12 @@ class StudentConfig:
     teacher_fingerprint: str = ""
     class_names: tuple[str, ...] | None = None
     family: str = "dit"
+    sample_shapes: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.sample_shapes is not None:
+            shapes = tuple(tuple(shape) for shape in self.sample_shapes)
+            object.__setattr__(self, "sample_shapes", None if shapes == (tuple(self.network.sample_shape),) else shapes)
         if self.class_names is not None:
             object.__setattr__(self, "class_names", tuple(self.class_names))
         for name, kinds in (("target", Target), ("output", Output), ("heads", Heads)):
@@ -110,6 +115,8 @@ class StudentConfig:
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dictionary that `from_json` turns back into an equal configuration."""
         flat = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.sample_shapes is None:
+            del flat["sample_shapes"]  # as in students that know one size alone
         return {key: value.to_json() if hasattr(value, "to_json") else value for key, value in flat.items()}
 
     @classmethod
@@ -170,7 +177,7 @@ class Student(nn.Module):
             self.conditions = ClassConditions(classes, config.class_names, has_null=self.trunk.has_null_class)
         self.history_bias: nn.Parameter | None = None
         if config.history_bias is not None:
-            remembering = len(self.trunk.attention_shapes(config.history_layers, config.network.sample_shape))
+            remembering = len(self.trunk.attention_shapes(config.history_layers, self.sample_shape))
             start = torch.full((remembering, config.network.num_heads), float(config.history_bias))
             self.history_bias = nn.Parameter(start)
         pairs = itertools.pairwise(config.grid.times)
@@ -197,9 +204,27 @@ class Student(nn.Module):
         return self.trunk.num_classes
 
     @property
+    def sample_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """[C, ...] of the samples that it was trained on."""
+        return self.config.sample_shapes or (tuple(self.config.network.sample_shape),)
+
+    @property
     def sample_shape(self) -> tuple[int, ...]:
-        """[C, ...] of one sample."""
-        return tuple(self.config.network.sample_shape)
+        """[C, ...] of one sample; of several sizes, the usual one."""
+        usual = tuple(self.config.network.sample_shape)
+        return usual if usual in self.sample_shapes else self.sample_shapes[0]
+
+    def trained_shape(self, sample_shape: Sequence[int] | None) -> tuple[int, ...]:
+        """A shape that the student was trained on; None: the usual one.
+
+        Raises:
+            InputError: another shape; the message has the list.
+        """
+        shape = self.sample_shape if sample_shape is None else tuple(sample_shape)
+        if shape not in self.sample_shapes:
+            known = ", ".join(map(str, self.sample_shapes))
+            raise InputError(f"samples of shape {shape}; this student was trained on {known}")
+        return shape
 
     def require_conditions(self) -> Conditions:
         """The table of conditions; an InputError where there is none."""
@@ -303,13 +328,14 @@ class Student(nn.Module):
         output: Output | None = None,
         heads: Heads = "per_step",
         history_bias: float | None = None,
+        sample_shapes: Sequence[tuple[int, ...]] | None = None,
     ) -> Student:
         """A student with the teacher's weights; heads are copies of the teacher's, less its predicted-variance channels.
 
         Args:
             teacher: a teacher with a network, such as `load_teacher` returns.
             grid: where it jumps; `embed_times` are set for the target (`TimeGrid.for_target`).
-            history_layers, mask, window, target, heads, history_bias: see `StudentConfig`.
+            history_layers, mask, window, target, heads, history_bias, sample_shapes: see `StudentConfig`.
             output: None: `default_output`; with `target`, better than the published pair that `StudentConfig` stands at.
         """
         trunk, head = teacher.network.trunk.for_student(teacher.network.head)
@@ -327,6 +353,7 @@ class Student(nn.Module):
             teacher_fingerprint=teacher.fingerprint,
             class_names=teacher.class_names,
             family=trunk.family(),
+            sample_shapes=None if sample_shapes is None else tuple(sample_shapes),
         )
         student = cls(config, trunk.requires_grad_(True), head.requires_grad_(True)).to(teacher.device)
         student.codec, student.conditions = teacher.codec, student.conditions or teacher.conditions

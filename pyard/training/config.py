@@ -48,7 +48,8 @@ class TrainConfig:
     Args:
         teacher: `digits`, or a teacher's folder.
         out: the run folder.
-        trajectories: a store that `generate_trajectories` wrote with this teacher; none: generated in `out`/trajectories.
+        trajectories: a store that `generate_trajectories` wrote with this teacher, or a list of stores, one for each sample
+            shape: every batch is of one store; none: generated in `out`/trajectories.
 
         stage: `regression`, or `adversarial`: go on from `student` with discriminators beside the regression.
         student: run folder or student's folder that the adversarial stage starts from; it decides all about the student.
@@ -121,7 +122,7 @@ class TrainConfig:
 
     teacher: str
     out: Path
-    trajectories: str | None = None
+    trajectories: str | list[str] | None = None
     stage: Stage = "regression"
     student: str | None = None
     network: str | None = None
@@ -243,6 +244,8 @@ class TrainConfig:
                 "training: the adversarial stage knows neither gradient_accumulation, for its weight is that of a whole batch "
                 "(use activation_checkpointing or more processes), nor rollout_probability"
             )
+        if self.stage == "adversarial" and isinstance(self.trajectories, list) and len(self.trajectories) > 1:
+            raise InputError("training: the adversarial stage takes one store of trajectories, of the real data's shape")
         if self.lora_rank is not None and (self.parallel == "fsdp" or self.stage == "adversarial"):
             raise InputError("training: lora_rank goes with parallel 'ddp' and the regression stage only")
         if self.warmup_steps and self.lr_schedule == "constant":
