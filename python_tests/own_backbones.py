@@ -1,7 +1,7 @@
 """Two backbones of somebody else: they share nothing with pyard's DiT, and go through everything that pyard does.
 
-A transformer with cross-attention to a prompt's tokens, QK norm, rotary embedding, grouped-query attention and the time as a token
-beside the image's, for pictures of several sizes; and a class-conditional video toy.
+A transformer with cross-attention to a prompt's tokens, QK norm, rotary embedding, grouped-query attention and the time as
+a token beside the image's, for pictures of several sizes; and a class-conditional video toy.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ class TextHead(nn.Module):
 
 
 def waves(times):  # [...] -> [..., 8]
-    return torch.cat([(times[..., None] * 2.0 ** torch.arange(4, device=times.device) + turn).sin() for turn in (0.0, 1.6)], dim=-1)
+    angle = times[..., None] * 2.0 ** torch.arange(4, device=times.device)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
 class TextBackbone(Backbone):
@@ -126,7 +127,9 @@ class TextBackbone(Backbone):
     def check_sample(self, sample_shape):
         c = self.config
         if len(sample_shape) != 3 or sample_shape[0] != c.channels or any(n < 1 or n % c.patch for n in sample_shape[1:]):
-            raise InputError(f"samples of shape {tuple(sample_shape)}; this network takes ({c.channels}, {c.patch} m, {c.patch} n)")
+            raise InputError(
+                f"samples of shape {tuple(sample_shape)}; this network takes ({c.channels}, {c.patch} m, {c.patch} n)"
+            )
 
     def attention_shapes(self, layers, sample_shape):
         self.check_sample(sample_shape)
@@ -189,7 +192,10 @@ class VideoBackbone(Backbone):
         super().__init__()
         self.config = c = config
         self.embed, self.time = nn.Linear(c.channels, c.hidden_size), nn.Linear(8, c.hidden_size)
-        self.label, self.place = nn.Embedding(c.num_classes + 1, c.hidden_size), nn.Parameter(torch.randn(self.tokens, c.hidden_size))
+        self.label, self.place = (
+            nn.Embedding(c.num_classes + 1, c.hidden_size),
+            nn.Parameter(torch.randn(self.tokens, c.hidden_size)),
+        )
         self.blocks = nn.ModuleList(VideoBlock(c) for _ in range(c.depth))
 
     @property

@@ -109,7 +109,9 @@ def test_one_backbone_takes_several_sizes():
         student_of(video_teacher())(torch.randn(1, 4, 2, 3, 4, 2), torch.tensor([1]))
 
 
-@pytest.mark.parametrize(("kind", "network"), [("text", TextBackbone), ("text", TEXT), ("video", VideoBackbone), ("video", VIDEO)])
+@pytest.mark.parametrize(
+    ("kind", "network"), [("text", TextBackbone), ("text", TEXT), ("video", VideoBackbone), ("video", VIDEO)]
+)
 @torch.inference_mode()
 def test_folders_are_read_by_the_class_or_its_name(kind, network, tmp_path: Path):
     teacher = TEACHERS[kind]()

@@ -37,6 +37,8 @@ from pyard.runtime import OnnxStudent
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
+    from pyard.models.backbone import Backbone
+
 Precision = Literal["fp32", "fp16", "int8", "int8-static"]
 PARITY_BOUND = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.25, "int8-static": 0.25}  # of the largest value of the sample
 PARITY_BATCH_SIZES = (1, 3)
@@ -54,6 +56,7 @@ def export(
     calibration: int = 64,
     vae: Path | None = None,
     external_data: bool | None = None,
+    network: str | None = None,
 ) -> None:
     """Write a student as one ONNX file and check it against PyTorch.
 
@@ -70,9 +73,10 @@ def export(
         calibration: samples that `int8-static` is calibrated with.
         vae: folder of a diffusers AutoencoderKL, whose decoder is appended: the samples become 8-bit pictures.
         external_data: weights in a second file, FILE.data; none: where one file cannot hold them (2 GB).
+        network: package.module:Class of the backbone of a student that is none of pyard's.
     """
     folder = Path(student)
-    model = Student.from_pretrained(folder)
+    model = Student.from_pretrained(folder, network=network)
     if onnx is None:
         onnx = (folder / "student" if (folder / "student").is_dir() else folder) / "student.onnx"
     settings = dict(form=form, opset=opset, precision=precision, calibration=calibration, vae=vae)
@@ -94,6 +98,7 @@ def export_onnx(
     calibration: int = 64,
     vae: str | Path | AutoencoderKL | None = None,
     external_data: bool | None = None,
+    network: type[Backbone] | str | None = None,
 ) -> dict[int, float]:
     """Write a student as one ONNX file, of the form `sampler`, noise [B, C, H, W], label [B] -> sample [B, C, H, W], or `step`,
     latent [B, C, H, W], label [B], step [], past keys and values [B, H, K, Dh] -> prediction, present keys and values.
@@ -112,6 +117,7 @@ def export_onnx(
         calibration: samples whose trajectories calibrate `int8-static`.
         vae: a diffusers AutoencoderKL, or its folder: its decoder is appended, and samples are uint8 [B, height, width, 3].
         external_data: weights in a second file, `<path>.data`; None: where one file cannot hold them (2 GB).
+        network: class of the backbone of a folder's student that is none of pyard's, or "package.module:Class".
 
     Returns:
         The largest relative error against PyTorch at each batch size that was tried.
@@ -131,7 +137,7 @@ def export_onnx(
         raise InputError(f"calibration is {calibration}; expected at least 1 sample")
     check_target(path)
     if not isinstance(student, Student):
-        student = Student.from_pretrained(student)
+        student = Student.from_pretrained(student, network=network)
     student = copy.deepcopy(student).to("cpu", torch.float32).eval().requires_grad_(False)
     decoder = None if vae is None else load_decoder(vae, student.sample_shape)
     model = assemble(student, form, opset, torch.float16 if precision == "fp16" else torch.float32, decoder)

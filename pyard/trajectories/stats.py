@@ -50,20 +50,27 @@ def trajectory_stats(store: str | Path, *, picture: str | Path | None = None, tr
     Args:
         store: the store's folder.
         picture: a .png to write: a row for each trajectory, its noise and its denoised predictions of x_0 along the columns
-            (its states if the store keeps no predictions); none: `stats.png` in the store's folder.
+            (its states if the store keeps no predictions); none: `stats.png` in the store's folder, if the samples are
+            pictures.
         trajectories: rows of the picture.
 
     Returns:
         0.
 
     Raises:
-        InputError: no store there, or it holds no trajectory.
+        InputError: no store there, it holds no trajectory, or a picture of what is none was asked for.
     """
     opened = TrajectoryStore.open(store)
     if not opened.shards:
         raise InputError(f"trajectories {store}: holds none yet; give the command that was to write them")
     if trajectories < 1:
         raise InputError(f"stats: trajectories is {trajectories}; expected at least 1")
+    if len(opened.manifest.sample_shape) != 3:
+        no_pictures = f"samples of shape {opened.manifest.sample_shape} are no pictures"
+        if picture is not None:
+            raise InputError(f"stats: {no_pictures}; leave out picture")
+        print(f"{as_table(opened)}\n\n{no_pictures}: none drawn")
+        return 0
     print(as_table(opened))
     path = Path(picture) if picture is not None else opened.path / "stats.png"
     draw(opened, path, trajectories)
