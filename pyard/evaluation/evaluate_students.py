@@ -54,6 +54,7 @@ def evaluate(
     out: Path | None = None,
     progress: bool = True,
     network: type[Backbone] | str | None = None,
+    sample_shape: list[int] | None = None,
 ) -> Evaluation:
     """Measure students against their teacher and real data, and print the table.
 
@@ -85,6 +86,7 @@ def evaluate(
         out: a JSON file to write as well.
         progress: show a progress bar.
         network: class of the backbone of teacher's and students' folders that is none of pyard's, or "package.module:Class".
+        sample_shape: [C, ...] of the samples, of a teacher and students of several sizes; none: the teacher's usual one.
 
     Returns:
         The rows, the teacher's first.
@@ -100,10 +102,15 @@ def evaluate(
         raise InputError(f"evaluate: samples_npz takes the samples of one student; found {len(sources)}")
     loaded = [_loaded(source, device, network) for source in sources]
     named = [source if isinstance(source, str | Path) else None for source in sources]
-    candidates = [student_candidate(s, teacher, name=None if n is None else str(n)) for s, n in zip(loaded, named, strict=True)]
+    drawn = teacher.sample_shape if sample_shape is None else tuple(sample_shape)
+    teacher.check_sample(drawn)
+    candidates = [
+        student_candidate(s, teacher, name=None if n is None else str(n), sample_shape=drawn)
+        for s, n in zip(loaded, named, strict=True)
+    ]
     codec = teacher.codec or next((s.codec for s in loaded if isinstance(s, Student) and s.codec), None)
     decode = None if codec is None else _decoder(codec, teacher.device)
-    shape = _image_shape(teacher, decode)
+    shape = _image_shape(drawn, decode)
     of_features, data = _network_and_data(features, feature_settings, reference, shape, samples_npz, progress)
     biases: dict[str, ExposureBias] = {}
     if trajectories is not None:
@@ -121,7 +128,7 @@ def evaluate(
             candidates,
             data=data,
             features=of_features,
-            sample_shape=teacher.sample_shape,
+            sample_shape=drawn,
             num_classes=teacher.conditions.count,
             count=count,
             seed=seed,
@@ -220,10 +227,10 @@ def _decoder(codec: LatentCodec, device: torch.device) -> Callable[[np.ndarray],
     return lambda latents: codec.decode(torch.from_numpy(latents).to(device)).cpu().numpy()
 
 
-def _image_shape(teacher: NetworkTeacher, decode: Callable[[np.ndarray], np.ndarray] | None) -> tuple[int, ...]:
+def _image_shape(drawn: tuple[int, ...], decode: Callable[[np.ndarray], np.ndarray] | None) -> tuple[int, ...]:
     if decode is None:
-        return teacher.sample_shape
-    channels, height, width = decode(np.zeros((1, *teacher.sample_shape), np.float32)).shape[1:]
+        return drawn
+    channels, height, width = decode(np.zeros((1, *drawn), np.float32)).shape[1:]
     return channels, height, width
 
 
@@ -251,9 +258,13 @@ def teacher_candidate(
 
 
 def student_candidate(
-    student: str | Path | Student | OnnxStudent, teacher: NetworkTeacher, *, name: str | None = None
+    student: str | Path | Student | OnnxStudent,
+    teacher: NetworkTeacher,
+    *,
+    name: str | None = None,
+    sample_shape: tuple[int, ...] | None = None,
 ) -> Candidate:
-    """A student, in PyTorch or in onnxruntime, as a row.
+    """A student, in PyTorch or in onnxruntime, as a row; it draws samples of the teacher's usual shape if none is given.
 
     Raises:
         InputError: it draws something else than the teacher.
@@ -262,10 +273,12 @@ def student_candidate(
     student = _loaded(student, str(teacher.device))
     facts = student.info if isinstance(student, OnnxStudent) else student
     numbers = facts.num_conditions if isinstance(facts, Student) else facts.num_classes
-    if (tuple(facts.sample_shape), numbers) != (teacher.sample_shape, teacher.conditions.count):
+    shapes = facts.sample_shapes if isinstance(facts, Student) else (tuple(facts.sample_shape),)
+    wanted = sample_shape or teacher.sample_shape
+    if wanted not in shapes or numbers != teacher.conditions.count:
         raise InputError(
-            f"{source} draws {tuple(facts.sample_shape)} of {numbers} classes; the teacher draws "
-            f"{teacher.sample_shape} of {teacher.conditions.count}"
+            f"{source} draws {', '.join(map(str, shapes))} of {numbers} classes; the teacher draws "
+            f"{wanted} of {teacher.conditions.count}"
         )
 
     @torch.inference_mode()

@@ -133,6 +133,13 @@ def test_the_command_line_trains_on_all_and_records_them(folder, tmp_path: Path,
     capsys.readouterr()
     assert main([*sample, "--sample-shape", "[3, 6, 8]"]) == 2
     assert "this student was trained on (3, 4, 8), (3, 6, 4)" in capsys.readouterr().err
+    evaluate = ["evaluate", "--students", str(tmp_path / "a"), "--teacher", str(folder / "teacher"), "--network", TEXT]
+    evaluate += ["--count", "8", "--teacher-steps", "2", "--samples-npz", str(tmp_path / "e.npz"), "--progress", "false"]
+    assert main([*evaluate, "--sample-shape", "[3, 6, 4]"]) == 0
+    assert np.load(tmp_path / "e.npz")["arr_0"].shape == (8, 6, 4, 3)
+    capsys.readouterr()
+    assert main([*evaluate, "--sample-shape", "[3, 2, 2]"]) == 2
+    assert "draws (3, 4, 8), (3, 6, 4) of 5 classes; the teacher draws (3, 2, 2) of 5" in capsys.readouterr().err
     # The checkpoint says what it was trained on, too.
     words = ["consolidate", "--run", str(tmp_path / "a"), "--out", str(tmp_path / "early"), "--step", "15", "--network", TEXT]
     assert main(words) == 0
@@ -152,7 +159,12 @@ def test_one_store_of_the_usual_shape_leaves_no_trace(folder, tmp_path: Path):
         pyard.train(folder / "teacher", [], out=tmp_path / "none", **options)
     with pytest.raises(InputError, match="takes one store"):
         pyard.train(
-            folder / "teacher", [folder / "wide", folder / "tall"], out=tmp_path / "x", **options, student="x", stage="adversarial"
+            folder / "teacher",
+            [folder / "wide", folder / "tall"],
+            out=tmp_path / "x",
+            **options,
+            student="x",
+            stage="adversarial",
         )
 
 
