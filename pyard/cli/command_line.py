@@ -166,9 +166,17 @@ def joined(argv: Sequence[str], lists: Sequence[str]) -> list[str]:
         if words[-1].startswith("--") and words[-1].removeprefix("--").replace("-", "_") in lists:
             values = list(itertools.takewhile(lambda word: not word.startswith("--"), rest))
             if len(values) > 1:
-                words.append(json.dumps(values))
+                words.append(f"[{', '.join(map(_item, values))}]")
                 rest = rest[len(values) :]
     return words
+
+
+def _item(word: str) -> str:
+    """A word as an item of a JSON list: numbers as they are, everything else a string."""
+    try:
+        return word if isinstance(json.loads(word), int | float) else json.dumps(word)
+    except ValueError:
+        return json.dumps(word)
 
 
 def command_line_face(function: Callable[..., Any]) -> Callable[..., Any]:
