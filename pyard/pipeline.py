@@ -14,6 +14,7 @@ from pyard.conditions import Condition
 from pyard.errors import InputError
 from pyard.models.backbone import Backbone
 from pyard.models.codec import LatentCodec
+from pyard.models.hub import local_folder
 from pyard.models.student import Student
 from pyard.sampling.draw import condition_numbers as numbers_of
 from pyard.storage.files import read_json
@@ -87,18 +88,17 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Read a pipeline's folder, or the run folder or student's folder that `pyard.train` wrote.
 
         Args:
-            pretrained_model_name_or_path: the folder, or the name of a pipeline on the Hugging Face hub.
+            pretrained_model_name_or_path: the folder, or its name on the Hugging Face hub.
             network: class of the backbone of a student that is made of none of pyard's families, or "package.module:Class".
             kwargs: of `diffusers.DiffusionPipeline.from_pretrained`; for a run or student's folder, `dtype` alone.
 
         Raises:
             InputError: no student there, or a folder whose index names other components than a pipeline of pyard has.
         """
-        path = Path(pretrained_model_name_or_path)
-        if path.is_dir() and not (path / cls.config_name).is_file():
+        names = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+        path = local_folder(pretrained_model_name_or_path, **{name: kwargs[name] for name in names if name in kwargs})
+        if not (path / cls.config_name).is_file():
             return cls(_cast(Student.from_pretrained(path, network=network), kwargs))
-        if not path.is_dir():
-            path = Path(cls.download(str(pretrained_model_name_or_path), **kwargs))
         # diffusers imports what the index names; a folder is to name no code.
         index = read_json(path / cls.config_name)
         known = {"student": [_HERE, "StudentModel"], "vae": ["diffusers", "AutoencoderKL"]}

@@ -31,7 +31,7 @@ def write(teacher: Path, out: Path, shape: tuple[int, ...], count: int = COUNT, 
         sample_shape=shape,
         part=part,
         progress=False,
-        **options,  # fmt: skip
+        **options,
     )
 
 
