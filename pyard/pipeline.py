@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,14 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from pyard.conditions import Condition
 from pyard.errors import InputError
+from pyard.models.backbone import Backbone
 from pyard.models.codec import LatentCodec, require_latent_codec
+from pyard.models.hub import local_folder
 from pyard.models.student import Student
-from pyard.sampling.draw import condition_numbers
+from pyard.sampling.draw import condition_numbers as numbers_of
+from pyard.storage.files import read_json
+
+_HERE = "pyard.pipeline"  # where diffusers looks for this module's classes
 
 
 class StudentModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -46,12 +52,12 @@ class StudentModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> StudentModel:
-        """Read a student's folder; of diffusers' loading options, the dtype alone applies."""
-        return cls(_cast(Student.from_pretrained(path), options)).eval()
+        """Read a student's folder; of diffusers' loading options, the dtype alone applies, and `network` is `Student`'s."""
+        return cls(_cast(Student.from_pretrained(path, network=options.get("network")), options)).eval()
 
 
 class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """Class labels to images with a few-step student.
+    """Class labels, or other conditions, to images with a few-step student.
 
     Example:
         pipe = pyard.ARDPipeline.from_pretrained("runs/student")
@@ -76,28 +82,49 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.register_modules(student=student, vae=vae)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> ARDPipeline:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, network: type[Backbone] | str | None = None, **kwargs: Any
+    ) -> ARDPipeline:
         """Read a pipeline's folder, or the run folder or student's folder that `pyard.train` wrote.
 
         Args:
-            pretrained_model_name_or_path: the folder, or the name of a pipeline on the Hugging Face hub.
+            pretrained_model_name_or_path: the folder, or its name on the Hugging Face hub.
+            network: class of the backbone of a student that is made of none of pyard's families, or "package.module:Class".
             kwargs: of `diffusers.DiffusionPipeline.from_pretrained`; for a run or student's folder, `dtype` alone.
+
+        Raises:
+            InputError: no student there, or a folder whose index names other components than a pipeline of pyard has.
         """
-        path = Path(pretrained_model_name_or_path)
-        if path.is_dir() and not (path / cls.config_name).is_file():
-            return cls(_cast(Student.from_pretrained(path), kwargs))
-        return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
+        names = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+        path = local_folder(pretrained_model_name_or_path, **{name: kwargs[name] for name in names if name in kwargs})
+        if not (path / cls.config_name).is_file():
+            return cls(_cast(Student.from_pretrained(path, network=network), kwargs))
+        # diffusers imports what the index names; a folder is to name no code.
+        index = read_json(path / cls.config_name)
+        known = {"student": [_HERE, "StudentModel"], "vae": ["diffusers", "AutoencoderKL"]}
+        for name, component in index.items() if isinstance(index, dict) else ():
+            if not name.startswith("_") and component not in (known.get(name), [None, None]):
+                raise InputError(
+                    f"{path / cls.config_name}: {name} is {component}; expected {known.get(name, 'no such component')}"
+                )
+        if "student" not in kwargs:
+            kwargs["student"] = StudentModel.from_pretrained(path / "student", network=network, **kwargs)
+        return super().from_pretrained(str(path), **kwargs)
 
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: list[int | str],
+        class_labels: list[int | str] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         latents: torch.Tensor | None = None,
+        *,
+        condition_numbers: list[int] | None = None,
+        condition: Condition | None = None,
+        sample_shape: tuple[int, ...] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw one image for each class label.
+        """Draw one image for each class label, condition number or row of a condition: one of the three is given.
 
         Args:
             class_labels: numbers, or names where the student knows them.
@@ -106,13 +133,24 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
                 samples).
             return_dict: return an `ImagePipelineOutput` with `images`, else a tuple of them.
             latents: noise to start from instead of the generator's, [n, C, h, w].
+            condition_numbers: rows of the student's table of conditions.
+            condition: the tensors themselves, n rows.
+            sample_shape: [C, h, w] of a student that was trained on several; None: that of `latents`, or the usual one.
 
         Raises:
-            InputError: labels out of range, or images asked of a student in latent space that has no VAE.
+            InputError: not one condition, labels out of range, a shape that the student was not trained on, or images asked of
+                a student in latent space that has no VAE.
         """
         student, device = self.student.student, self._execution_device
-        condition = student.require_conditions().take(condition_numbers(class_labels, student)).to(device)
-        shape = (condition.batch_size, *student.sample_shape)
+        if sum(value is not None for value in (class_labels, condition_numbers, condition)) != 1:
+            raise InputError("expected one of class_labels, condition_numbers and condition")
+        if condition is None:
+            wanted: Sequence[int | str] = class_labels or condition_numbers or []
+            condition = student.require_conditions().take(numbers_of(wanted, student))
+        condition = condition.to(device)
+        if sample_shape is None and latents is not None:
+            sample_shape = tuple(latents.shape[1:])
+        shape = (condition.batch_size, *student.trained_shape(sample_shape))
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if tuple(latents.shape) != shape:

@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 import itertools
+import json
 import os
 import sys
 import types
@@ -135,10 +136,16 @@ def name_values(argv: Sequence[str], positional: tuple[str, ...]) -> list[str]:
 
 
 def complete(argv: Sequence[str], function: Callable[..., Any], bare: tuple[str, ...]) -> list[str]:
-    """Words as jsonargparse takes them: --num-steps is --num_steps, a lone switch is true, a lone `bare` flag is left out."""
+    """Words as jsonargparse takes them.
+
+    --num-steps is --num_steps, a lone switch is true, a lone `bare` flag is left out, and several values after a flag that
+    takes a list are one list.
+    """
     parameters = inspect.signature(function, eval_str=True).parameters.items()
     switches = [name for name, p in parameters if p.annotation in (bool, bool | None)]
-    words = []
+    kinds = {name: (p.annotation, *typing.get_args(p.annotation)) for name, p in parameters}
+    lists = [name for name, members in kinds.items() if list in [typing.get_origin(m) for m in members]]
+    argv, words = joined(argv, lists), []
     for i, word in enumerate(argv):
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
@@ -148,6 +155,28 @@ def complete(argv: Sequence[str], function: Callable[..., Any], bare: tuple[str,
         elif not (alone and flag in bare):
             words.append("--" + name + (equals + value if not (alone and name in switches) else "=true"))
     return words
+
+
+def joined(argv: Sequence[str], lists: Sequence[str]) -> list[str]:
+    """The words with several values of a flag of `lists` as one: --trajectories a b is --trajectories '["a", "b"]'."""
+    words: list[str] = []
+    rest = list(argv)
+    while rest:
+        words.append(rest.pop(0))
+        if words[-1].startswith("--") and words[-1].removeprefix("--").replace("-", "_") in lists:
+            values = list(itertools.takewhile(lambda word: not word.startswith("--"), rest))
+            if len(values) > 1:
+                words.append(f"[{', '.join(map(_item, values))}]")
+                rest = rest[len(values) :]
+    return words
+
+
+def _item(word: str) -> str:
+    """A word as an item of a JSON list: numbers as they are, everything else a string."""
+    try:
+        return word if isinstance(json.loads(word), int | float) else json.dumps(word)
+    except ValueError:
+        return json.dumps(word)
 
 
 def command_line_face(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,9 +25,8 @@ class RealData:
     """Images, or latents as distributions, with labels.
 
     Args:
-        shards: each with `images` [n, C, H, W] (pixels from -1 to 1, or the means of latents of any shape) and `labels` [n].
-            Latents, whose mirror image is not that of the picture, have `flipped` too, and the standard deviations `std` and
-            `flipped_std`.
+        shards: each with `images` [n, C, ...] (pixels from -1 to 1, or the means of latents) and `labels` [n]. Latents, whose
+            mirror image is not that of the picture, have `flipped` too, and the standard deviations `std` and `flipped_std`.
     """
 
     shards: tuple[dict[str, torch.Tensor], ...]
@@ -43,11 +42,10 @@ class RealData:
                     "and flipped_std"
                 )
             images, labels = shard["images"], shard["labels"]
-            rank = images.ndim >= 3 if of_latents else images.ndim == 4  # latents may be packed
-            if not rank or not images.is_floating_point() or labels.shape != images.shape[:1] or not len(labels):
+            if images.ndim < 2 or not images.is_floating_point() or labels.shape != images.shape[:1] or not len(labels):
                 raise InputError(
                     f"real data: images {images.dtype} {list(images.shape)} and labels {list(labels.shape)}; expected floating "
-                    "point [n, C, H, W] and [n], n at least 1"
+                    "point [n, C, ...] and [n], n at least 1"
                 )
 
     @property
@@ -67,8 +65,8 @@ class RealData:
         Args:
             source: `digits`; a `.safetensors` or `.npz` with `images` and `labels`; or a folder of such `.safetensors`, which
                 `cached_images` makes of pictures.
-            sample_shape: (C, H, W) that the student draws.
-            num_classes: labels are below it.
+            sample_shape: [C, ...] that the student draws.
+            num_classes: labels are below it: classes, or the numbers of other conditions.
         """
         if str(source) == "digits":
             from pyard.data.digits import digits_data
@@ -100,10 +98,10 @@ class RealData:
         Args:
             indices: B numbers, 0 to count - 1.
             flips: which of them to mirror.
-            noise: [B, C, H, W] standard normal, for latents.
+            noise: [B, C, ...] standard normal, for latents.
 
         Returns:
-            float32 [B, C, H, W] and labels int64 [B].
+            float32 [B, C, ...] and labels int64 [B].
         """
         ends = np.cumsum([len(shard["labels"]) for shard in self.shards])
         images, labels = [], []
@@ -140,7 +138,7 @@ class RealReader:
         self.position = 0  # samples that all processes have taken
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
-    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:  # [B, C, H, W] and [B], this rank's
+    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:  # [B, C, ...] and [B], this rank's
         share = self.batch_size // self.world_size
         first = self.position + self.rank * share
         self.position += self.batch_size

@@ -87,8 +87,9 @@ def estimate(
     condition = one_condition(config, student)
     manifest = manifest_of(config, teacher, schedule, student.num_conditions)
     count, generated, guessed = config.num_trajectories, config.trajectories is None, config.trajectories is not None
-    if config.trajectories is not None and Path(config.trajectories).is_dir():
-        store = TrajectoryStore.open(config.trajectories)
+    given = store_of(config)
+    if given is not None and given.is_dir():
+        store = TrajectoryStore.open(given)
         manifest, count, guessed = store.manifest, store.count, False
 
     def sustained(mixed_precision: str) -> float | None:
@@ -162,9 +163,16 @@ def student_of(config: TrainConfig, network: Denoiser, schedule: NoiseSchedule) 
             family=trunk.family(),
         )
     made = Student(student, trunk, head).to("meta")
-    places = [Path(place) for place in (config.teacher, config.trajectories, config.student) if place is not None]
+    places = [Path(place) for place in (config.teacher, store_of(config), config.student) if place is not None]
     made.conditions = made.conditions or load_conditions(*places, *(place / "student" for place in places))
     return config, made
+
+
+def store_of(config: TrainConfig) -> Path | None:
+    """The folder of the recipe's store; None: it generates one."""
+    if isinstance(config.trajectories, list):
+        raise InputError(f"estimate: trajectories is a list of {len(config.trajectories)} stores; give one of them")
+    return None if config.trajectories is None else Path(config.trajectories)
 
 
 def one_condition(config: TrainConfig, student: Student) -> Condition:

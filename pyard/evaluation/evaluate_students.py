@@ -20,6 +20,7 @@ from pyard.evaluation.measure import Candidate, LabelPolicy, labels_of, measure
 from pyard.evaluation.pixels import to_bytes
 from pyard.evaluation.reference import Reference, load_reference
 from pyard.evaluation.report import Evaluation
+from pyard.models.backbone import Backbone
 from pyard.models.codec import Codec
 from pyard.models.student import Student
 from pyard.runtime import OnnxStudent
@@ -52,6 +53,8 @@ def evaluate(
     samples_npz: Path | None = None,
     out: Path | None = None,
     progress: bool = True,
+    network: type[Backbone] | str | None = None,
+    sample_shape: list[int] | None = None,
 ) -> Evaluation:
     """Measure students against their teacher and real data, and print the table.
 
@@ -82,6 +85,8 @@ def evaluate(
         samples_npz: write the student's samples as ADM's .npz (arr_0, uint8 [n, H, W, C]; arr_1, labels), whatever the count.
         out: a JSON file to write as well.
         progress: show a progress bar.
+        network: class of the backbone of teacher's and students' folders that is none of pyard's, or "package.module:Class".
+        sample_shape: [C, ...] of the samples, of a teacher and students of several sizes; none: the teacher's usual one.
 
     Returns:
         The rows, the teacher's first.
@@ -91,17 +96,22 @@ def evaluate(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if isinstance(teacher, str | Path):
-        teacher = load_teacher(teacher).to(device)
+        teacher = load_teacher(teacher, network=network).to(device)
     sources = list(students) if isinstance(students, list) else [students]
     if samples_npz is not None and len(sources) != 1:
         raise InputError(f"evaluate: samples_npz takes the samples of one student; found {len(sources)}")
-    loaded = [_loaded(source, device) for source in sources]
+    loaded = [_loaded(source, device, network) for source in sources]
     named = [source if isinstance(source, str | Path) else None for source in sources]
-    candidates = [student_candidate(s, teacher, name=None if n is None else str(n)) for s, n in zip(loaded, named, strict=True)]
+    drawn = teacher.sample_shape if sample_shape is None else tuple(sample_shape)
+    teacher.check_sample(drawn)
+    candidates = [
+        student_candidate(s, teacher, name=None if n is None else str(n), sample_shape=drawn)
+        for s, n in zip(loaded, named, strict=True)
+    ]
     codec = teacher.codec or next((s.codec for s in loaded if isinstance(s, Student) and s.codec), None)
     decode = None if codec is None else _decoder(codec, teacher.device)
-    shape = teacher.sample_shape if codec is None else codec.image_shape(teacher.sample_shape)
-    network, data = _network_and_data(features, feature_settings, reference, shape, samples_npz, progress)
+    shape = drawn if codec is None else codec.image_shape(drawn)
+    of_features, data = _network_and_data(features, feature_settings, reference, shape, samples_npz, progress)
     biases: dict[str, ExposureBias] = {}
     if trajectories is not None:
         store = TrajectoryStore.open(trajectories)
@@ -117,8 +127,8 @@ def evaluate(
             row,
             candidates,
             data=data,
-            features=network,
-            sample_shape=teacher.sample_shape,
+            features=of_features,
+            sample_shape=drawn,
             num_classes=teacher.conditions.count,
             count=count,
             seed=seed,
@@ -131,9 +141,9 @@ def evaluate(
             on_images=on_images,
         )
     evaluation.settings.update(facts)
-    if isinstance(network, FileFeatures):
-        evaluation.settings["features_settings"] = asdict(network.settings)
-    elif network is not None:
+    if isinstance(of_features, FileFeatures):
+        evaluation.settings["features_settings"] = asdict(of_features.settings)
+    elif of_features is not None:
         evaluation.settings["classifier_accuracy_on_held_out_digits"] = digits_classifier().held_out_accuracy
     if samples_npz is not None:
         evaluation.settings.update(samples_npz=str(samples_npz), quantise=quantise)
@@ -217,10 +227,14 @@ def _decoder(codec: Codec, device: torch.device) -> Callable[[np.ndarray], np.nd
     return lambda latents: codec.decode(torch.from_numpy(latents).to(device)).cpu().numpy()
 
 
-def _loaded(student: str | Path | Student | OnnxStudent, device: str) -> Student | OnnxStudent:
+def _loaded(
+    student: str | Path | Student | OnnxStudent, device: str, network: type[Backbone] | str | None = None
+) -> Student | OnnxStudent:
     if not isinstance(student, str | Path):
         return student
-    return OnnxStudent(student) if str(student).endswith(".onnx") else Student.from_pretrained(student).to(device)
+    if str(student).endswith(".onnx"):
+        return OnnxStudent(student)
+    return Student.from_pretrained(student, network=network).to(device)
 
 
 def teacher_candidate(
@@ -237,9 +251,13 @@ def teacher_candidate(
 
 
 def student_candidate(
-    student: str | Path | Student | OnnxStudent, teacher: NetworkTeacher, *, name: str | None = None
+    student: str | Path | Student | OnnxStudent,
+    teacher: NetworkTeacher,
+    *,
+    name: str | None = None,
+    sample_shape: tuple[int, ...] | None = None,
 ) -> Candidate:
-    """A student, in PyTorch or in onnxruntime, as a row.
+    """A student, in PyTorch or in onnxruntime, as a row; it draws samples of the teacher's usual shape if none is given.
 
     Raises:
         InputError: it draws something else than the teacher.
@@ -248,10 +266,12 @@ def student_candidate(
     student = _loaded(student, str(teacher.device))
     facts = student.info if isinstance(student, OnnxStudent) else student
     numbers = facts.num_conditions
-    if (tuple(facts.sample_shape), numbers) != (teacher.sample_shape, teacher.conditions.count):
+    shapes = facts.sample_shapes if isinstance(facts, Student) else (tuple(facts.sample_shape),)
+    wanted = sample_shape or teacher.sample_shape
+    if wanted not in shapes or numbers != teacher.conditions.count:
         raise InputError(
-            f"{source} draws {tuple(facts.sample_shape)} of {numbers} classes; the teacher draws "
-            f"{teacher.sample_shape} of {teacher.conditions.count}"
+            f"{source} draws {', '.join(map(str, shapes))} of {numbers} classes; the teacher draws "
+            f"{wanted} of {teacher.conditions.count}"
         )
 
     @torch.inference_mode()

@@ -45,6 +45,8 @@ from pyard.runtime import OnnxStudent
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
+    from pyard.models.backbone import Backbone
+
 Precision = Literal["fp32", "fp16", "int8", "int8-static"]
 Method = Literal["auto", "assembled", "traced"]
 PARITY_BOUND = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.25, "int8-static": 0.25}  # of the largest value of the sample

@@ -6,12 +6,17 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pyard.errors import InputError
 
 
-def local_folder(source: str | Path) -> Path:
+def local_folder(source: str | Path, **options: Any) -> Path:
     """A path as it is; the name of a hub repository, `owner/name`, as the folder of its files, downloaded once.
+
+    Args:
+        source: the path or the name.
+        options: of huggingface_hub.snapshot_download, such as revision, token and cache_dir.
 
     Raises:
         InputError: a name that is neither a path nor a repository that can be read.
@@ -22,7 +27,7 @@ def local_folder(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"], **options))
     except Exception as error:  # its own, httpx's and OSError share no base class
         reason = str(error).strip().split("\n")[0]
         raise InputError(

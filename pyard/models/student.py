@@ -81,7 +81,7 @@ class Student(nn.Module):
             self.conditions = ClassConditions(classes, config.class_names, has_null=self.trunk.has_null_class)
         self.history_bias: nn.Parameter | None = None
         if config.history_bias is not None:
-            remembering = len(self.trunk.attention_shapes(config.history_layers, config.network.sample_shape))
+            remembering = len(self.trunk.attention_shapes(config.history_layers, self.sample_shape))
             start = torch.full((remembering, config.network.num_heads), float(config.history_bias))
             self.history_bias = nn.Parameter(start)
         pairs = itertools.pairwise(config.grid.times)
@@ -108,9 +108,27 @@ class Student(nn.Module):
         return self.trunk.num_classes
 
     @property
+    def sample_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """[C, ...] of the samples that it was trained on."""
+        return self.config.sample_shapes or (tuple(self.config.network.sample_shape),)
+
+    @property
     def sample_shape(self) -> tuple[int, ...]:
-        """[C, ...] of one sample."""
-        return tuple(self.config.network.sample_shape)
+        """[C, ...] of one sample; of several sizes, the usual one."""
+        usual = tuple(self.config.network.sample_shape)
+        return usual if usual in self.sample_shapes else self.sample_shapes[0]
+
+    def trained_shape(self, sample_shape: Sequence[int] | None) -> tuple[int, ...]:
+        """A shape that the student was trained on; None: the usual one.
+
+        Raises:
+            InputError: another shape; the message has the list.
+        """
+        shape = self.sample_shape if sample_shape is None else tuple(sample_shape)
+        if shape not in self.sample_shapes:
+            known = ", ".join(map(str, self.sample_shapes))
+            raise InputError(f"samples of shape {shape}; this student was trained on {known}")
+        return shape
 
     def require_conditions(self) -> Conditions:
         """The table of conditions; an InputError where there is none."""
@@ -221,13 +239,14 @@ class Student(nn.Module):
         output: Output | None = None,
         heads: Heads = "per_step",
         history_bias: float | Literal["auto"] | None = "auto",
+        sample_shapes: Sequence[tuple[int, ...]] | None = None,
     ) -> Student:
         """A student with the teacher's weights; heads are copies of the teacher's, less its predicted-variance channels.
 
         Args:
             teacher: a teacher with a network, such as `load_teacher` returns.
             grid: where it jumps; `embed_times` are set for the target (`TimeGrid.for_target`).
-            history_layers, mask, window, target, output, heads, history_bias: see `StudentConfig`, whose defaults they have.
+            history_layers, mask, window, target, output, heads, history_bias, sample_shapes: as in `StudentConfig`.
         """
         trunk, head = teacher.network.trunk.for_student(teacher.network.head)
         config = StudentConfig(
@@ -244,6 +263,7 @@ class Student(nn.Module):
             teacher_fingerprint=teacher.fingerprint,
             class_names=teacher.class_names,
             family=trunk.family(),
+            sample_shapes=None if sample_shapes is None else tuple(sample_shapes),
         )
         student = cls(config, trunk.requires_grad_(True), head.requires_grad_(True)).to(teacher.device)
         student.codec, student.conditions = teacher.codec, student.conditions or teacher.conditions

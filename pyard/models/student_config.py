@@ -45,6 +45,7 @@ class StudentConfig:
         teacher_fingerprint: of the teacher that it was made from.
         class_names: of the classes, in order, where the teacher knows them; synonyms are separated by commas.
         family: name of the backbone's family (`pyard.models.families`), or `package.module:Class` of the user's own.
+        sample_shapes: [C, ...] of the samples that it was trained on; None: those of `network.sample_shape` alone.
     """
 
     network: BackboneConfig
@@ -60,8 +61,12 @@ class StudentConfig:
     teacher_fingerprint: str = ""
     class_names: tuple[str, ...] | None = None
     family: str = "dit"
+    sample_shapes: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.sample_shapes is not None:
+            shapes = tuple(tuple(shape) for shape in self.sample_shapes)
+            object.__setattr__(self, "sample_shapes", None if shapes == (tuple(self.network.sample_shape),) else shapes)
         if self.class_names is not None:
             object.__setattr__(self, "class_names", tuple(self.class_names))
         if self.history_layers is None:
@@ -82,6 +87,8 @@ class StudentConfig:
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dictionary that `from_json` turns back into an equal configuration."""
         flat = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.sample_shapes is None:
+            del flat["sample_shapes"]  # as in students that know one size alone
         return {key: value.to_json() if hasattr(value, "to_json") else value for key, value in flat.items()}
 
     @classmethod

@@ -45,6 +45,7 @@ def sample(
     cuda_graph: bool = False,
     progress: bool = False,
     network: type[Backbone] | str | None = None,
+    sample_shape: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """Draw one sample for each condition: images if the student has a VAE, else what it was trained on.
 
@@ -65,12 +66,14 @@ def sample(
         cuda_graph: replay the S passes as one CUDA graph.
         progress: show a progress bar.
         network: class of the backbone of a folder's student that is none of pyard's, or "package.module:Class".
+        sample_shape: [C, ...] of the samples of a student that was trained on several; None: the usual one.
 
     Returns:
         float32 on the CPU: [n, C, ...], or [n, S, C, ...] with `return_trajectory`. Images are about -1 to 1, not clipped.
 
     Raises:
-        InputError: a label, a name or a seed that does not fit; CUDA graphs without CUDA.
+        InputError: a label, a name or a seed that does not fit; a shape that the student was not trained on; CUDA graphs
+            without CUDA.
     """
     if isinstance(student, str | Path):
         from pyard.models.student import Student
@@ -82,6 +85,7 @@ def sample(
         condition = student.require_conditions().take(condition_numbers(labels, student))
     assert condition is not None
     count = condition.batch_size
+    shape = student.trained_shape(sample_shape)
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; expected at least 1, or None for as many as fit")
     if isinstance(seed, Sequence) and len(seed) != count:
@@ -92,15 +96,15 @@ def sample(
         student = compiled(student)
     codec = None if latents else student.codec
     device = student.embed_times.device
-    size = min(batch_size or batch_size_that_fits(student), max(count, 1))
-    rollout = _rollout(student, size, cuda_graph, condition)
+    size = min(batch_size or batch_size_that_fits(student, shape), max(count, 1))
+    rollout = _rollout(student, size, cuda_graph, condition, shape)
     parts: list[torch.Tensor] = []
     start = 0
     with tqdm(total=count, desc="sampling", unit="sample", disable=not progress) as bar:
         while start < count or not parts:
             index = np.arange(start, min(start + size, count))
             try:
-                noise = torch.from_numpy(_noise(seed, index, student.sample_shape)).to(device)
+                noise = torch.from_numpy(_noise(seed, index, shape)).to(device)
                 predictions = rollout(noise, condition.index(slice(start, start + len(index))).to(device))
                 kept = torch.stack(predictions if return_trajectory else predictions[-1:], dim=1).float()
                 if codec is not None:
@@ -109,7 +113,7 @@ def sample(
                 if size == 1 or not is_out_of_memory(error):
                     raise
                 size = (size + 1) // 2
-                rollout = _rollout(student, size, cuda_graph, condition)
+                rollout = _rollout(student, size, cuda_graph, condition, shape)
                 continue
             parts.append(kept.cpu())
             start += len(index)
@@ -134,8 +138,8 @@ def condition_numbers(labels: Sequence[int | str] | np.ndarray | torch.Tensor, s
     return check_labels(table.find(labels), table.count)
 
 
-def _rollout(student: Student, size: int, cuda_graph: bool, condition: Condition) -> Rollout:
-    return graphed_rollout(student, size, condition) if cuda_graph else plain_rollout(student)
+def _rollout(student: Student, size: int, cuda_graph: bool, condition: Condition, shape: tuple[int, ...]) -> Rollout:
+    return graphed_rollout(student, size, condition, shape) if cuda_graph else plain_rollout(student)
 
 
 def _noise(seed: int | Sequence[int], index: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -156,6 +160,7 @@ def sample_to_file(
     compile: bool = False,
     cuda_graph: bool = False,
     network: str | None = None,
+    sample_shape: list[int] | None = None,
 ) -> None:
     """Draw samples with a student and write them to a file.
 
@@ -173,6 +178,7 @@ def sample_to_file(
         compile: compile the steps with torch.compile.
         cuda_graph: replay the steps as one CUDA graph.
         network: package.module:Class of the backbone of a student that is made of none of pyard's.
+        sample_shape: [C, ...] of the samples of a student that was trained on several; none: the usual one.
     """
     from pyard.models.student import Student
 
@@ -186,7 +192,15 @@ def sample_to_file(
     if torch.cuda.is_available():
         model.to("cuda")
     samples = sample(
-        model, numbers, seed=seed, batch_size=batch_size, dtype=dtype, compile=compile, cuda_graph=cuda_graph, progress=True
+        model,
+        numbers,
+        seed=seed,
+        batch_size=batch_size,
+        dtype=dtype,
+        compile=compile,
+        cuda_graph=cuda_graph,
+        progress=True,
+        sample_shape=sample_shape,
     ).numpy()
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npz":

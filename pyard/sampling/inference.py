@@ -48,13 +48,14 @@ def compiled(student: Student) -> Student:
     return faster
 
 
-def graphed_rollout(student: Student, batch_size: int, like: Condition) -> Rollout:
+def graphed_rollout(student: Student, batch_size: int, like: Condition, sample_shape: tuple[int, ...] | None = None) -> Rollout:
     """The whole rollout as one CUDA graph for batches of up to `batch_size`: no launch costs between its kernels.
 
     Args:
         student: on a CUDA device.
         batch_size: of the largest batch.
         like: any condition of the kind and length that will be drawn; longer ones are refused.
+        sample_shape: [C, ...] of all samples; None: the usual one.
 
     Raises:
         InputError: the student is not on a CUDA device.
@@ -62,7 +63,7 @@ def graphed_rollout(student: Student, batch_size: int, like: Condition) -> Rollo
     device = student.embed_times.device
     if device.type != "cuda":
         raise InputError(f"CUDA graphs need a student on a CUDA device; this one is on {device}")
-    noise = torch.zeros((batch_size, *student.sample_shape), device=device)
+    noise = torch.zeros((batch_size, *(sample_shape or student.sample_shape)), device=device)
     first = like.index(slice(0, 1)).to(device)
     condition = Condition({name: tensor.expand(batch_size, *tensor.shape[1:]).clone() for name, tensor in first.items()})
     rollout = plain_rollout(student)
@@ -88,13 +89,13 @@ def graphed_rollout(student: Student, batch_size: int, like: Condition) -> Rollo
     return run
 
 
-def batch_size_that_fits(student: Student) -> int:
+def batch_size_that_fits(student: Student, sample_shape: tuple[int, ...] | None = None) -> int:
     """How many samples may run together in half of the free memory; at most 256, beyond which nothing gets faster."""
     weight = next(student.trunk.parameters())
     # The widest moment of a block: the residual stream, its norm, the MLP's hidden units (four times the width) before and
     # after their activation; q, k, v and their copies are less. float32 copies inside operators double it.
-    tokens = student.trunk.tokens_per_step() * student.trunk.hidden_size * 11
-    shapes = student.trunk.attention_shapes(student.config.history_layers, student.sample_shape)
+    tokens = student.trunk.tokens_per_step(sample_shape or student.sample_shape) * student.trunk.hidden_size * 11
+    shapes = student.trunk.attention_shapes(student.config.history_layers, sample_shape or student.sample_shape)
     cache = 2 * student.num_steps * sum(math.prod(shape) for shape in shapes)
     modulations = student.num_steps * student.config.network.depth * 6 * student.trunk.hidden_size
     needed = weight.element_size() * (2 * tokens + cache + modulations)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 from pyard.errors import InputError
-from pyard.models.dit.network import dit_trunk
 from pyard.teachers import Family, load_teacher
 
 
@@ -19,6 +18,7 @@ def convert(
     num_heads: int | None = None,
     num_classes: int | None = None,
     vae: Path | None = None,
+    network: str | None = None,
 ) -> None:
     """Turn a checkpoint into a teacher's folder that needs no more flags, or write a teacher for other programs.
 
@@ -32,8 +32,9 @@ def convert(
         num_heads: attention heads of a `.pt` or `.safetensors` of another width than the published models.
         num_classes: of a `.pt` or `.safetensors` without a row for "no class".
         vae: folder of the diffusers autoencoder that belongs to the source, where it comes without; it goes along.
+        network: package.module:Class of the backbone of a teacher's folder that is none of pyard's.
     """
-    teacher = load_teacher(source, family=family, num_heads=num_heads, num_classes=num_classes, vae=vae)
+    teacher = load_teacher(source, family=family, num_heads=num_heads, num_classes=num_classes, vae=vae, network=network)
     if to == "pyard":
         teacher.save_pretrained(out)
     elif to == "diffusers":
@@ -46,8 +47,9 @@ def convert(
         save_checkpoint(teacher, out)
     else:
         raise InputError(f"to is {to!r}; expected pyard, dit or diffusers")
-    sizes = dit_trunk(teacher.network, f"convert {source}").config
+    trunk, sizes = teacher.network.trunk, teacher.network.config
     print(
-        f"{out}: {sizes.depth} layers of width {sizes.hidden_size}, {sizes.num_heads} heads, patch {sizes.patch_size}, "
-        f"samples of {teacher.sample_shape}, {sizes.num_classes} classes, predicts {teacher.schedule.prediction}"
+        f"{out}: {sizes.depth} layers of width {trunk.hidden_size}, {sizes.num_heads} heads, {trunk.tokens_per_step()} tokens, "
+        f"samples of {teacher.sample_shape}, {teacher.conditions.count} {'classes' if trunk.num_classes else 'conditions'}, "
+        f"predicts {teacher.schedule.prediction}"
     )

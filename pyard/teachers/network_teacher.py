@@ -66,6 +66,10 @@ class NetworkTeacher:
         """Classes of a class-conditional teacher; None: it is conditioned on something else."""
         return self.network.trunk.num_classes
 
+    def check_sample(self, sample_shape: tuple[int, ...]) -> None:
+        """Raises InputError if the network takes no samples of this shape."""
+        self.network.trunk.check_sample(sample_shape)
+
     def predict(self, x: torch.Tensor, time: float, condition: Condition | torch.Tensor) -> torch.Tensor:
         """The network's output for one time; predicted variances are dropped. Labels will do for a condition."""
         condition = as_condition(condition)

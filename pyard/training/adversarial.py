@@ -100,7 +100,7 @@ class Adversarial(Regression):
                 f"{settings.virtual_batch}, so that virtual batches are the same on any number of processes"
             )
         trunk = teacher.network.trunk
-        tokens = trunk.tokens_per_step()
+        tokens = trunk.tokens_per_step(tuple(real.data.shards[0]["images"].shape[1:]))
         if settings.depth and settings.kernel_size // 2 > tokens:
             raise InputError(
                 f"adversarial: kernel_size {settings.kernel_size} reaches {settings.kernel_size // 2} tokens to each side, "

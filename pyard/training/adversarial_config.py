@@ -24,8 +24,8 @@ class AdversarialConfig:
     Args:
         real: real data: `digits`; a folder of pictures, one sub-folder a class in the order of the labels, as ImageNet is
             unpacked (cropped as ADM does; a student of latents encodes them with its VAE, once); a `.safetensors` or `.npz`
-            file with `images` float [n, C, H, W] (-1 to 1, or latents) and `labels` [n]; or a folder of such `.safetensors`
-            (latents: see `RealData`).
+            file with `images` float [n, C, ...] (-1 to 1, or latents) and `labels` [n], condition numbers; or a folder of such
+            `.safetensors` (latents: see `RealData`).
         real_cache: folder for the shards that pictures are made into; none: `real` in the run folder.
         flips: mirror a random half of the real data.
         noise_levels: both kinds are noised before the teacher sees them, to a level drawn between these shares of its

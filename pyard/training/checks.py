@@ -82,6 +82,8 @@ def check_ranges(config: TrainConfig) -> None:
             "training: the adversarial stage knows neither gradient_accumulation, for its weight is that of a whole batch "
             "(use activation_checkpointing or more processes), nor rollout_probability"
         )
+    if config.stage == "adversarial" and isinstance(config.trajectories, list) and len(config.trajectories) > 1:
+        raise InputError("training: the adversarial stage takes one store of trajectories, of the real data's shape")
     if config.lora_rank is not None and (config.parallel == "fsdp" or config.stage == "adversarial"):
         raise InputError("training: lora_rank goes with parallel 'ddp' and the regression stage only")
     if config.warmup_steps and config.lr_schedule == "constant":

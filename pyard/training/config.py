@@ -54,7 +54,8 @@ class TrainConfig:
     Args:
         teacher: `digits`, or a teacher's folder.
         out: the run folder.
-        trajectories: a store that `generate_trajectories` wrote with this teacher; none: generated in `out`/trajectories.
+        trajectories: a store that `generate_trajectories` wrote with this teacher, or a list of stores, one for each sample
+            shape: every batch is of one store; none: generated in `out`/trajectories.
 
         stage: `regression`, or `adversarial`: go on from `student` with discriminators beside the regression.
         student: run folder or student's folder that the adversarial stage starts from; it decides all about the student.
@@ -128,7 +129,7 @@ class TrainConfig:
 
     teacher: str
     out: Path
-    trajectories: str | None = None
+    trajectories: str | list[str] | None = None
     stage: Stage = "regression"
     student: str | None = None
     network: str | None = None

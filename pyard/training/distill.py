@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,17 @@ from pyard.models.student import Student
 from pyard.teachers import load_teacher
 from pyard.training.config import TrainConfig
 from pyard.trajectories import TrajectoryReader, TrajectoryStore, generate_trajectories
+from pyard.trajectories.buckets import BatchReader, BucketReader, check_buckets
 from pyard.trajectories.store import read_manifest
 
 if TYPE_CHECKING:
     from pyard.models.backbone import Backbone
+    from pyard.models.codec import Codec
     from pyard.teachers.network_teacher import NetworkTeacher
     from pyard.training.processes import Processes
+    from pyard.trajectories import TrajectoryManifest
+
+Trajectories = str | Path | TrajectoryStore
 
 # The seed of trajectories that are measured on is this far from the one of those that are trained on.
 _HELD_OUT_SEED = 1 << 32
@@ -26,7 +32,7 @@ _REAL = 3  # the draws of the real data, as a part of their seed
 
 def train(
     teacher: str | Path | NetworkTeacher | TrainConfig,
-    trajectories: str | Path | TrajectoryStore | None = None,
+    trajectories: Trajectories | Sequence[Trajectories] | None = None,
     *,
     out: str | Path | None = None,
     **settings: Any,
@@ -45,7 +51,8 @@ def train(
 
     Args:
         teacher: `digits`, a teacher's folder, a teacher; or a whole `TrainConfig`, alone.
-        trajectories: a store that `generate_trajectories` wrote with this teacher, or its folder; None: generated.
+        trajectories: a store that `generate_trajectories` wrote with this teacher, or its folder; or several, one for each
+            sample shape: every batch is of one store, in proportion to its full batches; None: generated.
         out: the run folder.
         settings: further fields of `TrainConfig`, which says what they mean.
 
@@ -71,7 +78,7 @@ def train(
             raise InputError("train: out is missing; expected the run folder")
         named = {
             "teacher": str(teacher) if isinstance(teacher, str | Path) else "",
-            "trajectories": str(trajectories.path) if isinstance(trajectories, TrajectoryStore) else trajectories,
+            "trajectories": _named(trajectories),
         }
         config = TrainConfig.of({**named, "out": Path(out), **settings})
     # Importing accelerate and diffusers takes seconds, which `pyard train --help` need not wait for.
@@ -80,6 +87,16 @@ def train(
     processes = Processes(config.mixed_precision, config.parallel)
     with own_random_state(processes.device), ends_at_once():
         return _run(config, given_teacher, given_store, processes, backbone)
+
+
+def _named(trajectories: Trajectories | Sequence[Trajectories] | None) -> str | list[str] | None:
+    if trajectories is None:
+        return None
+    if isinstance(trajectories, TrajectoryStore):
+        return str(trajectories.path)
+    if isinstance(trajectories, str | Path):
+        return str(trajectories)
+    return [str(t.path if isinstance(t, TrajectoryStore) else t) for t in trajectories]
 
 
 def train_command(config: TrainConfig) -> None:
@@ -122,38 +139,46 @@ def _run(
         config = config.like(earlier.config)
     config = config.resolved(teacher.network.config.depth)
     begun = config.begun()  # what it was begun with, before hours go into something else
-    if begun is not None and trajectories is None and begun["manifest"]["count"] < config.num_trajectories:
+    counts = [] if begun is None else [manifest["count"] for manifest in _manifests(begun)]
+    if counts and trajectories is None and counts[0] < config.num_trajectories:
         raise InputError(
-            f"{config.out} holds a run on {begun['manifest']['count']} trajectories, but num_trajectories is "
+            f"{config.out} holds a run on {counts[0]} trajectories, but num_trajectories is "
             f"{config.num_trajectories}; use another --out, or remove it"
         )
     home = teacher.device
     teacher.to(processes.device)
-    store = _open_store(teacher, trajectories, config)  # each process writes its part of a new one, and waits for the others
+    stores = _open_stores(teacher, trajectories, config)  # each process writes its part of a new one, and waits for the others
     with processes.main_first():
-        held_out = _held_out(teacher, config, store, processes)
-    student = _student(teacher, store, config, earlier).to(processes.device)
+        held_out = _held_out(teacher, config, stores, processes)
+    student = _student(teacher, stores, config, earlier).to(processes.device)
     if config.lora_rank is not None:
         add_lora(student, config.lora_rank)
     # A store that has grown since the run began is read as far as it went then.
-    count = store.count if begun is None else min(store.count, begun["manifest"]["count"])
-    inputs = {"teacher_fingerprint": teacher.fingerprint, "manifest": {**store.manifest.to_json(), "count": count}}
+    read = [store.count if i >= len(counts) else min(store.count, counts[i]) for i, store in enumerate(stores)]
+    manifests = [{**store.manifest.to_json(), "count": count} for store, count in zip(stores, read, strict=True)]
+    inputs = {"teacher_fingerprint": teacher.fingerprint, "manifest": manifests[0] if len(manifests) == 1 else manifests}
     stage: Regression
     if config.stage == "adversarial":
-        data = RealData.load(_real_source(config, student, teacher, processes), student.sample_shape, student.num_conditions)
+        shape = stores[0].manifest.sample_shape
+        source = _real_source(config, shape, student.codec or teacher.codec, processes)
+        data = RealData.load(source, shape, student.num_conditions)
         inputs |= {"real_fingerprint": data.fingerprint(), "student_fingerprint": weights_digest(student)}
     with processes.main_first():
         if processes.is_main:
             config.resume_or_begin(**inputs)
-    reader = TrajectoryReader(
-        store,
-        config.batch_size // processes.world,
-        target=config.target,
-        seed=config.seed,
-        rank=processes.rank,
-        world_size=processes.world,
-        count=count,
-    )
+    readers = [
+        TrajectoryReader(
+            store,
+            config.batch_size // processes.world,
+            target=config.target,
+            seed=config.seed,
+            rank=processes.rank,
+            world_size=processes.world,
+            count=count,
+        )
+        for store, count in zip(stores, read, strict=True)
+    ]
+    reader: BatchReader = readers[0] if len(readers) == 1 else BucketReader(readers, config.seed)
     if config.stage == "adversarial":
         real = RealReader(
             data,
@@ -189,8 +214,16 @@ def _run(
     )
 
 
-def _student(teacher: NetworkTeacher, store: TrajectoryStore, config: TrainConfig, earlier: Student | None) -> Student:
+def _manifests(begun: dict[str, Any]) -> list[dict[str, Any]]:
+    found = begun["manifest"]
+    return found if isinstance(found, list) else [found]
+
+
+def _student(
+    teacher: NetworkTeacher, stores: Sequence[TrajectoryStore], config: TrainConfig, earlier: Student | None
+) -> Student:
     """The student that training starts from: that of an earlier stage, or the teacher with a history."""
+    store = stores[0]
     if earlier is None:
         assert config.history_layers is not None
         assert config.history_bias != "auto"
@@ -204,6 +237,7 @@ def _student(teacher: NetworkTeacher, store: TrajectoryStore, config: TrainConfi
             output=config.output,
             heads=config.heads,
             history_bias=config.history_bias,
+            sample_shapes=[store.manifest.sample_shape for store in stores],
         )
     if earlier.config.teacher_fingerprint != teacher.fingerprint:
         raise InputError(
@@ -214,10 +248,11 @@ def _student(teacher: NetworkTeacher, store: TrajectoryStore, config: TrainConfi
         raise InputError(
             f"student {config.student} and the trajectories {store.path} have other grids; give those it learnt from"
         )
+    earlier.trained_shape(store.manifest.sample_shape)
     return earlier
 
 
-def _real_source(config: TrainConfig, student: Student, teacher: NetworkTeacher, processes: Processes) -> str | Path:
+def _real_source(config: TrainConfig, sample_shape: tuple[int, ...], codec: Codec | None, processes: Processes) -> str | Path:
     """Where the real data is; pictures are encoded first, each process its share."""
     from pyard.data.real_images import cached_images, is_image_folder
 
@@ -227,8 +262,8 @@ def _real_source(config: TrainConfig, student: Student, teacher: NetworkTeacher,
     shards = cached_images(
         Path(source),
         Path(config.adversarial.real_cache or config.out / "real"),
-        student.sample_shape,
-        student.codec or teacher.codec,
+        sample_shape,
+        codec,
         device=processes.device,
         rank=processes.rank,
         world_size=processes.world,
@@ -237,12 +272,12 @@ def _real_source(config: TrainConfig, student: Student, teacher: NetworkTeacher,
     return shards
 
 
-def _open_store(
-    teacher: NetworkTeacher, trajectories: str | Path | TrajectoryStore | None, config: TrainConfig
-) -> TrajectoryStore:
-    """The store to train on: the given one, checked against teacher and S, or a new one in the run folder."""
+def _open_stores(
+    teacher: NetworkTeacher, trajectories: Trajectories | Sequence[Trajectories] | None, config: TrainConfig
+) -> list[TrajectoryStore]:
+    """The stores to train on: the given ones, checked against teacher and S, or a new one in the run folder."""
     if trajectories is None:
-        return generate_trajectories(
+        new = generate_trajectories(
             teacher,
             config.out / "trajectories",
             config.num_trajectories,
@@ -256,6 +291,16 @@ def _open_store(
             seed=config.seed,
             progress=config.progress,
         )
+        return [new]
+    given = [trajectories] if isinstance(trajectories, str | Path | TrajectoryStore) else list(trajectories)
+    if not given:
+        raise InputError("train: trajectories is an empty list; expected at least one store")
+    stores = [_open_store(teacher, one, config) for one in given]
+    check_buckets(stores)
+    return stores
+
+
+def _open_store(teacher: NetworkTeacher, trajectories: Trajectories, config: TrainConfig) -> TrajectoryStore:
     store = trajectories if isinstance(trajectories, TrajectoryStore) else TrajectoryStore.open(trajectories)
     theirs = store.manifest
     if theirs.teacher_fingerprint != teacher.fingerprint:
@@ -269,14 +314,18 @@ def _open_store(
 
 
 def _held_out(
-    teacher: NetworkTeacher, config: TrainConfig, store: TrajectoryStore, processes: Processes
-) -> TrajectoryStore | None:
+    teacher: NetworkTeacher, config: TrainConfig, stores: Sequence[TrajectoryStore], processes: Processes
+) -> list[TrajectoryStore]:
     """Trajectories of the same kind as those trained on, from other noise, for the exposure-bias curve."""
     if not (config.evaluate_every and (processes.is_main or processes.sharded)):
-        return None
+        return []
+    paths = [config.out / ("held-out" if len(stores) == 1 else f"held-out-{i}") for i in range(len(stores))]
     if not processes.is_main:
-        return TrajectoryStore.open(config.out / "held-out")
-    manifest, path = store.manifest, config.out / "held-out"
+        return [TrajectoryStore.open(path) for path in paths]
+    return [_like(teacher, config, store.manifest, path) for store, path in zip(stores, paths, strict=True)]
+
+
+def _like(teacher: NetworkTeacher, config: TrainConfig, manifest: TrajectoryManifest, path: Path) -> TrajectoryStore:
     begun = read_manifest(path)  # more may be asked for now
     return generate_trajectories(
         teacher,
@@ -294,4 +343,5 @@ def _held_out(
         batch_size=begun.batch_size if begun else min(manifest.batch_size, config.evaluation_trajectories),
         part="1/1",  # rank 0 is alone here
         progress=False,
+        sample_shape=manifest.sample_shape,
     )

@@ -18,7 +18,7 @@ from pyard.storage.log import TrainingLog
 from pyard.training.config import TrainConfig
 from pyard.training.processes import Preempted, Processes, memory_advice, preemption, seed_of
 from pyard.training.regression import Measured, Stage
-from pyard.trajectories import TrajectoryReader
+from pyard.trajectories.buckets import BatchReader
 
 Watch = Callable[[int, Measured], None]
 
@@ -26,7 +26,7 @@ Watch = Callable[[int, Measured], None]
 def train_stage(
     stage: Stage,
     student: Student,
-    reader: TrajectoryReader,
+    reader: BatchReader,
     config: TrainConfig,
     processes: Processes,
     watch: Watch,
@@ -61,7 +61,7 @@ def train_stage(
     advice = memory_advice(
         reader.batch_size // config.gradient_accumulation,
         student.num_steps,
-        student.trunk.tokens_per_step(),
+        max(student.trunk.tokens_per_step(shape) for shape in student.sample_shapes),
         None if config.stage == "adversarial" else config.gradient_accumulation,
     )
 

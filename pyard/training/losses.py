@@ -22,11 +22,13 @@ class RegressionLoss:
         kind: `mse`, the mean of d^2; `pseudo_huber`, sqrt(|d|^2 + c^2) - c with |d| over a sample's C*H*W numbers.
         huber_c: c.
         step_weights: S weights, mean 1.
+        numbers: in a sample that `huber_c` is for: c grows with the square root of a sample's numbers; None: it is fixed.
     """
 
     kind: str
     huber_c: float
     step_weights: tuple[float, ...]
+    numbers: int | None = None
 
     @classmethod
     def of(cls, config: TrainConfig, student: StudentConfig) -> RegressionLoss:
@@ -41,7 +43,9 @@ class RegressionLoss:
         else:
             weights = [float(weight) for weight in config.step_weights]
         mean = sum(weights) / len(weights)
-        return cls(config.loss, huber_c, tuple(weight / mean for weight in weights))
+        return cls(
+            config.loss, huber_c, tuple(weight / mean for weight in weights), numbers if config.huber_c is None else None
+        )
 
     def per_step(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:  # [B, S, C, ...] twice -> [S]
         """The mean loss of each step, not weighted, in float32."""
@@ -49,7 +53,8 @@ class RegressionLoss:
         inner = tuple(range(2, squares.ndim))
         if self.kind == "mse":
             return squares.mean(dim=(0, *inner))
-        return ((squares.sum(dim=inner) + self.huber_c**2).sqrt() - self.huber_c).mean(dim=0)
+        c = self.huber_c * (1.0 if self.numbers is None else math.sqrt(math.prod(squares.shape[2:]) / self.numbers))
+        return ((squares.sum(dim=inner) + c**2).sqrt() - c).mean(dim=0)
 
     def total(self, per_step: torch.Tensor) -> torch.Tensor:  # [S] -> []
         """The weighted mean over the steps."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -214,8 +215,8 @@ def checkpoint_activations(student: Student) -> None:
 
 
 def _recomputed(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def recomputed(*args: object) -> torch.Tensor:
-        return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False)
+    def recomputed(*args: object, **kwargs: object) -> torch.Tensor:
+        return torch.utils.checkpoint.checkpoint(functools.partial(forward, **kwargs), *args, use_reentrant=False)
 
     return recomputed
 

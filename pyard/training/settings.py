@@ -56,6 +56,8 @@ def _as(value: Any, hint: Any) -> Any:
         return _as_literal(value, members)
     if origin is tuple:
         return _as_tuple(value, members)
+    if origin is list:
+        return list(_as_tuple(value, (*members, ...)))
     if hint is type(None) and (value is None or value == "none"):
         return None
     if hint is bool and isinstance(value, bool | np.bool_):
@@ -111,5 +113,7 @@ def _words(hint: Any) -> str:
         return f"one of {', '.join(map(str, members))}" if len(members) > 1 else str(members[0])
     if origin is tuple:
         return "a list of numbers" if members[-1] is Ellipsis else f"{len(members)} numbers"
+    if origin is list:
+        return "a list"
     known = {type(None): "none", bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
     return known.get(hint, getattr(hint, "__name__", str(hint)))

@@ -7,8 +7,9 @@ forcing) and when it reads its own (rollout). The gap between the two is the exp
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class Watcher:
     Args:
         config: settings.
         student: the averaged one.
-        held_out: trajectories that are not trained on; None: no curve.
+        held_out: trajectories that are not trained on, a store for each size; none: no curve.
         resume_step: what was recorded of later steps is dropped.
         records: False: compute all, for a student in shards needs it, and record nothing.
     """
@@ -47,7 +48,7 @@ class Watcher:
         self,
         config: TrainConfig,
         student: Student,
-        held_out: TrajectoryStore | None,
+        held_out: Sequence[TrajectoryStore],
         resume_step: int,
         *,
         records: bool = True,
@@ -91,8 +92,9 @@ class Watcher:
             for tracker in self.trackers:
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": picture[None]}, step=step, **options)
-        if self.held_out is not None:
-            curve = exposure_bias(student, in_order(self.held_out, self.config))
+        if self.held_out:
+            batches = itertools.chain.from_iterable(in_order(store, self.config) for store in self.held_out)
+            curve = exposure_bias(student, batches)
             if self.curves is not None:
                 self.curves.write(step=step, **asdict(curve))
             values = {f"teacher_forced/{s}": error for s, error in enumerate(curve.teacher_forced)}

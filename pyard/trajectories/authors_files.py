@@ -46,6 +46,7 @@ def convert_trajectories(
     cfg_channels: int | None = 3,
     dtype: DType = "float32",
     progress: bool = True,
+    network: str | None = None,
 ) -> TrajectoryStore | None:
     """Turn the .npz tree of the authors' code into a store, or a store into such a tree.
 
@@ -61,6 +62,7 @@ def convert_trajectories(
         cfg_channels: channels that were guided: 3 in DiT's public code; none: all.
         dtype: how an imported store keeps states and predictions.
         progress: show a progress bar.
+        network: package.module:Class of the backbone of a teacher's folder that is none of pyard's.
 
     Returns:
         The store that was imported; nothing after an export.
@@ -74,7 +76,7 @@ def convert_trajectories(
         return None
     if not (source / "zt").is_dir():
         raise InputError(f"convert: {source} has neither a manifest.json (a store) nor a folder zt (the authors' tree)")
-    known = load_teacher(teacher) if teacher is not None else None
+    known = load_teacher(teacher, network=network) if teacher is not None else None
     schedule = known.schedule if known is not None else NoiseSchedule()
     samples, teacher_steps, shape = list_samples(source)
     grid = TimeGrid.build(schedule, num_steps, teacher_steps)

@@ -59,6 +59,7 @@ def generate_trajectories(
     part: str | None = None,
     progress: bool = True,
     network: type[Backbone] | str | None = None,
+    sample_shape: tuple[int, ...] | None = None,
 ) -> TrajectoryStore:
     """Write a teacher's ODE trajectories, from noise to data, to a store that students learn from.
 
@@ -95,13 +96,15 @@ def generate_trajectories(
             Accelerate's environment says, or all. `1/1` is all in any case.
         progress: show a progress bar with rate, time left and disk use.
         network: class of the backbone of a teacher's folder that is none of pyard's, or its "package.module:Class".
+        sample_shape: [C, ...] of the samples, of a teacher that takes several sizes; None: its usual one.
 
     Returns:
         The store; complete, unless only a `part` was asked for.
 
     Raises:
-        InputError: the folder holds trajectories of another teacher, grid or other setting; the disk cannot hold them;
-            the teacher computes numbers that are not finite; or another process writes the same shards.
+        InputError: the teacher takes no samples of that shape; the folder holds trajectories of another teacher, grid or other
+            setting; the disk cannot hold them; the teacher computes numbers that are not finite; or another process writes the
+            same shards.
     """
     mine = Part.parse(part)
     if isinstance(teacher, str | Path):
@@ -125,7 +128,7 @@ def generate_trajectories(
         cfg_interval=cfg_interval,
         precision=precision,
         compiled=compile,
-        sample_shape=teacher.sample_shape,
+        sample_shape=_shape(teacher, sample_shape),
         num_classes=teacher.conditions.count,
         conditions=teacher.conditions.fingerprint,
         keep=keep,
@@ -149,6 +152,16 @@ def generate_trajectories(
     if mine.same_folder:
         wait_for_others(out, mine, progress)
     return TrajectoryStore.open(out)
+
+
+def _shape(teacher: Teacher, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
+    shape = teacher.sample_shape if wanted is None else tuple(wanted)
+    if shape != teacher.sample_shape:
+        check = getattr(teacher, "check_sample", None)
+        if check is None:
+            raise InputError(f"trajectories: sample_shape is {shape}; this teacher makes {teacher.sample_shape} alone")
+        check(shape)
+    return shape
 
 
 def write_shards(teacher: Teacher, store: TrajectoryStore, missing: list[tuple[int, int]], progress: bool, part: Part) -> None:

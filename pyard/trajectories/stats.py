@@ -59,7 +59,8 @@ def trajectory_stats(
     Args:
         store: the store's folder.
         picture: a .png to write: a row for each trajectory, its noise and its denoised predictions of x_0 along the columns
-            (its states if the store keeps no predictions); none: `stats.png` in the store's folder.
+            (its states if the store keeps no predictions); none: `stats.png` in the store's folder, if the samples are
+            pictures.
         trajectories: rows of the picture.
         vae: folder of the diffusers autoencoder that decodes latents; none: their first three channels are drawn as they are.
         teacher: folder of the teacher, whose VAE decodes them, in place of vae.

@@ -62,12 +62,22 @@ def test_switches_need_no_value():
     assert complete(["--out", "--num-steps", "3"], face, ("--out",)) == ["--num_steps", "3"]
 
 
+def test_several_values_are_a_list_where_the_flag_takes_one():
+    def stage(out: str, labels: list[int | str] | None = None, store: str | list[str] = "", steps: int = 4) -> None: ...
+
+    face = command_line_face(stage)
+    words = complete(["--labels", "3", "tench, x", "-1.5", "--store", "a", "b c", "--steps", "4"], face, ())
+    assert words == ["--labels", '[3, "tench, x", -1.5]', "--store", '["a", "b c"]', "--steps", "4"]
+    for single in (["--store", "a"], ["--store=a", "--steps=3"], ["--labels", "[1, 2]"], ["--out", "a", "b"]):
+        assert complete(single, face, ()) == single
+
+
 def test_samples_are_written_as_arrays_and_pictures(tmp_path: Path):
     import numpy as np
 
     tiny_student(2, history_layers=1).save_pretrained(tmp_path / "student")
     for name in ("a.npz", "a.png"):
-        assert main(["sample", "--student", str(tmp_path), "--labels", "[0, 3]", "--out", str(tmp_path / name)]) == 0
+        assert main(["sample", "--student", str(tmp_path), "--labels", "0", "3", "--out", str(tmp_path / name)]) == 0
     assert np.load(tmp_path / "a.npz")["samples"].shape == (2, 2, 8, 8)
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from factories import tiny_student
+from own_teachers import TEXT, student_of, text_teacher
 
 import pyard
 from pyard.errors import InputError
@@ -140,3 +141,22 @@ except pyard.InputError as error:
     assert "someone/student: no such path, and no repository" in out
     with pytest.raises(InputError, match=r"no config\.json"):
         Student.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_pipeline_is_read_by_its_name_with_somebody_else_s_backbone(hub, tmp_path: Path):
+    endpoint, files = hub
+    student = student_of(text_teacher(), num_steps=2)
+    pyard.ARDPipeline(student).save_pretrained(tmp_path / "pipe")
+    files |= {str(f.relative_to(tmp_path / "pipe")): f.read_bytes() for f in (tmp_path / "pipe").rglob("*") if f.is_file()}
+    code = f"""
+import sys
+sys.path.append({str(Path(__file__).parents[1])!r})
+import pyard
+pipe = pyard.ARDPipeline.from_pretrained("someone/student", network="own_backbones:TextBackbone")
+pipe.student.student.save_pretrained({str(tmp_path / "again")!r})
+"""
+    run(code, endpoint, tmp_path / "cache")
+    again = Student.from_pretrained(tmp_path / "again", network=TEXT)
+    assert again.config == student.config
+    assert again.num_conditions == 5
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), student.state_dict().values(), strict=True))

@@ -30,7 +30,7 @@ def test_a_checkpoint_becomes_a_folder_and_a_checkpoint_again(kind, tmp_path: Pa
     assert "give family='dit' or family='sit'" in capsys.readouterr().err
     flags = ("--family", kind, "--num_heads", "2")
     assert run("convert", "--source", tmp_path / "1.pt", "--out", tmp_path / "second", *flags) == 0
-    assert "3 layers of width 32, 2 heads, patch 2, samples of (2, 8, 8), 5 classes" in capsys.readouterr().out
+    assert "3 layers of width 32, 2 heads, 16 tokens, samples of (2, 8, 8), 5 classes" in capsys.readouterr().out
     again = load_teacher(tmp_path / "second")
     assert again.fingerprint == teacher.fingerprint
     x, labels = torch.randn(2, 2, 8, 8), torch.tensor([0, 5])
