@@ -13,8 +13,8 @@ from pyard.diffusion.schedulers import load_schedule, scheduler_of
 from pyard.errors import InputError
 from pyard.models.backbone import Denoiser
 from pyard.models.codec import LatentCodec
+from pyard.models.dit.checkpoint_file import Tensors
 from pyard.models.dit.network import DiT, DiTConfig, dit_trunk, sincos_position_embedding
-from pyard.models.dit.tensor_names import Tensors
 from pyard.storage.files import new_folder
 from pyard.teachers.network_teacher import NetworkTeacher
 

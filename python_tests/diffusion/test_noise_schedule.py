@@ -85,9 +85,9 @@ def test_ends_of_the_schedules():
 
 @pytest.mark.parametrize(("settings", "message"), [
     (dict(kind="vp"), "kind is 'vp'"),
-    (dict(prediction="score"), "prediction is 'score'"),
+    (dict(prediction="noise"), "prediction is 'noise'"),
     (dict(spacing="karras"), "spacing is 'karras'"),
-    (dict(num_train_timesteps=0), "at least 1"),
+    (dict(num_train_timesteps=0), "expected 1 to"),
 ])  # fmt: skip
 def test_settings_that_are_unknown_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
