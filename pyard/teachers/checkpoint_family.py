@@ -21,7 +21,7 @@ from pyard.teachers.latent_statistics import LatentStatistics
 # Beginnings of tensor names that belong to one code alone, and why pyard does not read it.
 _OTHERS = {
     r"s_embedder\.|s_projector\.": "DDT or a DiT-DH of RAE: an encoder whose output conditions each token of a decoder",
-    r"sideblocks\.|en_inblocks\.|en_outblocks\.|mask_token|decoder_pos_embed": "MDT or MDTv2: a masked encoder with side blocks",
+    r"sideblocks\.|en_(in|out)blocks\.|mask_token|decoder_pos_embed": "MDT or MDTv2: a masked encoder with side blocks",
     r"decoder_blocks\.|decoder_layer": "MaskDiT: an encoder and a decoder",
     r"in_blocks\.|mid_block\.|out_blocks\.": "U-ViT: blocks with long skip connections",
     r"joint_blocks\.|context_embedder\.|y_embedder\.y_proj|caption_": "a text-to-image transformer",

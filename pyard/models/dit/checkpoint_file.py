@@ -35,7 +35,8 @@ anything else would run whatever code they name. If you trust where the file com
 python -c "import json, torch; from safetensors.torch import save_file; c = torch.load('{path}', map_location='cpu', \
 weights_only=False); a = c.get('args') or {{}}; a = a if isinstance(a, dict) else vars(a); \
 a = {{k: v for k, v in a.items() if isinstance(v, (str, int, float))}}; w = c.get('ema', c.get('model', \
-c.get('state_dict', c))); save_file({{k: v.contiguous().clone() for k, v in w.items() if isinstance(v, torch.Tensor)}}, '{target}', \
+c.get('state_dict', c))); save_file({{k: v.contiguous().clone() \
+for k, v in w.items() if isinstance(v, torch.Tensor)}}, '{target}', \
 {{'args': json.dumps(a)}})" """
 
 
