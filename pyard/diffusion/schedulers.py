@@ -50,7 +50,7 @@ def load_schedule(folder: str | Path) -> NoiseSchedule:
         raise InputError(f"{file}: its _class_name is {name!r}; expected one of diffusers' schedulers")
     try:
         scheduler = kind.from_config(config)
-    # Whatever a damaged configuration makes of a class that is not ours, a library that it wants and that is not there included.
+    # Whatever a damaged configuration does to a class that is not ours, and a library that it wants and that is missing.
     except Exception as error:
         found = " ".join(str(error).split())[:300]
         raise InputError(f"{file}: diffusers cannot build its {name}: {found or type(error).__name__}") from None
@@ -61,8 +61,8 @@ def schedule_of(scheduler: Any) -> NoiseSchedule:
     """The forward process of a diffusers scheduler, and what the network predicts in it.
 
     Only the process is read, not the solver: pyard walks it with DDIM (Euler for a flow) on the times that the scheduler's
-    `timestep_spacing` names. Beta schedules that pyard does not know by name are taken over as numbers, and so is a process that
-    the scheduler's own noise levels show to be another than its betas': SNR shifts.
+    `timestep_spacing` names. Beta schedules that pyard does not know by name are taken over as numbers, and so is a process
+    that the scheduler's own noise levels show to be another than its betas': SNR shifts.
 
     Args:
         scheduler: an instance; defaults that its configuration leaves out are its class's.
@@ -92,7 +92,6 @@ def schedule_of(scheduler: Any) -> NoiseSchedule:
         raise InputError(
             f"scheduler {name}: prediction_type is {config['prediction_type']!r}; expected one of {list(_PREDICTION)}"
         )
-    # LCM's own and old classes have no such setting; their times are leading ones.
     spacing = config.get("timestep_spacing", "leading")
     if spacing == "leading":
         _refuse(config, name, {"steps_offset": (0, "pyard's times start at 0; use timestep_spacing 'trailing'")})

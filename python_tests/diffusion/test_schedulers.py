@@ -161,6 +161,8 @@ def test_other_times_and_samplers_are_refused_by_name(name, settings, message):
 @pytest.mark.parametrize("settings", [{}, dict(snr_shift_scale=1.5), dict(rescale_betas_zero_snr=True)], ids=str)
 @torch.inference_mode()
 def test_an_snr_shift_is_followed(settings):
+    stochastic = diffusers.CogVideoXDPMScheduler(clip_sample=False, prediction_type="v_prediction", **settings)
+    assert np.abs(schedule_of(stochastic).alphas_cumprod - stochastic.alphas_cumprod.double().numpy()).max() < 1e-9
     scheduler = CogVideoXDDIMScheduler(clip_sample=False, prediction_type="v_prediction", **settings)
     schedule = schedule_of(scheduler)
     theirs = scheduler.alphas_cumprod.double().numpy()

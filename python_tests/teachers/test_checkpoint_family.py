@@ -189,3 +189,15 @@ def test_settings_that_pyard_does_not_know_are_refused(args, message, tmp_path: 
 def test_other_networks_are_refused_by_name(extra, message, tmp_path: Path):
     with pytest.raises(InputError, match=message):
         pyard.load_teacher(saved(tmp_path, {**T, extra: torch.zeros(2)}, model="SiT-S/2"), num_heads=2)
+
+
+@pytest.mark.parametrize("kind", ["GVP", "VP"])
+def test_a_student_learns_from_a_curved_path(kind, tmp_path: Path):
+    teacher = pyard.load_teacher(saved(tmp_path, model="SiT-S/2", path_type=kind, prediction="noise"), num_heads=2)
+    settings = dict(num_steps=2, teacher_steps=4, num_trajectories=8, max_steps=1, batch_size=4, history_layers=1)
+    student = pyard.train(
+        teacher, out=tmp_path / "run", target="state", output="jump", progress=False, trackers="none", **settings
+    )
+    assert student.config.schedule == teacher.schedule
+    assert pyard.Student.from_pretrained(tmp_path / "run").config.schedule.path == kind.lower()
+    assert torch.isfinite(pyard.sample(student, [1, 2], seed=0)).all()
