@@ -10,7 +10,8 @@ from pyard.errors import InputError
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("num_heads", -2), ("num_heads", 0), ("depth", 10**9), ("depth", 0), ("depth", 2.5), ("patch_size", 0), ("hidden_size", "32"),
+    ("num_heads", -2), ("num_heads", 0), ("depth", 10**9), ("depth", 0), ("depth", 2.5), ("patch_size", 0),
+    ("hidden_size", "32"),
     ("num_classes", -1), ("input_size", -8), ("mlp_ratio", float("nan")), ("mlp_ratio", -1.0), ("norm_eps", float("nan")),
     ("time_scale", float("inf")), ("in_channels", 10**12), ("frequency_size", True),
 ])  # fmt: skip
