@@ -9,6 +9,7 @@ import torch
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.models.dit.network import DiT, DiTConfig
+from pyard.models.dit.tensor_names import join_checkpoint
 from pyard.models.student import Student
 from pyard.teachers.network_teacher import NetworkTeacher
 
@@ -35,6 +36,13 @@ def tiny_teacher(schedule: NoiseSchedule | None = None, seed: int = 0, **changes
     network = DiT(tiny_config(**changes))
     randomise(network, seed)
     return NetworkTeacher(network, schedule or NoiseSchedule())
+
+
+def dit_tensors(seed: int = 0, **changes: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a tiny DiT under DiT's own names, a variance predicted."""
+    network = DiT(tiny_config(out_channels=4, frequency_size=256, **changes))
+    randomise(network, seed)
+    return join_checkpoint(dict(network.trunk.state_dict()), [dict(network.head.state_dict())], network.config)
 
 
 def tiny_student(num_steps: int = 4, teacher_steps: int = 12, seed: int = 1, **settings: Any) -> Student:

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.errors import InputError
+from pyard.storage.files import read_json
 
 CONFIG_NAME = "scheduler_config.json"
 
 _PREDICTION = {"epsilon": "eps", "sample": "denoised", "v_prediction": "v_prediction", "flow_prediction": "velocity"}
+_OTHER_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+_OTHER_TIMES = "it visits other times than the betas' own, between noise levels; set it to its default to use those"
+# What these classes sample is no trajectory of the model's probability-flow ODE from noise to data.
+_OTHER_SAMPLERS = {
+    r"LCM|TCD|DMD|SCM|FlowMap|Piflow": "it samples models that are distilled already; give the original model's scheduler",
+    r"Inverse": "it runs from data to noise; give the scheduler that samples",
+    r"^Helios": "its stages are flows of several sizes; pyard's flows have one",
+    r"RePaint": "it fills in pictures, going back and forth; give the scheduler that samples",
+    r"^EDM|Cosine|Karras|ScoreSde|^LTX|Wuerstchen|UnCLIP|IPNDM|^CM|VQ|Amused": "its process and times are its own; expected a "
+    "diffusion of betas or a flow",
+}
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
@@ -22,22 +38,31 @@ def load_schedule(folder: str | Path) -> NoiseSchedule:
     """
     import diffusers
 
-    folder = Path(folder)
-    if not (folder / CONFIG_NAME).is_file():
+    file = Path(folder) / CONFIG_NAME
+    if not file.is_file():
         raise InputError(f"{folder}: expected a diffusers scheduler; there is no {CONFIG_NAME}")
-    config = diffusers.DDIMScheduler.load_config(str(folder))
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise InputError(f"{file}: found {config!r:.60}; expected the settings of a diffusers scheduler")
     name = config.get("_class_name")
     kind = getattr(diffusers, str(name), None)
-    if kind is None:
-        raise InputError(f"{folder / CONFIG_NAME}: its _class_name is {name!r}; expected one of diffusers' schedulers")
-    return schedule_of(kind.from_config(config))
+    if not (isinstance(kind, type) and hasattr(kind, "from_config")):
+        raise InputError(f"{file}: its _class_name is {name!r}; expected one of diffusers' schedulers")
+    try:
+        scheduler = kind.from_config(config)
+    # Whatever a damaged configuration does to a class that is not ours, and a library that it wants and that is missing.
+    except Exception as error:
+        found = " ".join(str(error).split())[:300]
+        raise InputError(f"{file}: diffusers cannot build its {name}: {found or type(error).__name__}") from None
+    return schedule_of(scheduler)
 
 
 def schedule_of(scheduler: Any) -> NoiseSchedule:
     """The forward process of a diffusers scheduler, and what the network predicts in it.
 
     Only the process is read, not the solver: pyard walks it with DDIM (Euler for a flow) on the times that the scheduler's
-    `timestep_spacing` names. Beta schedules that pyard does not know by name are taken over as numbers.
+    `timestep_spacing` names. Beta schedules that pyard does not know by name are taken over as numbers, and so is a process
+    that the scheduler's own noise levels show to be another than its betas': SNR shifts.
 
     Args:
         scheduler: an instance; defaults that its configuration leaves out are its class's.
@@ -45,7 +70,9 @@ def schedule_of(scheduler: Any) -> NoiseSchedule:
     Raises:
         InputError: a setting that changes the samples and that pyard does not have, with the reason.
     """
-    config, name = scheduler.config, type(scheduler).__name__
+    config, name = getattr(scheduler, "config", {}), type(scheduler).__name__
+    if (reason := next((why for pattern, why in _OTHER_SAMPLERS.items() if re.search(pattern, name)), None)) is not None:
+        raise InputError(f"scheduler {name}: {reason}")
     if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
         return _flow(config, name)
     if not hasattr(scheduler, "betas"):
@@ -54,6 +81,11 @@ def schedule_of(scheduler: Any) -> NoiseSchedule:
         "clip_sample": (False, "a clipped trajectory is no ODE to jump along; set it to false if the model does without"),
         "thresholding": (False, "a clipped trajectory is no ODE to jump along; set it to false if the model does without"),
         "set_alpha_to_one": (True, "pyard's last step ends on clean data"),
+        "final_sigmas_type": ("zero", "pyard's last step ends on clean data"),
+        "timestep_type": ("discrete", "the network is told log(sigma) / 4 instead of the number of a noise level"),
+        "sigma_min": (None, _OTHER_TIMES),
+        "sigma_max": (None, _OTHER_TIMES),
+        **dict.fromkeys(_OTHER_SPACINGS, (False, _OTHER_TIMES)),
     })  # fmt: skip
     prediction = _PREDICTION.get(config.get("prediction_type", "epsilon"))
     if prediction is None:
@@ -64,15 +96,46 @@ def schedule_of(scheduler: Any) -> NoiseSchedule:
     if spacing == "leading":
         _refuse(config, name, {"steps_offset": (0, "pyard's times start at 0; use timestep_spacing 'trailing'")})
     settings: dict[str, Any] = dict(
-        prediction=prediction, num_train_timesteps=int(config["num_train_timesteps"]), spacing=spacing
+        prediction=prediction, num_train_timesteps=config.get("num_train_timesteps", len(scheduler.betas)), spacing=spacing
     )
     if config.get("trained_betas") is not None:
         settings |= dict(trained_betas=tuple(float(b) for b in config["trained_betas"]))
     elif config.get("beta_schedule") in _BETA_SCHEDULES:
-        settings |= {key: config[key] for key in ("beta_schedule", "beta_start", "beta_end")}
+        settings |= {key: config[key] for key in ("beta_schedule", "beta_start", "beta_end") if key in config}
     else:
-        return NoiseSchedule(**settings, trained_betas=tuple(float(b) for b in scheduler.betas))
-    return NoiseSchedule(**settings, rescale_betas_zero_snr=bool(config.get("rescale_betas_zero_snr", False)))
+        settings |= dict(trained_betas=tuple(float(b) for b in scheduler.betas))
+    rescaled = bool(config.get("rescale_betas_zero_snr", False))
+    return _as_the_scheduler(NoiseSchedule(**settings, rescale_betas_zero_snr=rescaled), scheduler)
+
+
+def _as_the_scheduler(schedule: NoiseSchedule, scheduler: Any) -> NoiseSchedule:
+    """The schedule if its noise levels are the scheduler's; else one with the betas that make those."""
+    name, theirs = type(scheduler).__name__, getattr(scheduler, "alphas_cumprod", None)
+    if theirs is None:
+        return schedule
+    theirs = np.asarray(theirs, dtype=np.float64)
+    if theirs.shape != (schedule.num_train_timesteps,) or not np.isfinite(theirs).all():
+        raise InputError(
+            f"scheduler {name}: its alphas_cumprod are {theirs.shape}; expected {schedule.num_train_timesteps} finite numbers"
+        )
+    if _same_levels(schedule.alphas_cumprod, theirs):
+        return schedule
+    # alphas_cumprod of a step over that of the step before, of clean data for the first.
+    before = np.concatenate([[1.0], theirs[:-1]])
+    if not (before > 0).all() or not (theirs >= 0).all() or not (theirs <= before).all():
+        raise InputError(f"scheduler {name}: its alphas_cumprod do not fall from 1 to 0, so they belong to no diffusion")
+    found = dataclasses.replace(schedule, trained_betas=tuple((1 - theirs / before).tolist()), rescale_betas_zero_snr=False)
+    if not _same_levels(found.alphas_cumprod, theirs):
+        raise InputError(f"scheduler {name}: its noise levels cannot be made of betas")
+    return found
+
+
+def _same_levels(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    """Equal up to what products of a thousand float32 numbers round, both near data and near noise."""
+    # diffusers' EulerDiscrete and others put 2**-24 for an alpha of 0.
+    near_noise = np.abs(ours - theirs) <= 1e-3 * theirs + 2.0**-23
+    near_data = np.abs(ours - theirs) <= 1e-3 * (1 - theirs) + 1e-6
+    return bool((near_noise & near_data).all())
 
 
 def _flow(config: Any, name: str) -> NoiseSchedule:
@@ -80,17 +143,21 @@ def _flow(config: Any, name: str) -> NoiseSchedule:
         "use_dynamic_shifting": (False, "its shift depends on the picture's size; write the shift of your size into `shift`"),
         "invert_sigmas": (False, "pyard's flows run from noise to data"),
         "shift_terminal": (None, "pyard's flows end on clean data"),
-        "use_karras_sigmas": (False, "pyard spaces the times of a flow evenly before the shift"),
-        "use_exponential_sigmas": (False, "pyard spaces the times of a flow evenly before the shift"),
-        "use_beta_sigmas": (False, "pyard spaces the times of a flow evenly before the shift"),
+        "final_sigmas_type": ("zero", "pyard's flows end on clean data"),
+        "sigma_min": (None, _OTHER_TIMES),
+        "sigma_max": (None, _OTHER_TIMES),
+        "thresholding": (False, "a clipped trajectory is no ODE to jump along; set it to false if the model does without"),
+        **dict.fromkeys(_OTHER_SPACINGS, (False, "pyard spaces the times of a flow evenly before the shift")),
         "stochastic_sampling": (False, "a student learns a deterministic trajectory"),
     })  # fmt: skip
     prediction = _PREDICTION.get(config.get("prediction_type", "flow_prediction"))
     if prediction != "velocity":
         raise InputError(f"scheduler {name}: prediction_type is {config['prediction_type']!r}; a flow has 'flow_prediction'")
-    shift = float(config["flow_shift"] if config.get("use_flow_sigmas") else config["shift"])
+    key = "flow_shift" if config.get("use_flow_sigmas") else "shift"
+    if key not in config:
+        raise InputError(f"scheduler {name}: it has no {key}; expected a flow with one")
     return NoiseSchedule(
-        kind="flow", prediction="velocity", num_train_timesteps=int(config["num_train_timesteps"]), shift=shift
+        kind="flow", prediction="velocity", num_train_timesteps=config.get("num_train_timesteps", 1000), shift=config[key]
     )
 
 

@@ -1,4 +1,4 @@
-"""Solvers of the probability-flow ODE: DDIM for diffusion schedules, Euler and Heun for flows."""
+"""Solvers of the probability-flow ODE: DDIM for diffusion schedules and curved flows, Euler and Heun for linear flows."""
 
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ Predict = Callable[[torch.Tensor, float], torch.Tensor]
 
 def solver_of(schedule: NoiseSchedule, solver: Solver | None = None) -> Solver:
     """The solver asked for, or a schedule's usual one; an InputError if the two do not go together."""
-    fitting: tuple[Solver, ...] = ("ddim",) if schedule.kind == "ddpm" else ("euler", "heun")
+    # On a linear path a DDIM step is Euler's.
+    linear = schedule.kind == "flow" and schedule.path == "linear"
+    fitting: tuple[Solver, ...] = ("euler", "heun") if linear else ("ddim",)
     if solver is None:
         return fitting[0]
     if solver not in fitting:
-        raise InputError(f"solver {solver!r} does not go with a {schedule.kind!r} schedule; expected one of {fitting}, or None")
+        path = f" of path {schedule.path!r}" if schedule.kind == "flow" else ""
+        raise InputError(
+            f"solver {solver!r} does not go with a {schedule.kind!r} schedule{path}; expected one of {fitting}, or None"
+        )
     return solver
 
 
@@ -41,8 +46,9 @@ def integrate(
         schedule: forward process and times.
         noise: x_T, standard normal.
         num_steps: n; evaluations: n, or 2 n - 1 for `heun`.
-        solver: `ddim` for a `ddpm` schedule (Song et al. 2021, eta = 0; first order); for a `flow` `euler` (first order) or
-            `heun` (second order; Karras et al. 2022, algorithm 1, whose last step is Euler's). None: ddim or euler.
+        solver: `ddim` for a `ddpm` schedule and for curved flows (Song et al. 2021, eta = 0; first order); for a `flow` on a
+            linear path `euler` (first order) or `heun` (second order; Karras et al. 2022, algorithm 1, whose last step is
+            Euler's). None: ddim or euler.
 
     Yields:
         After each of the n steps: (the state after it, the denoised prediction that the step began with), float32.

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.noise_schedule import MOST_TIMESTEPS, NoiseSchedule
 from pyard.errors import InputError
+from pyard.storage.numbers import number, whole_number
 
 Target = Literal["denoised", "state"]
 
@@ -34,8 +35,12 @@ class TimeGrid:
     denoised_index: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        for name, kind in (("times", float), ("embed_times", float), ("state_index", int), ("denoised_index", int)):
-            object.__setattr__(self, name, tuple(kind(value) for value in getattr(self, name)))
+        for name in ("times", "embed_times"):
+            values = tuple(float(number(f"time grid: a time of {name}", value)) for value in getattr(self, name))
+            object.__setattr__(self, name, values)
+        for name in ("state_index", "denoised_index"):
+            steps_done = (whole_number(f"time grid: a number of {name}", k, -1, MOST_TIMESTEPS) for k in getattr(self, name))
+            object.__setattr__(self, name, tuple(steps_done))
         steps = self.num_steps
         if steps < 1:
             raise InputError(f"time grid: times {self.times}; expected at least 2 (one jump)")
@@ -90,6 +95,8 @@ class TimeGrid:
         Raises:
             InputError: more jumps than teacher steps, or an index that does not fit.
         """
+        num_steps = whole_number("time grid: num_steps", num_steps, -MOST_TIMESTEPS, MOST_TIMESTEPS)
+        teacher_steps = whole_number("time grid: teacher_steps", teacher_steps, -MOST_TIMESTEPS, MOST_TIMESTEPS)
         if not 1 <= num_steps <= teacher_steps:
             raise InputError(
                 f"time grid: {num_steps} jumps out of {teacher_steps} teacher steps; expected 1 to {teacher_steps}"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
 
 from pyard.errors import InputError
+from pyard.storage.files import write_text
 from pyard.storage.folders import new_folder
 
 
@@ -73,7 +74,7 @@ class Checkpoints:
             with new_folder(self.folder(step)) as folder:
                 self._write(folder, parts)
                 counts = {name: int(part.n_averaged) for name, part in parts.items() if isinstance(part, AveragedModel)}
-                (folder / "state.json").write_text(json.dumps({"step": step, "averaged": counts, **(state or {})}))
+                write_text(folder / "state.json", json.dumps({"step": step, "averaged": counts, **(state or {})}))
         except Exception as error:
             raise self.unwritable(step, error) from error
         self.drop_old()
@@ -82,7 +83,7 @@ class Checkpoints:
         """Restore every part that `save` was given; returns the `state` it was given."""
         folder = self.folder(step)
         try:
-            state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+            state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             self._read(folder, parts)
             for name, part in parts.items():
                 if isinstance(part, AveragedModel):

@@ -34,7 +34,7 @@ class TrainingLog:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a `log.jsonl`; a last line that was cut off by a kill is left out."""
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             lines.append(json.loads(line))
         except ValueError:

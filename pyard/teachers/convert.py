@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from pyard.errors import InputError
+from pyard.models.dit.checkpoint_file import Weights
 from pyard.teachers import Family, load_teacher
 
 
@@ -18,6 +19,7 @@ def convert(
     num_heads: int | None = None,
     num_classes: int | None = None,
     vae: Path | None = None,
+    weights: Weights | None = None,
     network: str | None = None,
 ) -> None:
     """Turn a checkpoint into a teacher's folder that needs no more flags, or write a teacher for other programs.
@@ -25,16 +27,20 @@ def convert(
     Example: pyard convert --source 0100000.pt --family dit --num_heads 6 --out teachers/mine
 
     Args:
-        source: what `pyard train --teacher` takes: a `.pt` or `.safetensors` of DiT or SiT, a diffusers folder, a teacher's.
+        source: what `pyard train --teacher` takes: a `.pt` or `.safetensors` of DiT, SiT or REPA, a diffusers folder,
+            a teacher's.
         out: the folder to write, or for `dit` the `.pt` or `.safetensors`.
         to: `pyard`; `dit`, the names of DiT's own code (of SiT's for a flow); `diffusers`, a `DiTPipeline` folder.
         family: of a `.pt` or `.safetensors` whose name does not say it.
         num_heads: attention heads of a `.pt` or `.safetensors` of another width than the published models.
         num_classes: of a `.pt` or `.safetensors` without a row for "no class".
         vae: folder of the diffusers autoencoder that belongs to the source, where it comes without; it goes along.
+        weights: of a `.pt` or `.safetensors` with several: `ema` or `model`; none: the averaged ones where there are any.
         network: package.module:Class of the backbone of a teacher's folder that is none of pyard's.
     """
-    teacher = load_teacher(source, family=family, num_heads=num_heads, num_classes=num_classes, vae=vae, network=network)
+    teacher = load_teacher(
+        source, family=family, num_heads=num_heads, num_classes=num_classes, vae=vae, weights=weights, network=network
+    )
     if to == "pyard":
         teacher.save_pretrained(out)
     elif to == "diffusers":

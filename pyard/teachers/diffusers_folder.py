@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from pyard.diffusion.schedulers import load_schedule, scheduler_of
 from pyard.errors import InputError
 from pyard.models.backbone import Denoiser
 from pyard.models.codec import LatentCodec, require_latent_codec
+from pyard.models.dit.checkpoint_file import Tensors
 from pyard.models.dit.network import DiT, DiTConfig, dit_trunk, sincos_position_embedding
-from pyard.models.dit.tensor_names import Tensors
+from pyard.storage.files import read_json, write_text
 from pyard.storage.folders import new_folder
 from pyard.teachers.network_teacher import NetworkTeacher
 
@@ -63,7 +65,9 @@ def load_diffusers(path: str | Path, *, schedule: NoiseSchedule | None = None) -
     home, folder, index = path.parent, path, {}
     if (path / "model_index.json").is_file():
         home, folder = path, path / "transformer"
-        index = json.loads((path / "model_index.json").read_text())
+        index = read_json(path / "model_index.json")
+        if not isinstance(index, dict):
+            raise InputError(f"{path / 'model_index.json'}: expected the index of a DiTPipeline")
         if index.get("_class_name") != "DiTPipeline":
             raise InputError(f"{path} is a {index.get('_class_name')}; expected a DiTPipeline")
     if _class_name(folder / "config.json") not in _TRANSFORMERS:
@@ -76,9 +80,10 @@ def load_diffusers(path: str | Path, *, schedule: NoiseSchedule | None = None) -
             )
         schedule = load_schedule(home / "scheduler")
     try:
-        transformer = DiTTransformer2DModel.from_pretrained(str(folder), torch_dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
-        raise InputError(f"{folder}: diffusers cannot read it: {error}") from None
+        transformer = DiTTransformer2DModel.from_pretrained(str(folder), torch_dtype=torch.float32, variant=_variant(folder))
+    except (OSError, ValueError, RuntimeError, NotImplementedError, TypeError, KeyError) as error:
+        found = " ".join(str(error).split())[:400]
+        raise InputError(f"{folder}: diffusers cannot read it: {found}") from None
     network = from_diffusers(transformer, schedule)
     return NetworkTeacher(network, schedule, codec=LatentCodec.beside(home), class_names=_class_names(index, network.config))
 
@@ -210,8 +215,8 @@ def save_diffusers(teacher: NetworkTeacher, path: str | Path) -> None:
             pipeline.save_pretrained(str(folder))
             if names is not None:
                 # The pipeline reads these names from its index but does not write them there.
-                index = json.loads((folder / "model_index.json").read_text())
-                (folder / "model_index.json").write_text(json.dumps({**index, "id2label": names}, indent=2) + "\n")
+                index = read_json(folder / "model_index.json")
+                write_text(folder / "model_index.json", json.dumps({**index, "id2label": names}, indent=2) + "\n")
         else:
             transformer.save_pretrained(str(folder / "transformer"))
             scheduler.save_pretrained(str(folder / "scheduler"))
@@ -239,10 +244,19 @@ def _rename(state: Tensors, names: dict[str, str]) -> Tensors:
     return {f"{names[layer]}.{kind}": state[name] for name, (layer, _, kind) in layers.items() if layer in names}
 
 
+def _variant(folder: Path) -> str | None:
+    """`fp16` or another variant where the folder has the weights in no other precision."""
+    name = "diffusion_pytorch_model"
+    if any((folder / f"{name}.{kind}{index}").is_file() for kind in ("safetensors", "bin") for index in ("", ".index.json")):
+        return None
+    found = (re.search(r"\.(\w+)\.(?:safetensors|bin|json)$", file.name) for file in sorted(folder.glob(f"{name}.*")))
+    return next((match[1] for match in found if match), None)
+
+
 def _class_name(file: Path) -> str | None:
     try:
-        return json.loads(file.read_text()).get("_class_name")
-    except (OSError, ValueError):
+        return json.loads(file.read_text(encoding="utf-8")).get("_class_name")
+    except (OSError, ValueError, AttributeError):
         return None
 
 

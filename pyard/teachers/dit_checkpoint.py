@@ -1,27 +1,26 @@
-"""DiT's and SiT's own checkpoints as teachers, in both directions."""
+"""Checkpoints with DiT's tensor names as teachers: DiT's, SiT's, REPA's and REPA-E's; DiT's and SiT's in both directions."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.errors import InputError
+from pyard.models.dit.checkpoint_file import Tensors, Weights, read_checkpoint
 from pyard.models.dit.network import DiT, dit_trunk
 from pyard.models.dit.tensor_names import (
-    Tensors,
     join_checkpoint,
-    read_checkpoint,
+    load_tensors,
     read_config,
     split_checkpoint,
     with_zero_variance,
     write_checkpoint,
 )
 from pyard.teachers import Family
+from pyard.teachers.checkpoint_family import family_of, refuse_other_networks, schedule_in, without_training_parts
 from pyard.teachers.network_teacher import NetworkTeacher
 
 # What the two papers' code trains with. DiT (Peebles & Xie 2023): eps, 1000 linear betas, respaced with both ends. SiT
@@ -36,45 +35,52 @@ def load_checkpoint(
     num_heads: int | None = None,
     num_classes: int | None = None,
     schedule: NoiseSchedule | None = None,
-    weights: Literal["ema", "model"] = "ema",
+    weights: Weights | None = None,
 ) -> NetworkTeacher:
-    """Read a DiT's or SiT's `.pt` or `.safetensors`.
+    """Read the `.pt` or `.safetensors` of DiT, SiT, REPA or REPA-E.
 
     SiT's time runs from 0, noise, to 1, data, and its velocity points there. pyard's flows run from 1, noise, to 0, data: the
-    network is told 1 - t, and the sign of its output is turned in the last layer's weights.
+    network is told 1 - t, and the sign of a velocity is turned in the last layer's weights. REPA (Yu et al. 2025) has SiT's
+    network and pyard's time and sign; its projectors, which only its training uses, are dropped.
 
     Args:
-        path: plain tensors, or a training checkpoint {"model", "ema", "opt", "args"}.
-        family: `dit` or `sit`, whose tensors have the same names; none: from the file's name or its "args".
+        path: plain tensors, or a training checkpoint; `pyard.models.dit.checkpoint_file` says which are known.
+        family: `dit`, `sit` or `repa` (REPA-E as well), whose tensors have the same names; none: from the file.
         num_heads: H; needed for widths other than the published ones.
-        num_classes: needed if the label table has no row for "no class".
-        schedule: how it was trained; none: as its family's code does by default.
-        weights: which of a training checkpoint's weights: `ema` or `model`.
+        num_classes: needed if the label table has no row for "no class" and the file's settings do not say so.
+        schedule: how it was trained; none: as the file's settings say, else as its family's code does by default.
+        weights: `ema` or `model`, of a file that has both; none: `ema`.
+
+    Returns:
+        The teacher; REPA-E's has `latent_statistics`.
 
     Raises:
-        InputError: a file that cannot be read, or whose family or number of heads is not known.
+        InputError: a file that cannot be read, another network, or one whose family or number of heads is not known.
     """
     path = Path(path)
     checkpoint = read_checkpoint(path, weights=weights)
-    family = family or _family_in(checkpoint.model_name or "") or _family_in(path.stem)
-    if family is None or family not in get_args(Family):
+    tensors, args = checkpoint.tensors, checkpoint.args
+    refuse_other_networks(tensors, path)
+    family = family_of(tensors, args, path, family)
+    if family == "lightningdit":
         raise InputError(
-            f"{path}: DiT and SiT checkpoints have the same tensors, and neither the file's name nor its contents say which "
-            f"this is; give family='dit' or family='sit' (found {family!r})"
+            f"{path} is a LightningDiT (RMSNorm, SwiGLU, rotary embeddings), a network that pyard does not have; "
+            "docs/own-teacher.md says how to teach with it"
         )
-    config = read_config(checkpoint.tensors, num_heads=num_heads, num_classes=num_classes)
-    trunk, heads = split_checkpoint(checkpoint.tensors, config)
+    tensors, statistics = without_training_parts(tensors, path)
+    config = read_config(tensors, num_heads=num_heads, num_classes=num_classes, args=args)
+    trunk, heads = split_checkpoint(tensors, config)
     if len(heads) != 1:
         raise InputError(f"{path} has {len(heads)} output heads: it is an ARD student; read it with pyard.load_ard_student")
-    head = heads[0]
+    head, trained = heads[0], schedule_in(args, family, path)
     if family == "sit":
         config = dataclasses.replace(config, time_scale=-1.0, time_offset=1.0)
-        head = _turned(head)
+        head = _negated(head) if trained.prediction == "velocity" else head
     with torch.device("meta"):
         network = DiT(config)
-    network.trunk.load_state_dict(trunk, assign=True)
-    network.head.load_state_dict(head, assign=True)
-    return NetworkTeacher(network, schedule or SCHEDULES[family])
+    load_tensors(network.trunk, trunk, path, assign=True)
+    load_tensors(network.head, head, path, assign=True)
+    return NetworkTeacher(network, schedule or trained, latent_statistics=statistics)
 
 
 def save_checkpoint(teacher: NetworkTeacher, path: str | Path) -> None:
@@ -94,7 +100,7 @@ def save_checkpoint(teacher: NetworkTeacher, path: str | Path) -> None:
     times = (config.time_scale, config.time_offset)
     expected = (1.0, 0.0)
     if family == "sit":
-        head, expected = _turned(head), (-1.0, 1.0)
+        head, expected = _negated(head), (-1.0, 1.0)
     fixed = {
         "freq_shift": (config.freq_shift, 0.0),
         "norm_eps": (config.norm_eps, 1e-6),
@@ -103,6 +109,7 @@ def save_checkpoint(teacher: NetworkTeacher, path: str | Path) -> None:
         "mlp_ratio": (config.mlp_ratio, 4.0),
         "frequency_size": (config.frequency_size, 256),
         "has_null_label": (config.has_null_label, True),
+        "path": (schedule.path, "linear"),
         "prediction": (schedule.prediction, SCHEDULES[family].prediction),
     }
     other = [f"{name} is {found}, theirs {theirs}" for name, (found, theirs) in fixed.items() if found != theirs]
@@ -111,10 +118,5 @@ def save_checkpoint(teacher: NetworkTeacher, path: str | Path) -> None:
     write_checkpoint(Path(path), join_checkpoint(dict(trunk.state_dict()), [head], config))
 
 
-def _turned(head: Tensors) -> Tensors:
+def _negated(head: Tensors) -> Tensors:
     return {name: -tensor if name.startswith("linear.") else tensor for name, tensor in head.items()}
-
-
-def _family_in(name: str) -> Family | None:
-    found = re.search(r"(?<![a-z])(dit|sit)(?![a-z])", name.lower())
-    return None if found is None else ("dit" if found[1] == "dit" else "sit")

@@ -16,6 +16,7 @@ from pyard.models.codec import Codec, LatentCodec
 from pyard.models.families import backbone_class
 from pyard.models.fingerprint import fingerprint_of
 from pyard.models.folder import load_folder, save_folder
+from pyard.teachers.latent_statistics import LatentStatistics
 
 # What folders of version 0.1 called it.
 KINDS = ("NetworkTeacher", "DiTTeacher")
@@ -30,6 +31,7 @@ class NetworkTeacher:
         codec: the VAE of a latent-space model; students carry it along.
         class_names: of the classes, in order; students carry them along.
         conditions: what it can be asked for; None: the classes of its network.
+        latent_statistics: of the VAE's latents, where the checkpoint brings them: a VAE that is given later is told them.
 
     Raises:
         InputError: a network without classes and no conditions.
@@ -43,10 +45,12 @@ class NetworkTeacher:
         codec: Codec | None = None,
         class_names: Sequence[str] | None = None,
         conditions: Conditions | None = None,
+        latent_statistics: LatentStatistics | None = None,
     ):
         self.network = network.eval().requires_grad_(False)
         self.schedule = schedule
         self.codec = codec
+        self.latent_statistics = latent_statistics
         self.class_names = None if class_names is None else tuple(class_names)
         self.sample_shape: tuple[int, ...] = tuple(network.config.sample_shape)
         trunk = network.trunk
@@ -93,6 +97,17 @@ class NetworkTeacher:
         self.network.to(device)
         return self
 
+    def with_schedule(self, schedule: NoiseSchedule) -> NetworkTeacher:
+        """The same network under another noise schedule."""
+        return NetworkTeacher(
+            self.network,
+            schedule,
+            codec=self.codec,
+            class_names=self.class_names,
+            conditions=self.conditions,
+            latent_statistics=self.latent_statistics,
+        )
+
     def save_pretrained(self, path: str | Path) -> None:
         """Write the teacher's folder: `config.json`, `model.safetensors`, and what it has of `vae/` and `conditions/`."""
         config = {
@@ -101,6 +116,8 @@ class NetworkTeacher:
             "schedule": self.schedule.to_json(),
             "class_names": self.class_names,
         }
+        if self.latent_statistics is not None:
+            config["latent_statistics"] = self.latent_statistics._asdict()
 
         def beside(folder: Path) -> None:
             if self.codec is not None:
@@ -122,16 +139,20 @@ class NetworkTeacher:
         """
         path = Path(path)
         config, tensors = load_folder(path, kind=KINDS)
+        if not isinstance(config.get("schedule"), dict) or not isinstance(config.get("network"), dict):
+            raise InputError(f"{path}: config.json has no network or no schedule; it is no teacher that pyard wrote")
         backbone = backbone_class(str(config.get("family", "dit")), network, path)
         try:
             built = Denoiser(backbone(backbone.config_class(**config["network"])))
             built.load_state_dict(tensors)
         except (KeyError, TypeError, RuntimeError) as error:
-            raise InputError(f"{path}: config.json and weights do not fit each other: {error}") from None
+            found = " ".join(str(error).split())
+            raise InputError(f"{path}: config.json and weights do not fit each other: {found}") from None
         return cls(
             built,
             NoiseSchedule.from_json(config["schedule"]),
             codec=LatentCodec.beside(path),
             class_names=config.get("class_names"),
             conditions=load_conditions(path),
+            latent_statistics=LatentStatistics.from_json(config.get("latent_statistics"), path),
         )

@@ -80,6 +80,6 @@ def _without_weights(backbone: type[Backbone], sizes: BackboneConfig) -> Denoise
 
 def _class_name(folder: Path) -> str | None:
     try:
-        return str(json.loads((folder / CONFIG_NAME).read_text()).get("_class_name"))
+        return str(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("_class_name"))
     except (ValueError, AttributeError):
         return None

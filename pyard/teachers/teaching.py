@@ -183,7 +183,7 @@ def _write_settings(folder: Path, config: TeachConfig) -> None:
 def _check_same_settings(folder: Path, config: TeachConfig) -> None:
     file = folder / _SETTINGS_NAME
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} exists, but holds no training of the built-in teacher ({error}); use another out") from None
     wanted = dataclasses.asdict(config)

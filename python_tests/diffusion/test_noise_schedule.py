@@ -85,9 +85,9 @@ def test_ends_of_the_schedules():
 
 @pytest.mark.parametrize(("settings", "message"), [
     (dict(kind="vp"), "kind is 'vp'"),
-    (dict(prediction="score"), "prediction is 'score'"),
+    (dict(prediction="noise"), "prediction is 'noise'"),
     (dict(spacing="karras"), "spacing is 'karras'"),
-    (dict(num_train_timesteps=0), "at least 1"),
+    (dict(num_train_timesteps=0), "expected 1 to"),
 ])  # fmt: skip
 def test_settings_that_are_unknown_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
@@ -110,3 +110,28 @@ def test_schedule_survives_json(schedule):
     assert NoiseSchedule.from_json(schedule.to_json()) == schedule
     with pytest.raises(InputError, match="unknown settings"):
         NoiseSchedule.from_json({**schedule.to_json(), "gamma": 1})
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    (dict(kind="flow", shift=float("nan")), "shift is nan"),
+    (dict(kind="flow", shift=float("inf")), "shift is inf"),
+    (dict(kind="flow", shift=0.0), "shift is 0"),
+    (dict(kind="flow", shift="3"), "expected a number"),
+    (dict(kind="flow", path="bezier"), "path is 'bezier'"),
+    (dict(kind="flow", path="vp", shift=2.0), "a path 'vp' has none"),
+    (dict(path="gvp"), "belong to a 'flow'"),
+    (dict(num_train_timesteps=10**9), "num_train_timesteps is 1000000000"),
+    (dict(beta_end=float("nan")), "beta_end is nan"),
+    (dict(beta_schedule="cosine"), "beta_schedule is 'cosine'"),
+    (dict(trained_betas=(0.1, float("nan"))), "beta of trained_betas is nan"),
+    (dict(trained_betas=()), "trained_betas is empty"),
+])  # fmt: skip
+def test_numbers_out_of_range_are_refused_before_anything_is_computed(settings, message):
+    with pytest.raises(InputError, match=message):
+        NoiseSchedule(**settings)
+
+
+def test_schedules_without_a_path_are_written_as_they_were_before_there_was_one():
+    assert {"path", "start"}.isdisjoint(NoiseSchedule(kind="flow", prediction="velocity").to_json())
+    curved = NoiseSchedule(kind="flow", prediction="eps", path="gvp", start=0.999)
+    assert NoiseSchedule.from_json(curved.to_json()) == curved

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -128,3 +131,79 @@ def test_schedules_that_no_scheduler_has_are_refused(tmp_path: Path):
     (tmp_path / "scheduler_config.json").write_text('{"_class_name": "TheirScheduler"}')
     with pytest.raises(InputError, match="'TheirScheduler'; expected one of diffusers"):
         load_schedule(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "settings", "message"), [
+    ("DPMSolverMultistepScheduler", dict(final_sigmas_type="sigma_min"), "final_sigmas_type is 'sigma_min'"),
+    ("UniPCMultistepScheduler", dict(final_sigmas_type="sigma_min"), "final_sigmas_type"),
+    ("EulerDiscreteScheduler", dict(final_sigmas_type="sigma_min"), "final_sigmas_type"),
+    ("UniPCMultistepScheduler", dict(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction",
+                                     final_sigmas_type="sigma_min"), "final_sigmas_type"),
+    ("EulerDiscreteScheduler", dict(timestep_type="continuous", prediction_type="v_prediction"), "timestep_type"),
+    ("EulerDiscreteScheduler", dict(use_karras_sigmas=True), "use_karras_sigmas is True"),
+    ("EulerDiscreteScheduler", dict(sigma_min=0.01), "sigma_min is 0.01"),
+    ("DPMSolverMultistepScheduler", dict(use_karras_sigmas=True), "use_karras_sigmas"),
+    ("DPMSolverMultistepScheduler", dict(use_lu_lambdas=True), "use_lu_lambdas"),
+    ("DPMSolverMultistepScheduler", dict(use_exponential_sigmas=True), "use_exponential_sigmas"),
+    ("UniPCMultistepScheduler", dict(use_beta_sigmas=True), "use_beta_sigmas"),
+    ("LCMScheduler", dict(clip_sample=False), "distilled already"),
+    ("TCDScheduler", dict(clip_sample=False), "distilled already"),
+    ("FlowMatchLCMScheduler", {}, "distilled already"),
+    ("DDIMInverseScheduler", dict(clip_sample=False), "from data to noise"),
+    ("HeliosScheduler", {}, "flows of several sizes"),
+    ("EDMEulerScheduler", {}, "its own"),
+])  # fmt: skip
+def test_other_times_and_samplers_are_refused_by_name(name, settings, message):
+    with pytest.raises(InputError, match=message):
+        schedule_of(getattr(diffusers, name)(**settings))
+
+
+@pytest.mark.parametrize("settings", [{}, dict(snr_shift_scale=1.5), dict(rescale_betas_zero_snr=True)], ids=str)
+@torch.inference_mode()
+def test_an_snr_shift_is_followed(settings):
+    stochastic = diffusers.CogVideoXDPMScheduler(clip_sample=False, prediction_type="v_prediction", **settings)
+    assert np.abs(schedule_of(stochastic).alphas_cumprod - stochastic.alphas_cumprod.double().numpy()).max() < 1e-9
+    scheduler = CogVideoXDDIMScheduler(clip_sample=False, prediction_type="v_prediction", **settings)
+    schedule = schedule_of(scheduler)
+    theirs = scheduler.alphas_cumprod.double().numpy()
+    assert np.abs(schedule.alphas_cumprod - theirs).max() < 1e-9
+    teacher = tiny_teacher(schedule)
+    noise, labels = torch.randn(2, *teacher.sample_shape), torch.tensor([0, 3])
+    scheduler.set_timesteps(10)
+    x = noise
+    for t, (state, _) in zip(scheduler.timesteps, solve(teacher, noise, labels, 10), strict=True):
+        x = scheduler.step(teacher.predict(x, float(t), labels), int(t), x, return_dict=False)[0]
+        assert relative_error(state, x) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler"]
+)
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+def test_times_and_noise_levels_are_the_schedulers_own(name, spacing):
+    settings = dict(clip_sample=False) if name == "DDIMScheduler" else {}
+    scheduler = getattr(diffusers, name)(timestep_spacing=spacing, **settings)
+    schedule = schedule_of(scheduler)
+    assert schedule.spacing == spacing
+    for t in (0, 500, 999):
+        assert schedule.alpha(t) ** 2 == pytest.approx(float(scheduler.alphas_cumprod[t]), rel=1e-3)
+    if name in ("DDIMScheduler", "EulerDiscreteScheduler"):  # the solvers of higher order count n + 1 ends
+        scheduler.set_timesteps(10)
+        assert (
+            np.abs(np.asarray(schedule.timesteps(10)[:-1]) - scheduler.timesteps.numpy()).max() <= 0.5
+        )  # Euler's are fractions
+
+
+@pytest.mark.parametrize("text", [
+    "{oops", "[1]", "{}", json.dumps({"_class_name": "DDIMScheduler", "beta_schedule": "cosine", "clip_sample": False}),
+    json.dumps({"_class_name": "HeliosScheduler"}), json.dumps({"_class_name": "DPMSolverSDEScheduler"}),
+    json.dumps({"_class_name": "VQDiffusionScheduler"}), json.dumps({"_class_name": "DiTPipeline"}),
+    json.dumps({"_class_name": "DDIMScheduler", "clip_sample": False, "num_train_timesteps": "many"}),
+    json.dumps({"_class_name": "DDIMScheduler", "clip_sample": False, "beta_end": float("nan")}),
+    json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": float("nan")}),
+])  # fmt: skip
+def test_broken_scheduler_configurations_are_one_line(text, tmp_path: Path):
+    (tmp_path / "scheduler_config.json").write_text(text)
+    with pytest.raises(InputError) as refusal:
+        load_schedule(tmp_path)
+    assert "\n" not in str(refusal.value)

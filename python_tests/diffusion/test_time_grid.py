@@ -50,3 +50,18 @@ def test_uneven_grids_and_json():
 def test_grids_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         TimeGrid.build(NoiseSchedule(), **settings)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    (dict(times=(1.0, float("nan"), 0.0)), "a time of times is nan"),
+    (dict(embed_times=(float("inf"), 0.5)), "a time of embed_times is inf"),
+    (dict(state_index=(0, 1.5, 2)), "a number of state_index is 1.5"),
+    (dict(state_index=("a", 1, 2)), "a number of state_index is 'a'"),
+])  # fmt: skip
+def test_grids_of_no_numbers_are_refused(changes, message):
+    good = dict(times=(1.0, 0.5, 0.0), embed_times=(1.0, 0.5), state_index=(0, 1, 2), denoised_index=(2,))
+    TimeGrid(**good)
+    with pytest.raises(InputError, match=message):
+        TimeGrid(**{**good, **changes})
+    with pytest.raises(InputError, match="teacher_steps is 1000000000"):
+        TimeGrid.build(NoiseSchedule(), 2, 10**9)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +224,35 @@ def test_folders_that_say_too_little_are_refused(tmp_path: Path):
     (tmp_path / "other" / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
     with pytest.raises(InputError, match="is a FluxPipeline; expected a DiTPipeline"):
         load_teacher(tmp_path / "other")
+
+
+def test_a_folder_with_half_precision_weights_alone_is_read(tmp_path: Path):
+    transformer = tiny_transformer()
+    share_embedders(transformer)
+    transformer.half().save_pretrained(tmp_path / "transformer", variant="fp16")
+    assert not (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").exists()
+    teacher = load_teacher(tmp_path / "transformer", schedule=FLOW)
+    assert next(teacher.network.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("text", ["{oops", "[]"])
+def test_a_broken_index_is_one_line(text, tmp_path: Path):
+    write_pipeline(tmp_path / "pipe")
+    (tmp_path / "pipe" / "model_index.json").write_text(text)
+    with pytest.raises(InputError, match=r"model_index\.json") as refusal:
+        load_teacher(tmp_path / "pipe")
+    assert "\n" not in str(refusal.value)
+
+
+def test_class_names_are_read_in_any_locale(tmp_path: Path):
+    write_pipeline(tmp_path / "pipe")
+    file = tmp_path / "pipe" / "model_index.json"
+    names = {str(i): f"größer {i}" for i in range(5)}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "id2label": names}, ensure_ascii=False), encoding="utf-8")
+    code = f"import pyard; print(ascii(pyard.load_teacher({str(tmp_path / 'pipe')!r}).class_names))"
+    plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **plain}, capture_output=True, text=True)
+    assert ascii("größer 3") in done.stdout, done.stderr[-500:]
 
 
 def test_students_never_drop_labels():

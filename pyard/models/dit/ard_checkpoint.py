@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
+from pyard.models.dit.checkpoint_file import Weights, read_checkpoint
 from pyard.models.dit.network import DiTConfig, Trunk, without_variance
 from pyard.models.dit.tensor_names import (
     join_checkpoint,
-    read_checkpoint,
+    load_tensors,
     read_config,
     split_checkpoint,
     with_zero_variance,
@@ -31,7 +31,7 @@ def load_ard_student(
     teacher_steps: int = 25,
     num_heads: int | None = None,
     num_classes: int | None = None,
-    weights: Literal["ema", "model"] = "ema",
+    weights: Weights | None = None,
 ) -> Student:
     """Read a checkpoint of the ARD authors' code: {"model", "ema", "opt"}, DiT's names and `final_layer2` … for later steps.
 
@@ -44,13 +44,14 @@ def load_ard_student(
         teacher_steps: n of the trajectories that it was trained on.
         num_heads: H; needed for widths other than the published ones.
         num_classes: needed if the label table has no row for "no class".
-        weights: `ema` or `model`.
+        weights: `ema` or `model`, of a file that has both; none: `ema`.
 
     Raises:
         InputError: a file that cannot be read or is no such checkpoint.
     """
-    tensors = read_checkpoint(Path(path), weights=weights).tensors
-    config = read_config(tensors, num_heads=num_heads, num_classes=num_classes)
+    checkpoint = read_checkpoint(Path(path), weights=weights)
+    tensors = checkpoint.tensors
+    config = read_config(tensors, num_heads=num_heads, num_classes=num_classes, args=checkpoint.args)
     trunk, heads = split_checkpoint(tensors, config)
     schedule = NoiseSchedule()
     student = Student(
@@ -64,9 +65,9 @@ def load_ard_student(
             history_bias=None,
         )
     )
-    student.trunk.load_state_dict(trunk)
+    load_tensors(student.trunk, trunk, path)
     for own, theirs in zip(student.heads, heads, strict=True):
-        own.load_state_dict(without_variance(theirs, config.patch_size, config.in_channels))
+        load_tensors(own, without_variance(theirs, config.patch_size, config.in_channels), path)
     return student.eval()
 
 

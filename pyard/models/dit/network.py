@@ -23,9 +23,16 @@ from pyard.conditions import Condition
 from pyard.errors import InputError
 from pyard.models.backbone import AttentionShape, Backbone, Denoiser
 from pyard.models.history import History
+from pyard.storage.numbers import number, whole_number
 
 # (q, k, v), each [B, H, S*T, Dh], to [B, H, S*T, Dh]
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+# The most that is built, far beyond any DiT: a damaged configuration is one line, not an hour of allocating.
+_MOST = {
+    "input_size": 2**16, "in_channels": 2**16, "out_channels": 2**17, "patch_size": 2**10, "hidden_size": 2**17, "depth": 10**4,
+    "num_heads": 2**12, "num_classes": 10**8, "frequency_size": 2**16,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,13 @@ class DiTConfig:
     mlp_norm_eps: float | None = None
 
     def __post_init__(self) -> None:
+        for name, most in _MOST.items():
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, whole_number(f"DiT: {name}", getattr(self, name), 1, most))
+        for name, low, high in (("mlp_ratio", 1e-3, 1e3), ("freq_shift", -1e3, 1e3), ("time_scale", -1e6, 1e6),
+                                ("time_offset", -1e6, 1e6), ("norm_eps", 0, 1), ("mlp_norm_eps", 0, 1)):  # fmt: skip
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, number(f"DiT: {name}", getattr(self, name), low, high))
         if self.out_channels is None:
             object.__setattr__(self, "out_channels", self.in_channels)
         if self.mlp_norm_eps is None:

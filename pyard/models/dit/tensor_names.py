@@ -1,25 +1,23 @@
-"""Checkpoints with DiT's own tensor names: reading them safely, their sizes, and their names next to ours.
+"""DiT's own tensor names next to ours, and the sizes of a network read off its tensors.
 
 DiT, SiT and the ARD authors' students share these names, so tensors alone do not tell them apart.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import pickle
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pyard.errors import InputError
+from pyard.models.dit.checkpoint_file import Tensors
 from pyard.models.dit.network import DiTConfig
 from pyard.storage.files import new_file
-
-Tensors = dict[str, torch.Tensor]
 
 # Heads of the published S, B, L and XL models by width; the tensors hold no trace of them.
 KNOWN_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
@@ -39,98 +37,48 @@ _BLOCK = {
 }
 _HEAD = {"linear": "linear", "adaLN_modulation.1": "modulation"}
 
-_HOW_TO_CONVERT = """{path} holds more than tensors ({reason}), and pyard reads pickles with weights_only=True alone, because \
-anything else would run whatever code they name. If you trust where the file comes from, turn it into safetensors once: \
-python -c "import torch; from safetensors.torch import save_file; c = torch.load('{path}', map_location='cpu', \
-weights_only=False); c = c.get('ema', c.get('model', c)); save_file({{k: v.contiguous().clone() for k, v in c.items()}}, \
-'{target}')" """
 
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a file held.
-
-    Args:
-        tensors: DiT's names to tensors, on the CPU in float32.
-        model_name: what the training script called the model ("DiT-XL/2"), if the file says so.
-    """
-
-    tensors: Tensors
-    model_name: str | None = None
-
-
-def read_checkpoint(path: Path, *, weights: str = "ema") -> Checkpoint:
-    """Read a `.pt` or `.safetensors` file: plain tensors, or a training checkpoint {"model", "ema", "opt", "args"}.
-
-    Args:
-        path: the file.
-        weights: which weights of a training checkpoint: `ema` or `model`.
-
-    Raises:
-        InputError: no such file, a damaged one, one that needs more than weights_only=True, or one without these weights.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a .pt or .safetensors checkpoint")
-    if path.suffix == ".safetensors":
-        # Here, since a machine that only computes with models may have no safetensors.
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return Checkpoint(_clean(load_file(path)))
-        except SafetensorError as error:
-            raise InputError(f"{path} cannot be read ({error}); it is cut off or no safetensors file") from None
-    try:
-        # DiT's and SiT's training scripts store their arguments, a Namespace: a bag of attributes that runs no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"an object of type {found[1]}" if found else "objects of Python classes"
-        text = _HOW_TO_CONVERT.format(path=path, reason=reason, target=path.with_suffix(".safetensors"))
-        raise InputError(text.strip()) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        raise InputError(f"{path} cannot be read as a PyTorch checkpoint: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}; expected a dictionary of tensors")
-    nested = [name for name in ("ema", "model") if isinstance(content.get(name), dict)]
-    if nested and weights not in nested:
-        raise InputError(f"{path} has the weights {', '.join(nested)}; there is no {weights!r}")
-    name = getattr(content.get("args"), "model", None)
-    return Checkpoint(_clean(content[weights] if nested else content), str(name) if name else None)
-
-
-def _clean(content: dict[str, Any]) -> Tensors:
-    # Wrappers of the training script (DDP, torch.compile) leave their names in front.
-    tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in content.items()}
-    # Copies are aligned; in the file's own buffer they are not, and BLAS rounds by alignment.
-    return {key: value.to(torch.float32, copy=True) for key, value in tensors.items() if isinstance(value, torch.Tensor)}
-
-
-def read_config(tensors: Tensors, *, num_heads: int | None = None, num_classes: int | None = None) -> DiTConfig:
+def read_config(
+    tensors: Tensors, *, num_heads: int | None = None, num_classes: int | None = None, args: Mapping[str, Any] | None = None
+) -> DiTConfig:
     """The sizes of a network, read off its tensors.
 
     Args:
         tensors: with DiT's names.
         num_heads: H; none: that of the published model of this width.
-        num_classes: none: the label table's rows less one, the row for "no class"; as many as rows: there is no such row.
+        num_classes: as many as the label table has rows, or one fewer where a row stands for "no class"; none: what `args`
+            says, else one fewer.
+        args: settings of the training script.
 
     Raises:
-        InputError: tensors that are not a DiT's, or an unknown width without num_heads.
+        InputError: tensors that are not a DiT's, an unknown width without num_heads, or classes that do not fit the table.
     """
     try:
         patch = tensors["x_embedder.proj.weight"]  # [D, C, P, P]
-        tokens = tensors["pos_embed"].shape[-2]
-        head_rows = tensors["final_layer.linear.weight"].shape[0]
-        rows = tensors["y_embedder.embedding_table.weight"].shape[0]
-        mlp_size = tensors["blocks.0.mlp.fc1.weight"].shape[0]
-        frequency_size = tensors["t_embedder.mlp.0.weight"].shape[1]
+        position = tensors["pos_embed"]  # [1, T, D]
+        head = tensors["final_layer.linear.weight"]  # [P*P*C_out, D]
+        table = tensors["y_embedder.embedding_table.weight"]
+        mlp = tensors["blocks.0.mlp.fc1.weight"]
+        frequencies = tensors["t_embedder.mlp.0.weight"]
     except KeyError as error:
         found = ", ".join(list(tensors)[:4])
         raise InputError(
             f"no checkpoint of a DiT: there is no tensor {error}; found {len(tensors)} tensors: {found} …"
         ) from None
+    if patch.ndim != 4 or patch.shape[2] != patch.shape[3] or 0 in patch.shape:
+        raise InputError(f"no checkpoint of a DiT: x_embedder.proj.weight is {list(patch.shape)}; expected [D, C, P, P]")
+    for name, tensor in (("final_layer.linear", head), ("y_embedder.embedding_table", table), ("blocks.0.mlp.fc1", mlp),
+                         ("t_embedder.mlp.0", frequencies)):  # fmt: skip
+        if tensor.ndim != 2 or 0 in tensor.shape:
+            raise InputError(f"no checkpoint of a DiT: {name}.weight is {list(tensor.shape)}; expected a matrix")
     hidden, channels, patch_size, _ = patch.shape
+    tokens = position.shape[-2] if position.ndim > 1 else 0
+    if math.isqrt(tokens) ** 2 != tokens or not tokens:
+        raise InputError(f"no checkpoint of a DiT: pos_embed is {list(position.shape)}; expected [1, T, D] of a square picture")
+    if head.shape[0] % patch_size**2:
+        raise InputError(
+            f"no checkpoint of a DiT: final_layer.linear.weight has {head.shape[0]} rows, no multiple of {patch_size}² pixels"
+        )
     if num_heads is None:
         num_heads = KNOWN_HEADS.get(hidden)
     if num_heads is None:
@@ -138,24 +86,48 @@ def read_config(tensors: Tensors, *, num_heads: int | None = None, num_classes: 
             f"a width of {hidden} belongs to none of the published DiTs ({', '.join(map(str, KNOWN_HEADS))}), and the number "
             "of attention heads cannot be read off the tensors; give num_heads"
         )
-    if num_classes is None:
-        num_classes = rows - 1
-    if rows - num_classes not in (0, 1):
-        raise InputError(f"the label table has {rows} rows; expected num_classes ({num_classes}) or one more")
-    depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+    num_classes = classes_of(table.shape[0], num_classes, (args or {}).get("num_classes"))
     return DiTConfig(
         input_size=math.isqrt(tokens) * patch_size,
         in_channels=channels,
-        out_channels=head_rows // patch_size**2,
+        out_channels=head.shape[0] // patch_size**2,
         patch_size=patch_size,
         hidden_size=hidden,
-        depth=depth,
+        depth=block_count(tensors),
         num_heads=num_heads,
         num_classes=num_classes,
-        has_null_label=rows > num_classes,
-        mlp_ratio=mlp_size / hidden,
-        frequency_size=frequency_size,
+        has_null_label=table.shape[0] > num_classes,
+        mlp_ratio=mlp.shape[0] / hidden,
+        frequency_size=frequencies.shape[1],
     )
+
+
+def classes_of(rows: int, given: int | None, in_args: object) -> int:
+    """Classes of a label table; the caller's word goes before the training script's.
+
+    Raises:
+        InputError: neither as many as rows nor one fewer.
+    """
+    where = "num_classes" if given is not None else "num_classes of the checkpoint's args"
+    wanted = given if given is not None else in_args
+    if wanted is None:
+        return max(rows - 1, 1)
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or rows - wanted not in (0, 1) or wanted < 1:
+        raise InputError(
+            f"the label table has {rows} rows; expected num_classes or one more, but {where} is {wanted!r}; give "
+            f'num_classes={rows} if every row is a class, num_classes={rows - 1} if the last is "no class"'
+        )
+    return wanted
+
+
+def block_count(tensors: Tensors) -> int:
+    """L, where the blocks' tensors are numbered 0 to L - 1."""
+    found = {int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
+    if not found or max(found) != len(found) - 1:
+        raise InputError(
+            f"no checkpoint of a DiT: {len(found)} blocks, numbered up to {max(found, default=0)}; some are missing"
+        )
+    return len(found)
 
 
 def split_checkpoint(tensors: Tensors, config: DiTConfig) -> tuple[Tensors, list[Tensors]]:
@@ -174,9 +146,28 @@ def split_checkpoint(tensors: Tensors, config: DiTConfig) -> tuple[Tensors, list
             f"no checkpoint of a DiT: {len(missing)} tensors are missing ({', '.join(missing[:3])}), {len(unknown)} are "
             f"unknown ({', '.join(unknown[:3])})"
         )
+    quantised = [name for name in known if name in tensors and not tensors[name].is_floating_point()]
+    if quantised:
+        raise InputError(
+            f"{quantised[0]} holds {tensors[quantised[0]].dtype}: quantised weights are not read; give the original ones"
+        )
     trunk["patch_embed.weight"] = trunk["patch_embed.weight"].flatten(1)  # [D, C, P, P] -> [D, C*P*P]
     trunk["pos_embed"] = trunk["pos_embed"].flatten(0, -2)  # [1, T, D] -> [T, D]
     return trunk, heads
+
+
+def load_tensors(module: nn.Module, tensors: Tensors, path: object, *, assign: bool = False) -> None:
+    """`load_state_dict`, whose many lines of what does not fit become one.
+
+    Raises:
+        InputError: tensors of other names or shapes than the module's.
+    """
+    try:
+        module.load_state_dict(tensors, assign=assign)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()] or [str(error)]
+        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+        raise InputError(f"{path}: its tensors do not fit each other: {lines[0]}{more}") from None
 
 
 def join_checkpoint(trunk: Tensors, heads: list[Tensors], config: DiTConfig) -> Tensors:

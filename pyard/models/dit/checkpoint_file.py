@@ -1,0 +1,234 @@
+"""Reading `.pt` and `.safetensors` files of training scripts: their weights, under whatever key or prefix, and settings."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from pyard.errors import InputError
+from pyard.storage.files import read_json
+
+Tensors = dict[str, torch.Tensor]
+Weights = Literal["ema", "model"]
+
+# The tensor that every network of DiT's naming has: what stands in front of it stands in front of all of them.
+_ANCHOR = "x_embedder.proj.weight"
+# Modules that wrap others: DDP and torch.optim's averages, torch.compile, FSDP, activation checkpointing.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPED = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(_WRAPPERS)})\.")
+_AVERAGED = re.compile(r"(?<![a-z])ema(?![a-z])")
+# Where training scripts keep their settings in a checkpoint.
+_SETTINGS = ("args", "config", "hyper_parameters", "cfg")
+_DEPTH = 3
+
+_HOW_TO_CONVERT = """{path} holds more than tensors ({reason}), and pyard reads pickles with weights_only=True alone, because \
+anything else would run whatever code they name. If you trust where the file comes from, turn it into safetensors once: \
+python -c "import json, torch; from safetensors.torch import save_file; c = torch.load('{path}', map_location='cpu', \
+weights_only=False); a = c.get('args') or {{}}; a = a if isinstance(a, dict) else vars(a); \
+a = {{k: v for k, v in a.items() if isinstance(v, (str, int, float))}}; w = c.get('ema', c.get('model', \
+c.get('state_dict', c))); save_file({{k: v.contiguous().clone() \
+for k, v in w.items() if isinstance(v, torch.Tensor)}}, '{target}', \
+{{'args': json.dumps(a)}})" """
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file held.
+
+    Args:
+        tensors: DiT's names to tensors, on the CPU, floating-point ones in float32.
+        args: settings of the training script, by name, as far as the file or an `args.json` beside it has them.
+    """
+
+    tensors: Tensors
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+class _Found(NamedTuple):
+    """One set of weights in a file: where, and its tensors without the prefix that they share."""
+
+    label: str  # such as "ema" or "state_dict.model."
+    tensors: dict[str, Any]
+
+    @property
+    def weights(self) -> Weights:
+        return "ema" if _AVERAGED.search(self.label) else "model"
+
+
+def read_checkpoint(path: Path, *, weights: Weights | None = None) -> Checkpoint:
+    """Read a `.pt` or `.safetensors` file, whatever it is called.
+
+    Known are plain tensors; training checkpoints with weights under a key ("ema", "model", "state_dict" …); and names with a
+    prefix ("ema_model.", "model.", "net." …) or with those of wrappers in them (DDP, torch.compile, FSDP, activation
+    checkpointing).
+
+    Args:
+        path: the file.
+        weights: which weights of a file with several: `ema` or `model`; None: the averaged ones where there are any.
+
+    Raises:
+        InputError: no such file, a damaged one, none of PyTorch's, one that needs more than weights_only=True, or one without
+            these weights.
+    """
+    if weights not in (None, "ema", "model"):
+        raise InputError(f"weights is {weights!r}; expected 'ema' or 'model'")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a .pt or .safetensors checkpoint")
+    content, args = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
+    found = list(_weights_in(content, "", _DEPTH))
+    if not found:
+        return Checkpoint(_clean(content), _settings_of(content, args, path))
+    kinds = sorted({one.weights for one in found})
+    if weights is not None and weights not in kinds:
+        raise InputError(f"{path} has the weights {_listed(found)}; there is no {weights!r} among them")
+    chosen = [one for one in found if one.weights == (weights or kinds[0])]  # "ema" before "model"
+    if len(chosen) > 1:
+        raise InputError(
+            f"{path} has several networks ({_listed(chosen)}), and nothing says which is the teacher; save "
+            "that one's tensors alone"
+        )
+    return Checkpoint(_clean(chosen[0].tensors), _settings_of(content, args, path))
+
+
+def _weights_in(content: Mapping[Any, Any], label: str, depth: int) -> Iterator[_Found]:
+    names = [name for name in content if isinstance(name, str)]
+    prefixes = [name[: -len(_ANCHOR)] for name in names if name == _ANCHOR or name.endswith("." + _ANCHOR)]
+    for prefix in prefixes:
+        yield _Found(label + prefix, {name[len(prefix) :]: content[name] for name in names if name.startswith(prefix)})
+    for name in names:
+        if depth and isinstance(content[name], Mapping):
+            yield from _weights_in(content[name], f"{label}{name}.", depth - 1)
+
+
+def _listed(found: list[_Found]) -> str:
+    return ", ".join(one.label.strip(".") or "without a name" for one in found)
+
+
+def _clean(content: Mapping[Any, Any]) -> Tensors:
+    tensors = {_WRAPPED.sub("", str(key)): value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    # Copies are aligned; in the file's own buffer they are not, and BLAS rounds by alignment.
+    return {key: value.to(torch.float32, copy=True) if value.is_floating_point() else value for key, value in tensors.items()}
+
+
+def _settings_of(content: Mapping[Any, Any], args: dict[str, Any], path: Path) -> dict[str, Any]:
+    for name in _SETTINGS:
+        value = content.get(name)
+        value = vars(value) if isinstance(value, argparse.Namespace) else value
+        if isinstance(value, Mapping):
+            return {str(key): entry for key, entry in value.items()}
+    if args:
+        return args
+    # REPA's and REPA-E's scripts write it into the run's folder, whose checkpoints are in a folder below.
+    folders = [path.parent, path.parent.parent] if path.parent.name == "checkpoints" else [path.parent]
+    for folder in folders:
+        if (folder / "args.json").is_file():
+            found = read_json(folder / "args.json")
+            return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its first bytes: the length of a JSON header, and the header. A cut-off file of that name is one, too."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    if len(start) > 8 and start[8:9] == b"{" and 0 < int.from_bytes(start[:8], "little") < path.stat().st_size:
+        return True
+    return path.suffix == ".safetensors" and _what_else(path, start) is None
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    # Here, since a machine that only computes with models may have no safetensors.
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise InputError(f"{path} cannot be read ({error}); it is cut off or no safetensors file") from None
+    try:
+        args = json.loads(metadata.get("args", "{}"))
+    except ValueError:
+        args = {}
+    return content, args if isinstance(args, dict) else {}
+
+
+def _read_pickle(path: Path) -> tuple[Mapping[Any, Any], dict[str, Any]]:
+    with path.open("rb") as file:
+        start = file.read(512)
+    what = _what_else(path, start)
+    if what is not None:
+        raise InputError(f"{path} is no PyTorch checkpoint: {what}")
+    try:
+        # DiT's and SiT's training scripts store their arguments, a Namespace: a bag of attributes that runs no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        if found is None:
+            raise InputError(f"{path} cannot be read as a PyTorch checkpoint: {_first_line(error)}") from None
+        text = _HOW_TO_CONVERT.format(
+            path=path, reason=f"an object of type {found[1]}", target=path.with_suffix(".safetensors")
+        )
+        raise InputError(text.strip()) from None
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        IndexError,
+        AssertionError,
+    ) as error:
+        raise InputError(f"{path} cannot be read as a PyTorch checkpoint: {_first_line(error)}") from None
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path} holds a {type(content).__name__}; expected a dictionary of tensors")
+    return content, {}
+
+
+def _what_else(path: Path, start: bytes) -> str | None:
+    """What a file is that is neither a PyTorch checkpoint nor a safetensors file; None if it may be one of them."""
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if not start:
+        return "it is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, which stands for the file; `git lfs pull` fetches the file itself"
+    if text.startswith(b"<"):
+        return "it is a web page (HTML), such as an error or a login page that was saved in its place; download it again"
+    if text.startswith((b"{", b"[")):
+        return "it is a JSON text; of a model in several files, give one file with all tensors, or the folder"
+    if path.suffix == ".safetensors":
+        return "it is a pickle; name it .pt" if start.startswith((b"\x80", b"PK")) else None
+    if start.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except zipfile.BadZipFile:
+            return None  # cut off: torch says so
+        if any(name.endswith("constants.pkl") for name in names):
+            return "it is a TorchScript program, which pyard does not run; save its state_dict()"
+        if not any(name.rpartition("/")[2] == "data.pkl" for name in names):
+            return (
+                f"it is a zip archive of something else ({', '.join(names[:3]) or 'empty'}); unpack it and give the checkpoint"
+            )
+        return None
+    if not start.startswith(b"\x80") and b"ustar" not in start[:300]:
+        return f"it begins with {bytes(start[:8])!r}, which neither torch.save nor safetensors writes"
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    # torch's own advice is to unpickle what it refuses.
+    return re.split(r"\n|\. In PyTorch|Re-running|Weights only load failed", text)[0].strip()[:300] or type(error).__name__
