@@ -94,6 +94,8 @@ def evaluate(
     Raises:
         InputError: a student of another sample shape or number of classes; data that nothing can measure.
     """
+    if out is not None and out.is_dir():
+        raise InputError(f"evaluate: out is {out}, a folder; expected the name of a JSON file")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if isinstance(teacher, str | Path):
         teacher = load_teacher(teacher, network=network).to(device)
@@ -147,9 +149,9 @@ def evaluate(
         evaluation.settings["classifier_accuracy_on_held_out_digits"] = digits_classifier().held_out_accuracy
     if samples_npz is not None:
         evaluation.settings.update(samples_npz=str(samples_npz), quantise=quantise)
-    print(evaluation.table())
     if out is not None:
-        evaluation.save(out)
+        evaluation.save(out)  # before it is printed: a terminal may be gone, or know ASCII alone
+    print(evaluation.table())
     return evaluation
 
 

@@ -202,6 +202,7 @@ def _run(
     finally:
         if watcher is not None:
             watcher.finish()
+    _refuse_diverged(averages, config)
     for i, decay in enumerate(config.ema_decays):
         name = "student" if i == 0 else f"student-ema-{decay:g}"
         merge_lora(averages[i])
@@ -217,6 +218,20 @@ def _run(
 def _manifests(begun: dict[str, Any]) -> list[dict[str, Any]]:
     found = begun["manifest"]
     return found if isinstance(found, list) else [found]
+
+
+def _refuse_diverged(averages: list[Student], config: TrainConfig) -> None:
+    """Raises InputError if averaged weights are not finite, or so large that half of their range is used up."""
+    from torch.distributed.tensor import DTensor
+
+    for student in averages:
+        tops = [weight.detach().abs().amax() for weight in student.parameters() if weight.numel()]
+        largest = max(float(top.full_tensor() if isinstance(top, DTensor) else top) for top in tops)
+        if not largest < 1e18:  # also true of NaN; products of two such numbers overflow
+            raise InputError(
+                f"training: the student has diverged: its averaged weights reach {largest:.3g}. Lower --learning_rate (now "
+                f"{config.learning_rate:g}) or --grad_clip, and train into another --out; no student was written"
+            )
 
 
 def _student(

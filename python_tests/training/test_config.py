@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from factories import tiny_teacher
@@ -78,7 +79,7 @@ def test_settings_are_stored_resolved_and_make_the_same_run(tmp_path, monkeypatc
     (dict(ema_decay=[0.9, 0.9]), "decays that differ"),
     (dict(rollout_probability=1.5), "rollout_probability is 1.5"),
     (dict(trajectory_keep="denoised"), "keep that, or both"),
-    (dict(history_bias="none"), "history_bias is .none.; expected a number, none or auto"),
+    (dict(history_bias="never"), "history_bias is .never.; expected a number"),
     (dict(loss="l1"), "loss is 'l1'; expected one of mse, pseudo_huber"),
     (dict(keep_every=0), "keep_every is 0"),
     (dict(warmup_steps=5, lr_schedule="constant"), "has no warm-up"),
@@ -117,3 +118,41 @@ def test_what_is_left_open_is_decided(settings, expected):
 def test_the_recipe_of_the_adversarial_stage_has_the_digits_discriminators():
     recipe = yaml.safe_load((ROOT / "recipes" / "digits-adversarial.yaml").read_text())
     assert recipe["adversarial"] == DIGITS_DISCRIMINATORS
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("batch_size", np.int64(8), 8), ("learning_rate", np.float32(0.5), 0.5), ("learning_rate", 1, 1.0),
+        ("mixed_precision", "bfloat16", "bf16"), ("mixed_precision", "float16", "fp16"), ("mixed_precision", False, "no"),
+        ("window", "none", None), ("trackers", None, "none"), ("adam_betas", [0.5, 0.9], (0.5, 0.9)),
+        ("ema_decay", np.array([0.9, 0.99]), (0.9, 0.99)), ("progress", np.True_, True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_have_the_types_of_their_fields(name, value, expected):
+    found = getattr(TrainConfig(teacher="", out=Path(), **{name: value}), name)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", "2"), ("batch_size", True), ("batch_size", 2.5), ("batch_size", 10_000), ("learning_rate", "5e-4"),
+        ("learning_rate", float("nan")), ("mixed_precision", "fp8"), ("mixed_precision", True),
+        ("mixed_precision", "bf16-mixed"), ("output", "eps"), ("heads", "each"), ("trackers", "wandbb"), ("adam_betas", (0.9,)), ("adam_betas", (0.9, 1.0)),
+        ("step_weights", "snr"), ("progress", "yes"), ("weight_decay", -1.0), ("lora_rank", 0), ("history_layers", -1),
+        ("mask", "full"), ("window", 3),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_make_no_sense_are_refused_in_one_line(name, value):
+    with pytest.raises(InputError, match=name) as refused:
+        TrainConfig(teacher="", out=Path(), **{name: value})
+    assert "\n" not in str(refused.value)
+
+
+def test_a_bare_no_in_a_recipe_is_what_its_reader_means(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("teacher: digits\nmixed_precision: no\n")
+    assert TrainConfig.read(tmp_path / "recipe.yaml").mixed_precision == "no"

@@ -81,13 +81,13 @@ def test_run_folder_of_other_settings_is_refused(store, tmp_path):
 
 def test_another_number_of_trajectories_is_refused_before_any_is_generated(tmp_path):
     settings = {**SETTINGS, "num_steps": 3, "teacher_steps": 6}
-    train(tiny_teacher(), out=tmp_path / "run", num_trajectories=16, max_steps=2, **settings)
+    train(factories.tiny_teacher(), out=tmp_path / "run", num_trajectories=16, max_steps=2, **settings)
     with pytest.raises(InputError, match="a run on 16 trajectories, but num_trajectories is 48"):
-        train(tiny_teacher(), out=tmp_path / "run", num_trajectories=48, max_steps=2, **settings)
+        train(factories.tiny_teacher(), out=tmp_path / "run", num_trajectories=48, max_steps=2, **settings)
     assert TrajectoryStore.open(tmp_path / "run" / "trajectories").count == 16
     # A store that is there already may hold more than is asked for: the run takes all, and resumes by the same command.
     for count in (16, 8):
-        train(tiny_teacher(), out=tmp_path / "run", num_trajectories=count, max_steps=2, **settings)
+        train(factories.tiny_teacher(), out=tmp_path / "run", num_trajectories=count, max_steps=2, **settings)
 
 
 def test_a_run_goes_on_with_the_trajectories_that_it_began_with(store, tmp_path):
@@ -152,3 +152,12 @@ def test_public_train_generates_what_is_missing(tmp_path):
     assert TrajectoryStore.open(tmp_path / "run" / "trajectories").count == 16
     images = pyard.sample(tmp_path / "run", [0, 1, 2], seed=3)
     assert torch.equal(images[1:2], pyard.sample(student, [0, 1, 2], seed=3)[1:2])
+
+
+def test_a_student_that_diverged_in_the_last_updates_is_no_result(tmp_path):
+    settings = dict(num_steps=2, teacher_steps=4, num_trajectories=32, batch_size=8, trackers="none", progress=False)
+    with pytest.raises(InputError, match="the student has diverged: its averaged weights reach 1e"):
+        train(
+            factories.tiny_teacher(), out=tmp_path / "run", max_steps=6, learning_rate=1e30, lr_schedule="constant", **settings
+        )
+    assert not (tmp_path / "run" / "student").exists()
