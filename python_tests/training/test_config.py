@@ -140,10 +140,10 @@ def test_settings_have_the_types_of_their_fields(name, value, expected):
     ("name", "value"),
     [
         ("batch_size", "2"), ("batch_size", True), ("batch_size", 2.5), ("batch_size", 10_000), ("learning_rate", "5e-4"),
-        ("learning_rate", float("nan")), ("mixed_precision", "fp8"), ("mixed_precision", True),
-        ("mixed_precision", "bf16-mixed"), ("output", "eps"), ("heads", "each"), ("trackers", "wandbb"), ("adam_betas", (0.9,)), ("adam_betas", (0.9, 1.0)),
-        ("step_weights", "snr"), ("progress", "yes"), ("weight_decay", -1.0), ("lora_rank", 0), ("history_layers", -1),
-        ("mask", "full"), ("window", 3),
+        ("learning_rate", float("nan")), ("mixed_precision", "fp8"), ("mixed_precision", True), ("output", "eps"),
+        ("mixed_precision", "bf16-mixed"), ("heads", "each"), ("trackers", "wandbb"), ("adam_betas", (0.9,)),
+        ("adam_betas", (0.9, 1.0)), ("step_weights", "snr"), ("progress", "yes"), ("weight_decay", -1.0), ("lora_rank", 0),
+        ("history_layers", -1), ("mask", "full"), ("window", 3),
     ],
     ids=str,
 )  # fmt: skip
