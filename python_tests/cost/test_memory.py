@@ -35,9 +35,8 @@ def student_of(name: str, history_layers: int = 2, **settings: Any) -> Student:
     """A student without weights of a published network."""
     network, schedule = network_of(name)
     trunk, head = network.trunk.for_student(network.head)
-    config = StudentConfig(
-        trunk.config, TimeGrid.build(schedule, 4), schedule, history_layers=history_layers, family=trunk.family(), **settings
-    )
+    settings = {"history_layers": history_layers, "history_bias": None, **settings}
+    config = StudentConfig(trunk.config, TimeGrid.build(schedule, 4), schedule, family=trunk.family(), **settings)
     return Student(config, trunk, head).to("meta")
 
 
