@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from pyard.conditions import Condition
 from pyard.errors import InputError
 from pyard.models.backbone import Backbone
-from pyard.models.codec import LatentCodec, require_latent_codec
+from pyard.models.codec import AUTOENCODERS, LatentCodec, require_latent_codec
 from pyard.models.hub import local_folder
 from pyard.models.student import Student
 from pyard.sampling.draw import condition_numbers as numbers_of
@@ -101,9 +101,9 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
             return cls(_cast(Student.from_pretrained(path, network=network), kwargs))
         # diffusers imports what the index names; a folder is to name no code.
         index = read_json(path / cls.config_name)
-        known = {"student": [_HERE, "StudentModel"], "vae": ["diffusers", "AutoencoderKL"]}
+        known = {"student": [[_HERE, "StudentModel"]], "vae": [["diffusers", kind] for kind in AUTOENCODERS]}
         for name, component in index.items() if isinstance(index, dict) else ():
-            if not name.startswith("_") and component not in (known.get(name), [None, None]):
+            if not name.startswith("_") and component not in (*known.get(name, ()), [None, None]):
                 raise InputError(
                     f"{path / cls.config_name}: {name} is {component}; expected {known.get(name, 'no such component')}"
                 )

@@ -87,6 +87,7 @@ def trajectory_stats(
     if len(shape) != 3:
         if picture is not None:
             raise InputError(f"stats: samples of shape {shape} are no pictures; leave picture out, or give vae or teacher")
+        print(f"\nsamples of shape {shape} are no pictures: none drawn")
         return 0
     draw(opened, path, trajectories, codec)
     print(f"\n{path}: {min(trajectories, opened.count)} trajectories")

@@ -117,7 +117,7 @@ def _folder_of_config(path: Path, student: Student) -> Path:
 
 
 def test_each_norm_of_a_block_has_its_own_epsilon(tmp_path: Path) -> None:
-    teacher = tiny_teacher(norm_eps=0.5, mlp_norm_eps=2.0)
+    teacher = tiny_teacher(norm_eps=0.1, mlp_norm_eps=0.9)
     student = Student.from_teacher(teacher, pyard.TimeGrid.build(teacher.schedule, 2), history_layers=1)
     export.export_onnx(student, tmp_path / "student.onnx")
     expected = pyard.sample(student, [3], seed=2).numpy()
