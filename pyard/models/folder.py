@@ -34,7 +34,7 @@ def save_folder(
     from safetensors.torch import save_file
 
     with new_folder(path, owned=(CONFIG_NAME, WEIGHTS_NAME, codec.FOLDER, table.FOLDER)) as folder:
-        (folder / CONFIG_NAME).write_text(json.dumps({"_class_name": kind, **config}, indent=2) + "\n")
+        (folder / CONFIG_NAME).write_text(json.dumps({"_class_name": kind, **config}, indent=2) + "\n", encoding="utf-8")
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_NAME)
         if beside is not None:
             beside(folder)
@@ -46,7 +46,7 @@ def load_config(path: Path, *, kind: str | tuple[str, ...]) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"{path}: expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}; there is no {CONFIG_NAME}")
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{file} is not JSON: {error}") from None
     found = config.pop("_class_name", None)

@@ -178,15 +178,16 @@ def _with_history(
     if not added:
         return mask
     if mask is not None:
+        mask = mask.expand(*mask.shape[:-1], total - added)  # one entry for all own keys says nothing of the earlier ones
         mask = F.pad(mask, (added, 0), value=True if mask.dtype == torch.bool else 0.0)
     if bias is None:
         return mask
     # Finite: the bias that switches a history off may be -inf, and a row of nothing else would be NaN.
     finite = bias.clamp(min=torch.finfo(q.dtype).min / 2).to(q.dtype)
     earlier = torch.arange(total, device=q.device) < added
-    biased = torch.where(earlier, finite[:, None], torch.zeros((), dtype=q.dtype, device=q.device))[
-        None, :, None
-    ]  # [1, H, 1, total]
+    biased = torch.where(earlier, finite[:, None], finite.new_zeros(()))[None, :, None]  # [1, H, 1, total]
     if mask is None:
         return biased
-    return biased + (torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+    return biased + mask

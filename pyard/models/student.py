@@ -104,7 +104,7 @@ class Student(nn.Module):
 
     @property
     def num_classes(self) -> int | None:
-        """Classes of a class-conditional student: None: it is conditioned on something else."""
+        """Classes of a class-conditional student; None: it is conditioned on something else."""
         return self.trunk.num_classes
 
     @property
@@ -178,8 +178,7 @@ class Student(nn.Module):
 
     def _prepared(self, condition: Condition) -> Sequence[Condition]:
         # Not where a gradient is wanted, so that blocks stay what is recomputed, nor where a block gathers its own weights.
-        sharded = any(hasattr(weight, "device_mesh") for weight in self.trunk.parameters())  # FSDP2's DTensors
-        if torch.is_grad_enabled() or sharded:
+        if torch.is_grad_enabled() or any(hasattr(weight, "device_mesh") for weight in self.trunk.parameters()):  # DTensors
             return [condition] * self.num_steps
         return self.trunk.prepare(self.embed_times[None], condition)
 
