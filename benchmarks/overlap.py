@@ -22,7 +22,8 @@ from unittest import mock
 import torch
 
 from pyard.diffusion.noise_schedule import NoiseSchedule
-from pyard.models.dit.network import DiT, DiTConfig
+from pyard.models.dit.config import DiTConfig
+from pyard.models.dit.network import DiT
 from pyard.teachers.network_teacher import NetworkTeacher
 from pyard.trajectories import generate, generate_trajectories
 from pyard.trajectories.store import write_shard

@@ -16,7 +16,8 @@ from benchmarks.timing import Measurement
 from pyard.cost.flops import update_flops
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.time_grid import TimeGrid
-from pyard.models.dit.network import Block, DiTConfig, Head, unpatchify
+from pyard.models.dit.config import DiTConfig
+from pyard.models.dit.network import Block, Head, unpatchify
 from pyard.models.student import Student
 from pyard.models.student_config import StudentConfig
 from pyard.ops import Backend, use_backend, visible_steps

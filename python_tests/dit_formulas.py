@@ -6,7 +6,7 @@ under mixed precision, 4 without
 
 from __future__ import annotations
 
-from pyard.models.dit.network import DiTConfig
+from pyard.models.dit.config import DiTConfig
 from pyard.models.student_config import StudentConfig
 from pyard.ops.masks import visible_steps
 

@@ -8,7 +8,8 @@ import torch
 
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.time_grid import TimeGrid
-from pyard.models.dit.network import DiT, DiTConfig
+from pyard.models.dit.config import DiTConfig
+from pyard.models.dit.network import DiT
 from pyard.models.dit.tensor_names import join_checkpoint
 from pyard.models.student import Student
 from pyard.teachers.network_teacher import NetworkTeacher

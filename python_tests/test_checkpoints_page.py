@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.models.dit.ard_checkpoint import save_ard_student
-from pyard.models.dit.network import DiT, DiTConfig
+from pyard.models.dit.config import DiTConfig
+from pyard.models.dit.network import DiT
 from pyard.models.student import Student
 from pyard.teachers.diffusers_folder import to_diffusers
 from pyard.teachers.dit_checkpoint import save_checkpoint

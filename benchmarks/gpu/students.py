@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.gpu.measure import Setting
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.time_grid import TimeGrid
-from pyard.models.dit.network import Block, DiT, DiTConfig, Head, Trunk
+from pyard.models.dit.config import DiTConfig
+from pyard.models.dit.network import Block, DiT, Head, Trunk
 from pyard.models.student import Student
 from pyard.models.student_config import StudentConfig
 from pyard.teachers.network_teacher import NetworkTeacher

@@ -24,7 +24,8 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 from torch.nn import functional as F
 
-from pyard.models.dit.network import Block, DiTConfig, Head, Trunk, patchify, unpatchify
+from pyard.models.dit.config import DiTConfig
+from pyard.models.dit.network import Block, Head, Trunk, patchify, unpatchify
 
 FIRST_OPSET_WITH_ATTENTION = 23
 

@@ -15,7 +15,8 @@ from pyard.errors import InputError
 from pyard.models.backbone import Denoiser
 from pyard.models.codec import LatentCodec, require_latent_codec
 from pyard.models.dit.checkpoint_file import Tensors
-from pyard.models.dit.network import DiT, DiTConfig, dit_trunk, sincos_position_embedding
+from pyard.models.dit.config import DiTConfig
+from pyard.models.dit.network import DiT, dit_trunk, sincos_position_embedding
 from pyard.storage.files import read_json, write_text
 from pyard.storage.folders import new_folder
 from pyard.teachers.network_teacher import NetworkTeacher

@@ -9,7 +9,7 @@ import torch
 
 from pyard.data.digits import NUM_CLASSES, digits_data
 from pyard.diffusion.noise_schedule import NoiseSchedule
-from pyard.models.dit.network import DiTConfig
+from pyard.models.dit.config import DiTConfig
 from pyard.teachers.network_teacher import NetworkTeacher
 from pyard.teachers.teaching import TeachBatch, TeachConfig, new_network, taught_once, teaching_device, train_network
 

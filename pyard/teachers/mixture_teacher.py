@@ -14,7 +14,7 @@ from pyard.data.mixture import GaussianMixture
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.errors import InputError
 from pyard.models.backbone import Backbone, Denoiser
-from pyard.models.dit.network import DiTConfig
+from pyard.models.dit.config import DiTConfig
 from pyard.models.families import backbone_class
 from pyard.models.fingerprint import fingerprint_of
 from pyard.models.folder import load_config, load_folder, save_folder

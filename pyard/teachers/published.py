@@ -11,7 +11,8 @@ import torch
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.errors import InputError
 from pyard.models.backbone import Backbone, BackboneConfig, Denoiser
-from pyard.models.dit.network import DiTConfig, Trunk
+from pyard.models.dit.config import DiTConfig
+from pyard.models.dit.network import Trunk
 from pyard.models.families import backbone_class
 from pyard.models.folder import CONFIG_NAME, load_config
 from pyard.teachers import load_teacher

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from pyard.conditions import Condition
 from pyard.errors import InputError
-from pyard.models.dit.network import DiT, DiTConfig
+from pyard.models.dit.config import DiTConfig
+from pyard.models.dit.network import DiT
 from pyard.storage.checkpoints import Checkpoints, Stateful, ema_of
 from pyard.storage.files import write_text
 from pyard.teachers.network_teacher import NetworkTeacher

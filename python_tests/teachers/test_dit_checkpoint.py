@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from pyard import load_teacher
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.errors import InputError
-from pyard.models.dit.network import DiT, DiTConfig
+from pyard.models.dit.config import DiTConfig
+from pyard.models.dit.network import DiT
 from pyard.models.dit.tensor_names import KNOWN_HEADS, join_checkpoint, read_config
 from pyard.teachers.dit_checkpoint import load_checkpoint, save_checkpoint
 from pyard.teachers.guidance import solve

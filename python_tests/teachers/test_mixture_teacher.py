@@ -13,7 +13,8 @@ from pyard.data.mixture import GaussianMixture, mixture_2d
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
-from pyard.models.dit.network import DiT, DiTConfig
+from pyard.models.dit.config import DiTConfig
+from pyard.models.dit.network import DiT
 from pyard.models.student import Student
 from pyard.teachers import Teacher, load_teacher
 from pyard.teachers.guidance import endpoints, guided_prediction

@@ -11,7 +11,8 @@ from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
 from pyard.models.dit.checkpoint_file import Weights, read_checkpoint
-from pyard.models.dit.network import DiTConfig, Trunk, without_variance
+from pyard.models.dit.config import DiTConfig
+from pyard.models.dit.network import Trunk, without_variance
 from pyard.models.dit.tensor_names import (
     join_checkpoint,
     load_tensors,

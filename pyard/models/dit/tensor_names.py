@@ -16,7 +16,7 @@ from torch import nn
 
 from pyard.errors import InputError
 from pyard.models.dit.checkpoint_file import Tensors
-from pyard.models.dit.network import DiTConfig
+from pyard.models.dit.config import DiTConfig
 from pyard.storage.files import new_file
 
 # Heads of the published S, B, L and XL models by width; the tensors hold no trace of them.
