@@ -307,8 +307,7 @@ class Student(nn.Module):
         backbone = backbone_class(str(loaded.get("family", "dit")), network, folder)
         config = StudentConfig.from_json(loaded, backbone)
         try:
-            # Where the network's constants allow it, without computing weights that are about to be replaced.
-            with torch.device("meta" if network is None else "cpu"):
+            with backbone.without_weights():
                 student = cls(config, backbone(config.network))
             student.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
