@@ -189,11 +189,17 @@ def save_conditions(conditions: Conditions, folder: Path) -> None:
     Raises:
         InputError: a table of a kind that cannot be kept, or another table is there.
     """
+    from pyard.conditions.prompts import PromptTable  # which needs this module
+
     if isinstance(conditions, ClassConditions):
         return
-    if not isinstance(conditions, EmbeddingTable):
-        raise InputError(f"conditions: a {type(conditions).__name__} cannot be stored; expected classes or an EmbeddingTable")
+    if not isinstance(conditions, EmbeddingTable | PromptTable):
+        raise InputError(
+            f"conditions: a {type(conditions).__name__} cannot be stored; expected classes, an EmbeddingTable or a PromptTable"
+        )
     path = folder / FOLDER
+    if isinstance(conditions, PromptTable) and path.exists() and path.samefile(conditions.folder):
+        return
     if not path.exists():
         with appearing_folder(path) as building:  # of several writers, the first one wins
             conditions.save(building)
@@ -209,6 +215,10 @@ def load_conditions(*folders: Path) -> Conditions | None:
         if not (path / _ABOUT_NAME).is_file():
             continue
         about = read_json(path / _ABOUT_NAME)
+        if isinstance(about, dict) and about.get("kind") == "prompts":
+            from pyard.conditions.prompts import PromptTable  # which needs this module
+
+            return PromptTable(path)
         if not isinstance(about, dict) or about.get("kind") != "embeddings":
             raise InputError(f"{path / _ABOUT_NAME}: {json.dumps(about)[:80]} is no kind of conditions that this pyard reads")
         table = EmbeddingTable.load(path)

@@ -82,8 +82,8 @@ def read_json(path: Path) -> Any:
     return parse_json(text, path)
 
 
-def parse_json(text: bytes, path: Path) -> Any:
-    """The value of a JSON text found in `path`; an InputError if it is none or names a key twice."""
+def parse_json(text: bytes | str, path: Path | str) -> Any:
+    """The value of a JSON text found in `path`, which may name a line; an InputError if it is none or names a key twice."""
     try:
         return json.loads(text, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
