@@ -194,7 +194,9 @@ class TrajectoryManifest:
         """Raises InputError naming both sides of what differs; a grid's embed_times are the student's own business."""
         mine, theirs = self._settings(), wanted._settings()
         differences = [
-            f"{name} is {_short(mine[name])}, asked for {_short(theirs[name])}" for name in mine if mine[name] != theirs[name]
+            f"{name} is {_short(mine.get(name))}, asked for {_short(theirs.get(name))}"
+            for name in {**mine, **theirs}  # a setting may be left out where it has its default
+            if mine.get(name) != theirs.get(name)
         ]
         if differences:
             raise InputError(
