@@ -18,6 +18,7 @@ class PixArt(WrappedBackbone):
     """`PixArtTransformer2DModel`; condition: tokens, mask."""
 
     transformer_name = "PixArtTransformer2DModel"
+    flow_time_scale = 1000.0
     attention_names = ("attn1",)
     output_places = {"norm_out": "norm_out", "scale_shift_table": "scale_shift_table", "proj_out": "proj_out"}  # noqa: RUF012
 

@@ -15,6 +15,7 @@ class SD3(WrappedBackbone):
     """`SD3Transformer2DModel`; condition: tokens, pooled. SD3.5 medium's second attention remembers, too."""
 
     transformer_name = "SD3Transformer2DModel"
+    flow_time_scale = 1000.0
     attention_names = ("attn", "attn2")
 
     def run(self, x: torch.Tensor, times: torch.Tensor, condition: Condition) -> torch.Tensor:

@@ -39,7 +39,7 @@ class WrappedBackbone(Backbone):
         attention_names: self-attentions of a block that image tokens pass, in order of execution; a block may lack some.
         output_places: the output layers, name to path in the transformer.
         image_first: whether image tokens stand in front of text tokens in those attentions.
-        patch: pixels along one side of a token.
+        flow_time_scale: what the pipelines multiply a flow's sigma by before they tell it the transformer.
     """
 
     config_class: ClassVar[type[Any]] = WrappedConfig
@@ -48,6 +48,7 @@ class WrappedBackbone(Backbone):
     attention_names: ClassVar[tuple[str, ...]] = ("attn",)
     output_places: ClassVar[Mapping[str, str]] = {"norm_out": "norm_out", "proj_out": "proj_out"}
     image_first: ClassVar[bool] = True
+    flow_time_scale: ClassVar[float] = 1.0
 
     config: WrappedConfig
 
