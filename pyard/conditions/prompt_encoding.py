@@ -232,7 +232,7 @@ class Encoding:
         width, pooled_width = widths.pop()
         record = TableRecord(
             **asdict(settings),
-            fingerprint=fingerprint_of(settings, (width, pooled_width), index),
+            fingerprint=fingerprint_of(settings, width, pooled_width, len(cut), index),
             num_prompts=len(distinct.prompt),
             num_texts=len(distinct.texts),
             width=width,

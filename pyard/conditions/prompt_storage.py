@@ -177,7 +177,7 @@ class Shard(NamedTuple):
     pooled: torch.Tensor | None  # [n, E]
     length: torch.Tensor  # [n] int64
     digest: torch.Tensor  # [n, 32] uint8
-    cut: torch.Tensor  # [n] bool
+    cut: torch.Tensor  # [n] uint8, 1 where the text was cut
 
 
 def shard_name(first: int, end: int) -> str:
@@ -202,11 +202,13 @@ def pack_shard(embeddings: Sequence[Mapping[str, torch.Tensor]], cut: Sequence[b
     """
     from safetensors.torch import save
 
+    flags = torch.tensor(cut, dtype=torch.uint8)
+    digests = [digest_of(e["tokens"], e.get("pooled"), flag) for e, flag in zip(embeddings, flags, strict=True)]
     tensors = {
         "tokens": torch.cat([embedding["tokens"] for embedding in embeddings]),
         "length": torch.tensor([len(embedding["tokens"]) for embedding in embeddings]),
-        "digest": torch.stack([digest_of(embedding["tokens"], embedding.get("pooled")) for embedding in embeddings]),
-        "cut": torch.tensor(cut, dtype=torch.bool),
+        "digest": torch.stack(digests),
+        "cut": flags,
     }
     if "pooled" in embeddings[0]:
         tensors["pooled"] = torch.stack([embedding["pooled"] for embedding in embeddings])
@@ -225,7 +227,7 @@ def map_shard(path: Path, dtype: str) -> Shard:
         shard = Shard(tensors["tokens"], tensors.get("pooled"), tensors["length"], tensors["digest"], tensors["cut"])
         wanted = {"length": (torch.int64, [end - first]), "digest": (torch.uint8, [end - first, 32])}
         wanted |= {
-            "cut": (torch.bool, [end - first]),
+            "cut": (torch.uint8, [end - first]),
             "tokens": (DTYPES[dtype], [int(shard.length.sum()), shard.tokens.shape[-1]]),
         }
         if shard.pooled is not None:
@@ -272,19 +274,21 @@ def whole_shards(folder: Path, settings: TableSettings, num_texts: int) -> list[
     return names
 
 
-def fingerprint_of(settings: TableSettings, widths: tuple[int, int | None], index: Mapping[str, torch.Tensor]) -> str:
+def fingerprint_of(
+    settings: TableSettings, width: int, pooled_width: int | None, cut: int, index: Mapping[str, torch.Tensor]
+) -> str:
     """sha256 of settings, rows and embeddings; how texts are divided into shards does not count."""
     about = {field.name: getattr(settings, field.name) for field in fields(TableSettings)}
-    digest = hashlib.sha256(json.dumps([about, widths], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([about, width, pooled_width, cut], sort_keys=True).encode())
     for name in ("prompt", "negative_prompt", "length", "digest"):
         digest.update(np.ascontiguousarray(index[name].numpy()).tobytes())
     return digest.hexdigest()
 
 
-def digest_of(tokens: torch.Tensor, pooled: torch.Tensor | None) -> torch.Tensor:  # [32] uint8
-    """sha256 of the embedding of one text: tokens [length, D], pooled [E]."""
+def digest_of(tokens: torch.Tensor, pooled: torch.Tensor | None, cut: torch.Tensor) -> torch.Tensor:  # [32] uint8
+    """sha256 of what is stored of one text: tokens [length, D], pooled [E], cut []."""
     digest = hashlib.sha256()
-    for tensor in (tokens, pooled):
+    for tensor in (tokens, pooled, cut[None]):
         if tensor is not None:
             digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)

@@ -111,7 +111,7 @@ class PromptTable:
                 ("length", 1, 2**32),
             )
         )
-        if not fits or record.fingerprint != fingerprint_of(record, (record.width, record.pooled_width), index):
+        if not fits or record.fingerprint != fingerprint_of(record, record.width, record.pooled_width, record.cut, index):
             raise InputError(
                 f"{folder}: {ABOUT_NAME} or {INDEX_NAME} was changed after it was written; delete {ABOUT_NAME} and give the "
                 "command that wrote it again, or restore both"
@@ -253,6 +253,7 @@ class PromptTable:
             InputError: names every file that is damaged.
         """
         broken = []
+        self._shard.cache_clear()
         for name in self._names:
             try:
                 for text in range(*shard_range(name)):
@@ -271,12 +272,19 @@ class PromptTable:
         """Copy the table into a folder that is being built; the copy is verified.
 
         Raises:
-            InputError: the table is damaged.
+            InputError: the table is damaged, or the disk is full.
         """
-        (folder / SHARDS).mkdir()
-        for name in (PROMPTS_NAME, INDEX_NAME, *(f"{SHARDS}/{name}" for name in self._names), ABOUT_NAME):
-            shutil.copyfile(self.folder / name, folder / name)
-        PromptTable(folder).verify()
+        try:
+            (folder / SHARDS).mkdir()
+            for name in (PROMPTS_NAME, INDEX_NAME, *(f"{SHARDS}/{name}" for name in self._names), ABOUT_NAME):
+                shutil.copyfile(self.folder / name, folder / name)
+        except OSError as error:
+            raise InputError(f"{self.folder}: cannot be copied to {folder.parent} ({error.strerror})") from error
+        try:
+            PromptTable(folder).verify()
+        except InputError:
+            self.verify()  # names the file where it lies: the copy is about to be removed
+            raise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PromptTable:
         # Its rows never change: an average of the student's weights is asked for the same things.
@@ -292,8 +300,8 @@ class PromptTable:
         shard = map_shard(path, self.record.dtype)
         first, end = shard_range(path.name)
         widths = (shard.tokens.shape[-1], None if shard.pooled is None else shard.pooled.shape[-1])
-        lengths = np.diff(self._begin[first : end + 1])
-        if widths != (self.record.width, self.record.pooled_width) or not np.array_equal(shard.length.numpy(), lengths):
+        same = all(torch.equal(getattr(shard, name), self._index[name][first:end]) for name in ("length", "digest"))
+        if widths != (self.record.width, self.record.pooled_width) or not same:
             raise InputError(f"{path}: not the shard that {INDEX_NAME} describes; {_REMEDY}")
         return shard
 
@@ -304,7 +312,7 @@ class PromptTable:
         tokens = shard.tokens[begin:end]
         pooled = None if shard.pooled is None else shard.pooled[text - first]
         if not self._checked[text]:
-            if not torch.equal(digest_of(tokens, pooled), self._index["digest"][text]):
+            if not torch.equal(digest_of(tokens, pooled, shard.cut[text - first]), self._index["digest"][text]):
                 path = self.folder / SHARDS / self._names[number]
                 raise InputError(f"{path}: the embedding of text {text} is damaged; {_REMEDY}")
             self._checked[text] = True

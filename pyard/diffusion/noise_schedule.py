@@ -127,9 +127,11 @@ class NoiseSchedule:
         """log(sigma(t) / alpha(t)) of a `ddpm` schedule for t = 0 ... n-1, linear in between: float64 [n].
 
         Karras' and other sigmas lie between noise levels (Karras et al. 2022, equation 5). A last level of pure noise, where
-        the ratio is infinite, counts as alpha^2 = 2^-24, as in diffusers' schedulers.
+        the ratio is infinite, counts as alpha^2 = 2^-24, as in diffusers' schedulers, or less if that before it has less.
         """
-        alphas_cumprod = np.maximum(self.alphas_cumprod, 2.0**-24)
+        alphas_cumprod = self.alphas_cumprod.copy()
+        if alphas_cumprod[-1] == 0:
+            alphas_cumprod[-1] = min(2.0**-24, *alphas_cumprod[-2:-1] / 4)
         ratios: np.ndarray = 0.5 * (np.log1p(-alphas_cumprod) - np.log(alphas_cumprod))
         return ratios
 

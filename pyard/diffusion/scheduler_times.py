@@ -6,7 +6,7 @@ A student of S jumps draws with a stock scheduler of S steps where the teacher's
 | scheduler | its times, k = 0 ... n - 1; m is its smallest sigma | S of n |
 |---|---|---|
 | FlowMatchEuler, sigmas=linspace(1, 1/n, n): Flux, Z-Image | shift(1 - k / n), fixed or dynamic | if S divides n |
-| the same with `shift_terminal`: Qwen-Image | stretched to end at `shift_terminal` | no; 0 / 0 for S = 1 |
+| the same with `shift_terminal`: Qwen-Image | stretched to end at `shift_terminal` | S = 2 alone; S = 1 is 0 / 0 |
 | the same with Karras, exponential or beta sigmas | even in a function of sigma, to shift(1 / n) | no, but for S = 1 |
 | FlowMatchEuler as it is: SD3 | shift(1 - k (1 - m) / (n - 1)) | if S - 1 divides n - 1 |
 | FlowMatchEuler as it is, Karras, exponential, beta | even in a function of sigma, 1 to m | if S - 1 divides n - 1 |
@@ -35,9 +35,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.noise_schedule import MOST_TIMESTEPS, NoiseSchedule
 from pyard.diffusion.schedulers import OTHER_SPACINGS, process_of
 from pyard.errors import InputError
+from pyard.storage.numbers import whole_number
 
 # Times closer than this share of the first one are the same: schedulers compute their sigmas in float32.
 SAME_TIME = 1e-6
@@ -109,6 +110,7 @@ def visited(scheduler: Any, num_steps: int, *, sigmas: Sequence[float] | None = 
         InputError: samplers of distilled models, those that do not end on clean data, and whatever visits no falling times.
     """
     process, name = process_of(scheduler), type(scheduler).__name__
+    num_steps = whole_number(f"scheduler {name}: num_steps", num_steps, 1, MOST_TIMESTEPS)
     copied = copy.deepcopy(scheduler)
     _set_timesteps(copied, name, num_steps, sigmas, mu)
     levels, told = _levels(copied), np.asarray(copied.timesteps, dtype=np.float64)
@@ -121,6 +123,8 @@ def visited(scheduler: Any, num_steps: int, *, sigmas: Sequence[float] | None = 
             f"scheduler {name}: it visits {len(told)} times in {num_steps} steps; expected one a step: use "
             "DPMSolverMultistepScheduler, or DDIMScheduler"
         )
+    if levels is not None:
+        levels = levels[: num_steps + 1]  # the n-th step ends there, whatever comes after it
     if levels is not None and levels[-1] != 0:
         raise InputError(
             f"scheduler {name}: its last step ends at sigma {levels[-1]:.3g}, expected 0: a trajectory that does not reach "
@@ -194,7 +198,7 @@ def _of_a_flow(process: NoiseSchedule, levels: np.ndarray | None, told: np.ndarr
 
 
 def _of_a_diffusion(process: NoiseSchedule, config: Any, levels: np.ndarray | None, told: np.ndarray) -> Visits:
-    other = any(config.get(key) for key in OTHER_SPACINGS) or config.get("interpolation_type", "linear") != "linear"
+    other = any(config.get(key) for key in OTHER_SPACINGS)
     whole = bool((told == np.round(told)).all())
     if levels is None or (whole and not other):
         return Visits((*told.tolist(), process.clean_time), tuple(told.tolist()))
