@@ -94,7 +94,7 @@ def trajectory(
         teacher,
         noise.to(teacher.device),
         numbers.to(teacher.device),
-        manifest.grid.teacher_steps,
+        manifest.grid.visits(manifest.schedule),
         cfg_scale=manifest.cfg_scale,
         cfg_channels=manifest.cfg_channels,
         cfg_interval=manifest.cfg_interval,

@@ -81,7 +81,8 @@ def generate_trajectories(
         cfg_scale: classifier-free guidance weight; 1 is none and halves the cost.
         cfg_channels: guide only the first so many channels, as DiT's public code does with 3 of 4; None guides all.
         cfg_interval: lowest and highest teacher time (0 to 999 for DiT, 0 to 1 for flows) with guidance; None: all times.
-        solver: `ddim` for diffusion schedules; `euler` or `heun` (two evaluations a step) for flows; None: ddim or euler.
+        solver: `ddim` for diffusion schedules; `euler` or `heun` (two evaluations a step) for flows; `dpm++2m` (DPM-Solver++
+            of second order) for both; None: ddim or euler.
         keep: what to store beside noise and label: `state` (x_t at the grid times), `denoised` (of x_0) or `both`.
         dtype: how states and predictions are stored, the noise always in float32. Sidecars record the rounding error.
         seed: of noise and labels, 0 to 2**64 - 1.

@@ -58,7 +58,8 @@ class TrajectoryManifest:
 
     Args:
         teacher_fingerprint: sha256 that changes whenever the teacher's predictions do.
-        solver: `ddim` for diffusion schedules, `euler` or `heun` for flows; `unknown` for imported trajectories.
+        solver: `ddim` for diffusion schedules, `euler` or `heun` for flows, `dpm++2m` for both; `unknown` for imported
+            trajectories.
         schedule: the teacher's noise schedule.
         grid: which places of the teacher's trajectory are stored.
         cfg_scale: guidance weight; 1 is none.
