@@ -15,6 +15,7 @@ import torch
 from pyard.conditions import Condition, Conditions
 from pyard.conditions.prompts import PromptTable
 from pyard.conditions.table import Numbers
+from pyard.diffusion.multistep import OPTIONS
 from pyard.diffusion.scheduler_times import StockPlaces, Visits, stock_places, visited
 from pyard.diffusion.schedulers import build_scheduler, process_of, scheduler_config
 from pyard.diffusion.solvers import Solver
@@ -80,7 +81,7 @@ class PipelineTeacher(NetworkTeacher):
         super().__init__(network, process_of(scheduler), codec=codec, conditions=conditions or NoPrompts())
         self.folder, self.family, self.scheduler, self.text_encoder = folder, family, scheduler, text_encoder
         self.configs = PipelineConfigs.read(folder)
-        self.guidance = family.guidance
+        self.guidance, self.cfg_normalization = family.guidance, family.cfg_normalization
 
     @property
     def backbone(self) -> WrappedBackbone:
@@ -108,6 +109,16 @@ class PipelineTeacher(NetworkTeacher):
         if name == "DPMSolverMultistepScheduler" and config["solver_order"] > 1:
             return "dpm++2m"
         return "euler" if self.schedule.kind == "flow" else "ddim"
+
+    @property
+    def solver_options(self) -> dict[str, Any]:
+        """Settings of the folder's multistep solver."""
+        return {name: self.scheduler.config[name] for name in OPTIONS if name in self.scheduler.config}
+
+    @property
+    def precision(self) -> str:
+        """What the weights are in: `float32`, `bfloat16` or `float16`."""
+        return str(self.backbone.dtype).removeprefix("torch.")
 
     def visits(self, num_steps: int, sample_shape: tuple[int, ...]) -> Visits:
         """The times that the pipeline visits in so many steps for samples of this shape."""
@@ -245,10 +256,4 @@ def load_pipeline(
 def _scheduler(folder: Path) -> Any:
     if not (folder / "scheduler").is_dir():
         raise InputError(f"{folder}: the pipeline has no scheduler/, so nothing says how it was trained; download the whole folder")
-    scheduler = build_scheduler(scheduler_config(folder / "scheduler"), folder / "scheduler")
-    from pyard.diffusion.scheduler_times import deterministic
-
-    scheduler, note = deterministic(scheduler)
-    if note:
-        print(f"{folder}: {note}")
-    return scheduler
+    return build_scheduler(scheduler_config(folder / "scheduler"), folder / "scheduler")
