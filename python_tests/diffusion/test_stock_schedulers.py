@@ -122,7 +122,7 @@ def test_options_are_the_stock_schedulers(transformer, settings, options):
     walked = ours(transformer, scheduler, noise, 10, {}, "dpm++2m", options)
     for (state, _), other in zip(walked, theirs, strict=True):
         assert relative_error(state, other) < 1e-4
-    # The last step is of first order in any case, as it ends on clean data; the one before it is of second at most if it may be.
+    # The last step is of first order in any case, as it ends on clean data; the option is about the one before it.
     differs = ours(transformer, scheduler, noise, 10, {}, "dpm++2m", {**options, "lower_order_final": True})[-1][0]
     assert torch.equal(differs, walked[-1][0]) is (options != dict(solver_order=3, lower_order_final=False))
     plain = ours(transformer, scheduler, noise, 10, {}, "dpm++2m")[-1][0]
