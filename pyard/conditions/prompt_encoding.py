@@ -101,8 +101,6 @@ class Encoding:
         if (self.folder / BUILDING_NAME).is_file():
             self._require_equal(BUILDING_NAME, settings, distinct)
         there = whole_shards(self.folder, settings, len(distinct.texts))
-        for path in self.folder.glob("*.tmp"):
-            path.unlink()
         if not _holds(self.folder / PROMPTS_NAME, content):
             write_atomically(self.folder / PROMPTS_NAME, content)
         write_atomically(self.folder / BUILDING_NAME, to_bytes({"kind": "prompts", **asdict(settings)}))
