@@ -73,11 +73,11 @@ class Encoding:
         prompts = hashlib.sha256(content).hexdigest()
         settings = TableSettings(self.encoder.fingerprint, self.dtype, _plain(self.constants), prompts)
         # A finished table may lie where nothing can be written, not even a lock.
-        table = self._finished(settings, distinct)
+        table = self._finished(settings, distinct, content)
         if table is not None and not (self.folder / BUILDING_NAME).exists():
             return table
         with _alone(self.folder, self.progress):
-            table = self._finished(settings, distinct)
+            table = self._finished(settings, distinct, content)
             if table is None:
                 there = self._prepare(settings, distinct, content)
                 self._encode(settings, distinct.texts, there)
@@ -85,28 +85,24 @@ class Encoding:
             (self.folder / BUILDING_NAME).unlink(missing_ok=True)
         return table
 
-    def _finished(self, settings: TableSettings, distinct: DistinctTexts) -> PromptTable | None:
+    def _finished(self, settings: TableSettings, distinct: DistinctTexts, content: bytes) -> PromptTable | None:
         """The table that is there, if it is whole."""
         if not (self.folder / ABOUT_NAME).is_file():
             return None
         self._require_equal(ABOUT_NAME, settings, distinct)
         try:
             table = PromptTable(self.folder)
-            DistinctTexts.read(self.folder / PROMPTS_NAME, settings.prompts)
         except InputError:  # what is missing is made again
             return None
-        return table
+        return table if _holds(self.folder / PROMPTS_NAME, content) else None
 
     def _prepare(self, settings: TableSettings, distinct: DistinctTexts, content: bytes) -> list[str]:
         """Say what the table will be, before there is any of it; returns the names of the shards that are there."""
         if (self.folder / BUILDING_NAME).is_file():
             self._require_equal(BUILDING_NAME, settings, distinct)
         there = whole_shards(self.folder, settings, len(distinct.texts))
-        for path in self.folder.glob("*.tmp"):
-            path.unlink()
-        file = self.folder / PROMPTS_NAME
-        if not file.is_file() or file.read_bytes() != content:
-            write_atomically(file, content)
+        if not _holds(self.folder / PROMPTS_NAME, content):
+            write_atomically(self.folder / PROMPTS_NAME, content)
         write_atomically(self.folder / BUILDING_NAME, to_bytes({"kind": "prompts", **asdict(settings)}))
         return there
 
@@ -249,6 +245,10 @@ class Encoding:
                 stacklevel=4,
             )
         return PromptTable(self.folder)
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content
 
 
 def _plain(constants: Mapping[str, float | Sequence[float]]) -> dict[str, float | list[float]]:

@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 
 from pyard.conditions.prompt_file import PromptLine
 from pyard.errors import InputError
-from pyard.storage.files import parse_json
 
 ABOUT_NAME = "conditions.json"
 BUILDING_NAME = "building.json"
@@ -74,7 +73,7 @@ class DistinctTexts:
         """As the file `prompts.jsonl`."""
         lines = [json.dumps({"text": text}, ensure_ascii=False) for text in self.texts]
         pairs = zip(self.prompt.tolist(), self.negative_prompt.tolist(), strict=True)
-        lines += [json.dumps({"prompt": prompt, "negative_prompt": negative}) for prompt, negative in pairs]
+        lines += [f'{{"prompt": {prompt}, "negative_prompt": {negative}}}' for prompt, negative in pairs]
         return ("\n".join(lines) + "\n").encode()
 
     @classmethod
@@ -87,7 +86,8 @@ class DistinctTexts:
         content = _read(path)
         if hashlib.sha256(content).hexdigest() != sha256:
             raise InputError(f"{path}: changed after it was written; {_remedy(path)}")
-        entries = [parse_json(line, path) for line in content.decode().split("\n")[:-1]]
+        # As one list: of a million lines, that takes a tenth of the time.
+        entries = json.loads(b"[" + content.rstrip(b"\n").replace(b"\n", b",") + b"]")
         rows = [[entry["prompt"], entry["negative_prompt"]] for entry in entries if "text" not in entry]
         array = np.array(rows, dtype=np.int64).reshape(-1, 2)
         return cls([entry["text"] for entry in entries if "text" in entry], array[:, 0].copy(), array[:, 1].copy())

@@ -225,11 +225,12 @@ class PromptTable:
         rows = self._within(wanted, len(self._text_of_row))
         embeddings = [self._embedding(int(text)) for text in self._text_of_row[rows]]
         size = (len(embeddings), max((len(tokens) for tokens, _ in embeddings), default=1))
-        tokens = torch.zeros(*size, self.record.width, dtype=self.dtype)
+        tokens = torch.empty(*size, self.record.width, dtype=self.dtype)
         mask = torch.zeros(size, dtype=torch.bool)
         pooled = torch.zeros(len(embeddings), self.record.pooled_width or 0, dtype=self.dtype)
         for i, (of_tokens, of_text) in enumerate(embeddings):
             tokens[i, : len(of_tokens)], mask[i, : len(of_tokens)] = of_tokens, True
+            tokens[i, len(of_tokens) :] = 0
             if of_text is not None:
                 pooled[i] = of_text
         tensors = {"tokens": tokens, "mask": mask}

@@ -198,8 +198,6 @@ def save_conditions(conditions: Conditions, folder: Path) -> None:
             f"conditions: a {type(conditions).__name__} cannot be stored; expected classes, an EmbeddingTable or a PromptTable"
         )
     path = folder / FOLDER
-    if isinstance(conditions, PromptTable) and path.exists() and path.samefile(conditions.folder):
-        return
     if not path.exists():
         with appearing_folder(path) as building:  # of several writers, the first one wins
             conditions.save(building)

@@ -10,13 +10,17 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from pyard.conditions import Encoded, PromptLine, PromptTable
+from pyard.conditions import Encoded, PromptLine, PromptTable, read_prompts
 
 WIDTH, POOLED_WIDTH = 6, 3
 SIZES: dict = dict(batch_size=4, shard_size=8, progress=False)
+
+LINES = read_prompts(["a b", "c", PromptLine("a b", "bad"), PromptLine("x y z", "c"), PromptLine("c", "")])
+TEXTS = ["a b", "", "c", "bad", "x y z"]
 
 
 class ToyEncoder:
@@ -56,6 +60,11 @@ class ToyEncoder:
 
     def free(self) -> None:
         self.freed += 1
+
+
+def build(folder: Path, lines: list[PromptLine] = LINES, encoder: ToyEncoder | None = None, **settings: Any) -> PromptTable:
+    """A table of small shards."""
+    return PromptTable.build(encoder or ToyEncoder(), lines, folder, **{**SIZES, **settings})
 
 
 def many_lines(count: int) -> list[PromptLine]:
