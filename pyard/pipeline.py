@@ -145,7 +145,8 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
         if sum(value is not None for value in (class_labels, condition_numbers, condition)) != 1:
             raise InputError("expected one of class_labels, condition_numbers and condition")
         if condition is None:
-            wanted: Sequence[int | str] = class_labels or condition_numbers or []
+            wanted: Sequence[int | str] | None = condition_numbers if class_labels is None else class_labels
+            assert wanted is not None
             condition = student.require_conditions().take(numbers_of(wanted, student))
         condition = condition.to(device)
         if sample_shape is None and latents is not None:

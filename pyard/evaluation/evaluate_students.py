@@ -25,6 +25,7 @@ from pyard.models.codec import Codec
 from pyard.models.student import Student
 from pyard.runtime import OnnxStudent
 from pyard.sampling.exposure_bias import ExposureBias, exposure_bias
+from pyard.storage.typed import checked
 from pyard.teachers import load_teacher
 from pyard.teachers.guidance import endpoints
 from pyard.teachers.network_teacher import NetworkTeacher
@@ -34,6 +35,7 @@ from pyard.trajectories import TrajectoryReader, TrajectoryStore
 DEFAULT_SEED = 1000
 
 
+@checked("evaluate")
 def evaluate(
     students: str | Path | Student | OnnxStudent | list[str],
     teacher: str | Path | NetworkTeacher = "digits",

@@ -13,6 +13,7 @@ from pyard.errors import InputError
 from pyard.models.backbone import Backbone, BackboneConfig
 from pyard.models.families import backbone_class
 from pyard.ops.masks import Mask, check_mask
+from pyard.storage.typed import conform
 
 Output = Literal["direct", "jump"]
 Heads = Literal["per_step", "shared"]
@@ -64,6 +65,7 @@ class StudentConfig:
     sample_shapes: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
+        conform(self, "student")
         if self.sample_shapes is not None:
             shapes = tuple(tuple(shape) for shape in self.sample_shapes)
             object.__setattr__(self, "sample_shapes", None if shapes == (tuple(self.network.sample_shape),) else shapes)

@@ -19,6 +19,7 @@ from pyard.diffusion.noise import standard_normal
 from pyard.errors import InputError
 from pyard.runtime.conditions import ConditionTensor, check_condition
 from pyard.runtime.device_buffers import FixedBuffers, run_on_device
+from pyard.storage.typed import checked
 
 METADATA_KEY = "pyard"
 FORMAT_VERSION = 1
@@ -108,6 +109,7 @@ class OnnxStudent:
             dtype = np.uint8 if self.info.pictures else np.float32
             self._fixed = FixedBuffers(self._session, "sample", self.info.output_shape, dtype, self._device)
 
+    @checked("sample")
     def sample(
         self,
         labels: Sequence[int] | NDArray[np.integer[Any]] | None = None,
@@ -153,6 +155,7 @@ class OnnxStudent:
                 *_, (_, samples[index]) = self.run_steps(start_noise, rows_of)
         return samples
 
+    @checked("stream")
     def stream(
         self,
         labels: Sequence[int] | NDArray[np.integer[Any]] | None = None,

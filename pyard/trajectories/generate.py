@@ -19,6 +19,7 @@ from pyard.conditions import save_conditions
 from pyard.diffusion.solvers import Solver, solver_of
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
+from pyard.storage.typed import checked
 from pyard.storage.units import format_bytes, format_seconds
 from pyard.teachers import Teacher, load_teacher
 from pyard.trajectories.compute import compiled, compute_batch, device_name, drawn_ahead, pack_shard, warm_up
@@ -35,6 +36,7 @@ MAX_SHARD_SAMPLES = 1024
 MAX_SHARD_BYTES = 256 * 2**20
 
 
+@checked("trajectories")
 def generate_trajectories(
     teacher: Teacher | str | Path,
     out: str | Path,
