@@ -17,7 +17,7 @@ from pyard.evaluation.inception_score import softmax
 from pyard.evaluation.onnx_network import open_onnx
 from pyard.evaluation.pixels import Quantise, ResizeMode, resized, to_bytes
 from pyard.evaluation.torchscript_network import open_torchscript
-from pyard.storage.files import file_sha256
+from pyard.storage.files import file_sha256, stand_in
 
 PixelRange = Literal["bytes", "unit", "symmetric"]
 
@@ -97,6 +97,9 @@ class FileFeatures:
         path = Path(path)
         if not path.is_file():
             raise InputError(f"features {path}: no such file. Expected a TorchScript file or an .onnx file. {_WHERE}")
+        what = stand_in(path)
+        if what is not None:
+            raise InputError(f"features {path} is no network: {what}")
         self.settings = settings = settings or FeatureSettings()
         self.name = path.name
         self.batch_size = batch_size

@@ -160,7 +160,7 @@ def _run(
     stage: Regression
     if config.stage == "adversarial":
         shape = stores[0].manifest.sample_shape
-        source = _real_source(config, shape, student.codec or teacher.codec, processes)
+        source = _real_source(config, shape, student, student.codec or teacher.codec, processes)
         data = RealData.load(source, shape, student.num_conditions)
         inputs |= {"real_fingerprint": data.fingerprint(), "student_fingerprint": weights_digest(student)}
     with processes.main_first():
@@ -267,7 +267,9 @@ def _student(
     return earlier
 
 
-def _real_source(config: TrainConfig, sample_shape: tuple[int, ...], codec: Codec | None, processes: Processes) -> str | Path:
+def _real_source(
+    config: TrainConfig, sample_shape: tuple[int, ...], student: Student, codec: Codec | None, processes: Processes
+) -> str | Path:
     """Where the real data is; pictures are encoded first, each process its share."""
     from pyard.data.real_images import cached_images, is_image_folder
 
@@ -282,6 +284,8 @@ def _real_source(config: TrainConfig, sample_shape: tuple[int, ...], codec: Code
         device=processes.device,
         rank=processes.rank,
         world_size=processes.world,
+        conditions=student.conditions,
+        progress=config.progress and processes.is_main,
     )
     processes.wait(patiently=True)  # encoding takes hours, and some processes have more to encode than others
     return shards
