@@ -18,6 +18,9 @@ from pyard.storage.typed import conform
 Output = Literal["direct", "jump"]
 Heads = Literal["per_step", "shared"]
 
+# Of the teacher's settings, those that neither the grid nor the schedule has.
+_OF_THE_TRAJECTORIES = ("cfg_scale", "cfg_channels", "cfg_interval", "solver")
+
 HISTORY_SWITCHED_OFF = -4.0  # start of a learned history bias: `docs/quality.md` has what it is worth
 
 
@@ -47,6 +50,10 @@ class StudentConfig:
         class_names: of the classes, in order, where the teacher knows them; synonyms are separated by commas.
         family: name of the backbone's family (`pyard.models.families`), or `package.module:Class` of the user's own.
         sample_shapes: [C, ...] of the samples that it was trained on; None: those of `network.sample_shape` alone.
+        cfg_scale: guidance weight of the trajectories that it was trained on; None: unknown, and so are the next three.
+        cfg_channels: channels that were guided in them; None: all.
+        cfg_interval: lowest and highest teacher time that was guided in them; None: all.
+        solver: of the teacher in them.
     """
 
     network: BackboneConfig
@@ -63,6 +70,10 @@ class StudentConfig:
     class_names: tuple[str, ...] | None = None
     family: str = "dit"
     sample_shapes: tuple[tuple[int, ...], ...] | None = None
+    cfg_scale: float | None = None
+    cfg_channels: int | None = None
+    cfg_interval: tuple[float, float] | None = None
+    solver: str | None = None
 
     def __post_init__(self) -> None:
         conform(self, "student")
@@ -86,11 +97,21 @@ class StudentConfig:
         if self.output == "jump" and self.target == "denoised":
             raise InputError("student: output 'jump' starts from a state, so it needs target 'state', not 'denoised'")
 
+    @property
+    def teacher_settings(self) -> dict[str, Any] | None:
+        """How the teacher sampled the trajectories that it was trained on, by name; None: unknown."""
+        if self.cfg_scale is None:
+            return None
+        return {"teacher_steps": self.grid.teacher_steps, **{name: getattr(self, name) for name in _OF_THE_TRAJECTORIES}}
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dictionary that `from_json` turns back into an equal configuration."""
         flat = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if self.sample_shapes is None:
             del flat["sample_shapes"]  # as in students that know one size alone
+        for name in _OF_THE_TRAJECTORIES:
+            del flat[name]
+        flat |= self.teacher_settings or {}
         return {key: value.to_json() if hasattr(value, "to_json") else value for key, value in flat.items()}
 
     @classmethod
@@ -108,7 +129,7 @@ class StudentConfig:
                 "grid": TimeGrid.from_json(config["grid"]),
                 "schedule": NoiseSchedule.from_json(config["schedule"]),
             }
-            return cls(**{**config, **nested})
+            return cls(**{key: value for key, value in {**config, **nested}.items() if key != "teacher_steps"})  # the grid's
         except (KeyError, TypeError) as error:
             raise InputError(f"student: its config.json does not fit this version of pyard: {error}") from None
 

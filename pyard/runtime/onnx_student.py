@@ -47,6 +47,8 @@ class OnnxStudentInfo:
         teacher_fingerprint: of the teacher that the student was distilled from.
         parity: relative error against PyTorch that the export measured, by batch size.
         provider: the onnxruntime execution provider that runs it.
+        teacher_settings: how the teacher sampled the trajectories that it was trained on, by name; None: the file does not
+            say.
     """
 
     form: str
@@ -65,6 +67,7 @@ class OnnxStudentInfo:
     teacher_fingerprint: str
     parity: dict[str, float]
     provider: str
+    teacher_settings: dict[str, Any] | None = None
 
 
 class OnnxStudent:
@@ -285,7 +288,16 @@ def _read_info(path: Path, session: onnxruntime.InferenceSession) -> OnnxStudent
         teacher_fingerprint=metadata["config"]["teacher_fingerprint"],
         parity=metadata["parity"],
         provider=session.get_providers()[0],
+        teacher_settings=_teacher_settings(metadata["config"]),
     )
+
+
+def _teacher_settings(config: dict[str, Any]) -> dict[str, Any] | None:
+    names = ("teacher_steps", "cfg_scale", "cfg_channels", "cfg_interval", "solver")
+    if "cfg_scale" not in config:
+        return None  # a file of an earlier version
+    values = {name: config[name] for name in names}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _conditions(metadata: dict[str, Any], session: onnxruntime.InferenceSession) -> tuple[ConditionTensor, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,6 +152,9 @@ def _run(
     with processes.main_first():
         held_out = _held_out(teacher, config, stores, processes)
     student = _student(teacher, stores, config, earlier).to(processes.device)
+    theirs = stores[0].manifest
+    trained_on = {name: getattr(theirs, name) for name in ("cfg_scale", "cfg_channels", "cfg_interval", "solver")}
+    student.config = dataclasses.replace(student.config, **trained_on)
     if config.lora_rank is not None:
         add_lora(student, config.lora_rank)
     # A store that has grown since the run began is read as far as it went then.
