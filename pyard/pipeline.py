@@ -220,7 +220,8 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
         elif prompt_embeds is not None:
             condition = _given(student, prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask)
         elif condition is None:
-            wanted: Sequence[int | str] = class_labels or condition_numbers or []
+            wanted: Sequence[int | str] | None = condition_numbers if class_labels is None else class_labels
+            assert wanted is not None
             condition = student.require_conditions().take(numbers_of(wanted, student))
         condition = condition.repeat(num_images_per_prompt).to(device)
         if sample_shape is None:

@@ -13,9 +13,13 @@ from pyard.errors import InputError
 from pyard.models.backbone import Backbone, BackboneConfig
 from pyard.models.families import backbone_class
 from pyard.ops.masks import Mask, check_mask
+from pyard.storage.typed import conform
 
 Output = Literal["direct", "jump"]
 Heads = Literal["per_step", "shared"]
+
+# Of the teacher's settings, those that neither the grid nor the schedule has.
+_OF_THE_TRAJECTORIES = ("cfg_scale", "cfg_channels", "cfg_interval", "solver")
 
 HISTORY_SWITCHED_OFF = -4.0  # start of a learned history bias: `docs/quality.md` has what it is worth
 
@@ -68,6 +72,10 @@ class StudentConfig:
         family: name of the backbone's family (`pyard.models.families`), or `package.module:Class` of the user's own.
         sample_shapes: [C, ...] of the samples that it was trained on; None: those of `network.sample_shape` alone.
         text: of a student that draws from prompts, where its texts are encoded; None: it is given numbers or tensors.
+        cfg_scale: guidance weight of the trajectories that it was trained on; None: unknown, and so are the next three.
+        cfg_channels: channels that were guided in them; None: all.
+        cfg_interval: lowest and highest teacher time that was guided in them; None: all.
+        solver: of the teacher in them.
     """
 
     network: BackboneConfig
@@ -85,8 +93,13 @@ class StudentConfig:
     family: str = "dit"
     sample_shapes: tuple[tuple[int, ...], ...] | None = None
     text: TextSource | None = None
+    cfg_scale: float | None = None
+    cfg_channels: int | None = None
+    cfg_interval: tuple[float, float] | None = None
+    solver: str | None = None
 
     def __post_init__(self) -> None:
+        conform(self, "student")
         if self.sample_shapes is not None:
             shapes = tuple(tuple(shape) for shape in self.sample_shapes)
             object.__setattr__(self, "sample_shapes", None if shapes == (tuple(self.network.sample_shape),) else shapes)
@@ -107,12 +120,22 @@ class StudentConfig:
         if self.output == "jump" and self.target == "denoised":
             raise InputError("student: output 'jump' starts from a state, so it needs target 'state', not 'denoised'")
 
+    @property
+    def teacher_settings(self) -> dict[str, Any] | None:
+        """How the teacher sampled the trajectories that it was trained on, by name; None: unknown."""
+        if self.cfg_scale is None:
+            return None
+        return {"teacher_steps": self.grid.teacher_steps, **{name: getattr(self, name) for name in _OF_THE_TRAJECTORIES}}
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dictionary that `from_json` turns back into an equal configuration."""
         flat = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in ("sample_shapes", "text"):
             if flat[name] is None:
                 del flat[name]  # as in students of earlier versions
+        for name in _OF_THE_TRAJECTORIES:
+            del flat[name]
+        flat |= self.teacher_settings or {}
         return {key: value.to_json() if hasattr(value, "to_json") else value for key, value in flat.items()}
 
     @classmethod
@@ -132,7 +155,7 @@ class StudentConfig:
             }
             if config.get("text") is not None:
                 nested["text"] = TextSource(**config["text"])
-            return cls(**{**config, **nested})
+            return cls(**{key: value for key, value in {**config, **nested}.items() if key != "teacher_steps"})  # the grid's
         except (KeyError, TypeError) as error:
             raise InputError(f"student: its config.json does not fit this version of pyard: {error}") from None
 

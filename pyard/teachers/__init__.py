@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pyard.errors import InputError
+from pyard.storage.typed import checked
 from pyard.teachers.protocol import Teacher
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ __all__ = ["Family", "Teacher", "load_teacher"]
 Family = Literal["dit", "sit", "repa", "lightningdit"]
 
 
+@checked("load_teacher")
 def load_teacher(
     source: str | Path,
     *,

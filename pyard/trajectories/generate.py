@@ -20,6 +20,7 @@ from pyard.conditions.prompt_file import PromptLine, read_prompts
 from pyard.diffusion.solvers import Solver, solver_of
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
+from pyard.storage.typed import checked
 from pyard.storage.units import format_bytes, format_seconds
 from pyard.teachers import Teacher, load_teacher
 from pyard.teachers.text_to_image.teacher import PipelineTeacher
@@ -41,6 +42,7 @@ MAX_SHARD_BYTES = 256 * 2**20
 _Teacher = TypeVar("_Teacher", bound=Teacher)
 
 
+@checked("trajectories")
 def generate_trajectories(
     teacher: Teacher | str | Path,
     out: str | Path,

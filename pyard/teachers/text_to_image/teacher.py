@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -15,9 +16,9 @@ import torch
 from pyard.conditions import Condition, Conditions
 from pyard.conditions.prompts import PromptTable
 from pyard.conditions.table import Numbers
-from pyard.diffusion.multistep import OPTIONS
 from pyard.diffusion.scheduler_times import StockPlaces, Visits, stock_places, visited
-from pyard.diffusion.schedulers import build_scheduler, process_of, scheduler_config
+from pyard.diffusion.scheduler_solvers import load_scheduler, own_solver
+from pyard.diffusion.schedulers import process_of
 from pyard.diffusion.solvers import Solver
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
@@ -102,18 +103,13 @@ class PipelineTeacher(NetworkTeacher):
 
     @property
     def solver(self) -> Solver:
-        """The solver that the folder's scheduler is."""
-        name, config = type(self.scheduler).__name__, self.scheduler.config
-        if name == "FlowMatchHeunDiscreteScheduler":
-            return "heun"
-        if name == "DPMSolverMultistepScheduler" and config["solver_order"] > 1:
-            return "dpm++2m"
-        return "euler" if self.schedule.kind == "flow" else "ddim"
+        """The solver that the folder's scheduler is, or the nearest one."""
+        return own_solver(self.scheduler).solver
 
     @property
-    def solver_options(self) -> dict[str, Any]:
-        """Settings of the folder's multistep solver."""
-        return {name: self.scheduler.config[name] for name in OPTIONS if name in self.scheduler.config}
+    def solver_options(self) -> Mapping[str, Any] | None:
+        """Settings of the folder's multistep solver that are not its defaults."""
+        return own_solver(self.scheduler).options
 
     @property
     def precision(self) -> str:
@@ -256,4 +252,8 @@ def load_pipeline(
 def _scheduler(folder: Path) -> Any:
     if not (folder / "scheduler").is_dir():
         raise InputError(f"{folder}: the pipeline has no scheduler/, so nothing says how it was trained; download the whole folder")
-    return build_scheduler(scheduler_config(folder / "scheduler"), folder / "scheduler")
+    scheduler, replaced = load_scheduler(folder / "scheduler")
+    for note in (replaced, own_solver(scheduler).note):
+        if note:
+            print(f"{folder}: {note}", file=sys.stderr)
+    return scheduler
