@@ -128,8 +128,8 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
         Args:
             pretrained_model_name_or_path: the folder, or its name on the Hugging Face hub.
             network: class of the backbone of a student that is made of none of pyard's families, or "package.module:Class".
-            pipeline: of a text-to-image student's run folder: the diffusers pipeline that its text encoders are read from; None:
-                its teacher's, where it was in training.
+            pipeline: of a text-to-image student's run folder: the diffusers pipeline that its text encoders are read from;
+                None: its teacher's, where it was in training.
             kwargs: of `diffusers.DiffusionPipeline.from_pretrained`; for a run or student's folder, `dtype` alone.
 
         Raises:
@@ -246,7 +246,9 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
         text = _text_of(self.student.student)
         components = {name: getattr(self, name, None) for name in TEXT_COMPONENTS}
         if components["tokenizer"] is None or components["text_encoder"] is None:
-            raise InputError("prompt: this pipeline has no text encoders; read it by ARDPipeline.from_pretrained, or pass prompt_embeds")
+            raise InputError(
+                "prompt: this pipeline has no text encoders; use ARDPipeline.from_pretrained, or pass prompt_embeds"
+            )
         return PipelineTextEncoder.of_components(
             PIPELINES[text.pipeline],
             {name: one for name, one in components.items() if one is not None},

@@ -26,7 +26,7 @@ def texts_of(prompts: str | Path | Sequence[str]) -> list[str]:
     Raises:
         InputError: a file that cannot be read, or no prompts.
     """
-    if isinstance(prompts, str) and not Path(prompts).suffix.lower() in (".txt", ".jsonl") and not _exists(prompts):
+    if isinstance(prompts, str) and Path(prompts).suffix.lower() not in (".txt", ".jsonl") and not _exists(prompts):
         return [prompts]
     return [line.prompt for line in read_prompts(prompts)]
 
@@ -78,8 +78,8 @@ def text_encoder_of(
     place = Path(folder or text.folder)
     if not place.is_dir():
         raise InputError(
-            f"prompts: the text encoders of this student are those of the pipeline in {place}, which is not there; put it back, "
-            "or give another copy of it: pipeline=PATH, --pipeline PATH"
+            f"prompts: the text encoders of this student are those of the pipeline in {place}, which is not there; put it "
+            "back, or give another copy of it: pipeline=PATH, --pipeline PATH"
         )
     return PipelineTextEncoder(
         place,

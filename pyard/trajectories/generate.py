@@ -10,7 +10,7 @@ import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from tqdm import tqdm
@@ -93,8 +93,7 @@ def generate_trajectories(
         out: folder of the store.
         count: how many trajectories the store is to hold in all.
         num_steps: S, the jumps of the student-to-be: states and denoised predictions are stored at S places each.
-        teacher_steps: steps of the teacher's solver; None: 25, or those of a text-to-image pipeline, rounded up to a multiple of
-            num_steps.
+        teacher_steps: steps of the teacher's solver; None: 25, or about as many as a text-to-image pipeline takes.
         grid: the places themselves; overrides num_steps and teacher_steps.
         cfg_scale: classifier-free guidance weight s, F_u + s (F_c - F_u); 1 is none and halves the cost; None: 1.5, or that of
             a text-to-image pipeline.
@@ -111,7 +110,7 @@ def generate_trajectories(
         shard_size: samples in a file, a multiple of batch_size, of which a kill loses one; None: at most 1024 samples
             and 256 MiB, or the store's.
         precision: `bfloat16` lets the teacher compute in it by autocast, which is faster on GPUs, and is what a text-to-image
-            pipeline's weights are read in; the solver stays in float32. None: float32, or that of the weights of a given teacher.
+            pipeline's weights are read in; the solver stays in float32. None: float32, or as a given teacher.
         compile: compile the teacher by torch.compile, with CUDA graphs on a GPU.
         device: where a teacher given by name computes, such as `cuda:1`; None: a GPU if there is one, each process its own.
         part: k/n with k from 1 to n: write only every n-th shard, n processes or machines in all; None: as torchrun's or
@@ -120,8 +119,8 @@ def generate_trajectories(
         network: class of the backbone of a teacher's folder that is none of pyard's, or its "package.module:Class".
         sample_shape: [C, ...] of the samples, of a teacher that takes several sizes; None: its usual one.
         prompts: of a text-to-image pipeline: a `.txt` file with a prompt a line, a `.jsonl` file with `prompt` and
-            `negative_prompt`, a folder with `metadata.jsonl`, or a list. Each distinct text is encoded once, into `conditions/` of
-            the store, which a later call goes on with.
+            `negative_prompt`, a folder with `metadata.jsonl`, or a list. Each distinct text is encoded once, into `conditions/`
+            of the store, which a later call goes on with.
         prompt_order: `in_turn`: sample i has prompt i modulo their number; `uniform`: it is drawn.
         height, width: of a text-to-image pipeline's pictures, in pixels; None: the pipeline's own.
         embedded_guidance: what a pipeline such as FLUX.1-dev tells its transformer of guidance; None: its default.
@@ -167,7 +166,7 @@ def generate_trajectories(
         cfg_scale=default_cfg_scale(teacher) if cfg_scale is None else cfg_scale,
         cfg_channels=cfg_channels,
         cfg_interval=cfg_interval,
-        precision=precision or getattr(teacher, "precision", "float32"),
+        precision=precision or cast(Precision, getattr(teacher, "precision", "float32")),
         compiled=compile,
         sample_shape=shape,
         num_classes=teacher.conditions.count,
@@ -235,14 +234,14 @@ def with_prompts(
     """
     if not isinstance(teacher, PipelineTeacher):
         if lines is not None or embedded_guidance is not None:
-            raise InputError("trajectories: prompts and embedded_guidance are for text-to-image pipelines; this teacher is none")
+            raise InputError("trajectories: prompts and embedded_guidance are for text-to-image pipelines of diffusers")
         return teacher
     if lines is None:
         if isinstance(teacher.conditions, PromptTable):
             return teacher
         table = load_conditions(out)
         if not isinstance(table, PromptTable):
-            raise InputError("trajectories: this teacher draws from prompts; give prompts=… (--prompts), a file of them or a list")
+            raise InputError("trajectories: this teacher draws from prompts: give prompts=… (--prompts), a file or a list")
         return teacher.with_prompts(table)
     table = PromptTable.build(
         teacher.text_encoder,

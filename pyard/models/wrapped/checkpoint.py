@@ -80,7 +80,7 @@ def add_stock_lora(transformer: Any, pipeline: type[Any], path: Path) -> None:
         _add_peft_adapter(transformer, path)
         return
     if not hasattr(pipeline, "lora_state_dict"):
-        raise InputError(f"lora {path}: {pipeline.__name__} reads no LoRA files; expected a folder that PEFT saved (adapter_config.json)")
+        raise InputError(f"lora {path}: {pipeline.__name__} reads no LoRA files; expected an adapter folder of PEFT")
     before = {name: id(module) for name, module in transformer.named_modules()}
     try:
         where = {"weight_name": path.name} if path.is_file() else {}
@@ -103,7 +103,9 @@ def _add_peft_adapter(transformer: Any, path: Path) -> None:
 
     try:
         inject_adapter_in_model(LoraConfig.from_pretrained(str(path)), transformer)
-        tensors = {name.removeprefix("base_model.model."): t for name, t in load_file(path / "adapter_model.safetensors").items()}
+        tensors = {
+            name.removeprefix("base_model.model."): t for name, t in load_file(path / "adapter_model.safetensors").items()
+        }
         result = set_peft_model_state_dict(transformer, tensors)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise InputError(f"lora {path}: PEFT cannot read it: {' '.join(str(error).split())[:300]}") from None

@@ -16,8 +16,8 @@ import torch
 from pyard.conditions import Condition, Conditions
 from pyard.conditions.prompts import PromptTable
 from pyard.conditions.table import Numbers
-from pyard.diffusion.scheduler_times import StockPlaces, Visits, stock_places, visited
 from pyard.diffusion.scheduler_solvers import load_scheduler, own_solver
+from pyard.diffusion.scheduler_times import StockPlaces, Visits, stock_places, visited
 from pyard.diffusion.schedulers import process_of
 from pyard.diffusion.solvers import Solver
 from pyard.diffusion.time_grid import TimeGrid
@@ -166,7 +166,8 @@ class PipelineTeacher(NetworkTeacher):
         default = self.family.embedded_guidance(self.configs)
         if default is None and embedded_guidance is not None:
             raise InputError(
-                f"embedded_guidance is {embedded_guidance:g}, but this {self.backbone.transformer_name} is told none; use cfg_scale"
+                f"embedded_guidance is {embedded_guidance:g}, but this {self.backbone.transformer_name} is told none; "
+                "use cfg_scale"
             )
         return {} if default is None else {"guidance": float(default if embedded_guidance is None else embedded_guidance)}
 
@@ -251,7 +252,7 @@ def load_pipeline(
 
 def _scheduler(folder: Path) -> Any:
     if not (folder / "scheduler").is_dir():
-        raise InputError(f"{folder}: the pipeline has no scheduler/, so nothing says how it was trained; download the whole folder")
+        raise InputError(f"{folder}: there is no scheduler/, so nothing says how it was trained; download the whole folder")
     scheduler, replaced = load_scheduler(folder / "scheduler")
     for note in (replaced, own_solver(scheduler).note):
         if note:
