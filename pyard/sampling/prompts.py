@@ -57,6 +57,24 @@ def encode_prompts(encoder: TextEncoder, texts: Sequence[str], constants: Mappin
     return Condition.cat([rows[text] for text in texts])
 
 
+def condition_of_prompts(student: Student, texts: Sequence[str], *, folder: str | Path | None = None) -> Condition:
+    """The condition of texts for a student, whose text encoders are read, used and dropped.
+
+    Args:
+        student: made of a text-to-image pipeline.
+        texts: at least one.
+        folder: of the pipeline; None: where it was in training.
+    """
+    if not texts:
+        raise InputError("prompts: an empty list; expected at least one text")
+    encoder = text_encoder_of(student, folder=folder, device=student.embed_times.device)
+    assert student.config.text is not None
+    try:
+        return encode_prompts(encoder, texts, student.config.text.constants)
+    finally:
+        encoder.free()
+
+
 def text_encoder_of(
     student: Student, *, folder: str | Path | None = None, device: torch.device | str = "cpu"
 ) -> PipelineTextEncoder:

@@ -43,7 +43,7 @@ _NOT_OF_THE_RESULT = (
     "evaluation_trajectories", "max_skipped_in_a_row", "trackers", "peak_tflops", "progress",
     "gradient_accumulation", "activation_checkpointing", "compile",
     "num_trajectories", "teacher_steps", "cfg_scale", "cfg_channels", "trajectory_dtype", "trajectory_keep",
-    "trajectory_precision",
+    "trajectory_precision", "prompts", "height", "width", "embedded_guidance", "variant", "transformer", "lora",
 )  # fmt: skip  # the last two lines are in the manifest of the trajectories, which is compared
 
 
@@ -77,12 +77,20 @@ class TrainConfig:
             none: train everything.
 
         num_trajectories: how many to generate if there is no store.
-        teacher_steps: steps of the teacher's solver in those.
-        cfg_scale: guidance weight in those; 1 is none.
+        teacher_steps: steps of the teacher's solver in those; none: 25, or about as many as a text-to-image pipeline takes.
+        cfg_scale: guidance weight in those; 1 is none; none: 1.5, or a text-to-image pipeline's own.
         cfg_channels: guide only the first so many channels in those, as DiT's public code does with 3 of 4; none: all.
         trajectory_dtype: how those are stored: float32 | float16 | bfloat16.
         trajectory_keep: what is stored of those: state | denoised | both.
         trajectory_precision: what the teacher computes in: float32 | bfloat16.
+
+        prompts: of a text-to-image pipeline, in those: a `.txt` or `.jsonl` file, or a folder with `metadata.jsonl`.
+        height: of a text-to-image pipeline's pictures in those, in pixels; none: its own.
+        width: likewise.
+        embedded_guidance: what a pipeline such as FLUX.1-dev tells its transformer of guidance in those; none: its default.
+        variant: of a text-to-image pipeline's weights, such as fp16.
+        transformer: a fine-tuned transformer in place of the pipeline's, folder or single file.
+        lora: a LoRA that is added to the pipeline's transformer.
 
         max_steps: updates.
         batch_size: trajectories an update, over all processes and accumulated micro-batches.
@@ -145,12 +153,20 @@ class TrainConfig:
     lora_rank: int | None = None
 
     num_trajectories: int = 8192
-    teacher_steps: int = 25
-    cfg_scale: float = 1.5
+    teacher_steps: int | None = None
+    cfg_scale: float | None = None
     cfg_channels: int | None = None
     trajectory_dtype: DType = "float32"
     trajectory_keep: Keep = "both"
     trajectory_precision: Precision = "float32"
+
+    prompts: str | None = None
+    height: int | None = None
+    width: int | None = None
+    embedded_guidance: float | None = None
+    variant: str | None = None
+    transformer: str | None = None
+    lora: str | None = None
 
     max_steps: int = 2000
     batch_size: int = 64

@@ -26,6 +26,7 @@ from pyard.models.backbone import Denoiser
 from pyard.models.codec import LatentCodec
 from pyard.models.families import FAMILIES, import_network
 from pyard.models.fingerprint import fingerprint_of
+from pyard.models.student_config import TextSource
 from pyard.models.wrapped.backbone import WrappedBackbone
 from pyard.models.wrapped.checkpoint import add_stock_lora, read_transformer
 from pyard.teachers.network_teacher import NetworkTeacher
@@ -153,6 +154,17 @@ class PipelineTeacher(NetworkTeacher):
         other = copy.copy(self)
         other.conditions = table
         return other
+
+    def text_source(self) -> TextSource:
+        """Where a student of this teacher finds what encodes its prompts."""
+        table = self.conditions
+        constants: Mapping[str, Any] = table.record.constants if isinstance(table, PromptTable) else {}
+        return TextSource(
+            self.family.pipeline,
+            str(self.folder.resolve()),
+            self.text_encoder.max_sequence_length,
+            dict(constants),
+        )
 
     def constants(self, embedded_guidance: float | None) -> dict[str, float]:
         """What every prompt is conditioned on beside its text.
