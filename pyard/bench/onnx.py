@@ -25,6 +25,7 @@ from pyard.export import export_onnx
 from pyard.models.backbone import Denoiser
 from pyard.models.student import Student
 from pyard.models.student_config import HISTORY_SWITCHED_OFF
+from pyard.storage.typed import checked
 from pyard.teachers.network_teacher import NetworkTeacher
 from pyard.teachers.published import network_of
 from pyard.version import __version__
@@ -43,6 +44,7 @@ WAYS = {
 }
 
 
+@checked("bench")
 def bench_onnx(
     models: list[str] | None = None,
     batch_sizes: list[int] | None = None,

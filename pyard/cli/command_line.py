@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import functools
 import importlib
 import inspect
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyard.errors import InputError
+from pyard.storage.typed import hints_of
 from pyard.version import __version__
 
 
@@ -181,8 +181,7 @@ def _item(word: str) -> str:
 
 def command_line_face(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with the types that can be typed in a shell only: `str | Path | Teacher` becomes `str | Path`."""
-    hints = typing.get_type_hints(function, localns=_Names(function.__globals__))
-    hints = {name: typable(hint) for name, hint in hints.items()}
+    hints = {name: typable(hint) for name, hint in hints_of(function).items()}
     signature = inspect.signature(function)
     parameters = [p.replace(annotation=hints.get(p.name, p.annotation)) for p in signature.parameters.values()]
 
@@ -194,13 +193,6 @@ def command_line_face(function: Callable[..., Any]) -> Callable[..., Any]:
     face.__annotations__ = {p.name: p.annotation for p in parameters}
     face.__signature__ = signature.replace(parameters=parameters, return_annotation=signature.empty)  # type: ignore[attr-defined]
     return face
-
-
-class _Names(dict[str, Any]):
-    """Names of a module, with a class of no meaning for those that it imports for the type checker alone."""
-
-    def __missing__(self, name: str) -> Any:
-        return getattr(builtins, name, None) or type(name, (), {})
 
 
 def typable(hint: Any) -> Any:

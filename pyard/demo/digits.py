@@ -27,6 +27,7 @@ from pyard.runtime import OnnxStudent
 from pyard.sampling.draw import sample
 from pyard.storage.files import file_sha256
 from pyard.storage.log import read_log
+from pyard.storage.typed import checked
 from pyard.teachers.digits import digits_teacher, teach
 from pyard.training import train
 from pyard.trajectories import generate_trajectories
@@ -37,6 +38,7 @@ PICTURED = 20  # columns of samples.png: every digit twice
 TEACHER, ONNX = "teacher", "ARD in onnxruntime"
 
 
+@checked("demo")
 def demo(
     out: Path = Path("demo"),
     *,

@@ -22,6 +22,7 @@ from pyard.models.backbone import Denoiser
 from pyard.models.folder import load_config
 from pyard.models.student import Student
 from pyard.models.student_config import StudentConfig
+from pyard.storage.typed import checked
 from pyard.teachers.published import network_of
 from pyard.training.adversarial_cost import adversarial_flops, looked_at
 from pyard.training.config import TrainConfig
@@ -38,6 +39,7 @@ LAYOUTS = {
 }  # sharded, checkpointing
 
 
+@checked("estimate")
 def estimate(
     recipe: Path,
     *,

@@ -41,6 +41,7 @@ from pyard.models.dit.network import Trunk
 from pyard.models.folder import CONFIG_NAME
 from pyard.models.student import Student
 from pyard.runtime import OnnxStudent
+from pyard.storage.typed import checked
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -56,6 +57,7 @@ FORMS = ("sampler", "step")
 METHODS = get_args(Method)
 
 
+@checked("export")
 def export(
     student: str | Path,
     onnx: Path | None = None,
@@ -101,6 +103,7 @@ def export(
     print(f"{' + '.join(map(str, files))}: {megabytes:.1f} MB, {steps}; error against PyTorch {errors}")
 
 
+@checked("export")
 def export_onnx(
     student: Student | str | Path,
     path: str | Path,

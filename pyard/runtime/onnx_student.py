@@ -19,6 +19,7 @@ from pyard.diffusion.noise import standard_normal
 from pyard.errors import InputError
 from pyard.runtime.conditions import ConditionTensor, check_condition
 from pyard.runtime.device_buffers import FixedBuffers, run_on_device
+from pyard.storage.typed import checked
 
 METADATA_KEY = "pyard"
 FORMAT_VERSION = 1
@@ -46,6 +47,8 @@ class OnnxStudentInfo:
         teacher_fingerprint: of the teacher that the student was distilled from.
         parity: relative error against PyTorch that the export measured, by batch size.
         provider: the onnxruntime execution provider that runs it.
+        teacher_settings: how the teacher sampled the trajectories that it was trained on, by name; None: the file does not
+            say.
     """
 
     form: str
@@ -64,6 +67,7 @@ class OnnxStudentInfo:
     teacher_fingerprint: str
     parity: dict[str, float]
     provider: str
+    teacher_settings: dict[str, Any] | None = None
 
 
 class OnnxStudent:
@@ -108,6 +112,7 @@ class OnnxStudent:
             dtype = np.uint8 if self.info.pictures else np.float32
             self._fixed = FixedBuffers(self._session, "sample", self.info.output_shape, dtype, self._device)
 
+    @checked("sample")
     def sample(
         self,
         labels: Sequence[int] | NDArray[np.integer[Any]] | None = None,
@@ -153,6 +158,7 @@ class OnnxStudent:
                 *_, (_, samples[index]) = self.run_steps(start_noise, rows_of)
         return samples
 
+    @checked("stream")
     def stream(
         self,
         labels: Sequence[int] | NDArray[np.integer[Any]] | None = None,
@@ -282,7 +288,16 @@ def _read_info(path: Path, session: onnxruntime.InferenceSession) -> OnnxStudent
         teacher_fingerprint=metadata["config"]["teacher_fingerprint"],
         parity=metadata["parity"],
         provider=session.get_providers()[0],
+        teacher_settings=_teacher_settings(metadata["config"]),
     )
+
+
+def _teacher_settings(config: dict[str, Any]) -> dict[str, Any] | None:
+    names = ("teacher_steps", "cfg_scale", "cfg_channels", "cfg_interval", "solver")
+    if "cfg_scale" not in config:
+        return None  # a file of an earlier version
+    values = {name: config[name] for name in names}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _conditions(metadata: dict[str, Any], session: onnxruntime.InferenceSession) -> tuple[ConditionTensor, ...]:

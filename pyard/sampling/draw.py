@@ -22,6 +22,7 @@ from pyard.sampling.inference import (
     is_out_of_memory,
     plain_rollout,
 )
+from pyard.storage.typed import checked
 
 if TYPE_CHECKING:
     from pyard.models.backbone import Backbone
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
+@checked("sample")
 @torch.inference_mode()
 def sample(
     student: Student | str | Path,
@@ -131,6 +133,8 @@ def condition_numbers(labels: Sequence[int | str] | np.ndarray | torch.Tensor, s
     if isinstance(labels, str):
         raise InputError(f"labels: found the text {labels!r}; expected a list, such as [{labels!r}]")
     table = student.require_conditions()
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "UO":
+        labels = labels.tolist()
     if not isinstance(labels, Sequence) or not any(isinstance(label, str) for label in labels):
         return check_labels(labels, table.count)
     if not isinstance(table, ClassConditions):
@@ -149,6 +153,7 @@ def _noise(seed: int | Sequence[int], index: np.ndarray, shape: tuple[int, ...])
     return standard_normal(seed, index, shape)
 
 
+@checked("sample")
 def sample_to_file(
     student: Path,
     out: Path,

@@ -23,9 +23,9 @@ from pyard.models.student_config import (
 )
 from pyard.ops.masks import Mask
 from pyard.storage.files import write_text
+from pyard.storage.typed import conform
 from pyard.training.adversarial_config import AdversarialConfig
 from pyard.training.checks import check_ranges
-from pyard.training.settings import conform
 from pyard.trajectories.manifest import DType, Keep, Precision
 
 SETTINGS_NAME = "settings.yaml"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,6 +152,9 @@ def _run(
     with processes.main_first():
         held_out = _held_out(teacher, config, stores, processes)
     student = _student(teacher, stores, config, earlier).to(processes.device)
+    theirs = stores[0].manifest
+    trained_on = {name: getattr(theirs, name) for name in ("cfg_scale", "cfg_channels", "cfg_interval", "solver")}
+    student.config = dataclasses.replace(student.config, **trained_on)
     if config.lora_rank is not None:
         add_lora(student, config.lora_rank)
     # A store that has grown since the run began is read as far as it went then.
@@ -160,7 +164,7 @@ def _run(
     stage: Regression
     if config.stage == "adversarial":
         shape = stores[0].manifest.sample_shape
-        source = _real_source(config, shape, student.codec or teacher.codec, processes)
+        source = _real_source(config, shape, student, student.codec or teacher.codec, processes)
         data = RealData.load(source, shape, student.num_conditions)
         inputs |= {"real_fingerprint": data.fingerprint(), "student_fingerprint": weights_digest(student)}
     with processes.main_first():
@@ -267,7 +271,9 @@ def _student(
     return earlier
 
 
-def _real_source(config: TrainConfig, sample_shape: tuple[int, ...], codec: Codec | None, processes: Processes) -> str | Path:
+def _real_source(
+    config: TrainConfig, sample_shape: tuple[int, ...], student: Student, codec: Codec | None, processes: Processes
+) -> str | Path:
     """Where the real data is; pictures are encoded first, each process its share."""
     from pyard.data.real_images import cached_images, is_image_folder
 
@@ -282,6 +288,8 @@ def _real_source(config: TrainConfig, sample_shape: tuple[int, ...], codec: Code
         device=processes.device,
         rank=processes.rank,
         world_size=processes.world,
+        conditions=student.conditions,
+        progress=config.progress and processes.is_main,
     )
     processes.wait(patiently=True)  # encoding takes hours, and some processes have more to encode than others
     return shards

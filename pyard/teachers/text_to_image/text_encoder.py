@@ -65,6 +65,36 @@ class PipelineTextEncoder:
         self._components = text_components(self.folder, self.family, variant)
         self._pipeline: Any = None
 
+    @classmethod
+    def of_components(
+        cls,
+        family: PipelineFamily,
+        components: dict[str, Any],
+        *,
+        max_sequence_length: int | None = None,
+        device: str | torch.device = "cpu",
+    ) -> PipelineTextEncoder:
+        """An encoder of tokenizers and text encoders in memory, which it leaves where they are.
+
+        Args:
+            family: of their pipeline.
+            components: by their names there.
+            max_sequence_length: limit of text tokens; None: the pipeline's.
+            device: where the encoders are.
+        """
+        made = cls.__new__(cls)
+        made.folder, made.family, made.device, made._components = Path(), family, torch.device(device), []
+        made.max_sequence_length = family.max_sequence_length if max_sequence_length is None else max_sequence_length
+        made._pipeline = made._empty_pipeline(components)
+        return made
+
+    def components(self) -> dict[str, Any]:
+        """Tokenizers and text encoders, by their names in the pipeline."""
+        if self._pipeline is None:
+            self._pipeline = self._load()
+        names = self.family.encoders
+        return {name: getattr(self._pipeline, name) for name in names if getattr(self._pipeline, name, None) is not None}
+
     @property
     def fingerprint(self) -> str:
         """sha256 of everything that decides an embedding; reads each file of weights once in a process, and loads none.
