@@ -271,9 +271,11 @@ def _plain(constants: Mapping[str, float | Sequence[float]]) -> dict[str, float 
 @contextmanager
 def _alone(folder: Path, progress: bool) -> Iterator[None]:
     """Wait until no other process writes the table; the system releases the lock of a process that ends, however it ends."""
-    (folder / SHARDS).mkdir(parents=True, exist_ok=True)
-    for path in (folder, folder.parent):
-        sync_directory(path)
+    shards = folder / SHARDS
+    new = [path for path in (shards, *shards.parents) if not path.exists()]
+    shards.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        sync_directory(path.parent)
     lock = filelock.FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
