@@ -82,7 +82,7 @@ def convert_student(
         about = [_about(additions)]
     card = Card(
         kind, out, student.config, text, family, backbone.transformer_name, base, sampling, _dtype(student), _sizes(student),
-        tuple(about),
+        tuple(about), hasattr(_pipeline_class(family.pipeline), "load_lora_into_text_encoder"),
     )  # fmt: skip
     owned = {CONFIG_NAME, LORA_NAME, *ADAPTER_NAMES, _CARD, _SCHEDULER, *(p.name for p in out.glob(f"{_TRANSFORMER}*"))}
     with new_folder(out, owned=owned) as building:

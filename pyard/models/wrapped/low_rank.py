@@ -141,11 +141,11 @@ def _difference(
     if stored is not None and rank is None:
         rest = float((difference - stored.up.double() @ stored.down.double()).square().sum())
         if rest**0.5 <= 1e-2 * square**0.5 + torch.finfo(student.dtype).eps * rms * (m * n) ** 0.5:
-            # Exact by construction: what is left is the rounding of weights that they were added to.
-            return _Difference(stored, square, torch.tensor([square**0.5], dtype=torch.float64), (m, n))
+            # What is left is the rounding of the weights that they were added to.
+            return _Difference(stored, square, torch.tensor([max(square - rest, 0.0) ** 0.5], dtype=torch.float64), (m, n))
     u, values, v = _svd(difference, rounding, rank)
-    kept = int((values > rounding).sum())
-    kept = kept if rank is None else min(kept, rank)
+    significant = int((values > rounding).sum())
+    kept = significant if rank is None else min(significant, rank)
     root = values[:kept].sqrt()
     factors = Factors((v[:, :kept] * root).T.to(student.dtype), (u[:, :kept] * root).to(student.dtype))
     return _Difference(factors, square, values, (m, n))

@@ -35,6 +35,7 @@ class Card:
         dtype: of the weights, such as `bfloat16`.
         sizes: [(height, width)] in pixels, the usual one first.
         about: further lines on what is in the folder.
+        pipeline_warns: whether the pipeline's `load_lora_weights` warns of every LoRA that has none for its text encoders.
     """
 
     kind: Kind
@@ -48,6 +49,7 @@ class Card:
     dtype: str
     sizes: list[tuple[int, int]]
     about: tuple[str, ...] = ()
+    pipeline_warns: bool = False
 
     def render(self) -> str:
         """The card as Markdown; its block of Python draws a picture."""
@@ -67,6 +69,10 @@ class Card:
             f"| ComfyUI | {self._comfy()} |",
             "",
         ]  # fmt: skip
+        if self.kind == "lora" and self.pipeline_warns:
+            lines.append(
+                "diffusers says of the text encoders that no LoRA keys were found: this LoRA changes the transformer alone.\n"
+            )
         if told:
             lines.append(
                 "The teacher's scheduler told the network rounded times. Here it is told the exact ones, which differ by up to "
