@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import io
 import itertools
 import json
 import os
@@ -79,6 +80,9 @@ writes one. Set PYARD_TRACEBACK=1 to see the traceback of an input error."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit status: 0 done, 2 wrong input, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may know ASCII alone
     if argv[:1] in (["--version"], ["-V"]):
         print(f"pyard {__version__}")
         return 0

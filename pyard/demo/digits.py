@@ -177,7 +177,7 @@ def _evaluate(rows: list[Candidate], num_classes: int, count: int, progress: boo
 def _earlier_evaluation(path: Path, evaluated: dict[str, str]) -> Evaluation | None:
     """The evaluation that an earlier run stored, if it was of the same weights."""
     try:
-        evaluation = Evaluation.from_json(json.loads(path.read_text()))
+        evaluation = Evaluation.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return evaluation if evaluation.settings.get("evaluated") == evaluated else None

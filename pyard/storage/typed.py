@@ -187,7 +187,8 @@ def words(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return ", or ".join(words(member) for member in members)
     if origin is typing.Literal:
-        return f"one of {', '.join(map(str, members))}" if len(members) > 1 else str(members[0])
+        names = list(map(str, members))
+        return f"one of {', '.join(names)}" if len(names) > 2 else " or ".join(names)
     if origin is tuple:
         return "a list of numbers" if members[-1] is Ellipsis else f"{len(members)} numbers"
     if origin in (list, collections.abc.Sequence):

@@ -235,7 +235,7 @@ class TrainConfig:
         from jsonargparse import ArgumentError, ArgumentParser
 
         try:
-            settings = yaml.safe_load(Path(path).read_text())
+            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
             raise InputError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from None
         if not isinstance(settings, dict):
@@ -306,6 +306,6 @@ class TrainConfig:
         if not file.exists():
             return None
         try:
-            return dict(json.loads(file.read_text()))
+            return dict(json.loads(file.read_text(encoding="utf-8")))
         except ValueError as error:
             raise InputError(f"{file} is not JSON ({error}); use another --out") from None
