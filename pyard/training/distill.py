@@ -158,6 +158,8 @@ def _run(
     with processes.main_first():
         held_out = _held_out(teacher, config, stores, processes)
     student = _student(teacher, stores, config, earlier).to(processes.device)
+    if config.lora_rank is None:
+        student.float()  # small updates vanish in bfloat16; mixed_precision says what is computed in it
     theirs = stores[0].manifest
     trained_on = {name: getattr(theirs, name) for name in ("cfg_scale", "cfg_channels", "cfg_interval", "solver")}
     student.config = dataclasses.replace(student.config, **trained_on)
