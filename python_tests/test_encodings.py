@@ -71,7 +71,10 @@ def test_every_text_file_is_read_and_written_as_utf8(folder):
 def test_a_run_with_names_beyond_ascii_in_a_locale_of_ascii(tmp_path):
     """Settings, logs and reports are written and read again; what a terminal cannot show is replaced."""
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"# größer → besser\nteacher: digits\nout: {tmp_path}/run\nnetwork: paket:Größe\nnum_trajectories: 64\n", encoding="utf-8")
+    recipe.write_text(
+        f"# größer → besser\nteacher: digits\nout: {tmp_path}/run\nnetwork: paket:Größe\nnum_trajectories: 64\n",
+        encoding="utf-8",
+    )
     code = """
 import sys
 from pyard.cli.command_line import main
