@@ -292,7 +292,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     student = tiny_student(1, history_layers=0)
     with pytest.raises(InputError, match="opset is 11; expected 20 to 23"):
         export.export_onnx(student, tmp_path / "student.onnx", opset=11)
-    with pytest.raises(InputError, match="form is 'steps'; expected sampler or step"):
+    with pytest.raises(InputError, match="form is 'steps'; expected one of sampler, step"):
         export.export_onnx(student, tmp_path / "student.onnx", form="steps")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="is a folder"):
         export.export_onnx(student, tmp_path)

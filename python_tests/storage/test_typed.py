@@ -128,7 +128,7 @@ def test_an_argument_keeps_what_cannot_be_checked():
         return a, b, c
 
     assert function(np.array([1, 2]), "anything", None) == ([1, 2], "anything", "none")
-    with pytest.raises(InputError, match="it: c is 'y'; expected x or none"):
+    with pytest.raises(InputError, match="it: c is 'y'; expected one of x, none"):
         function(1, 2, "y")
     with pytest.raises(TypeError):
         convert("3", int)
