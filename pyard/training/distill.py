@@ -12,8 +12,8 @@ from pyard.errors import InputError
 from pyard.models.fingerprint import weights_digest
 from pyard.models.lora import add_lora, merge_lora
 from pyard.models.student import Student
-from pyard.teachers import load_teacher
-from pyard.teachers.text_to_image.teacher import PipelineTeacher, is_pipeline_folder
+from pyard.teachers import is_text_to_image, load_teacher
+from pyard.teachers.text_to_image.teacher import PipelineTeacher
 from pyard.training.config import TrainConfig
 from pyard.trajectories import TrajectoryReader, TrajectoryStore, generate_trajectories
 from pyard.trajectories.buckets import BatchReader, BucketReader, check_buckets
@@ -234,7 +234,7 @@ def _manifests(begun: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _load(teacher: str | Path, trajectories: Any, config: TrainConfig, network: type[Backbone] | str | None) -> NetworkTeacher:
     """The teacher by its path; a text-to-image pipeline in the precision of the trajectories that it made."""
-    if not is_pipeline_folder(Path(teacher)):
+    if not is_text_to_image(teacher):
         return load_teacher(teacher, network=network)
     given = trajectories[0] if isinstance(trajectories, list | tuple) and trajectories else trajectories
     precision = config.trajectory_precision
