@@ -143,7 +143,7 @@ class ScenesTextNetwork(nn.Module):
 def teach(
     out: str | Path,
     *,
-    max_steps: int = 8000,
+    max_steps: int = 4600,
     hidden_size: int = 192,
     depth: int = 6,
     num_heads: int = 6,
@@ -216,6 +216,11 @@ def teach(
     )
     taught_once(out, config, lambda working: _train(config, working, save_every, progress), ScenesTextNetwork.from_pretrained)
     return Path(out)
+
+
+def scenes_text_folder() -> Path:
+    """The pipeline folder of the text-to-image teacher that pyard ships: `teach` with its defaults."""
+    return Path(__file__).parent / "data" / "scenes-text"
 
 
 def new_network(config: ScenesTextConfig) -> ScenesTextNetwork:

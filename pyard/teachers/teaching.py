@@ -176,9 +176,7 @@ def train_network(
         return peak * min(1.0, step / _WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / config.max_steps))
 
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
-    return minimise(
-        network, loss_of, {"optimizer": optimizer}, rate, config, working, save_every=save_every, progress=progress
-    )
+    return minimise(network, loss_of, {"optimizer": optimizer}, rate, config, working, save_every=save_every, progress=progress)
 
 
 def minimise(
