@@ -193,7 +193,9 @@ def _tool(name: str) -> str:
 
 
 def _call(command: list[str], what: str) -> str:
-    finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    finished = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, encoding="utf-8"
+    )
     print(finished.stdout, flush=True)
     if finished.returncode != 0:
         raise NativeBuildError(f"{what} the operators failed (a C++17 compiler is needed; set CXX): {_cause(finished.stdout)}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from pyard.models.backbone import Backbone
 from pyard.models.codec import AUTOENCODERS, LatentCodec, require_latent_codec
 from pyard.models.hub import local_folder
 from pyard.models.student import Student
+from pyard.models.student_config import TextSource
 from pyard.sampling.draw import condition_numbers as numbers_of
+from pyard.sampling.prompts import encode_prompts, shape_of_pixels, text_encoder_of
 from pyard.storage.files import read_json
+from pyard.teachers.text_to_image import PIPELINES, PipelineTextEncoder
 
 _HERE = "pyard.pipeline"  # where diffusers looks for this module's classes
 
@@ -56,53 +60,96 @@ class StudentModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return cls(_cast(Student.from_pretrained(path, network=options.get("network")), options)).eval()
 
 
+# Where a text-to-image pipeline's folder keeps what encodes its prompts.
+TEXT_COMPONENTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3")
+
+
 class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """Class labels, or other conditions, to images with a few-step student.
+    """Prompts, class labels or other conditions to images, with a few-step student.
 
     Example:
-        pipe = pyard.ARDPipeline.from_pretrained("runs/student")
-        images = pipe(class_labels=[207, "tench"], generator=torch.manual_seed(0)).images
+        pipe = pyard.ARDPipeline.from_pretrained("runs/sd35-4")
+        images = pipe("a red circle above a blue square", generator=torch.manual_seed(0)).images
+
+        pipe = pyard.ARDPipeline.from_pretrained("runs/imagenet")
+        images = pipe(class_labels=[207, "tench"]).images
 
     Args:
         student: the component.
         vae: of a student in latent space (`pyard.models.codec.LatentCodec` says which).
+        tokenizer, text_encoder, tokenizer_2, text_encoder_2, tokenizer_3, text_encoder_3: of a text-to-image student, those of
+            its teacher's pipeline.
     """
 
-    model_cpu_offload_seq = "student->vae"
-    _optional_components = ["vae"]  # noqa: RUF012 (diffusers' own form)
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->student->vae"
+    _optional_components = ["vae", *TEXT_COMPONENTS]  # noqa: RUF012 (diffusers' own form)
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
     student: StudentModel
     vae: ModelMixin | None
 
-    def __init__(self, student: StudentModel | Student, vae: ModelMixin | None = None):
+    def __init__(
+        self,
+        student: StudentModel | Student,
+        vae: ModelMixin | None = None,
+        tokenizer: Any = None,
+        text_encoder: Any = None,
+        tokenizer_2: Any = None,
+        text_encoder_2: Any = None,
+        tokenizer_3: Any = None,
+        text_encoder_3: Any = None,
+    ):
         super().__init__()
         student = StudentModel(student) if isinstance(student, Student) else student
         if vae is None and student.student.codec is not None:
             vae = require_latent_codec(student.student.codec, "a pipeline").vae
-        self.register_modules(student=student, vae=vae)
+        self.register_modules(
+            student=student,
+            vae=vae,
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            tokenizer_2=tokenizer_2,
+            text_encoder_2=text_encoder_2,
+            tokenizer_3=tokenizer_3,
+            text_encoder_3=text_encoder_3,
+        )
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *, network: type[Backbone] | str | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        network: type[Backbone] | str | None = None,
+        pipeline: str | Path | None = None,
+        **kwargs: Any,
     ) -> ARDPipeline:
         """Read a pipeline's folder, or the run folder or student's folder that `pyard.train` wrote.
 
         Args:
             pretrained_model_name_or_path: the folder, or its name on the Hugging Face hub.
             network: class of the backbone of a student that is made of none of pyard's families, or "package.module:Class".
+            pipeline: of a text-to-image student's run folder: the diffusers pipeline that its text encoders are read from;
+                None: its teacher's, where it was in training.
             kwargs: of `diffusers.DiffusionPipeline.from_pretrained`; for a run or student's folder, `dtype` alone.
 
         Raises:
-            InputError: no student there, or a folder whose index names other components than a pipeline of pyard has.
+            InputError: no student there, a folder whose index names other components than a pipeline of pyard has, or text
+                encoders that are not there.
         """
         names = ("revision", "token", "cache_dir", "local_files_only", "force_download")
         path = local_folder(pretrained_model_name_or_path, **{name: kwargs[name] for name in names if name in kwargs})
         if not (path / cls.config_name).is_file():
-            return cls(_cast(Student.from_pretrained(path, network=network), kwargs))
+            student = _cast(Student.from_pretrained(path, network=network), kwargs)
+            if student.config.text is None:
+                return cls(student)
+            encoder = text_encoder_of(student, folder=pipeline)
+            return cls(student, None, **encoder.components())
         # diffusers imports what the index names; a folder is to name no code.
         index = read_json(path / cls.config_name)
         known = {"student": [[_HERE, "StudentModel"]], "vae": [["diffusers", kind] for kind in AUTOENCODERS]}
         for name, component in index.items() if isinstance(index, dict) else ():
+            if name in TEXT_COMPONENTS and isinstance(component, list) and component[:1] == ["transformers"]:
+                continue
             if not name.startswith("_") and component not in (*known.get(name, ()), [None, None]):
                 raise InputError(
                     f"{path / cls.config_name}: {name} is {component}; expected {known.get(name, 'no such component')}"
@@ -114,25 +161,43 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: list[int | str] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        latents: torch.Tensor | None = None,
+        callback_on_step_end: Callable[[Any, int, float, dict[str, Any]], dict[str, Any] | None] | None = None,
         *,
+        negative_prompt: str | Sequence[str] | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds_mask: torch.Tensor | None = None,
+        class_labels: list[int | str] | None = None,
         condition_numbers: list[int] | None = None,
         condition: Condition | None = None,
         sample_shape: tuple[int, ...] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw one image for each class label, condition number or row of a condition: one of the three is given.
+        """Draw images. One of prompt, prompt_embeds, class_labels, condition_numbers and condition is given.
 
         Args:
-            class_labels: numbers, or names where the student knows them.
+            prompt: a text, or one for each image.
+            height, width: of the images, in pixels; None: the usual size of the student.
+            num_images_per_prompt: images of each prompt, side by side in the result.
             generator: of the starting noise, as in every diffusers pipeline; one, or one for each image.
+            latents: noise to start from instead of the generator's, [n, C, h, w].
+            prompt_embeds: in place of prompts, token embeddings [n, tokens, D].
             output_type: `pil`, `np` (float32 [n, H, W, C], 0 to 1), `pt` ([n, C, H, W], 0 to 1) or `latent` (the student's own
                 samples).
             return_dict: return an `ImagePipelineOutput` with `images`, else a tuple of them.
-            latents: noise to start from instead of the generator's, [n, C, h, w].
+            callback_on_step_end: called with (pipeline, step, time, {"latents": ...}) after each step; what it returns under
+                `latents` is only looked at, since a student's next step continues from its own history.
+            negative_prompt: ignored with a warning: guidance was distilled into the student.
+            pooled_prompt_embeds: beside prompt_embeds, [n, E], where the student's family has them.
+            prompt_embeds_mask: beside prompt_embeds, bool [n, tokens]; None: all are text.
+            class_labels: numbers, or names where the student knows them.
             condition_numbers: rows of the student's table of conditions.
             condition: the tensors themselves, n rows.
             sample_shape: [C, h, w] of a student that was trained on several; None: that of `latents`, or the usual one.
@@ -142,27 +207,54 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
                 a student in latent space that has no VAE.
         """
         student, device = self.student.student, self._execution_device
-        if sum(value is not None for value in (class_labels, condition_numbers, condition)) != 1:
-            raise InputError("expected one of class_labels, condition_numbers and condition")
-        if condition is None:
-            wanted: Sequence[int | str] = class_labels or condition_numbers or []
+        given = (prompt, prompt_embeds, class_labels, condition_numbers, condition)
+        if sum(value is not None for value in given) != 1:
+            raise InputError("expected one of prompt, prompt_embeds, class_labels, condition_numbers and condition")
+        if negative_prompt:
+            warnings.warn(
+                "negative_prompt is ignored: the student has its teacher's guidance in its weights", stacklevel=2
+            )  # fmt: skip
+        if prompt is not None:
+            texts = [prompt] if isinstance(prompt, str) else list(prompt)
+            condition = encode_prompts(self._text_encoder(), texts, _text_of(student).constants)
+        elif prompt_embeds is not None:
+            condition = _given(student, prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask)
+        elif condition is None:
+            wanted: Sequence[int | str] | None = condition_numbers if class_labels is None else class_labels
+            assert wanted is not None
             condition = student.require_conditions().take(numbers_of(wanted, student))
-        condition = condition.to(device)
-        if sample_shape is None and latents is not None:
-            sample_shape = tuple(latents.shape[1:])
+        condition = condition.repeat(num_images_per_prompt).to(device)
+        if sample_shape is None:
+            sample_shape = tuple(latents.shape[1:]) if latents is not None else shape_of_pixels(student, height, width)
         shape = (condition.batch_size, *student.trained_shape(sample_shape))
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if tuple(latents.shape) != shape:
             raise InputError(f"latents of shape {tuple(latents.shape)}; expected {shape}")
         with self.progress_bar(total=student.num_steps) as bar:
-            for prediction in student.rollout(latents.to(device), condition):
+            for step, prediction in enumerate(student.rollout(latents.to(device), condition)):
                 sample = prediction.float()
+                if callback_on_step_end is not None:
+                    callback_on_step_end(self, step, student.config.grid.embed_times[step], {"latents": sample})
                 bar.update()
         if output_type != "latent":
             sample = self._images(sample, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=sample) if return_dict else (sample,)
+
+    def _text_encoder(self) -> PipelineTextEncoder:
+        text = _text_of(self.student.student)
+        components = {name: getattr(self, name, None) for name in TEXT_COMPONENTS}
+        if components["tokenizer"] is None or components["text_encoder"] is None:
+            raise InputError(
+                "prompt: this pipeline has no text encoders; use ARDPipeline.from_pretrained, or pass prompt_embeds"
+            )
+        return PipelineTextEncoder.of_components(
+            PIPELINES[text.pipeline],
+            {name: one for name, one in components.items() if one is not None},
+            max_sequence_length=text.max_sequence_length,
+            device=self._execution_device,
+        )
 
     def _images(self, sample: torch.Tensor, output_type: str) -> Any:
         if output_type not in ("pil", "np", "pt"):
@@ -185,3 +277,17 @@ def _cast(student: Student, options: dict[str, Any]) -> Student:
     # diffusers is renaming torch_dtype to dtype and passes on either.
     dtype = options.get("dtype") or options.get("torch_dtype")
     return student if dtype is None else student.to(dtype)
+
+
+def _text_of(student: Student) -> TextSource:
+    if student.config.text is None:
+        raise InputError("prompt: this student is not made of a text-to-image pipeline; give class_labels or a condition")
+    return student.config.text
+
+
+def _given(student: Student, tokens: torch.Tensor, pooled: torch.Tensor | None, mask: torch.Tensor | None) -> Condition:
+    tensors = {"tokens": tokens, "mask": torch.ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask.bool()}
+    if pooled is not None:
+        tensors["pooled"] = pooled
+    constants = _text_of(student).constants
+    return Condition({**tensors, **{name: torch.full((len(tokens),), value) for name, value in constants.items()}})

@@ -55,7 +55,13 @@ def test_the_archive_has_what_a_build_and_a_reader_need(unpacked: Path) -> None:
 def test_a_wheel_of_the_archive_has_the_native_parts(unpacked: Path, tmp_path: Path) -> None:
     wheel = zipfile.ZipFile(build("build_wheel", unpacked, tmp_path))
     names = set(wheel.namelist())
-    assert {"pyard/libpyard_ops.so", "pyard/_build.json", "pyard/py.typed", "pyard/__main__.py"} <= names
+    assert {
+        "pyard/libpyard_ops.so",
+        "pyard/_build.json",
+        "pyard/py.typed",
+        "pyard/__main__.py",
+        "pyard/recipes/digits.yaml",
+    } <= names
     assert [name for name in names if name.startswith("pyard/_trajectory.")]
     assert not [name for name in names if name.startswith(("python_tests", "benchmarks"))]
     wheel.extractall(tmp_path / "installed")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +21,7 @@ from pyard.conditions.condition import Condition
 from pyard.errors import InputError
 from pyard.storage.files import read_json, to_bytes
 from pyard.storage.folders import appearing_folder
+from pyard.storage.numbers import whole_number
 
 FOLDER = "conditions"
 _ABOUT_NAME = "conditions.json"
@@ -91,20 +91,42 @@ class ClassConditions:
     def find(self, labels: Sequence[int | str]) -> list[int]:
         """Class numbers of labels, of which texts are looked up among the names and their synonyms.
 
+        A whole name comes before a synonym of another class, and its exact spelling before one in other letters.
+
         Raises:
-            InputError: an unknown name, or no names to look it up in.
+            InputError: an unknown name, one that several classes share, or no names to look it up in.
         """
         if self.names is None:
             raise InputError(f"this student knows no class names; give numbers from 0 to {self.count - 1}")
-        numbers = {synonym.strip().lower(): i for i, name in enumerate(self.names) for synonym in (name, *name.split(","))}
-        found = []
-        for label in labels:
-            if isinstance(label, str) and label.strip().lower() not in numbers:
-                near = [name for name in self.names if label.strip().lower() in name.lower()]
-                hint = f"; near: {', '.join(near[:5])}" if near else ""
-                raise InputError(f"no class is named {label!r}{hint}")
-            found.append(numbers[label.strip().lower()] if isinstance(label, str) else operator.index(label))
-        return found
+        return [
+            self._find(label) if isinstance(label, str) else whole_number("label", label, 0, self.count - 1) for label in labels
+        ]
+
+    def _find(self, label: str) -> int:
+        wanted = label.strip()
+        for spellings in self._spellings:
+            found = spellings.get(wanted, spellings.get(wanted.lower(), ()))
+            if len(found) == 1:
+                return found[0]
+            if found:
+                several = ", ".join(f"{i} ({self.names[i]})" for i in found[:5])  # type: ignore[index]
+                raise InputError(f"{label!r} is the name of several classes: {several}; give a number, or the whole name")
+        near = [name for name in self.names or () if wanted.lower() in name.lower()]
+        hint = f"; near: {', '.join(near[:5])}" if near else ""
+        raise InputError(f"no class is named {label!r}{hint}")
+
+    @functools.cached_property
+    def _spellings(self) -> tuple[dict[str, list[int]], ...]:
+        """Classes by whole name, by whole name in lower case, and by synonym in lower case."""
+        exact: dict[str, list[int]] = {}
+        whole: dict[str, list[int]] = {}
+        synonyms: dict[str, list[int]] = {}
+        for i, name in enumerate(self.names or ()):
+            exact.setdefault(name.strip(), []).append(i)
+            whole.setdefault(name.strip().lower(), []).append(i)
+            for synonym in {part.strip().lower() for part in name.split(",")}:
+                synonyms.setdefault(synonym, []).append(i)
+        return exact, whole, synonyms
 
 
 class EmbeddingTable:
@@ -189,10 +211,14 @@ def save_conditions(conditions: Conditions, folder: Path) -> None:
     Raises:
         InputError: a table of a kind that cannot be kept, or another table is there.
     """
+    from pyard.conditions.prompts import PromptTable  # which needs this module
+
     if isinstance(conditions, ClassConditions):
         return
-    if not isinstance(conditions, EmbeddingTable):
-        raise InputError(f"conditions: a {type(conditions).__name__} cannot be stored; expected classes or an EmbeddingTable")
+    if not isinstance(conditions, EmbeddingTable | PromptTable):
+        raise InputError(
+            f"conditions: a {type(conditions).__name__} cannot be stored; expected classes, an EmbeddingTable or a PromptTable"
+        )
     path = folder / FOLDER
     if not path.exists():
         with appearing_folder(path) as building:  # of several writers, the first one wins
@@ -209,6 +235,10 @@ def load_conditions(*folders: Path) -> Conditions | None:
         if not (path / _ABOUT_NAME).is_file():
             continue
         about = read_json(path / _ABOUT_NAME)
+        if isinstance(about, dict) and about.get("kind") == "prompts":
+            from pyard.conditions.prompts import PromptTable  # which needs this module
+
+            return PromptTable(path)
         if not isinstance(about, dict) or about.get("kind") != "embeddings":
             raise InputError(f"{path / _ABOUT_NAME}: {json.dumps(about)[:80]} is no kind of conditions that this pyard reads")
         table = EmbeddingTable.load(path)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from pyard.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,3 +65,50 @@ def centre_crop(picture: Image.Image, size: int) -> np.ndarray:
     picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     return np.asarray(picture.crop((left, top, left + size, top + size)))
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The pictures in a folder and its sub-folders, sorted; folders that are links are entered unless they form a circle."""
+    return sorted(file for file in _walk(folder, ()) if file.suffix.lower() in PICTURE_SUFFIXES)
+
+
+def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+    here = os.path.realpath(folder)
+    if here in above:
+        return
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            yield from _walk(Path(entry.path), (*above, here))
+        else:
+            yield Path(entry.path)
+
+
+def read_picture(file: Path, size: int, channels: int) -> np.ndarray:
+    """A picture's middle square (`centre_crop`), of 16 bits as well: uint8 [size, size, channels], 1 or 3 channels.
+
+    Raises:
+        InputError: it cannot be read, or its numbers have no known range.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as picture:
+            crop = centre_crop(_eight_bits(picture, file).convert("L" if channels == 1 else "RGB"), size)
+    except (OSError, UnidentifiedImageError) as error:
+        raise InputError(f"{file} cannot be read as a picture: {error}") from None
+    return crop.reshape(size, size, channels)
+
+
+def _eight_bits(picture: Image.Image, file: Path) -> Image.Image:
+    """Pillow clips what has more than 8 bits; here 65535 is white."""
+    from PIL import Image
+
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    values = np.asarray(picture)
+    if picture.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+        raise InputError(
+            f"{file} holds numbers of the kind {picture.mode!r} from {values.min():g} to {values.max():g}; expected 8 or 16 "
+            "bits a channel"
+        )
+    return Image.fromarray((values / 257).round().astype(np.uint8))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from pyard.diffusion.noise import epoch_order, standard_normal
 from pyard.errors import InputError
+from pyard.storage.files import stand_in
 
 _FLIP_STREAM = 3  # of Philox; noise, labels and the order of an epoch have 0, 1 and 2
 
@@ -175,6 +176,10 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], ...]:
             f"real data {path}: expected 'digits', a .safetensors or .npz file, a folder of .safetensors, or sub-folders of "
             "pictures"
         )
+    for file in files:
+        what = stand_in(file)
+        if what is not None:
+            raise InputError(f"real data {file} cannot be read: {what}")
     try:
         # safetensors maps its files: processes of one machine share the memory, and only what is used is read.
         return tuple(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tqdm import tqdm
 
-from pyard.data.pictures import PICTURE_SUFFIXES, centre_crop
+from pyard.conditions import ClassConditions, Conditions
+from pyard.data.pictures import picture_files, read_picture
 from pyard.errors import InputError
 from pyard.storage.files import new_file, write_text
 
@@ -25,7 +27,7 @@ _ABOUT_NAME = "images.json"
 
 def is_image_folder(path: Path) -> bool:
     """Whether a folder has sub-folders with pictures: one class each, in the order of their names, as ImageNet is unpacked."""
-    return path.is_dir() and next(_pictures(path), None) is not None
+    return path.is_dir() and any(picture_files(folder) for folder in _sub_folders(path))
 
 
 def cached_images(
@@ -37,6 +39,8 @@ def cached_images(
     device: torch.device | str = "cpu",
     rank: int = 0,
     world_size: int = 1,
+    conditions: Conditions | None = None,
+    progress: bool = False,
 ) -> Path:
     """Encode the pictures of a folder into shards that `RealData` reads; what is there already is kept.
 
@@ -51,14 +55,20 @@ def cached_images(
         device: where the VAE computes.
         rank: which of world_size processes this is.
         world_size: how many share the work.
+        conditions: of the student, whose classes the folders are; None: as many as there are folders.
+        progress: show a progress bar, and print which folder is which class.
 
     Returns:
         `cache`.
 
     Raises:
-        InputError: pictures that cannot be read, channels that do not fit, or a cache of something else.
+        InputError: pictures that cannot be read, channels that do not fit, folders that are not the student's classes, or a
+            cache of something else.
     """
-    files = list(_pictures(path))
+    folders = class_folders(path, conditions if isinstance(conditions, ClassConditions) else None)
+    files = [(file, label) for label, folder in folders for file in picture_files(folder)]
+    if progress and rank == 0:
+        print(f"{path}: {len(files)} pictures; class and folder: {_map(folders)}", file=sys.stderr)
     shape = tuple(sample_shape) if codec is None else codec.image_shape(sample_shape)
     channels, size = shape[0], shape[-1]
     if codec is None and (len(shape) != 3 or channels not in (1, 3)):
@@ -71,20 +81,24 @@ def cached_images(
     vae = None if codec is None else codec.fingerprint()
     about = {"images": _digest(path, files), "size": size, "channels": channels, "vae": vae}
     file = cache / _ABOUT_NAME
-    if file.exists() and json.loads(file.read_text()) != about:
+    there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else about
+    if there != about:
         raise InputError(
-            f"{cache} holds other images than {path} in {size} x {size}: found {json.loads(file.read_text())}, expected "
-            f"{about}; remove it, or give another real_cache"
+            f"{cache} holds other images than {path} in {size} x {size}: found {there}, expected {about}; remove it, or give "
+            "another real_cache"
         )
     cache.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         write_text(file, json.dumps(about))
-    for number, first in enumerate(range(0, len(files), SHARD_IMAGES)):
-        shard = cache / f"{number:06d}.safetensors"
-        if number % world_size != rank or shard.exists():
-            continue
-        part = files[first : first + SHARD_IMAGES]
-        images = torch.stack([_read(picture, size, channels) for picture, _ in part])
+    shards = [cache / f"{number:06d}.safetensors" for number in range(-(-len(files) // SHARD_IMAGES))]
+    mine = [number for number, shard in enumerate(shards) if number % world_size == rank and not shard.exists()]
+    parts = {number: files[number * SHARD_IMAGES : (number + 1) * SHARD_IMAGES] for number in mine}
+    bar = tqdm(
+        total=sum(map(len, parts.values())), desc="encoding pictures", unit=" pictures", disable=not progress or not mine
+    )
+    for number, part in parts.items():
+        shard = shards[number]
+        images = torch.stack([_read(picture, size, channels, bar) for picture, _ in part])
         tensors = {"labels": torch.tensor([label for _, label in part])}
         if codec is None:
             tensors["images"] = images
@@ -94,32 +108,86 @@ def cached_images(
                 tensors |= {name: part.half().cpu().contiguous() for name, part in zip(names, posterior, strict=True)}
         with new_file(shard) as partial:
             save_file(tensors, partial)
+    bar.close()
     return cache
 
 
-def _pictures(path: Path) -> Iterator[tuple[Path, int]]:
-    """Pictures and labels, sorted by class and name."""
-    classes = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    for label, folder in enumerate(classes):
-        for file in sorted(folder.rglob("*")):
-            if file.suffix.lower() in PICTURE_SUFFIXES:
-                yield file, label
+def class_folders(path: Path, classes: ClassConditions | None) -> list[tuple[int, Path]]:
+    """The sub-folders of pictures with the number of their class, in its order.
+
+    Folders that are named by numbers, or all by names of the classes, are those classes; others are numbered in the order of
+    their names, as ImageNet's are.
+
+    Args:
+        path: of the sub-folders.
+        classes: that the student knows; None: as many as there are folders.
+
+    Raises:
+        InputError: another number of folders than of classes, or names that contradict the order.
+    """
+    found = _sub_folders(path)
+    if found and all(folder.name.isdecimal() for folder in found):
+        numbers = [int(folder.name) for folder in found]
+    elif classes is None or classes.names is None:
+        numbers = list(range(len(found)))
+    else:
+        named = [_named(classes, folder.name) for folder in found]
+        moved = [(i, number) for i, number in enumerate(named) if number is not None and number != i]
+        if None in named and moved:
+            place, number = moved[0]
+            raise InputError(
+                f"real data {path}: folder {found[place].name!r} is number {place} by its name and class {number} of the "
+                f"student ({classes.names[number]}), and {found[named.index(None)].name!r} is the name of no class; name all "
+                "folders by their classes, or by numbers"
+            )
+        numbers = [number for number in named if number is not None] if None not in named else list(range(len(found)))
+    folders = sorted(zip(numbers, found, strict=True))
+    numbers.sort()
+    if len(set(numbers)) < len(numbers):
+        raise InputError(f"real data {path}: several folders for one class ({_map(folders)}); expected one for each")
+    if classes is not None and numbers != list(range(classes.count)):
+        raise InputError(
+            f"real data {path}: {len(found)} class folders for {classes.count} classes ({_map(folders)}); expected one for "
+            "each in the order of the labels, or all named by class or by number from 0; a class without pictures needs an "
+            "empty folder"
+        )
+    return folders
+
+
+def _sub_folders(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _named(classes: ClassConditions, name: str) -> int | None:
+    for label in (name, name.replace("_", " ")):
+        try:
+            return classes.find([label])[0]
+        except InputError:
+            continue
+    return None
+
+
+def _map(folders: list[tuple[int, Path]]) -> str:
+    """Which folder is which class, of many the first and last ones."""
+    pairs = [f"{number} {folder.name}" for number, folder in folders]
+    return ", ".join(pairs if len(pairs) <= 24 else [*pairs[:12], "...", *pairs[-4:]])
 
 
 def _digest(path: Path, files: list[tuple[Path, int]]) -> str:
     """sha256 of names and sizes: enough to notice other pictures without reading them."""
     digest = hashlib.sha256()
     for file, label in files:
-        digest.update(f"{file.relative_to(path)} {file.stat().st_size} {label}\n".encode())
+        try:
+            digest.update(f"{file.relative_to(path)} {file.stat().st_size} {label}\n".encode())
+        except OSError as error:  # a link that leads nowhere
+            raise InputError(f"real data: {file} cannot be read: {error.strerror}") from None
     return digest.hexdigest()
 
 
-def _read(file: Path, size: int, channels: int) -> torch.Tensor:  # [C, size, size], -1 to 1
-    from PIL import Image, UnidentifiedImageError
-
+def _read(file: Path, size: int, channels: int, bar: tqdm[Any]) -> torch.Tensor:  # [C, size, size], -1 to 1
     try:
-        with Image.open(file) as picture:
-            pixels = centre_crop(picture.convert("L" if channels == 1 else "RGB"), size)
-    except (OSError, UnidentifiedImageError) as error:
-        raise InputError(f"real data: {file} cannot be read as a picture: {error}") from None
-    return torch.from_numpy(pixels.reshape(size, size, channels).transpose(2, 0, 1) / np.float32(127.5) - 1)
+        pixels = read_picture(file, size, channels)
+    except InputError as error:
+        raise InputError(f"real data: {error}") from None
+    bar.update()
+    return torch.from_numpy(pixels.transpose(2, 0, 1) / np.float32(127.5) - 1)

@@ -27,6 +27,7 @@ from pyard.runtime import OnnxStudent
 from pyard.sampling.draw import sample
 from pyard.storage.files import file_sha256
 from pyard.storage.log import read_log
+from pyard.storage.typed import checked
 from pyard.teachers.digits import digits_teacher, teach
 from pyard.training import train
 from pyard.trajectories import generate_trajectories
@@ -37,6 +38,7 @@ PICTURED = 20  # columns of samples.png: every digit twice
 TEACHER, ONNX = "teacher", "ARD in onnxruntime"
 
 
+@checked("demo")
 def demo(
     out: Path = Path("demo"),
     *,
@@ -175,7 +177,7 @@ def _evaluate(rows: list[Candidate], num_classes: int, count: int, progress: boo
 def _earlier_evaluation(path: Path, evaluated: dict[str, str]) -> Evaluation | None:
     """The evaluation that an earlier run stored, if it was of the same weights."""
     try:
-        evaluation = Evaluation.from_json(json.loads(path.read_text()))
+        evaluation = Evaluation.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return evaluation if evaluation.settings.get("evaluated") == evaluated else None

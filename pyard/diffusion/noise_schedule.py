@@ -1,7 +1,7 @@
 """Forward processes x_t = alpha(t) x_0 + sigma(t) eps, and what a network's output means in them.
 
 Times are the teacher's own: a diffusion schedule (`ddpm`) numbers its noise levels 0 ... n-1 and calls clean data -1; a flow
-(`flow`) runs from 1, pure noise, to 0, clean data.
+(`flow`) runs from 1, pure noise, to 0, clean data. A fraction between two noise levels is a level between them.
 """
 
 from __future__ import annotations
@@ -122,6 +122,19 @@ class NoiseSchedule:
             alphas_cumprod = root**2
         return alphas_cumprod
 
+    @functools.cached_property
+    def log_noise_ratios(self) -> np.ndarray:
+        """log(sigma(t) / alpha(t)) of a `ddpm` schedule for t = 0 ... n-1, linear in between: float64 [n].
+
+        Karras' and other sigmas lie between noise levels (Karras et al. 2022, equation 5). A last level of pure noise, where
+        the ratio is infinite, counts as alpha^2 = 2^-24, as in diffusers' schedulers, or less if that before it has less.
+        """
+        alphas_cumprod = self.alphas_cumprod.copy()
+        if alphas_cumprod[-1] == 0:
+            alphas_cumprod[-1] = min(2.0**-24, *alphas_cumprod[-2:-1] / 4)
+        ratios: np.ndarray = 0.5 * (np.log1p(-alphas_cumprod) - np.log(alphas_cumprod))
+        return ratios
+
     def alpha(self, time: float) -> float:
         """Weight of the data in x_t."""
         if self.kind == "ddpm":
@@ -215,10 +228,13 @@ class NoiseSchedule:
     def _alpha_cumprod(self, time: float) -> float:
         if time == self.clean_time:
             return 1.0
-        level = int(time)
-        if level != time or not 0 <= level < self.num_train_timesteps:
+        if not 0 <= time <= self.num_train_timesteps - 1:
             raise InputError(f"time {time:g}: a ddpm schedule knows -1 (clean data) and 0 ... {self.num_train_timesteps - 1}")
-        return float(self.alphas_cumprod[level])
+        level = int(time)
+        if level == time:
+            return float(self.alphas_cumprod[level])
+        low, high = self.log_noise_ratios[level : level + 2]
+        return float(1 / (1 + np.exp(2 * (low + (time - level) * (high - low)))))
 
 
 # SiT's variance-preserving path: d log alpha / dt = -beta(t) / 2, beta linear from 0.1 to 20 (Song et al. 2021, equation 32).

@@ -16,7 +16,7 @@ from pyard.storage.files import read_json
 CONFIG_NAME = "scheduler_config.json"
 
 _PREDICTION = {"epsilon": "eps", "sample": "denoised", "v_prediction": "v_prediction", "flow_prediction": "velocity"}
-_OTHER_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+OTHER_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 _OTHER_TIMES = "it visits other times than the betas' own, between noise levels; set it to its default to use those"
 # What these classes sample is no trajectory of the model's probability-flow ODE from noise to data.
 _OTHER_SAMPLERS = {
@@ -36,33 +36,74 @@ def load_schedule(folder: str | Path) -> NoiseSchedule:
     Raises:
         InputError: no scheduler there, or one whose process pyard would not reproduce.
     """
-    import diffusers
+    return schedule_of(build_scheduler(scheduler_config(folder), Path(folder) / CONFIG_NAME))
 
+
+def scheduler_config(folder: str | Path) -> dict[str, Any]:
+    """The settings in a diffusers scheduler's folder; an InputError if there are none."""
     file = Path(folder) / CONFIG_NAME
     if not file.is_file():
         raise InputError(f"{folder}: expected a diffusers scheduler; there is no {CONFIG_NAME}")
     config = read_json(file)
     if not isinstance(config, dict):
         raise InputError(f"{file}: found {config!r:.60}; expected the settings of a diffusers scheduler")
+    return config
+
+
+def build_scheduler(config: dict[str, Any], where: str | Path) -> Any:
+    """The diffusers scheduler of settings with their `_class_name`; `where` they came from is named in errors."""
+    import diffusers
+
     name = config.get("_class_name")
     kind = getattr(diffusers, str(name), None)
     if not (isinstance(kind, type) and hasattr(kind, "from_config")):
-        raise InputError(f"{file}: its _class_name is {name!r}; expected one of diffusers' schedulers")
+        raise InputError(f"{where}: its _class_name is {name!r}; expected one of diffusers' schedulers")
     try:
-        scheduler = kind.from_config(config)
+        return kind.from_config(config)
     # Whatever a damaged configuration does to a class that is not ours, and a library that it wants and that is missing.
     except Exception as error:
         found = " ".join(str(error).split())[:300]
-        raise InputError(f"{file}: diffusers cannot build its {name}: {found or type(error).__name__}") from None
-    return schedule_of(scheduler)
+        raise InputError(f"{where}: diffusers cannot build its {name}: {found or type(error).__name__}") from None
 
 
 def schedule_of(scheduler: Any) -> NoiseSchedule:
     """The forward process of a diffusers scheduler, and what the network predicts in it.
 
     Only the process is read, not the solver: pyard walks it with DDIM (Euler for a flow) on the times that the scheduler's
-    `timestep_spacing` names. Beta schedules that pyard does not know by name are taken over as numbers, and so is a process
-    that the scheduler's own noise levels show to be another than its betas': SNR shifts.
+    `timestep_spacing` names. See `process_of` for the rest.
+
+    Args:
+        scheduler: an instance; defaults that its configuration leaves out are its class's.
+
+    Raises:
+        InputError: a setting that changes the samples and that pyard does not have, with the reason.
+    """
+    process, config, name = process_of(scheduler), scheduler.config, type(scheduler).__name__
+    other_times = {"sigma_min": (None, _OTHER_TIMES), "sigma_max": (None, _OTHER_TIMES)}
+    if process.kind == "flow":
+        _refuse(config, name, {
+            "use_dynamic_shifting": (False, "its shift depends on the picture's size; write that of your size into `shift`"),
+            "shift_terminal": (None, "pyard's flows end on clean data"),
+            **dict.fromkeys(OTHER_SPACINGS, (False, "pyard spaces the times of a flow evenly before the shift")),
+            **other_times,
+        })  # fmt: skip
+        key = "flow_shift" if config.get("use_flow_sigmas") else "shift"
+        if key not in config:
+            raise InputError(f"scheduler {name}: it has no {key}; expected a flow with one")
+        return dataclasses.replace(process, shift=config[key])
+    _refuse(config, name, {**dict.fromkeys(OTHER_SPACINGS, (False, _OTHER_TIMES)), **other_times})
+    spacing = config.get("timestep_spacing", "leading")
+    if spacing == "leading":
+        _refuse(config, name, {"steps_offset": (0, "pyard's times start at 0; use timestep_spacing 'trailing'")})
+    return dataclasses.replace(process, spacing=spacing)
+
+
+def process_of(scheduler: Any) -> NoiseSchedule:
+    """The forward process of a diffusers scheduler and what the network predicts, without the times of its solver.
+
+    Beta schedules that pyard does not know by name are taken over as numbers, and so is a process that the scheduler's own
+    noise levels show to be another than its betas': SNR shifts. The times, which any spacing or shift may place, are read from
+    the scheduler by `pyard.diffusion.scheduler_times.visited`; `spacing` and `shift` of the result are the defaults.
 
     Args:
         scheduler: an instance; defaults that its configuration leaves out are its class's.
@@ -83,20 +124,14 @@ def schedule_of(scheduler: Any) -> NoiseSchedule:
         "set_alpha_to_one": (True, "pyard's last step ends on clean data"),
         "final_sigmas_type": ("zero", "pyard's last step ends on clean data"),
         "timestep_type": ("discrete", "the network is told log(sigma) / 4 instead of the number of a noise level"),
-        "sigma_min": (None, _OTHER_TIMES),
-        "sigma_max": (None, _OTHER_TIMES),
-        **dict.fromkeys(_OTHER_SPACINGS, (False, _OTHER_TIMES)),
     })  # fmt: skip
     prediction = _PREDICTION.get(config.get("prediction_type", "epsilon"))
     if prediction is None:
         raise InputError(
             f"scheduler {name}: prediction_type is {config['prediction_type']!r}; expected one of {list(_PREDICTION)}"
         )
-    spacing = config.get("timestep_spacing", "leading")
-    if spacing == "leading":
-        _refuse(config, name, {"steps_offset": (0, "pyard's times start at 0; use timestep_spacing 'trailing'")})
     settings: dict[str, Any] = dict(
-        prediction=prediction, num_train_timesteps=config.get("num_train_timesteps", len(scheduler.betas)), spacing=spacing
+        prediction=prediction, num_train_timesteps=config.get("num_train_timesteps", len(scheduler.betas))
     )
     if config.get("trained_betas") is not None:
         settings |= dict(trained_betas=tuple(float(b) for b in config["trained_betas"]))
@@ -140,25 +175,15 @@ def _same_levels(ours: np.ndarray, theirs: np.ndarray) -> bool:
 
 def _flow(config: Any, name: str) -> NoiseSchedule:
     _refuse(config, name, {
-        "use_dynamic_shifting": (False, "its shift depends on the picture's size; write the shift of your size into `shift`"),
         "invert_sigmas": (False, "pyard's flows run from noise to data"),
-        "shift_terminal": (None, "pyard's flows end on clean data"),
         "final_sigmas_type": ("zero", "pyard's flows end on clean data"),
-        "sigma_min": (None, _OTHER_TIMES),
-        "sigma_max": (None, _OTHER_TIMES),
         "thresholding": (False, "a clipped trajectory is no ODE to jump along; set it to false if the model does without"),
-        **dict.fromkeys(_OTHER_SPACINGS, (False, "pyard spaces the times of a flow evenly before the shift")),
         "stochastic_sampling": (False, "a student learns a deterministic trajectory"),
     })  # fmt: skip
     prediction = _PREDICTION.get(config.get("prediction_type", "flow_prediction"))
     if prediction != "velocity":
         raise InputError(f"scheduler {name}: prediction_type is {config['prediction_type']!r}; a flow has 'flow_prediction'")
-    key = "flow_shift" if config.get("use_flow_sigmas") else "shift"
-    if key not in config:
-        raise InputError(f"scheduler {name}: it has no {key}; expected a flow with one")
-    return NoiseSchedule(
-        kind="flow", prediction="velocity", num_train_timesteps=config.get("num_train_timesteps", 1000), shift=config[key]
-    )
+    return NoiseSchedule(kind="flow", prediction="velocity", num_train_timesteps=config.get("num_train_timesteps", 1000))
 
 
 def scheduler_of(schedule: NoiseSchedule) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pyard.diffusion.noise_schedule import MOST_TIMESTEPS, NoiseSchedule
+from pyard.diffusion.scheduler_times import Visits
 from pyard.errors import InputError
 from pyard.storage.numbers import number, whole_number
 
@@ -27,15 +28,21 @@ class TimeGrid:
         state_index: S + 1 numbers of teacher steps done at each grid time: 0 first, n last.
         denoised_index: S - 1 teacher evaluations, counted from 1, whose denoised prediction is an input and a target of a
             student with `target="denoised"` (its first input is the noise, its last target the trajectory's end).
+        teacher_times: n + 1 times that the teacher's solver visits, clean data last; None: the schedule's own.
+        teacher_embed_times: n times that the teacher's network is told; None: teacher_times without the last.
     """
 
     times: tuple[float, ...]
     embed_times: tuple[float, ...]
     state_index: tuple[int, ...]
     denoised_index: tuple[int, ...]
+    teacher_times: tuple[float, ...] | None = None
+    teacher_embed_times: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("times", "embed_times"):
+        for name in ("times", "embed_times", "teacher_times", "teacher_embed_times"):
+            if name.startswith("teacher") and getattr(self, name) is None:
+                continue
             values = tuple(float(number(f"time grid: a time of {name}", value)) for value in getattr(self, name))
             object.__setattr__(self, name, values)
         for name in ("state_index", "denoised_index"):
@@ -59,6 +66,19 @@ class TimeGrid:
             raise InputError(
                 f"time grid: denoised_index {self.denoised_index} must increase between 1 and {self.teacher_steps}"
             )
+        self._check_teacher_times()
+
+    def _check_teacher_times(self) -> None:
+        visited, told, n = self.teacher_times, self.teacher_embed_times, self.teacher_steps
+        if told is not None and (visited is None or len(told) != n):
+            found = "no teacher_times" if visited is None else f"{len(told)} times"
+            raise InputError(f"time grid: teacher_embed_times with {found}; expected {n} beside {n + 1} teacher_times")
+        if visited is None:
+            return
+        if len(visited) != n + 1 or any(a <= b for a, b in itertools.pairwise(visited)):
+            raise InputError(f"time grid: {len(visited)} teacher_times; expected {n + 1}, decreasing")
+        if self.times != tuple(visited[k] for k in self.state_index):
+            raise InputError(f"time grid: times {self.times} are not the teacher_times at state_index {self.state_index}")
 
     @property
     def num_steps(self) -> int:
@@ -70,31 +90,42 @@ class TimeGrid:
         """n, the steps of the teacher's trajectory."""
         return self.state_index[-1]
 
+    def visits(self, schedule: NoiseSchedule) -> Visits:
+        """What the teacher's solver visits, for `pyard.diffusion.solvers.integrate`; the schedule's times if none are named."""
+        if self.teacher_times is None:
+            return Visits.of(schedule, self.teacher_steps)
+        return Visits.of(schedule, Visits(self.teacher_times, self.teacher_embed_times or self.teacher_times[:-1]))
+
     @classmethod
     def build(
         cls,
         schedule: NoiseSchedule,
         num_steps: int = 4,
-        teacher_steps: int = 25,
+        teacher_steps: int | None = None,
         *,
         state_index: Sequence[int] | None = None,
         denoised_index: Sequence[int] | None = None,
         embed_times: Sequence[float] | None = None,
+        visits: Visits | None = None,
     ) -> TimeGrid:
         """Cut `num_steps` jumps out of a trajectory of `teacher_steps` steps.
 
         Args:
             schedule: the teacher's noise schedule, which names the times of its steps.
             num_steps: S.
-            teacher_steps: n.
+            teacher_steps: n; None: those of `visits`, or 25.
             state_index: teacher steps done at each grid time; None: floor(s n / S), evenly spaced.
             denoised_index: evaluations whose denoised prediction is used; None: floor((s + 1) n / (S + 1)), s = 1 ... S - 1,
                 which is the published 10, 15, 20 of 25 for S = 4.
             embed_times: what the time embedding sees; None: the published T (1 - s / S). `for_target` changes it.
+            visits: the times of the teacher's solver, such as `pyard.diffusion.scheduler_times.visited` reads; None: those of
+                the schedule.
 
         Raises:
-            InputError: more jumps than teacher steps, or an index that does not fit.
+            InputError: more jumps than teacher steps, an index that does not fit, or visits of another schedule.
         """
+        if teacher_steps is None:
+            teacher_steps = 25 if visits is None else len(visits.embed_times)
         num_steps = whole_number("time grid: num_steps", num_steps, -MOST_TIMESTEPS, MOST_TIMESTEPS)
         teacher_steps = whole_number("time grid: teacher_steps", teacher_steps, -MOST_TIMESTEPS, MOST_TIMESTEPS)
         if not 1 <= num_steps <= teacher_steps:
@@ -109,25 +140,37 @@ class TimeGrid:
             denoised_index = [min(max(k, s), teacher_steps - num_steps + s) for s, k in enumerate(raw, start=1)]
         if embed_times is None:
             embed_times = [schedule.noisiest_time * (1 - s / num_steps) for s in range(num_steps)]
-        visited = schedule.timesteps(teacher_steps)
+        own = Visits.of(schedule, teacher_steps)
+        visits = own if visits is None else Visits.of(schedule, visits)
+        if len(visits.embed_times) != teacher_steps:
+            raise InputError(
+                f"time grid: visits of {len(visits.embed_times)} steps; expected those of {teacher_steps} teacher steps"
+            )
         if len(state_index) != num_steps + 1 or state_index[-1] != teacher_steps or min(state_index) < 0:
             raise InputError(
                 f"time grid: state_index {tuple(state_index)}; expected {num_steps + 1} numbers from 0 to {teacher_steps}"
             )
         return cls(
-            times=tuple(visited[k] for k in state_index),
+            times=tuple(visits.times[k] for k in state_index),
             embed_times=tuple(embed_times),
             state_index=tuple(state_index),
             denoised_index=tuple(denoised_index),
+            # The schedule's own times go without saying, so that one trajectory has one description.
+            teacher_times=None if visits == own else visits.times,
+            teacher_embed_times=None if visits.embed_times == visits.times[:-1] else visits.embed_times,
         )
 
     def for_target(self, target: Target) -> TimeGrid:
         """The same grid with the embed_times that suit a target.
 
-        A student of `state` targets reads states, so it is told their true times, which are what the teacher's time embedding
-        knows. One of `denoised` targets keeps the published, evenly spaced ones: its inputs carry no noise.
+        A student of `state` targets reads states, so it is told the times that the teacher's network was told there. One of
+        `denoised` targets keeps the published, evenly spaced ones: its inputs carry no noise.
         """
-        return self if target == "denoised" else dataclasses.replace(self, embed_times=self.times[:-1])
+        if target == "denoised":
+            return self
+        told = self.teacher_embed_times
+        embed_times = self.times[:-1] if told is None else tuple(told[k] for k in self.state_index[:-1])
+        return dataclasses.replace(self, embed_times=embed_times)
 
     def same_trajectory(self, other: TimeGrid) -> bool:
         """True if both grids cut the same places out of the same trajectory; embed_times are the student's own business."""
@@ -136,7 +179,9 @@ class TimeGrid:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dictionary that `from_json` turns back into an equal grid."""
-        return {field.name: list(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        # Left out where the schedule says them: digests of grids from before there were any stay what they are.
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: list(value) for name, value in found.items() if value is not None}
 
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> TimeGrid:
@@ -144,4 +189,6 @@ class TimeGrid:
         try:
             return cls(**{key: tuple(value) for key, value in config.items()})
         except TypeError as error:
-            raise InputError(f"time grid: {error}; expected times, embed_times, state_index, denoised_index") from None
+            raise InputError(
+                f"time grid: {error}; expected times, embed_times, state_index, denoised_index, and teacher_times or none"
+            ) from None

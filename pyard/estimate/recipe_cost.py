@@ -22,10 +22,11 @@ from pyard.models.backbone import Denoiser
 from pyard.models.folder import load_config
 from pyard.models.student import Student
 from pyard.models.student_config import StudentConfig
+from pyard.storage.typed import checked
 from pyard.teachers.published import network_of
 from pyard.training.adversarial_cost import adversarial_flops, looked_at
 from pyard.training.config import TrainConfig
-from pyard.trajectories.generate import DEFAULT_BATCH_SIZE, default_shard_size
+from pyard.trajectories.generate import DEFAULT_BATCH_SIZE, DEFAULT_CFG_SCALE, DEFAULT_TEACHER_STEPS, default_shard_size
 from pyard.trajectories.manifest import SAFETENSORS_DTYPES, TrajectoryManifest
 from pyard.trajectories.store import TrajectoryStore, shard_ranges
 
@@ -38,6 +39,7 @@ LAYOUTS = {
 }  # sharded, checkpointing
 
 
+@checked("estimate")
 def estimate(
     recipe: Path,
     *,
@@ -132,7 +134,7 @@ def estimate(
     )
     print(result)
     if out is not None:
-        out.write_text(json.dumps(result.to_json(), indent=2) + "\n")
+        out.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
     return result
 
 
@@ -151,7 +153,7 @@ def student_of(config: TrainConfig, network: Denoiser, schedule: NoiseSchedule) 
         assert config.history_bias != "auto"
         student = StudentConfig(
             network=trunk.config,
-            grid=TimeGrid.build(schedule, config.num_steps, config.teacher_steps),
+            grid=TimeGrid.build(schedule, config.num_steps, config.teacher_steps or DEFAULT_TEACHER_STEPS),
             schedule=schedule,
             history_layers=config.history_layers,
             mask=config.mask,
@@ -192,8 +194,8 @@ def manifest_of(config: TrainConfig, network: Denoiser, schedule: NoiseSchedule,
         teacher_fingerprint="0" * 64,
         solver=solver_of(schedule),
         schedule=schedule,
-        grid=TimeGrid.build(schedule, config.num_steps, config.teacher_steps),
-        cfg_scale=config.cfg_scale,
+        grid=TimeGrid.build(schedule, config.num_steps, config.teacher_steps or DEFAULT_TEACHER_STEPS),
+        cfg_scale=DEFAULT_CFG_SCALE if config.cfg_scale is None else config.cfg_scale,
         cfg_channels=config.cfg_channels,
         cfg_interval=None,
         precision=config.trajectory_precision,
@@ -229,7 +231,7 @@ def store_bytes(manifest: TrajectoryManifest, count: int) -> int:
 
 def trajectory_flops(config: TrainConfig, network: Denoiser, condition: Condition) -> float:
     """Of the teacher for all trajectories: DDIM and Euler evaluate it once a step, twice with guidance."""
-    passes = config.teacher_steps * (1 if config.cfg_scale == 1 else 2)
+    passes = (config.teacher_steps or DEFAULT_TEACHER_STEPS) * (1 if config.cfg_scale == 1 else 2)
     return config.num_trajectories * passes * teacher_flops(network, condition)
 
 

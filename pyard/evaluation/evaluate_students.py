@@ -6,25 +6,29 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
 import torch
 
 from pyard.data.digits import digits_data
+from pyard.diffusion.solvers import Solver
 from pyard.errors import InputError
-from pyard.evaluation.feature_file import FeatureSettings, FileFeatures
+from pyard.evaluation.feature_file import FeatureSettings, FileFeatures, require_feature_file
 from pyard.evaluation.features import FeatureNetwork, digits_classifier
 from pyard.evaluation.images import SampleFile
 from pyard.evaluation.measure import Candidate, LabelPolicy, labels_of, measure
 from pyard.evaluation.pixels import to_bytes
 from pyard.evaluation.reference import Reference, load_reference
 from pyard.evaluation.report import Evaluation
+from pyard.evaluation.teacher_settings import Auto, TeacherSettings
 from pyard.models.backbone import Backbone
 from pyard.models.codec import Codec
 from pyard.models.student import Student
 from pyard.runtime import OnnxStudent
 from pyard.sampling.exposure_bias import ExposureBias, exposure_bias
+from pyard.storage.typed import checked
 from pyard.teachers import load_teacher
 from pyard.teachers.guidance import endpoints
 from pyard.teachers.network_teacher import NetworkTeacher
@@ -34,15 +38,18 @@ from pyard.trajectories import TrajectoryReader, TrajectoryStore
 DEFAULT_SEED = 1000
 
 
+@checked("evaluate")
 def evaluate(
     students: str | Path | Student | OnnxStudent | list[str],
     teacher: str | Path | NetworkTeacher = "digits",
     *,
     count: int = 1797,
     seed: int = DEFAULT_SEED,
-    teacher_steps: int = 25,
-    cfg_scale: float = 1.5,
-    cfg_channels: int | None = None,
+    teacher_steps: int | Auto = "auto",
+    cfg_scale: float | Auto = "auto",
+    cfg_channels: int | Auto | None = "auto",
+    cfg_interval: tuple[float, float] | Auto | None = "auto",
+    solver: Solver | Auto | None = "auto",
     batch_size: int = 128,
     features: Path | FileFeatures | None = None,
     feature_settings: FeatureSettings = FeatureSettings(),  # noqa: B008 (frozen)
@@ -62,16 +69,20 @@ def evaluate(
     scikit-learn's digits; they tell students of the digits apart and compare with no published FID. docs/evaluation.md says
     what each number is, and how to get FID, sFID, Inception Score, precision and recall by ADM's protocol.
 
-    Example: pyard evaluate --students '[runs/step-distillation, runs/ard, runs/ard/student.onnx]' --out quality.json
+    Example: pyard evaluate --students runs/step-distillation runs/ard runs/ard/student.onnx --out quality.json
 
     Args:
         students: a run folder, a student's folder or an ONNX file; or a list of them.
         teacher: `digits`, or a teacher's folder or file.
         count: samples for each row; 1797 is the number of real digits.
         seed: of the noise; choose another than the trajectories were made with.
-        teacher_steps: DDIM steps of the teacher; 0: leave the teacher out, whose samples may take longest.
-        cfg_scale: its guidance weight; 1 is none.
+        teacher_steps: solver steps of the teacher; auto: as in the trajectories that the students were trained on, which they
+            record, as they do the next four; 0: leave the teacher out, whose samples may take longest.
+        cfg_scale: its guidance weight; 1 is none. Students of earlier versions that record nothing are compared with the flags,
+            or 25 steps and a weight of 1.5 on all channels at all times.
         cfg_channels: guide only the first so many channels; none: all.
+        cfg_interval: lowest and highest teacher time with guidance; none: all times.
+        solver: ddim, euler or heun; none: the schedule's usual one.
         batch_size: samples that are drawn, and timed, together.
         features: a feature network's file, TorchScript (such as inception-2015-12-05.pt) or ONNX; none: the classifier of the
             digits.
@@ -92,10 +103,10 @@ def evaluate(
         The rows, the teacher's first.
 
     Raises:
-        InputError: a student of another sample shape or number of classes; data that nothing can measure.
+        InputError: a student of another teacher, sample shape or number of classes; a setting of the teacher's other than the
+            students were trained on; data that nothing can measure; a file that is missing, or cannot be written.
     """
-    if out is not None and out.is_dir():
-        raise InputError(f"evaluate: out is {out}, a folder; expected the name of a JSON file")
+    _check_files(features, reference, samples_npz, out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if isinstance(teacher, str | Path):
         teacher = load_teacher(teacher, network=network).to(device)
@@ -110,6 +121,15 @@ def evaluate(
         student_candidate(s, teacher, name=None if n is None else str(n), sample_shape=drawn)
         for s, n in zip(loaded, named, strict=True)
     ]
+    asked = dict(
+        teacher_steps=teacher_steps,
+        cfg_scale=cfg_scale,
+        cfg_channels=cfg_channels,
+        cfg_interval=cfg_interval,
+        solver=solver,
+    )
+    pairs = [(candidate.name, student) for candidate, student in zip(candidates, loaded, strict=True)]
+    settings = TeacherSettings.of(pairs, asked, teacher.fingerprint)
     codec = teacher.codec or next((s.codec for s in loaded if isinstance(s, Student) and s.codec), None)
     decode = None if codec is None else _decoder(codec, teacher.device)
     shape = drawn if codec is None else codec.image_shape(drawn)
@@ -117,13 +137,12 @@ def evaluate(
     biases: dict[str, ExposureBias] = {}
     if trajectories is not None:
         store = TrajectoryStore.open(trajectories)
-        pairs = [(c.name, s) for c, s in zip(candidates, loaded, strict=True) if isinstance(s, Student)]
-        biases = {name: measured_exposure_bias(student, store, batch_size) for name, student in pairs}
-    row = teacher_candidate(teacher, teacher_steps, cfg_scale=cfg_scale, cfg_channels=cfg_channels) if teacher_steps else None
+        biases = {name: measured_exposure_bias(s, store, batch_size) for name, s in pairs if isinstance(s, Student)}
+    row = teacher_row(teacher, settings) if settings.teacher_steps else None
     quantise = feature_settings.quantise
     facts: dict[str, Any] = {"teacher_fingerprint": teacher.fingerprint}
     if row is not None:
-        facts |= dict(teacher_steps=teacher_steps, cfg_scale=cfg_scale, cfg_channels=cfg_channels)
+        facts |= asdict(settings)
     with _sample_file(samples_npz, candidates[0].name, labels, count, teacher.conditions.count, seed, quantise) as on_images:
         evaluation = measure(
             row,
@@ -171,6 +190,29 @@ def measured_exposure_bias(student: Student, store: TrajectoryStore, batch_size:
     reader = TrajectoryReader(store, size, target=ours.target)
     starts = range(0, store.count, size)
     return exposure_bias(student, (reader.gather(np.arange(s, min(s + size, store.count))) for s in starts))
+
+
+def _check_files(
+    features: Path | FileFeatures | None, reference: Path | Reference | None, samples_npz: Path | None, out: Path | None
+) -> None:
+    """Find a missing file or a bad name before hours of work."""
+    if isinstance(features, str | Path):
+        require_feature_file(Path(features))
+    if isinstance(reference, str | Path) and not Path(reference).exists():
+        raise InputError(f"evaluate: reference is {reference}: no such file or folder")
+    if samples_npz is not None and samples_npz.suffix != ".npz":
+        raise InputError(f"evaluate: samples_npz is {samples_npz}; expected a name that ends in .npz")
+    for name, path in (("out", out), ("samples_npz", samples_npz)):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise InputError(f"evaluate: {name} is {path}, a folder; expected the name of a file")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise InputError(f"evaluate: {name} is {path}, which cannot be written: {error.strerror}") from None
 
 
 def _network_and_data(
@@ -243,13 +285,19 @@ def teacher_candidate(
     teacher: NetworkTeacher, num_steps: int, *, cfg_scale: float, cfg_channels: int | None = None, name: str | None = None
 ) -> Candidate:
     """The teacher's own sampler as a row."""
+    return teacher_row(teacher, TeacherSettings(num_steps, cfg_scale, cfg_channels, None, None), name)
+
+
+def teacher_row(teacher: NetworkTeacher, settings: TeacherSettings, name: str | None = None) -> Candidate:
+    """The teacher's sampler with these settings as a row."""
+    how = asdict(settings)
+    steps = how.pop("teacher_steps")
 
     def draw(noise: np.ndarray, labels: np.ndarray) -> np.ndarray:
         start, classes = (torch.from_numpy(array).to(teacher.device) for array in (noise, labels))
-        return endpoints(teacher, start, classes, num_steps, cfg_scale=cfg_scale, cfg_channels=cfg_channels).cpu().numpy()
+        return endpoints(teacher, start, classes, steps, **how).cpu().numpy()
 
-    passes = num_steps * (1 if cfg_scale == 1.0 else 2)
-    return Candidate(name or f"teacher, {num_steps} steps", passes, draw)
+    return Candidate(name or f"teacher, {steps} steps", settings.passes(teacher.schedule), draw)
 
 
 def student_candidate(

@@ -17,7 +17,7 @@ from pyard.evaluation.inception_score import softmax
 from pyard.evaluation.onnx_network import open_onnx
 from pyard.evaluation.pixels import Quantise, ResizeMode, resized, to_bytes
 from pyard.evaluation.torchscript_network import open_torchscript
-from pyard.storage.files import file_sha256
+from pyard.storage.files import file_sha256, stand_in
 
 PixelRange = Literal["bytes", "unit", "symmetric"]
 
@@ -95,8 +95,7 @@ class FileFeatures:
         batch_size: int = 64,
     ):
         path = Path(path)
-        if not path.is_file():
-            raise InputError(f"features {path}: no such file. Expected a TorchScript file or an .onnx file. {_WHERE}")
+        require_feature_file(path)
         self.settings = settings = settings or FeatureSettings()
         self.name = path.name
         self.batch_size = batch_size
@@ -161,3 +160,12 @@ class FileFeatures:
             if values is not None:
                 pixels = apply(pixels, torch.tensor(values, device=pixels.device).view(1, -1, 1, 1))
         return pixels
+
+
+def require_feature_file(path: Path) -> None:
+    """Raises InputError if a feature network's file is missing, or is something that was saved in its place."""
+    if not path.is_file():
+        raise InputError(f"features {path}: no such file. Expected a TorchScript file or an .onnx file. {_WHERE}")
+    what = stand_in(path)
+    if what is not None:
+        raise InputError(f"features {path} is no network: {what}")

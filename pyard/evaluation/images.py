@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.lib import format as npy
 
-from pyard.data.pictures import PICTURE_SUFFIXES, centre_crop
+from pyard.data.pictures import PICTURE_SUFFIXES, picture_files, read_picture
 from pyard.errors import InputError
 
 _IMAGES, _LABELS, _SETTINGS = "arr_0.npy", "arr_1.npy", "settings.npy"
@@ -28,21 +28,11 @@ def folder_images(folder: Path, size: int, channels: int, batch_size: int) -> It
     Raises:
         InputError: no picture there, or one that cannot be read.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
+    files = picture_files(folder) if folder.is_dir() else []
     if not files:
         raise InputError(f"{folder}: no pictures ({', '.join(PICTURE_SUFFIXES)}) in it or its subfolders")
     for start in range(0, len(files), batch_size):
-        batch = []
-        for file in files[start : start + batch_size]:
-            try:
-                with Image.open(file) as picture:
-                    batch.append(centre_crop(picture.convert("L" if channels == 1 else "RGB"), size))
-            except (UnidentifiedImageError, OSError) as error:
-                raise InputError(f"{file} cannot be read as a picture: {error}") from None
-        images = np.stack(batch)
-        yield images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
+        yield np.stack([read_picture(file, size, channels) for file in files[start : start + batch_size]]).transpose(0, 3, 1, 2)
 
 
 def npz_images(path: Path, batch_size: int) -> Iterator[np.ndarray]:
@@ -57,8 +47,12 @@ def npz_images(path: Path, batch_size: int) -> Iterator[np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive, archive.open(_IMAGES) as stream:
             shape, fortran, dtype = _npy_header(stream)
-            if dtype != np.uint8 or len(shape) != 4 or fortran:
+            if dtype != np.uint8 or len(shape) != 4:
                 raise InputError(f"{path}: arr_0 is {dtype} {shape}; expected uint8 [n, H, W, C]")
+            if fortran:  # in the file, the images lie inside each other
+                whole = np.load(path)["arr_0"].transpose(0, 3, 1, 2)
+                yield from (np.ascontiguousarray(whole[i : i + batch_size]) for i in range(0, len(whole), batch_size))
+                return
             row = int(np.prod(shape[1:]))
             for start in range(0, shape[0], batch_size):
                 count = min(batch_size, shape[0] - start)

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from pyard.data.pictures import picture_files
 from pyard.errors import InputError
 from pyard.evaluation.features import FeatureNetwork, activations_of
 from pyard.evaluation.frechet import GaussianStatistics, RunningStatistics
 from pyard.evaluation.images import folder_images, npz_images
+from pyard.storage.files import stand_in
 
 _BATCH_SIZE = 64
 
@@ -41,11 +43,17 @@ class Reference:
 
     @classmethod
     def of(
-        cls, batches: Iterable[np.ndarray], network: FeatureNetwork, name: str = "images", *, progress: bool = False
+        cls,
+        batches: Iterable[np.ndarray],
+        network: FeatureNetwork,
+        name: str = "images",
+        *,
+        progress: bool = False,
+        total: int | None = None,
     ) -> Reference:
-        """The reference that batches of images [n, C, H, W], uint8 or float from -1 to 1, make."""
+        """The reference that batches of images [n, C, H, W], uint8 or float from -1 to 1, make; `total` of them, if known."""
         features, spatial, with_spatial = [], RunningStatistics(), True
-        for batch in tqdm(batches, desc=f"features of {name}", unit="batch", disable=not progress):
+        for batch in tqdm(batches, desc=f"features of {name}", unit="batch", total=total, disable=not progress):
             found = activations_of(network, batch)
             features.append(found.features)
             with_spatial = found.spatial is not None
@@ -78,12 +86,17 @@ def load_reference(
         channels, height, width = image_shape
         if height != width:
             raise InputError(f"reference {path}: pictures are cropped to squares; samples are {height} x {width}")
-        return Reference.of(folder_images(path, height, channels, _BATCH_SIZE), network, path.name, progress=progress)
+        batches = folder_images(path, height, channels, _BATCH_SIZE)
+        total = -(-len(picture_files(path)) // _BATCH_SIZE)
+        return Reference.of(batches, network, path.name, progress=progress, total=total)
     if path.suffix != ".npz" or not path.is_file():
         raise InputError(
             f"reference {path}: expected an .npz file with mu and sigma or images arr_0, such as ADM's reference batch "
             "VIRTUAL_imagenet256_labeled.npz (github.com/openai/guided-diffusion, evaluations), or a folder of pictures"
         )
+    what = _no_archive(path)
+    if what is not None:
+        raise InputError(f"reference {path} is no .npz file: {what}")
     try:
         with np.load(path) as archive:
             names = set(archive.files)
@@ -109,6 +122,17 @@ def load_reference(
                 "another network, or of another output of it"
             )
     return Reference(path.name, statistics, found.features if found else None, None if own.spatial is None else spatial)
+
+
+def _no_archive(path: Path) -> str | None:
+    """What a file named .npz is that is none; None if it may be one."""
+    with path.open("rb") as file:
+        if file.read(6) == b"\x93NUMPY":
+            return (
+                f'it is one array as np.save writes it; np.savez writes an .npz: python -c "import numpy as np; '
+                f"np.savez('{path.with_stem(path.stem + '-archive')}', np.load('{path}'))\" if it holds images"
+            )
+    return stand_in(path)
 
 
 def _published(arrays: dict[str, np.ndarray], mean: str, covariance: str) -> GaussianStatistics | None:

@@ -9,8 +9,9 @@ each; docs/own-teacher.md shows how to add yours.
 from __future__ import annotations
 
 import abc
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -69,7 +70,7 @@ class StepHeads(nn.ModuleList):
         return heads if len(heads) == 1 else heads[first : first + count]
 
 
-def apply_heads(heads: Sequence[nn.Module], *rows: torch.Tensor) -> torch.Tensor:
+def apply_heads(heads: Sequence[Callable[..., torch.Tensor]], *rows: torch.Tensor) -> torch.Tensor:
     """Run every row through the head of its step.
 
     Args:
@@ -190,7 +191,7 @@ class Backbone(nn.Module, abc.ABC):
 
         def keep(index: int) -> Any:
             def hook(module: nn.Module, inputs: Any, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
-                seen[index] = output if isinstance(output, torch.Tensor) else output[0]
+                seen[index] = self.image_tokens(output)
 
             return hook
 
@@ -201,6 +202,20 @@ class Backbone(nn.Module, abc.ABC):
             for handle in handles:
                 handle.remove()
         return [seen[i].flatten(0, seen[i].ndim - 3) for i in blocks]
+
+    def image_tokens(self, output: Any) -> torch.Tensor:  # [R, T, D], or with further dimensions in front
+        """The image tokens of what a block returns: the first tensor of several, unless overridden."""
+        found: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+        return found
+
+    def recomputation(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        """Makes the context in which a block of the pass that runs now can be computed again when it is over."""
+        return contextlib.nullcontext
+
+    @classmethod
+    def without_weights(cls) -> contextlib.AbstractContextManager[Any]:
+        """The context in which a backbone is built whose weights are read next; only backbones of real constants need none."""
+        return contextlib.nullcontext()
 
     def tokens_per_step(self, sample_shape: tuple[int, ...] | None = None) -> int:
         """T."""

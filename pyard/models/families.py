@@ -13,7 +13,14 @@ if TYPE_CHECKING:
     from pyard.models.backbone import Backbone
 
 # A family is a folder of pyard/models and a row here; students' and teachers' folders keep its name.
-FAMILIES = {"dit": "pyard.models.dit.network:Trunk"}
+FAMILIES = {
+    "dit": "pyard.models.dit.network:Trunk",
+    "pixart": "pyard.models.pixart.network:PixArt",
+    "sd3": "pyard.models.sd3.network:SD3",
+    "flux": "pyard.models.flux.network:Flux",
+    "qwen_image": "pyard.models.qwen_image.network:QwenImage",
+    "z_image": "pyard.models.z_image.network:ZImage",
+}
 
 
 def family_name(backbone: type[Backbone]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from pyard.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,9 +44,14 @@ def merge_lora(student: Student) -> None:
     Args:
         student: changed in place; left alone if it has no additions.
     """
-    layers = {name: module for name, module in student.trunk.named_modules() if hasattr(module, "lora_A")}
+    merge_adapters(student.trunk)
+    student.requires_grad_(True)
+
+
+def merge_adapters(module: nn.Module) -> None:
+    """Add the low-rank matrices of PEFT's layers to their weights, and put plain layers back, in place."""
+    layers = {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
     for name, layer in layers.items():
         layer.merge()
         parent, _, own = name.rpartition(".")
-        setattr(student.trunk.get_submodule(parent), own, layer.get_base_layer())
-    student.requires_grad_(True)
+        setattr(module.get_submodule(parent), own, layer.get_base_layer())

@@ -26,7 +26,7 @@ from pyard.models.families import backbone_class
 from pyard.models.folder import load_folder, save_folder
 from pyard.models.history import History, HistoryCache, PreallocatedCache
 from pyard.models.hub import local_folder, push_folder
-from pyard.models.student_config import Heads, Output, StudentConfig
+from pyard.models.student_config import Heads, Output, StudentConfig, TextSource
 from pyard.ops.masks import Mask
 
 
@@ -239,13 +239,14 @@ class Student(nn.Module):
         heads: Heads = "per_step",
         history_bias: float | Literal["auto"] | None = "auto",
         sample_shapes: Sequence[tuple[int, ...]] | None = None,
+        text: TextSource | None = None,
     ) -> Student:
         """A student with the teacher's weights; heads are copies of the teacher's, less its predicted-variance channels.
 
         Args:
             teacher: a teacher with a network, such as `load_teacher` returns.
             grid: where it jumps; `embed_times` are set for the target (`TimeGrid.for_target`).
-            history_layers, mask, window, target, output, heads, history_bias, sample_shapes: as in `StudentConfig`.
+            history_layers, mask, window, target, output, heads, history_bias, sample_shapes, text: as in `StudentConfig`.
         """
         trunk, head = teacher.network.trunk.for_student(teacher.network.head)
         config = StudentConfig(
@@ -263,6 +264,7 @@ class Student(nn.Module):
             class_names=teacher.class_names,
             family=trunk.family(),
             sample_shapes=None if sample_shapes is None else tuple(sample_shapes),
+            text=text,
         )
         student = cls(config, trunk.requires_grad_(True), head.requires_grad_(True)).to(teacher.device)
         student.codec, student.conditions = teacher.codec, student.conditions or teacher.conditions
@@ -274,7 +276,7 @@ class Student(nn.Module):
         def beside(folder: Path) -> None:
             if self.codec is not None:
                 self.codec.save(folder)
-            if self.conditions is not None:
+            if self.conditions is not None and self.config.text is None:  # which finds any prompt's embedding itself
                 save_conditions(self.conditions, folder)
 
         save_folder(Path(path), self.config.to_json(), self.state_dict(), kind="Student", beside=beside)
@@ -307,8 +309,7 @@ class Student(nn.Module):
         backbone = backbone_class(str(loaded.get("family", "dit")), network, folder)
         config = StudentConfig.from_json(loaded, backbone)
         try:
-            # Where the network's constants allow it, without computing weights that are about to be replaced.
-            with torch.device("meta" if network is None else "cpu"):
+            with backbone.without_weights():
                 student = cls(config, backbone(config.network))
             student.load_state_dict(tensors, assign=True)
         except RuntimeError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
 from pyard.diffusion.noise_schedule import NoiseSchedule
@@ -13,11 +13,36 @@ from pyard.errors import InputError
 from pyard.models.backbone import Backbone, BackboneConfig
 from pyard.models.families import backbone_class
 from pyard.ops.masks import Mask, check_mask
+from pyard.storage.typed import conform
 
 Output = Literal["direct", "jump"]
 Heads = Literal["per_step", "shared"]
 
+# Of the teacher's settings, those that neither the grid nor the schedule has.
+_OF_THE_TRAJECTORIES = ("cfg_scale", "cfg_channels", "cfg_interval", "solver")
+
 HISTORY_SWITCHED_OFF = -4.0  # start of a learned history bias: `docs/quality.md` has what it is worth
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where a text-to-image student's text encoders and VAE are, and how texts are encoded for it.
+
+    Args:
+        pipeline: diffusers' class of its teacher's pipeline, such as `FluxPipeline`.
+        folder: of that pipeline.
+        max_sequence_length: limit of text tokens; None: the pipeline's.
+        constants: what every prompt is conditioned on beside its text, such as `{"guidance": 3.5}`.
+    """
+
+    pipeline: str
+    folder: str
+    max_sequence_length: int | None = None
+    constants: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The keyword arguments that make an equal one."""
+        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -46,6 +71,11 @@ class StudentConfig:
         class_names: of the classes, in order, where the teacher knows them; synonyms are separated by commas.
         family: name of the backbone's family (`pyard.models.families`), or `package.module:Class` of the user's own.
         sample_shapes: [C, ...] of the samples that it was trained on; None: those of `network.sample_shape` alone.
+        text: of a student that draws from prompts, where its texts are encoded; None: it is given numbers or tensors.
+        cfg_scale: guidance weight of the trajectories that it was trained on; None: unknown, and so are the next three.
+        cfg_channels: channels that were guided in them; None: all.
+        cfg_interval: lowest and highest teacher time that was guided in them; None: all.
+        solver: of the teacher in them.
     """
 
     network: BackboneConfig
@@ -62,8 +92,14 @@ class StudentConfig:
     class_names: tuple[str, ...] | None = None
     family: str = "dit"
     sample_shapes: tuple[tuple[int, ...], ...] | None = None
+    text: TextSource | None = None
+    cfg_scale: float | None = None
+    cfg_channels: int | None = None
+    cfg_interval: tuple[float, float] | None = None
+    solver: str | None = None
 
     def __post_init__(self) -> None:
+        conform(self, "student")
         if self.sample_shapes is not None:
             shapes = tuple(tuple(shape) for shape in self.sample_shapes)
             object.__setattr__(self, "sample_shapes", None if shapes == (tuple(self.network.sample_shape),) else shapes)
@@ -84,11 +120,22 @@ class StudentConfig:
         if self.output == "jump" and self.target == "denoised":
             raise InputError("student: output 'jump' starts from a state, so it needs target 'state', not 'denoised'")
 
+    @property
+    def teacher_settings(self) -> dict[str, Any] | None:
+        """How the teacher sampled the trajectories that it was trained on, by name; None: unknown."""
+        if self.cfg_scale is None:
+            return None
+        return {"teacher_steps": self.grid.teacher_steps, **{name: getattr(self, name) for name in _OF_THE_TRAJECTORIES}}
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dictionary that `from_json` turns back into an equal configuration."""
         flat = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        if self.sample_shapes is None:
-            del flat["sample_shapes"]  # as in students that know one size alone
+        for name in ("sample_shapes", "text"):
+            if flat[name] is None:
+                del flat[name]  # as in students of earlier versions
+        for name in _OF_THE_TRAJECTORIES:
+            del flat[name]
+        flat |= self.teacher_settings or {}
         return {key: value.to_json() if hasattr(value, "to_json") else value for key, value in flat.items()}
 
     @classmethod
@@ -101,12 +148,14 @@ class StudentConfig:
         """
         try:
             family = str(config.get("family", "dit"))
-            nested = {
+            nested: dict[str, Any] = {
                 "network": backbone_class(family, network, "the student").config_class(**config["network"]),
                 "grid": TimeGrid.from_json(config["grid"]),
                 "schedule": NoiseSchedule.from_json(config["schedule"]),
             }
-            return cls(**{**config, **nested})
+            if config.get("text") is not None:
+                nested["text"] = TextSource(**config["text"])
+            return cls(**{key: value for key, value in {**config, **nested}.items() if key != "teacher_steps"})  # the grid's
         except (KeyError, TypeError) as error:
             raise InputError(f"student: its config.json does not fit this version of pyard: {error}") from None
 

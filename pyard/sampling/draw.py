@@ -22,6 +22,8 @@ from pyard.sampling.inference import (
     is_out_of_memory,
     plain_rollout,
 )
+from pyard.sampling.prompts import condition_of_prompts, shape_of_pixels, texts_of
+from pyard.storage.typed import checked
 
 if TYPE_CHECKING:
     from pyard.models.backbone import Backbone
@@ -30,11 +32,13 @@ if TYPE_CHECKING:
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
+@checked("sample")
 @torch.inference_mode()
 def sample(
     student: Student | str | Path,
     labels: Sequence[int | str] | np.ndarray | torch.Tensor | None = None,
     *,
+    prompts: str | Path | Sequence[str] | None = None,
     condition: Condition | None = None,
     seed: int | Sequence[int] = 0,
     batch_size: int | None = None,
@@ -46,6 +50,9 @@ def sample(
     progress: bool = False,
     network: type[Backbone] | str | None = None,
     sample_shape: Sequence[int] | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    pipeline: str | Path | None = None,
 ) -> torch.Tensor:
     """Draw one sample for each condition: images if the student has a VAE, else what it was trained on.
 
@@ -56,6 +63,7 @@ def sample(
         student: the student, or the path of its folder.
         labels: class of each sample, 0 ... num_classes - 1, or its name where the student knows names; of another student,
             condition numbers, rows of its table.
+        prompts: in place of labels, of a text-to-image student: texts, a file of them (`.txt`, `.jsonl`), or one text.
         condition: in place of labels, the tensors themselves.
         seed: of the noise; or one for each sample, which then starts from `standard_normal(seed[i], [0], shape)`.
         batch_size: samples that run together; None: as many as fit. Batches that run out of memory are halved.
@@ -67,6 +75,9 @@ def sample(
         progress: show a progress bar.
         network: class of the backbone of a folder's student that is none of pyard's, or "package.module:Class".
         sample_shape: [C, ...] of the samples of a student that was trained on several; None: the usual one.
+        height, width: of the pictures in pixels, in place of sample_shape.
+        pipeline: folder of the diffusers pipeline whose text encoders a text-to-image student's prompts need; None: its
+            teacher's, where it was in training.
 
     Returns:
         float32 on the CPU: [n, C, ...], or [n, S, C, ...] with `return_trajectory`. Images are about -1 to 1, not clipped.
@@ -79,11 +90,17 @@ def sample(
         from pyard.models.student import Student
 
         student = Student.from_pretrained(student, network=network)
-    if (labels is None) == (condition is None):
-        raise InputError("sample: expected labels or condition, one of the two")
+    if sum(value is not None for value in (labels, prompts, condition)) != 1:
+        raise InputError("sample: expected labels, prompts or condition, one of the three")
     if labels is not None:
         condition = student.require_conditions().take(condition_numbers(labels, student))
+    if prompts is not None:
+        condition = condition_of_prompts(student, texts_of(prompts), folder=pipeline)
     assert condition is not None
+    if height is not None or width is not None:
+        if sample_shape is not None:
+            raise InputError("sample: expected sample_shape, or height and width; found both")
+        sample_shape = shape_of_pixels(student, height, width)
     count = condition.batch_size
     shape = student.trained_shape(sample_shape)
     if batch_size is not None and batch_size < 1:
@@ -131,6 +148,8 @@ def condition_numbers(labels: Sequence[int | str] | np.ndarray | torch.Tensor, s
     if isinstance(labels, str):
         raise InputError(f"labels: found the text {labels!r}; expected a list, such as [{labels!r}]")
     table = student.require_conditions()
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "UO":
+        labels = labels.tolist()
     if not isinstance(labels, Sequence) or not any(isinstance(label, str) for label in labels):
         return check_labels(labels, table.count)
     if not isinstance(table, ClassConditions):
@@ -149,6 +168,7 @@ def _noise(seed: int | Sequence[int], index: np.ndarray, shape: tuple[int, ...])
     return standard_normal(seed, index, shape)
 
 
+@checked("sample")
 def sample_to_file(
     student: Path,
     out: Path,
@@ -161,15 +181,19 @@ def sample_to_file(
     cuda_graph: bool = False,
     network: str | None = None,
     sample_shape: list[int] | None = None,
+    prompts: list[str] | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    pipeline: str | None = None,
 ) -> None:
     """Draw samples with a student and write them to a file.
 
-    Example: pyard sample --student runs/digits --labels '[3, 1, 4]' --out digits.png
+    Example: pyard sample --student runs/digits --labels 3 1 4 --out digits.png
 
     Args:
         student: a run folder or a student's folder.
-        out: `.npz` (array `samples` float32 [n, C, ...] and `labels`), or `.png` (a picture with one sample a tile; one, three
-            or more channels, of which the first three are drawn; -1 is black, 1 is white).
+        out: `.npz` (array `samples` float32 [n, C, ...] and `labels` or `prompts`), or `.png` (a picture with one sample a
+            tile; one, three or more channels, of which the first three are drawn; -1 is black, 1 is white).
         labels: class of each sample, by number or by name where the student knows names, or other condition numbers; none:
             every one once.
         seed: of the noise; the same seed draws the same samples in ONNX Runtime.
@@ -179,6 +203,11 @@ def sample_to_file(
         cuda_graph: replay the steps as one CUDA graph.
         network: package.module:Class of the backbone of a student that is made of none of pyard's.
         sample_shape: [C, ...] of the samples of a student that was trained on several; none: the usual one.
+        prompts: of a text-to-image student, in place of labels: texts, or one file of them (`.txt`, `.jsonl`).
+        height: of the pictures in pixels, in place of sample_shape; none: the usual one.
+        width: likewise.
+        pipeline: folder of the diffusers pipeline whose text encoders the prompts need; none: the teacher's, where it was in
+            training.
     """
     from pyard.models.student import Student
 
@@ -188,7 +217,14 @@ def sample_to_file(
     shape = model.sample_shape if model.codec is None else model.codec.image_shape(model.sample_shape)
     if out.suffix == ".png" and len(shape) != 3:
         raise InputError(f"--out {out}: samples of shape {shape} are no pictures; expected a name that ends in .npz")
-    numbers = condition_numbers(list(range(model.num_conditions)) if labels is None else labels, model)
+    if prompts is not None and labels is not None:
+        raise InputError("--labels and --prompts: expected one of the two")
+    if prompts is None and labels is None and model.config.text is not None:
+        raise InputError("--prompts is missing: expected texts, or a file of them")
+    texts = None if prompts is None else texts_of(prompts[0] if len(prompts) == 1 else prompts)
+    numbers = None
+    if texts is None:
+        numbers = condition_numbers(list(range(model.num_conditions)) if labels is None else labels, model)
     if torch.cuda.is_available():
         model.to("cuda")
     samples = sample(
@@ -201,12 +237,16 @@ def sample_to_file(
         cuda_graph=cuda_graph,
         progress=True,
         sample_shape=sample_shape,
+        prompts=texts,
+        height=height,
+        width=width,
+        pipeline=pipeline,
     ).numpy()
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npz":
-        np.savez(out, samples=samples, labels=numbers)
+        np.savez(out, samples=samples, **({"prompts": texts} if numbers is None else {"labels": numbers}))
     else:
         from pyard.data.pictures import save_tiles
 
         save_tiles(samples, out)
-    print(f"{len(numbers)} samples of shape {samples.shape[1:]} in {out}")
+    print(f"{len(samples)} samples of shape {samples.shape[1:]} in {out}")

@@ -73,6 +73,22 @@ def to_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
+def stand_in(path: Path) -> str | None:
+    """What a file is that was saved in place of the one meant; None if it is none of those.
+
+    Such are empty files, pointers of Git LFS, and web pages.
+    """
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        return "it is empty; copy it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, which stands for the file; `git lfs pull` fetches the file itself"
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        return "it is a web page (HTML), such as an error or a login page that was saved in its place; download it again"
+    return None
+
+
 def read_json(path: Path) -> Any:
     """The contents of a JSON file; an InputError if it is none."""
     try:
@@ -82,8 +98,8 @@ def read_json(path: Path) -> Any:
     return parse_json(text, path)
 
 
-def parse_json(text: bytes, path: Path) -> Any:
-    """The value of a JSON text found in `path`; an InputError if it is none or names a key twice."""
+def parse_json(text: bytes | str, path: Path | str) -> Any:
+    """The value of a JSON text found in `path`, which may name a line; an InputError if it is none or names a key twice."""
     try:
         return json.loads(text, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:

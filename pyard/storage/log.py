@@ -20,7 +20,7 @@ class TrainingLog:
     def __init__(self, path: Path, resume_step: int):
         kept = [line for line in read_log(path) if line["step"] <= resume_step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(path, "a", buffering=1)
+        self._file = open(path, "a", buffering=1, encoding="utf-8")
 
     def write(self, **values: Any) -> None:
         """Append a line."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pyard.errors import InputError
+from pyard.storage.typed import checked
 from pyard.teachers.protocol import Teacher
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from pyard.models.backbone import Backbone
     from pyard.models.dit.checkpoint_file import Weights
     from pyard.teachers.network_teacher import NetworkTeacher
+    from pyard.teachers.text_to_image.teacher import WeightsDType
 
 __all__ = ["Family", "Teacher", "load_teacher"]
 
@@ -20,6 +22,7 @@ __all__ = ["Family", "Teacher", "load_teacher"]
 Family = Literal["dit", "sit", "repa", "lightningdit"]
 
 
+@checked("load_teacher")
 def load_teacher(
     source: str | Path,
     *,
@@ -30,13 +33,19 @@ def load_teacher(
     vae: str | Path | None = None,
     network: type[Backbone] | str | None = None,
     weights: Weights | None = None,
+    dtype: WeightsDType | None = None,
+    variant: str | None = None,
+    transformer: str | Path | None = None,
+    lora: str | Path | None = None,
+    max_sequence_length: int | None = None,
 ) -> NetworkTeacher:
     """Load a teacher.
 
     Args:
         source: `digits`, the built-in teacher of scikit-learn's handwritten digits (trained on first use, then cached); a
-            folder that pyard wrote; a diffusers folder (`DiTPipeline`, or a `DiTTransformer2DModel` with its scheduler); the
-            `.pt` or `.safetensors` of DiT, SiT, REPA or REPA-E.
+            folder that pyard wrote; a diffusers folder (`DiTPipeline`, or a `DiTTransformer2DModel` with its scheduler; a
+            text-to-image pipeline of `pyard.teachers.text_to_image.PIPELINES`); the `.pt` or `.safetensors` of DiT, SiT, REPA
+            or REPA-E.
         family: for a `.pt` or `.safetensors` that does not say it: `dit`, `sit` or `repa` (REPA-E as well).
         num_heads: for a `.pt` or `.safetensors` of another width than the published models: attention heads.
         num_classes: for a `.pt` or `.safetensors` whose label table has no row for "no class" and whose settings do not say so.
@@ -45,6 +54,11 @@ def load_teacher(
             without one, as `.pt` files do.
         network: class of the backbone of a teacher's folder that is none of pyard's, or its "package.module:Class".
         weights: of a `.pt` or `.safetensors` with several: `ema` or `model`; None: the averaged ones where there are any.
+        dtype: of the weights of a text-to-image pipeline: `float32` (None), `bfloat16` or `float16`; others are float32.
+        variant: of a text-to-image pipeline's weights, such as `fp16`.
+        transformer: a fine-tuned transformer in place of a text-to-image pipeline's: a folder or a single file.
+        lora: a LoRA that is added to a text-to-image pipeline's transformer.
+        max_sequence_length: limit of a text-to-image pipeline's text tokens; None: the pipeline's own.
 
     Returns:
         The teacher, ready for `generate_trajectories` and `train`.
@@ -52,6 +66,22 @@ def load_teacher(
     Raises:
         InputError: nothing there that pyard knows how to read, or that it would not reproduce.
     """
+    of_pipeline = {"variant": variant, "transformer": transformer, "lora": lora, "max_sequence_length": max_sequence_length}
+    pipeline = _pipeline_folder(source)
+    if pipeline is not None:
+        from pyard.teachers.text_to_image.teacher import load_pipeline
+
+        others = {"family": family, "num_heads": num_heads, "num_classes": num_classes, "schedule": schedule,
+                  "network": network, "weights": weights}  # fmt: skip
+        if given := [name for name, value in others.items() if value is not None]:
+            raise InputError(f"teacher {source}: {given[0]} is not for a text-to-image pipeline, whose folder says it")
+        paths = {name: None if value is None else Path(value) for name, value in
+                 (("transformer", transformer), ("lora", lora), ("vae", vae))}  # fmt: skip
+        return load_pipeline(
+            pipeline, dtype=dtype or "float32", variant=variant, max_sequence_length=max_sequence_length, **paths
+        )
+    if given := [name for name, value in of_pipeline.items() if value is not None]:
+        raise InputError(f"teacher {source}: {given[0]} is for text-to-image pipelines of diffusers; this is none")
     teacher = _load(source, family, num_heads, num_classes, schedule, network, weights)
     if vae is not None:
         from pyard.models.codec import LatentCodec
@@ -64,6 +94,14 @@ def load_teacher(
         if teacher.latent_statistics is not None:
             teacher.codec = LatentCodec(teacher.latent_statistics.on(teacher.codec.vae))
     return teacher
+
+
+def _pipeline_folder(source: str | Path) -> Path | None:
+    """The folder of a text-to-image pipeline that a teacher is named by; None: another kind of teacher."""
+    from pyard.teachers.text_to_image.teacher import is_pipeline_folder
+
+    path = Path(source)
+    return path if is_pipeline_folder(path) else None
 
 
 def _load(

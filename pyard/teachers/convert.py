@@ -7,9 +7,11 @@ from typing import Literal
 
 from pyard.errors import InputError
 from pyard.models.dit.checkpoint_file import Weights
+from pyard.storage.typed import checked
 from pyard.teachers import Family, load_teacher
 
 
+@checked("convert")
 def convert(
     source: str,
     out: Path,

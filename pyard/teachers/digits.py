@@ -10,6 +10,7 @@ import torch
 from pyard.data.digits import NUM_CLASSES, digits_data
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.models.dit.config import DiTConfig
+from pyard.storage.typed import checked
 from pyard.teachers.network_teacher import NetworkTeacher
 from pyard.teachers.teaching import TeachBatch, TeachConfig, new_network, taught_once, teaching_device, train_network
 
@@ -30,6 +31,7 @@ def digits_teacher(progress: bool = True) -> NetworkTeacher:
     return teach(cache_folder() / _CACHED_NAME, progress=progress)
 
 
+@checked("teach")
 def teach(
     out: str | Path,
     *,

@@ -20,6 +20,9 @@ class Teacher(Protocol):
         conditions: what it can be asked for: `pyard.conditions.ClassConditions(10)` for ten classes.
         fingerprint: changes whenever the predictions do; trajectories and students remember it.
         device: where `predict` wants its tensors.
+
+    It may have more: `guidance` and `cfg_normalization`, how `pyard.teachers.guidance.combine` guides it, and `solver_options`,
+    of its own `dpm++2m` solver (`pyard.diffusion.multistep.OPTIONS`). Its fingerprint then changes with them.
     """
 
     schedule: NoiseSchedule

@@ -10,6 +10,7 @@ import torch
 from pyard.data.scenes import CLASS_NAMES, NUM_CLASSES, SIZE, draw_scenes, scene_uniforms
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.models.dit.config import DiTConfig
+from pyard.storage.typed import checked
 from pyard.teachers.network_teacher import NetworkTeacher
 from pyard.teachers.teaching import TeachBatch, TeachConfig, new_network, taught_once, teaching_device, train_network
 
@@ -21,6 +22,7 @@ class ScenesConfig(TeachConfig):
     patch_size: int
 
 
+@checked("teach")
 def teach(
     out: str | Path,
     *,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyard.errors import InputError
-from pyard.training.settings import conform
+from pyard.storage.typed import conform
 
 # For the built-in digits, 16 tokens: narrow discriminators with short kernels, no thousands of updates of warm-up, and feature
 # matching, which gains most there. `docs/quality.md` has what else was tried, and what came of it.

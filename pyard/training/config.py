@@ -7,7 +7,7 @@ import difflib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
@@ -23,11 +23,12 @@ from pyard.models.student_config import (
 )
 from pyard.ops.masks import Mask
 from pyard.storage.files import write_text
+from pyard.storage.typed import conform, read_settings
 from pyard.training.adversarial_config import AdversarialConfig
 from pyard.training.checks import check_ranges
-from pyard.training.settings import conform
 from pyard.trajectories.manifest import DType, Keep, Precision
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 SETTINGS_NAME = "settings.yaml"
 IDENTITY_NAME = "train.json"
 
@@ -43,7 +44,7 @@ _NOT_OF_THE_RESULT = (
     "evaluation_trajectories", "max_skipped_in_a_row", "trackers", "peak_tflops", "progress",
     "gradient_accumulation", "activation_checkpointing", "compile",
     "num_trajectories", "teacher_steps", "cfg_scale", "cfg_channels", "trajectory_dtype", "trajectory_keep",
-    "trajectory_precision",
+    "trajectory_precision", "prompts", "height", "width", "embedded_guidance", "variant", "transformer", "lora",
 )  # fmt: skip  # the last two lines are in the manifest of the trajectories, which is compared
 
 
@@ -77,12 +78,20 @@ class TrainConfig:
             none: train everything.
 
         num_trajectories: how many to generate if there is no store.
-        teacher_steps: steps of the teacher's solver in those.
-        cfg_scale: guidance weight in those; 1 is none.
+        teacher_steps: steps of the teacher's solver in those; none: 25, or about as many as a text-to-image pipeline takes.
+        cfg_scale: guidance weight in those; 1 is none; none: 1.5, or a text-to-image pipeline's own.
         cfg_channels: guide only the first so many channels in those, as DiT's public code does with 3 of 4; none: all.
         trajectory_dtype: how those are stored: float32 | float16 | bfloat16.
         trajectory_keep: what is stored of those: state | denoised | both.
         trajectory_precision: what the teacher computes in: float32 | bfloat16.
+
+        prompts: of a text-to-image pipeline, in those: a `.txt` or `.jsonl` file, or a folder with `metadata.jsonl`.
+        height: of a text-to-image pipeline's pictures in those, in pixels; none: its own.
+        width: likewise.
+        embedded_guidance: what a pipeline such as FLUX.1-dev tells its transformer of guidance in those; none: its default.
+        variant: of a text-to-image pipeline's weights, such as fp16.
+        transformer: a fine-tuned transformer in place of the pipeline's, folder or single file.
+        lora: a LoRA that is added to the pipeline's transformer.
 
         max_steps: updates.
         batch_size: trajectories an update, over all processes and accumulated micro-batches.
@@ -145,12 +154,20 @@ class TrainConfig:
     lora_rank: int | None = None
 
     num_trajectories: int = 8192
-    teacher_steps: int = 25
-    cfg_scale: float = 1.5
+    teacher_steps: int | None = None
+    cfg_scale: float | None = None
     cfg_channels: int | None = None
     trajectory_dtype: DType = "float32"
     trajectory_keep: Keep = "both"
     trajectory_precision: Precision = "float32"
+
+    prompts: str | None = None
+    height: int | None = None
+    width: int | None = None
+    embedded_guidance: float | None = None
+    variant: str | None = None
+    transformer: str | None = None
+    lora: str | None = None
 
     max_steps: int = 2000
     batch_size: int = 64
@@ -189,6 +206,18 @@ class TrainConfig:
 
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
 
+    # Headings of the command's help, each with the field that it begins with.
+    GROUPS: ClassVar[dict[str, str]] = {
+        "teacher, trajectories and run folder": "teacher",
+        "stage": "stage",
+        "student": "num_steps",
+        "trajectories, where none are given": "num_trajectories",
+        "optimisation": "max_steps",
+        "memory and speed": "mixed_precision",
+        "loss": "loss",
+        "checkpoints, log and evaluation": "save_every",
+    }
+
     def __post_init__(self) -> None:
         conform(self, "training")
         check_ranges(self)
@@ -215,23 +244,22 @@ class TrainConfig:
 
     @classmethod
     def read(cls, path: str | Path) -> TrainConfig:
-        """The configuration of a recipe, as `pyard train --config` reads it; without one, `out` is the current folder."""
-        from jsonargparse import ArgumentError, ArgumentParser
+        """The configuration of a recipe, as `pyard train --config` reads it; without one, `out` is the current folder.
 
+        Args:
+            path: a YAML file, or the name of one of pyard's recipes, such as `digits`.
+        """
+        file = recipe_file(path)
         try:
-            settings = yaml.safe_load(Path(path).read_text())
-        except (OSError, yaml.YAMLError) as error:
+            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise InputError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from None
         if not isinstance(settings, dict):
             raise InputError(f"recipe {path} holds a {type(settings).__name__}; expected settings by name")
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(cls, fail_untyped=False, sub_configs=False)
-        try:
-            if settings.get("mixed_precision") is False:  # YAML reads a bare `no` as false
-                settings = {**settings, "mixed_precision": "no"}
-            return cls(**vars(parser.instantiate(parser.parse_object({"out": ".", **settings}))))
-        except ArgumentError as error:
-            raise InputError(f"recipe {path}: {error}") from None
+        found = read_settings(cls, settings, f"recipe {path}")
+        if "teacher" not in found:
+            raise InputError(f"recipe {path} names no teacher")
+        return cls(**{"out": Path(), **found})
 
     def resolved(self, teacher_depth: int) -> TrainConfig:
         """The configuration with what it leaves open decided, for a teacher of so many layers."""
@@ -290,6 +318,22 @@ class TrainConfig:
         if not file.exists():
             return None
         try:
-            return dict(json.loads(file.read_text()))
+            return dict(json.loads(file.read_text(encoding="utf-8")))
         except ValueError as error:
             raise InputError(f"{file} is not JSON ({error}); use another --out") from None
+
+
+def recipe_file(name: str | Path) -> Path:
+    """The file of a recipe by path, or by the name of one of pyard's own.
+
+    Raises:
+        InputError: neither; it lists the names.
+    """
+    own = {file.stem: file for file in RECIPES.glob("*.yaml")}
+    # `recipes/digits.yaml` is the same one wherever the command is given.
+    stem = Path(name).stem if str(name) in (Path(name).stem, f"recipes/{Path(name).stem}.yaml") else ""
+    if Path(name).is_file() or stem not in own:
+        if not Path(name).is_file():
+            raise InputError(f"recipe {name}: no such file; expected a YAML file, or one of {', '.join(sorted(own))}")
+        return Path(name)
+    return own[stem]

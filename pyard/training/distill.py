@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyard.conditions import PromptTable
 from pyard.errors import InputError
 from pyard.models.fingerprint import weights_digest
 from pyard.models.lora import add_lora, merge_lora
 from pyard.models.student import Student
 from pyard.teachers import load_teacher
+from pyard.teachers.text_to_image.teacher import PipelineTeacher, is_pipeline_folder
 from pyard.training.config import TrainConfig
 from pyard.trajectories import TrajectoryReader, TrajectoryStore, generate_trajectories
 from pyard.trajectories.buckets import BatchReader, BucketReader, check_buckets
@@ -132,7 +135,7 @@ def _run(
         )
     if isinstance(teacher, str | Path):
         with processes.main_first():  # the built-in teacher is trained on first use
-            teacher = load_teacher(teacher, network=network)
+            teacher = _load(teacher, trajectories, config, network)
     network = type(teacher.network.trunk)
     earlier = None if config.student is None else Student.from_pretrained(config.student, network=network)
     if earlier is not None:
@@ -148,9 +151,18 @@ def _run(
     home = teacher.device
     teacher.to(processes.device)
     stores = _open_stores(teacher, trajectories, config)  # each process writes its part of a new one, and waits for the others
+    if isinstance(teacher, PipelineTeacher):
+        table = stores[0].conditions
+        assert isinstance(table, PromptTable)
+        teacher = teacher.with_prompts(table)
     with processes.main_first():
         held_out = _held_out(teacher, config, stores, processes)
     student = _student(teacher, stores, config, earlier).to(processes.device)
+    if config.lora_rank is None:
+        student.float()  # small updates vanish in bfloat16; mixed_precision says what is computed in it
+    theirs = stores[0].manifest
+    trained_on = {name: getattr(theirs, name) for name in ("cfg_scale", "cfg_channels", "cfg_interval", "solver")}
+    student.config = dataclasses.replace(student.config, **trained_on)
     if config.lora_rank is not None:
         add_lora(student, config.lora_rank)
     # A store that has grown since the run began is read as far as it went then.
@@ -160,7 +172,7 @@ def _run(
     stage: Regression
     if config.stage == "adversarial":
         shape = stores[0].manifest.sample_shape
-        source = _real_source(config, shape, student.codec or teacher.codec, processes)
+        source = _real_source(config, shape, student, student.codec or teacher.codec, processes)
         data = RealData.load(source, shape, student.num_conditions)
         inputs |= {"real_fingerprint": data.fingerprint(), "student_fingerprint": weights_digest(student)}
     with processes.main_first():
@@ -220,6 +232,26 @@ def _manifests(begun: dict[str, Any]) -> list[dict[str, Any]]:
     return found if isinstance(found, list) else [found]
 
 
+def _load(teacher: str | Path, trajectories: Any, config: TrainConfig, network: type[Backbone] | str | None) -> NetworkTeacher:
+    """The teacher by its path; a text-to-image pipeline in the precision of the trajectories that it made."""
+    if not is_pipeline_folder(Path(teacher)):
+        return load_teacher(teacher, network=network)
+    given = trajectories[0] if isinstance(trajectories, list | tuple) and trajectories else trajectories
+    precision = config.trajectory_precision
+    if isinstance(given, TrajectoryStore):
+        precision = given.manifest.precision
+    elif isinstance(given, str | Path) and (manifest := read_manifest(Path(given))) is not None:
+        precision = manifest.precision
+    return load_teacher(
+        teacher,
+        network=network,
+        dtype=precision,
+        variant=config.variant,
+        transformer=config.transformer,
+        lora=config.lora,
+    )
+
+
 def _refuse_diverged(averages: list[Student], config: TrainConfig) -> None:
     """Raises InputError if averaged weights are not finite, or so large that half of their range is used up."""
     from torch.distributed.tensor import DTensor
@@ -253,6 +285,7 @@ def _student(
             heads=config.heads,
             history_bias=config.history_bias,
             sample_shapes=[store.manifest.sample_shape for store in stores],
+            text=teacher.text_source() if isinstance(teacher, PipelineTeacher) else None,
         )
     if earlier.config.teacher_fingerprint != teacher.fingerprint:
         raise InputError(
@@ -267,7 +300,9 @@ def _student(
     return earlier
 
 
-def _real_source(config: TrainConfig, sample_shape: tuple[int, ...], codec: Codec | None, processes: Processes) -> str | Path:
+def _real_source(
+    config: TrainConfig, sample_shape: tuple[int, ...], student: Student, codec: Codec | None, processes: Processes
+) -> str | Path:
     """Where the real data is; pictures are encoded first, each process its share."""
     from pyard.data.real_images import cached_images, is_image_folder
 
@@ -282,6 +317,8 @@ def _real_source(config: TrainConfig, sample_shape: tuple[int, ...], codec: Code
         device=processes.device,
         rank=processes.rank,
         world_size=processes.world,
+        conditions=student.conditions,
+        progress=config.progress and processes.is_main,
     )
     processes.wait(patiently=True)  # encoding takes hours, and some processes have more to encode than others
     return shards
@@ -303,6 +340,10 @@ def _open_stores(
             keep=config.trajectory_keep,
             dtype=config.trajectory_dtype,
             precision=config.trajectory_precision,
+            prompts=config.prompts,
+            height=config.height,
+            width=config.width,
+            embedded_guidance=config.embedded_guidance,
             seed=config.seed,
             progress=config.progress,
         )

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pyard.conditions import Condition
 from pyard.cost.flops import update_flops
+from pyard.models.backbone import Backbone
 from pyard.models.history import ConcatenatingCache
 from pyard.models.student import Student
 from pyard.storage.checkpoints import Stateful, ema_of
@@ -211,12 +212,15 @@ def micro_batches(batch: TrajectoryBatch, count: int) -> Iterator[tuple[Trajecto
 def checkpoint_activations(student: Student) -> None:
     """Keep only the inputs of the transformer's blocks, and compute the rest again in the backward pass."""
     for block in student.trunk.blocks:
-        block.forward = _recomputed(block.forward)  # type: ignore[method-assign]
+        block.forward = _recomputed(block.forward, student.trunk)  # type: ignore[method-assign]
 
 
-def _recomputed(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _recomputed(forward: Callable[..., torch.Tensor], trunk: Backbone) -> Callable[..., torch.Tensor]:
     def recomputed(*args: object, **kwargs: object) -> torch.Tensor:
-        return torch.utils.checkpoint.checkpoint(functools.partial(forward, **kwargs), *args, use_reentrant=False)
+        again = trunk.recomputation()
+        run = functools.partial(forward, **kwargs)
+        contexts: Any = {} if again is nullcontext else {"context_fn": lambda: (nullcontext(), again())}
+        return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False, **contexts)
 
     return recomputed
 

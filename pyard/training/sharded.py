@@ -162,7 +162,7 @@ def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str =
     if not steps or (step is not None and step not in steps):
         raise InputError(f"{run}: checkpoints of steps {steps}; expected {'any' if step is None else step}")
     folder = checkpoints.folder(steps[-1] if step is None else step)
-    state = json.loads((folder / "state.json").read_text())
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     backbone = backbone_class(str(state["student"].get("family", "dit")), network, folder)
     student_config = StudentConfig.from_json(state["student"], backbone)
     student = Student(student_config, backbone(student_config.network))
@@ -187,7 +187,7 @@ def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str =
             raise InputError(f"checkpoint {folder} cannot be read ({error}); choose another --step of {steps}") from error
     student.load_state_dict(tensors)
     merge_lora(student)
-    settings = yaml.safe_load((run / SETTINGS_NAME).read_text()) if (run / SETTINGS_NAME).exists() else {}
+    settings = yaml.safe_load((run / SETTINGS_NAME).read_text(encoding="utf-8")) if (run / SETTINGS_NAME).exists() else {}
     origins = (run / "student", *(Path(settings.get(of) or run) for of in ("student", "teacher")))
     student.codec = LatentCodec.beside(*origins)
     student.conditions = student.conditions or load_conditions(*origins)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
+from pyard.storage.typed import checked
 from pyard.teachers import load_teacher
 from pyard.trajectories.compute import pack_shard
 from pyard.trajectories.gather import as_tensor
@@ -35,6 +36,7 @@ from pyard.trajectories.store import TrajectoryStore, write_shard
 _NPZ_OVERHEAD = 4096
 
 
+@checked("trajectories")
 def convert_trajectories(
     source: str | Path,
     out: str | Path,

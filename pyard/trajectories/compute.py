@@ -94,7 +94,7 @@ def trajectory(
         teacher,
         noise.to(teacher.device),
         numbers.to(teacher.device),
-        manifest.grid.teacher_steps,
+        manifest.grid.visits(manifest.schedule),
         cfg_scale=manifest.cfg_scale,
         cfg_channels=manifest.cfg_channels,
         cfg_interval=manifest.cfg_interval,
@@ -104,7 +104,8 @@ def trajectory(
 
 def autocast(teacher: Teacher, manifest: TrajectoryManifest) -> contextlib.AbstractContextManager[None]:
     """What `precision` asks for; the solver itself stays in float32."""
-    enabled = manifest.precision == "bfloat16"
+    # Weights that are in bfloat16 already compute in it as their pipeline does.
+    enabled = manifest.precision == "bfloat16" and getattr(teacher, "precision", "float32") == "float32"
     return torch.autocast(teacher.device.type, torch.bfloat16, enabled=enabled)
 
 

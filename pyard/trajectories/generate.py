@@ -10,17 +10,20 @@ import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from tqdm import tqdm
 
-from pyard.conditions import save_conditions
+from pyard.conditions import PromptTable, load_conditions, save_conditions
+from pyard.conditions.prompt_file import PromptLine, read_prompts
 from pyard.diffusion.solvers import Solver, solver_of
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
+from pyard.storage.typed import checked
 from pyard.storage.units import format_bytes, format_seconds
 from pyard.teachers import Teacher, load_teacher
+from pyard.teachers.text_to_image.teacher import PipelineTeacher
 from pyard.trajectories.compute import compiled, compute_batch, device_name, drawn_ahead, pack_shard, warm_up
 from pyard.trajectories.manifest import DType, Keep, Precision, TrajectoryManifest
 from pyard.trajectories.parts import Part, wait_for_others, writing
@@ -31,35 +34,49 @@ if TYPE_CHECKING:
     from pyard.teachers.network_teacher import NetworkTeacher
 
 DEFAULT_BATCH_SIZE = 64
+DEFAULT_TEACHER_STEPS = 25
+DEFAULT_CFG_SCALE = 1.5
 MAX_SHARD_SAMPLES = 1024
 MAX_SHARD_BYTES = 256 * 2**20
 
+_Teacher = TypeVar("_Teacher", bound=Teacher)
 
+
+@checked("trajectories")
 def generate_trajectories(
     teacher: Teacher | str | Path,
     out: str | Path,
     count: int,
     *,
     num_steps: int = 4,
-    teacher_steps: int = 25,
+    teacher_steps: int | None = None,
     grid: TimeGrid | None = None,
-    cfg_scale: float = 1.5,
+    cfg_scale: float | None = None,
     cfg_channels: int | None = None,
     cfg_interval: tuple[float, float] | None = None,
     solver: Solver | None = None,
     keep: Keep = "both",
     dtype: DType = "float32",
     seed: int = 0,
-    labels: Literal["uniform", "balanced"] | list[int] = "uniform",
+    labels: Literal["uniform", "balanced"] | list[int] | None = None,
     batch_size: int | None = None,
     shard_size: int | None = None,
-    precision: Precision = "float32",
+    precision: Precision | None = None,
     compile: bool = False,
     device: str | None = None,
     part: str | None = None,
     progress: bool = True,
     network: type[Backbone] | str | None = None,
     sample_shape: tuple[int, ...] | None = None,
+    prompts: str | Path | list[str] | None = None,
+    prompt_order: Literal["in_turn", "uniform"] = "in_turn",
+    height: int | None = None,
+    width: int | None = None,
+    embedded_guidance: float | None = None,
+    max_sequence_length: int | None = None,
+    variant: str | None = None,
+    transformer: str | None = None,
+    lora: str | None = None,
 ) -> TrajectoryStore:
     """Write a teacher's ODE trajectories, from noise to data, to a store that students learn from.
 
@@ -76,20 +93,24 @@ def generate_trajectories(
         out: folder of the store.
         count: how many trajectories the store is to hold in all.
         num_steps: S, the jumps of the student-to-be: states and denoised predictions are stored at S places each.
-        teacher_steps: steps of the teacher's solver.
+        teacher_steps: steps of the teacher's solver; None: 25, or about as many as a text-to-image pipeline takes.
         grid: the places themselves; overrides num_steps and teacher_steps.
-        cfg_scale: classifier-free guidance weight; 1 is none and halves the cost.
+        cfg_scale: classifier-free guidance weight s, F_u + s (F_c - F_u); 1 is none and halves the cost; None: 1.5, or that of
+            a text-to-image pipeline.
         cfg_channels: guide only the first so many channels, as DiT's public code does with 3 of 4; None guides all.
         cfg_interval: lowest and highest teacher time (0 to 999 for DiT, 0 to 1 for flows) with guidance; None: all times.
-        solver: `ddim` for diffusion schedules; `euler` or `heun` (two evaluations a step) for flows; None: ddim or euler.
+        solver: `ddim` for diffusion schedules; `euler` or `heun` (two evaluations a step) for flows; `dpm++2m` (DPM-Solver++
+            of second order) for both; None: ddim or euler.
         keep: what to store beside noise and label: `state` (x_t at the grid times), `denoised` (of x_0) or `both`.
         dtype: how states and predictions are stored, the noise always in float32. Sidecars record the rounding error.
         seed: of noise and labels, 0 to 2**64 - 1.
-        labels: condition numbers, such as classes: `uniform` (drawn), `balanced` (in turn) or a list, taken in turn.
+        labels: condition numbers, such as classes: `uniform` (drawn), `balanced` (in turn) or a list, taken in turn; None:
+            uniform, or as prompt_order says.
         batch_size: samples that the teacher computes together, twice that with guidance; None: 64, or the store's.
         shard_size: samples in a file, a multiple of batch_size, of which a kill loses one; None: at most 1024 samples
             and 256 MiB, or the store's.
-        precision: `bfloat16` lets the teacher compute in it by autocast, which is faster on GPUs; the solver stays in float32.
+        precision: `bfloat16` lets the teacher compute in it by autocast, which is faster on GPUs, and is what a text-to-image
+            pipeline's weights are read in; the solver stays in float32. None: float32, or as a given teacher.
         compile: compile the teacher by torch.compile, with CUDA graphs on a GPU.
         device: where a teacher given by name computes, such as `cuda:1`; None: a GPU if there is one, each process its own.
         part: k/n with k from 1 to n: write only every n-th shard, n processes or machines in all; None: as torchrun's or
@@ -97,6 +118,16 @@ def generate_trajectories(
         progress: show a progress bar with rate, time left and disk use.
         network: class of the backbone of a teacher's folder that is none of pyard's, or its "package.module:Class".
         sample_shape: [C, ...] of the samples, of a teacher that takes several sizes; None: its usual one.
+        prompts: of a text-to-image pipeline: a `.txt` file with a prompt a line, a `.jsonl` file with `prompt` and
+            `negative_prompt`, a folder with `metadata.jsonl`, or a list. Each distinct text is encoded once, into `conditions/`
+            of the store, which a later call goes on with.
+        prompt_order: `in_turn`: sample i has prompt i modulo their number; `uniform`: it is drawn.
+        height, width: of a text-to-image pipeline's pictures, in pixels; None: the pipeline's own.
+        embedded_guidance: what a pipeline such as FLUX.1-dev tells its transformer of guidance; None: its default.
+        max_sequence_length: limit of text tokens; None: the pipeline's.
+        variant: of a pipeline's weights, such as `fp16`.
+        transformer: a fine-tuned transformer in place of the pipeline's: a folder or a single file.
+        lora: a LoRA that is added to the pipeline's transformer.
 
     Returns:
         The store; complete, unless only a `part` was asked for.
@@ -107,28 +138,37 @@ def generate_trajectories(
             same shards.
     """
     mine = Part.parse(part)
+    of_pipeline = {"variant": variant, "transformer": transformer, "lora": lora, "max_sequence_length": max_sequence_length}
     if isinstance(teacher, str | Path):
-        teacher = on_device(load_teacher(teacher, network=network), device)
+        teacher = load_teacher(teacher, network=network, dtype=precision, **_given(of_pipeline))
+        teacher = on_device(teacher, device)
+    elif _given(of_pipeline):
+        raise InputError(f"trajectories: {', '.join(_given(of_pipeline))} is for a teacher given by its folder")
     if count < 1:
         raise InputError(f"trajectories: count is {count}; expected at least 1")
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise InputError(f"trajectories: {out} is a file; expected a folder, or nothing")
+    shape = _shape(teacher, sample_shape, height, width)
     if grid is None:
-        grid = TimeGrid.build(teacher.schedule, num_steps, teacher_steps)
+        grid = grid_of(teacher, num_steps, teacher_steps, shape)
+    lines = None if prompts is None else read_prompts(prompts)
     there = read_manifest(out)
+    teacher = with_prompts(teacher, lines, out, embedded_guidance=embedded_guidance, progress=progress)
+    if labels is None:
+        labels = "balanced" if isinstance(teacher.conditions, PromptTable) and prompt_order == "in_turn" else "uniform"
     batch_size = batch_size or (there.batch_size if there else DEFAULT_BATCH_SIZE)
     manifest = TrajectoryManifest(
         teacher_fingerprint=teacher.fingerprint,
-        solver=solver_of(teacher.schedule, solver),
+        solver=solver_of(teacher.schedule, solver or getattr(teacher, "solver", None)),
         schedule=teacher.schedule,
         grid=grid,
-        cfg_scale=cfg_scale,
+        cfg_scale=default_cfg_scale(teacher) if cfg_scale is None else cfg_scale,
         cfg_channels=cfg_channels,
         cfg_interval=cfg_interval,
-        precision=precision,
+        precision=precision or cast(Precision, getattr(teacher, "precision", "float32")),
         compiled=compile,
-        sample_shape=_shape(teacher, sample_shape),
+        sample_shape=shape,
         num_classes=teacher.conditions.count,
         conditions=teacher.conditions.fingerprint,
         keep=keep,
@@ -154,7 +194,15 @@ def generate_trajectories(
     return TrajectoryStore.open(out)
 
 
-def _shape(teacher: Teacher, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _shape(teacher: Teacher, wanted: tuple[int, ...] | None, height: int | None, width: int | None) -> tuple[int, ...]:
+    if height is not None or width is not None:
+        if not isinstance(teacher, PipelineTeacher) or wanted is not None:
+            raise InputError("trajectories: height and width are for a text-to-image pipeline, in place of sample_shape")
+        return teacher.shape_of(height, width)
     shape = teacher.sample_shape if wanted is None else tuple(wanted)
     if shape != teacher.sample_shape:
         check = getattr(teacher, "check_sample", None)
@@ -162,6 +210,48 @@ def _shape(teacher: Teacher, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
             raise InputError(f"trajectories: sample_shape is {shape}; this teacher makes {teacher.sample_shape} alone")
         check(shape)
     return shape
+
+
+def grid_of(teacher: Teacher, num_steps: int, teacher_steps: int | None, shape: tuple[int, ...]) -> TimeGrid:
+    """The grid of a student of `num_steps` jumps on a teacher's usual trajectory."""
+    if isinstance(teacher, PipelineTeacher):
+        return teacher.grid(num_steps, teacher_steps, shape)
+    return TimeGrid.build(teacher.schedule, num_steps, DEFAULT_TEACHER_STEPS if teacher_steps is None else teacher_steps)
+
+
+def default_cfg_scale(teacher: Teacher) -> float:
+    """The guidance where nobody gives one: a pipeline's own, or 1.5."""
+    return teacher.cfg_scale if isinstance(teacher, PipelineTeacher) else DEFAULT_CFG_SCALE
+
+
+def with_prompts(
+    teacher: _Teacher, lines: list[PromptLine] | None, out: Path, *, embedded_guidance: float | None, progress: bool
+) -> _Teacher:
+    """A text-to-image teacher with its prompts encoded in the folder of a store; other teachers as they are.
+
+    Raises:
+        InputError: prompts for a teacher of classes, or none for one of prompts.
+    """
+    if not isinstance(teacher, PipelineTeacher):
+        if lines is not None or embedded_guidance is not None:
+            raise InputError("trajectories: prompts and embedded_guidance are for text-to-image pipelines of diffusers")
+        return teacher
+    if lines is None:
+        if isinstance(teacher.conditions, PromptTable):
+            return teacher
+        table = load_conditions(out)
+        if not isinstance(table, PromptTable):
+            raise InputError("trajectories: this teacher draws from prompts: give prompts=… (--prompts), a file or a list")
+        return teacher.with_prompts(table)
+    table = PromptTable.build(
+        teacher.text_encoder,
+        lines,
+        out / "conditions",
+        constants=teacher.constants(embedded_guidance),
+        default_negative=teacher.family.negative_prompt,
+        progress=progress,
+    )
+    return teacher.with_prompts(table)
 
 
 def write_shards(teacher: Teacher, store: TrajectoryStore, missing: list[tuple[int, int]], progress: bool, part: Part) -> None:

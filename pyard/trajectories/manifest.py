@@ -58,7 +58,8 @@ class TrajectoryManifest:
 
     Args:
         teacher_fingerprint: sha256 that changes whenever the teacher's predictions do.
-        solver: `ddim` for diffusion schedules, `euler` or `heun` for flows; `unknown` for imported trajectories.
+        solver: `ddim` for diffusion schedules, `euler` or `heun` for flows, `dpm++2m` for both; `unknown` for imported
+            trajectories.
         schedule: the teacher's noise schedule.
         grid: which places of the teacher's trajectory are stored.
         cfg_scale: guidance weight; 1 is none.
@@ -194,7 +195,9 @@ class TrajectoryManifest:
         """Raises InputError naming both sides of what differs; a grid's embed_times are the student's own business."""
         mine, theirs = self._settings(), wanted._settings()
         differences = [
-            f"{name} is {_short(mine[name])}, asked for {_short(theirs[name])}" for name in mine if mine[name] != theirs[name]
+            f"{name} is {_short(mine.get(name))}, asked for {_short(theirs.get(name))}"
+            for name in {**mine, **theirs}  # a setting may be left out where it has its default
+            if mine.get(name) != theirs.get(name)
         ]
         if differences:
             raise InputError(

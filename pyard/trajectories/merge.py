@@ -12,11 +12,13 @@ from tqdm import tqdm
 from pyard.conditions import save_conditions
 from pyard.errors import InputError
 from pyard.storage.files import file_sha256, new_file, to_bytes, write_atomically
+from pyard.storage.typed import checked
 from pyard.trajectories.parts import Part, writing
 from pyard.trajectories.shard import ShardRecord
 from pyard.trajectories.store import TrajectoryStore, remove_leftovers
 
 
+@checked("trajectories")
 def merge_trajectories(stores: list[str], out: str | Path, *, move: bool = False, progress: bool = True) -> TrajectoryStore:
     """Join stores that `--part k/n` wrote in several folders to one.
 

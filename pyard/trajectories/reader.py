@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pyard.diffusion.noise import epoch_order
 from pyard.diffusion.time_grid import Target
 from pyard.errors import InputError
+from pyard.storage.typed import checked
 from pyard.trajectories.batch import TrajectoryBatch
 from pyard.trajectories.gather import Backend, BatchDType, Gather, NativeGather, PythonGather, ResidentGather, native_module
 from pyard.trajectories.store import TrajectoryStore
@@ -48,6 +49,7 @@ class TrajectoryReader:
         InputError: a store that is not complete, does not keep `target`, or is smaller than one batch of all ranks.
     """
 
+    @checked("reader")
     def __init__(
         self,
         store: TrajectoryStore | str,

@@ -13,6 +13,7 @@ import torch
 from pyard.data.pictures import save_tiles
 from pyard.errors import InputError
 from pyard.models.codec import Codec, LatentCodec
+from pyard.storage.typed import checked
 from pyard.storage.units import format_bytes, format_seconds
 from pyard.trajectories.gather import as_tensor
 from pyard.trajectories.store import TrajectoryStore
@@ -44,6 +45,7 @@ def verify_trajectories(store: str | Path) -> int:
     return 0
 
 
+@checked("trajectories")
 def trajectory_stats(
     store: str | Path,
     *,

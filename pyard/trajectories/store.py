@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyard.conditions import ClassConditions, Conditions, load_conditions
+from pyard.conditions import ClassConditions, Conditions, PromptTable, load_conditions
 from pyard.errors import InputError
 from pyard.storage.files import file_sha256, read_json, to_bytes, write_atomically
 from pyard.trajectories.manifest import TrajectoryManifest
@@ -114,9 +114,12 @@ class TrajectoryStore:
         """Read everything and compare it with its checksums.
 
         Raises:
-            InputError: names every shard that is missing, changed or has labels that the manifest does not give it.
+            InputError: names every shard that is missing, changed or has labels that the manifest does not give it, or every
+                damaged file of the table of prompts.
         """
         self.require_complete()
+        if isinstance(self.conditions, PromptTable):
+            self.conditions.verify()
         broken = []
         for shard in self.shards:
             path = self.path / "shards" / f"{shard.name}.safetensors"

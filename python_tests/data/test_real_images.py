@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from training_runs import start, teacher_and_store, train_in, wait
 
+from pyard.conditions import ClassConditions
 from pyard.data import real_images
 from pyard.data.pictures import centre_crop
 from pyard.data.real_data import RealData
@@ -137,12 +138,88 @@ def test_other_pictures_and_broken_ones_are_named(tmp_path):
         cached_images(folder, tmp_path / "other", (3, 8, 8), None)
 
 
+def test_linked_folders_are_entered_and_circles_end(tmp_path):
+    folder = pictures(tmp_path / "images", size=(8, 8))
+    elsewhere = pictures(tmp_path / "elsewhere", 3, size=(8, 8))
+    (folder / "cat" / "more").symlink_to(elsewhere / "bird")
+    (folder / "dog").symlink_to(elsewhere / "cat")
+    (folder / "cat" / "circle").symlink_to(folder)
+    (folder / "dog" / "itself").symlink_to(folder / "dog")
+    data = RealData.load(cached_images(folder, tmp_path / "cache", (3, 8, 8), None), (3, 8, 8), 3)
+    counts = np.bincount(torch.cat([shard["labels"] for shard in data.shards]).numpy())
+    # bird 4; cat 3, the 2 linked ones, and what the circle shows of the other classes before it comes back; dog 1.
+    assert counts[0] == 4
+    assert counts[1] >= 5
+    assert counts[2] == 1
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+def test_16_bits_are_scaled_and_not_clipped(mode, tmp_path):
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8).round()
+    picture = Image.fromarray(ramp.astype(np.uint16 if mode == "I;16" else np.int32))
+    for name in ("a.png", "b.png"):
+        (tmp_path / "images" / name[0]).mkdir(parents=True)
+        picture.save(tmp_path / "images" / name[0] / name, format="PNG" if mode == "I;16" else "TIFF")
+    data = RealData.load(cached_images(tmp_path / "images", tmp_path / "cache", (1, 8, 8), None), (1, 8, 8), 2)
+    np.testing.assert_allclose(data.shards[0]["images"][0, 0].numpy(), ramp / 32767.5 - 1, atol=1.01 / 255)
+    colour = RealData.load(cached_images(tmp_path / "images", tmp_path / "colour", (3, 8, 8), None), (3, 8, 8), 2)
+    assert torch.equal(colour.shards[0]["images"][0, 2], data.shards[0]["images"][0, 0])
+
+
+@pytest.mark.parametrize(
+    ("folders", "names", "expected"),
+    [
+        (["a", "b", "c"], None, [0, 1, 2]),
+        (["0", "1", "2", "10", "3", "4", "5", "6", "7", "8", "9"], None, list(range(11))),  # "10" sorts before "2"
+        (["cat", "bird", "great_owl"], ["owl, great owl", "cat, kitten", "bird"], [1, 2, 0]),
+        (["n1", "n2", "n3"], ["owl", "cat", "bird"], [0, 1, 2]),
+    ],
+)
+def test_folders_are_classes_by_number_by_name_or_by_order(folders, names, expected, tmp_path, capsys):
+    for i, name in enumerate(folders):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("L", (8, 8), i * 20).save(tmp_path / "images" / name / "x.png")
+    classes = ClassConditions(len(folders), names)
+    cache = cached_images(tmp_path / "images", tmp_path / "cache", (1, 8, 8), None, conditions=classes, progress=True)
+    shard = RealData.load(cache, (1, 8, 8), len(folders)).shards[0]
+    values = ((shard["images"][:, 0, 0, 0] + 1) * 127.5).round().long() // 20
+    numbers = expected if names else [int(name) if name.isdigit() else i for i, name in enumerate(folders)]
+    assert {int(v): int(label) for v, label in zip(values, shard["labels"], strict=True)} == dict(enumerate(numbers))
+    printed = capsys.readouterr().err
+    assert f"{numbers[1]} {folders[1]}" in printed
+    assert "encoding pictures" in printed
+    assert f"{len(folders)}/{len(folders)}" in printed
+
+
+@pytest.mark.parametrize(
+    ("folders", "names", "message"),
+    [
+        ([f"class{i}" for i in range(10) if i != 4], None, "9 class folders for 10 classes .*4 class5"),
+        ([str(i) for i in range(10) if i != 4], None, "9 class folders for 10 classes"),
+        ([str(i) for i in range(1, 11)], None, "10 class folders for 10 classes .*10 10"),
+        ([f"class{i}" for i in range(11)], None, "11 class folders for 10 classes"),
+        (["1", "01", *"023456789"], None, "several folders for one class"),
+        (["b", *"cdefghij", "x"], list("abcdefghij"), "'b' is number 0 by its name and class 1 .*'x' is the name of no class"),
+    ],
+)
+def test_folders_that_are_not_the_classes_are_refused_with_the_map(folders, names, message, tmp_path):
+    for name in folders:
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "images" / name / "x.png")
+    with pytest.raises(InputError, match=message):
+        cached_images(tmp_path / "images", tmp_path / "cache", (1, 8, 8), None, conditions=ClassConditions(10, names))
+    assert not (tmp_path / "cache").exists()
+
+
 def test_the_adversarial_stage_trains_on_a_folder_of_pictures(tmp_path):
     """The teacher's VAE encodes them, the run resumes from the shards, and two processes see what one sees."""
     teacher_and_store(tmp_path)
     vae().save_pretrained(tmp_path / "teacher" / "vae")
     train_in(tmp_path, "first", max_steps=2)
-    adversarial = dict(real=str(pictures(tmp_path / "images")), virtual_batch=4, width=8, warmup_steps=0, flips=True)
+    images = pictures(tmp_path / "images")
+    for empty in ("dog", "eel", "fox"):
+        (images / empty).mkdir()
+    adversarial = dict(real=str(images), virtual_batch=4, width=8, warmup_steps=0, flips=True)
     settings = dict(stage="adversarial", student=str(tmp_path / "first"), adversarial=adversarial, max_steps=3)
     train_in(tmp_path, "one", **settings)
     assert set(load_file(tmp_path / "one" / "real" / "000000.safetensors")) == {

@@ -104,3 +104,49 @@ def test_wrong_input_is_named(tmp_path: Path) -> None:
         load_reference(tmp_path / "text.npz", Means(), SHAPE)
     with pytest.raises(InputError, match="no images"):
         Reference.of([], Means())
+
+
+def test_linked_classes_are_read_and_16_bits_scaled(tmp_path: Path) -> None:
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "linked").mkdir()
+    Image.fromarray(np.full((4, 4), 51400, np.uint16)).save(tmp_path / "linked/deep.png")  # 200 of 255
+    Image.fromarray(np.full((4, 4, 3), 7, np.uint8)).save(tmp_path / "linked/flat.png")
+    (tmp_path / "reference/class").symlink_to(tmp_path / "linked")
+    (tmp_path / "linked/circle").symlink_to(tmp_path / "reference")
+    found = load_reference(tmp_path / "reference", Means(), SHAPE)
+    np.testing.assert_allclose(found.features, [[200, 200, 200], [7, 7, 7]])
+
+
+def test_progress_says_how_many_batches_a_folder_has(tmp_path: Path, capsys) -> None:
+    for i, image in enumerate(images(65)):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    load_reference(tmp_path, Means(), SHAPE, progress=True)
+    assert "2/2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_fortran_order_is_read(compressed: bool, tmp_path: Path) -> None:
+    (np.savez_compressed if compressed else np.savez)(tmp_path / "f.npz", arr_0=np.asfortranarray(images()))
+    found = load_reference(tmp_path / "f.npz", Means(), SHAPE)
+    np.testing.assert_allclose(found.features, images().mean(axis=(1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "it is a Git LFS pointer.*git lfs pull"),
+        (b"<!DOCTYPE html><title>Sign in</title>", "it is a web page"),
+        (b"", "it is empty"),
+        (None, "it is one array as np.save writes it; np.savez writes an .npz"),
+    ],
+    ids=["lfs", "html", "empty", "npy"],
+)
+def test_what_is_no_archive_is_named(content: bytes | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "reference.npz"
+    path.write_bytes(content or b"")
+    if content is None:
+        with path.open("wb") as file:
+            np.save(file, images())
+    with pytest.raises(InputError, match=message) as refused:
+        load_reference(path, Means(), SHAPE)
+    assert "\n" not in str(refused.value)

@@ -98,7 +98,7 @@ def test_labels_uniform_balanced_or_given(tmp_path: Path) -> None:
     assert TrajectoryStore.open(tmp_path / "g").manifest.labels == (2, 0, 0, 1, 2)
     with pytest.raises(InputError, match=r"label 3 \(2 of 3 are wrong\); the teacher's classes are 0 to 2"):
         write(tmp_path / "wrong", labels=[0, 3, -1])
-    with pytest.raises(InputError, match="'uniform', 'balanced' or a list"):
+    with pytest.raises(InputError, match="expected one of uniform, balanced, or a list of whole numbers"):
         write(tmp_path / "wrong", labels="evenly")
     assert not (tmp_path / "wrong").exists()
 

@@ -23,11 +23,13 @@ from pyard.bench.quality.plan import SUBJECTS, Budget, Cell, Plan, Scale, full_p
 from pyard.bench.quality.report import write_report
 from pyard.errors import InputError
 from pyard.storage.log import read_log
+from pyard.storage.typed import checked
 from pyard.training.processes import PREEMPTED_STATUS, Preempted
 
 _SEEDS = 3
 
 
+@checked("bench")
 def bench_quality(
     out: Path = Path("runs/quality"),
     *,

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from pyard.errors import InputError
-from pyard.storage.files import read_json
+from pyard.storage.files import read_json, stand_in
 
 Tensors = dict[str, torch.Tensor]
 Weights = Literal["ema", "model"]
@@ -200,12 +200,9 @@ def _read_pickle(path: Path) -> tuple[Mapping[Any, Any], dict[str, Any]]:
 def _what_else(path: Path, start: bytes) -> str | None:
     """What a file is that is neither a PyTorch checkpoint nor a safetensors file; None if it may be one of them."""
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if not start:
-        return "it is empty"
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer, which stands for the file; `git lfs pull` fetches the file itself"
-    if text.startswith(b"<"):
-        return "it is a web page (HTML), such as an error or a login page that was saved in its place; download it again"
+    instead = stand_in(path)
+    if instead is not None:
+        return instead
     if text.startswith((b"{", b"[")):
         return "it is a JSON text; of a model in several files, give one file with all tensors, or the folder"
     if path.suffix == ".safetensors":

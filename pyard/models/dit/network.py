@@ -247,6 +247,10 @@ class Trunk(Backbone):
     def new_head(self) -> Head:
         return Head(self.config)
 
+    @classmethod
+    def without_weights(cls) -> torch.device:
+        return torch.device("meta")
+
     @property
     def num_classes(self) -> int:
         return self.config.num_classes

@@ -1,0 +1,1 @@
+"""PixArt-alpha and PixArt-Sigma."""

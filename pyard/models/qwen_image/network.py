@@ -1,0 +1,59 @@
+"""Qwen-Image: joint attention with a language model's tokens and complex rotary embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import pixel_unshuffle
+
+from pyard.conditions import Condition
+from pyard.errors import InputError
+from pyard.models.flux.network import unpack_tokens
+from pyard.models.wrapped.backbone import WrappedBackbone
+from pyard.models.wrapped.config import WrappedConfig
+
+_PACK = 2
+
+
+class QwenImage(WrappedBackbone):
+    """`QwenImageTransformer2DModel`; condition: tokens, mask and, where guidance is embedded, guidance."""
+
+    transformer_name = "QwenImageTransformer2DModel"
+    image_first = False
+
+    @classmethod
+    def check_settings(cls, config: WrappedConfig) -> None:
+        for name in ("zero_cond_t", "use_layer3d_rope", "use_additional_t_cond"):
+            if config.transformer.get(name):
+                raise InputError(f"Qwen-Image: {name} is set; pyard knows text-to-image models, which are not told pictures")
+
+    @property
+    def patch(self) -> int:
+        return _PACK
+
+    def run(self, x: torch.Tensor, times: torch.Tensor, condition: Condition) -> torch.Tensor:
+        rows, columns = x.shape[2] // _PACK, x.shape[3] // _PACK
+        output = self.transformer(
+            pixel_unshuffle(x, _PACK).flatten(2).transpose(1, 2),
+            timestep=times * self.config.time_scale,
+            guidance=condition["guidance"] if self.config.transformer.get("guidance_embeds") else None,
+            encoder_hidden_states=condition["tokens"],
+            encoder_hidden_states_mask=condition["mask"],
+            img_shapes=[[(1, rows, columns)]] * len(x),
+            return_dict=False,
+        )[0]
+        return unpack_tokens(output, tuple(x.shape[1:]))
+
+    def time_vector(self, times: torch.Tensor, condition: Condition) -> torch.Tensor:
+        told = (times * self.config.time_scale).to(condition["tokens"].dtype)
+        more = (condition["guidance"] * 1000,) if self.config.transformer.get("guidance_embeds") else ()
+        vector: torch.Tensor = self.transformer.time_text_embed(told, *more, condition["tokens"])
+        return vector
+
+    def image_tokens(self, output: Any) -> torch.Tensor:
+        image: torch.Tensor = output[1]
+        return image
+
+    def unembed(self, tokens: torch.Tensor, sample_shape: tuple[int, ...]) -> torch.Tensor:
+        return unpack_tokens(tokens, sample_shape)

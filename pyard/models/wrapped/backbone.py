@@ -1,0 +1,215 @@
+"""A transformer of diffusers as a backbone.
+
+B batch · S steps · R = B * S rows · C channels · h, w sides of a sample · n text tokens · T image tokens · D hidden
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+
+from pyard.conditions import Condition
+from pyard.errors import InputError
+from pyard.models.backbone import AttentionShape, Backbone, Denoiser
+from pyard.models.history import History
+from pyard.models.wrapped.attention import Place, remember
+from pyard.models.wrapped.config import WrappedConfig
+from pyard.models.wrapped.current_pass import CurrentPass
+from pyard.models.wrapped.output_layers import OutputLayers, put_output, take_output
+
+
+class WrappedBackbone(Backbone):
+    """A diffusers transformer whose output layers are a head of their own, and whose lowest self-attentions remember.
+
+    A family says in a few lines how it is called, where its self-attentions are, and how its tokens become samples.
+
+    Args:
+        config: sizes.
+        transformer: the model, changed in place: its output layers must have been taken. None: a fresh one.
+
+    Class attributes:
+        transformer_name: its class in diffusers.
+        block_lists: attributes of the transformer with its blocks, in order of execution.
+        attention_names: self-attentions of a block that image tokens pass, in order of execution; a block may lack some.
+        output_places: the output layers, name to path in the transformer.
+        image_first: whether image tokens stand in front of text tokens in those attentions.
+        flow_time_scale: what the pipelines multiply a flow's sigma by before they tell it the transformer.
+    """
+
+    config_class: ClassVar[type[Any]] = WrappedConfig
+    transformer_name: ClassVar[str]
+    block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    attention_names: ClassVar[tuple[str, ...]] = ("attn",)
+    output_places: ClassVar[Mapping[str, str]] = {"norm_out": "norm_out", "proj_out": "proj_out"}
+    image_first: ClassVar[bool] = True
+    flow_time_scale: ClassVar[float] = 1.0
+
+    config: WrappedConfig
+
+    def __init__(self, config: WrappedConfig, transformer: Any = None, current: CurrentPass | None = None):
+        super().__init__()
+        self.config = config
+        self.current = current or CurrentPass()
+        if transformer is None:
+            transformer = self._new(config.transformer)
+            take_output(transformer, self.output_places, self.current)
+        self.transformer = transformer
+        number = 0
+        for i, block in enumerate(self.blocks):
+            for attention in self.attentions_of(block):
+                remember(attention, Place(self.current, i, number, self.image_first))
+                number += 1
+
+    @classmethod
+    def wrap(cls, transformer: Any, sample_shape: Sequence[int], *, time_scale: float, pixels: int = 8) -> Denoiser:
+        """A network around a transformer that has been read, whose weights are not copied.
+
+        Args:
+            transformer: the diffusers model; changed in place.
+            sample_shape, time_scale, pixels: as in `WrappedConfig`.
+        """
+        config = cls.config_class(dict(transformer.config), tuple(sample_shape), time_scale, pixels)
+        cls.check_settings(config)
+        current = CurrentPass()
+        head = take_output(transformer, cls.output_places, current)
+        return Denoiser(cls(config, transformer, current), head)
+
+    @classmethod
+    def check_settings(cls, config: WrappedConfig) -> None:
+        """Raises InputError for settings of the transformer that pyard would not reproduce."""
+
+    @property
+    def blocks(self) -> nn.ModuleList:  # type: ignore[override]  # no module of its own, which would name the weights twice
+        """The transformer's blocks in order of execution."""
+        return nn.ModuleList(block for name in self.block_lists for block in getattr(self.transformer, name))
+
+    def attentions_of(self, block: nn.Module) -> list[nn.Module]:
+        """The self-attentions of a block, in order of execution."""
+        found = (getattr(block, name, None) for name in self.attention_names)
+        return [attention for attention in found if isinstance(attention, nn.Module)]
+
+    def forward(
+        self,
+        x: torch.Tensor,  # [B, S, C, h, w]
+        times: torch.Tensor,  # [B or 1, S]
+        condition: Condition,  # B rows: tokens [B, n, D], mask bool [B, n], more by family
+        heads: Sequence[nn.Module],
+        history: History | None = None,
+    ) -> torch.Tensor:  # [B, S, C_out, h, w]
+        batch, steps = x.shape[:2]
+        self.check_sample(tuple(x.shape[2:]))
+        dtype = self.dtype
+        rows = x.flatten(0, 1).to(dtype)
+        with self.current.running(history, heads, batch, self.count_tokens(tuple(x.shape[2:]))):
+            output = self.run(rows, times.expand(batch, steps).flatten(), _cast(condition.repeat(steps), dtype))
+        return output.unflatten(0, (batch, steps))
+
+    @abc.abstractmethod
+    def run(
+        self,
+        x: torch.Tensor,  # [R, C, h, w]
+        times: torch.Tensor,  # [R], pyard's
+        condition: Condition,  # R rows
+    ) -> torch.Tensor:  # [R, C_out, h, w], pyard's prediction
+        """Call the transformer as its pipeline does."""
+
+    @abc.abstractmethod
+    def time_vector(self, times: torch.Tensor, condition: Condition) -> torch.Tensor:  # [B], B rows -> [B, E]
+        """What the network makes of the time, and of whatever enters with it."""
+
+    @property
+    def patch(self) -> int:
+        """Numbers of a sample along one side of a token."""
+        return int(self.config.transformer.get("patch_size") or 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the blocks compute in: the dtype of their first matrix."""
+        return next(module.weight.dtype for module in self.blocks.modules() if isinstance(module, nn.Linear))
+
+    def count_tokens(self, sample_shape: tuple[int, ...]) -> int:
+        """T of a sample of this shape."""
+        return (sample_shape[1] // self.patch) * (sample_shape[2] // self.patch)
+
+    def check_sample(self, sample_shape: tuple[int, ...]) -> None:
+        channels = self.config.sample_shape[0]
+        shape = tuple(sample_shape)
+        if len(shape) != 3 or shape[0] != channels or any(side < self.patch or side % self.patch for side in shape[1:]):
+            raise InputError(
+                f"samples of shape {shape}; this {self.transformer_name} takes ({channels}, h, w) with h and w multiples of "
+                f"{self.patch}"
+            )
+
+    def attention_shapes(self, layers: int, sample_shape: tuple[int, ...]) -> list[AttentionShape]:
+        self.check_sample(sample_shape)
+        per_block = (self.attentions_of(block) for block in self.blocks[:layers])
+        return [self.attention_shape(attention, sample_shape) for group in per_block for attention in group]
+
+    def attention_shape(self, attention: nn.Module, sample_shape: tuple[int, ...]) -> AttentionShape:
+        """Keys of one step in one self-attention."""
+        width, heads = int(attention.to_k.out_features), int(attention.heads)  # type: ignore[arg-type, union-attr]
+        head_dim = int(attention.to_q.out_features) // heads  # type: ignore[arg-type, union-attr]
+        return AttentionShape(width // head_dim, self.count_tokens(sample_shape), head_dim)
+
+    def conditioning(self, times: torch.Tensor, condition: Condition) -> torch.Tensor:
+        condition = _cast(condition, self.dtype)
+        mask = condition["mask"][..., None].to(self.dtype)
+        text = (condition["tokens"] * mask).sum(dim=1) / mask.sum(dim=1)
+        return torch.cat([self.time_vector(times, condition), text], dim=1)
+
+    def new_head(self) -> OutputLayers:
+        shallow = {**self.config.transformer, **dict.fromkeys(self.config.depth_settings, 0)}
+        return take_output(self._new(shallow), self.output_places, CurrentPass())
+
+    def for_student(self, head: nn.Module) -> tuple[Self, nn.Module]:
+        return copy.deepcopy(self), copy.deepcopy(head)
+
+    def stock(self, head: nn.Module) -> Any:
+        """The diffusers transformer with the weights of backbone and head: a copy that knows no history."""
+        whole = self._new(self.config.transformer)
+        put = copy.deepcopy(self.transformer)
+        put_output(put, self.output_places, copy.deepcopy(head))
+        whole.load_state_dict(put.state_dict())
+        return whole.to(self.dtype).eval()
+
+    def lora_targets(self) -> list[str]:
+        """The matrices of attentions and MLPs; modulations, which are norms' and see no tokens, stay as they are."""
+        blocks = {id(block) for block in self.blocks}
+        names = [name for name, module in self.transformer.named_modules() if id(module) in blocks]
+        return [
+            f"transformer.{block}.{name}"
+            for block in names
+            for name, module in self.transformer.get_submodule(block).named_modules()
+            if isinstance(module, nn.Linear) and not any("norm" in part or "mod" in part.lower() for part in name.split("."))
+        ]
+
+    def recomputation(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        return self.current.again()
+
+    @classmethod
+    def without_weights(cls) -> contextlib.AbstractContextManager[Any]:
+        from accelerate import init_empty_weights
+
+        # Buffers and tables that are no parameters are constants, which no checkpoint has.
+        context: contextlib.AbstractContextManager[Any] = init_empty_weights(include_buffers=False)
+        return context
+
+    @classmethod
+    def _new(cls, settings: Mapping[str, Any]) -> Any:
+        import diffusers
+
+        kind = getattr(diffusers, cls.transformer_name)
+        try:
+            return kind.from_config(dict(settings))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{cls.transformer_name}: diffusers cannot build it: {' '.join(str(error).split())}") from None
+
+
+def _cast(condition: Condition, dtype: torch.dtype) -> Condition:
+    return Condition({name: t.to(dtype) if t.is_floating_point() else t for name, t in condition.items()})

@@ -1,0 +1,155 @@
+"""A diffusers transformer from disk: the folder of a pipeline, a fine-tuned one in its place, a LoRA on top."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyard.errors import InputError
+from pyard.storage.files import read_json
+
+_NAME = "diffusion_pytorch_model"
+# What checkpoints put in front of a transformer's own names.
+_PREFIXES = ("model.diffusion_model.", "transformer.", "module.", "model.", "")
+
+
+def read_transformer(
+    kind: type[Any],
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+    replacement: Path | None = None,
+) -> Any:
+    """Read a transformer in the dtype that it is to compute in.
+
+    Args:
+        kind: its diffusers class.
+        folder: of the pipeline's own transformer, with `config.json`; its weights may be sharded.
+        dtype: of the weights.
+        variant: such as `fp16`; None: the plain files, else the only variant there is.
+        replacement: a fine-tuned transformer that is read instead: a folder, or a single `.safetensors` with diffusers' names
+            or, where diffusers can convert them, the original ones.
+
+    Raises:
+        InputError: files that are missing, damaged, or of another class or size.
+    """
+    if replacement is not None and not replacement.exists():
+        raise InputError(f"transformer {replacement}: no such file or folder")
+    if replacement is not None and replacement.is_file():
+        return _from_single_file(kind, replacement, folder, dtype)
+    folder = folder if replacement is None else _with_config(replacement)
+    found = _config(folder).get("_class_name")
+    if found != kind.__name__:
+        raise InputError(f"{folder} holds a {found}; expected a {kind.__name__}")
+    try:
+        return kind.from_pretrained(
+            str(folder), torch_dtype=dtype, variant=variant or only_variant(folder, _NAME), local_files_only=True
+        ).eval()
+    except (OSError, ValueError, RuntimeError, NotImplementedError, TypeError, KeyError) as error:
+        raise InputError(f"{folder}: diffusers cannot read it: {' '.join(str(error).split())[:400]}") from None
+
+
+def only_variant(folder: Path, name: str) -> str | None:
+    """`fp16` or another variant where the folder has the weights `name` in no other precision."""
+    if any((folder / f"{name}.{kind}{index}").is_file() for kind in ("safetensors", "bin") for index in ("", ".index.json")):
+        return None
+    files = sorted(file.name for file in folder.glob(f"{name}.*"))
+    found = (re.search(r"\.(?:index\.)?(\w+?)(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin|json)$", file) for file in files)
+    return next((match[1] for match in found if match and match[1] not in ("safetensors", "bin", "index")), None)
+
+
+def add_stock_lora(transformer: Any, pipeline: type[Any], path: Path) -> None:
+    """Add a LoRA to the weights of a transformer, in place.
+
+    Args:
+        transformer: as read.
+        pipeline: class of its diffusers pipeline, which reads its users' LoRA files.
+        path: a LoRA that the pipeline's `load_lora_weights` reads, or an adapter folder of PEFT.
+
+    Raises:
+        InputError: nothing there, or a LoRA for another model.
+    """
+    if not path.exists():
+        raise InputError(f"lora {path}: no such file or folder")
+    if (path / "adapter_config.json").is_file():
+        _add_peft_adapter(transformer, path)
+        return
+    if not hasattr(pipeline, "lora_state_dict"):
+        raise InputError(f"lora {path}: {pipeline.__name__} reads no LoRA files; expected an adapter folder of PEFT")
+    before = {name: id(module) for name, module in transformer.named_modules()}
+    try:
+        where = {"weight_name": path.name} if path.is_file() else {}
+        found = pipeline.lora_state_dict(str(path.parent if path.is_file() else path), local_files_only=True, **where)
+        state = found[0] if isinstance(found, tuple) else found
+        pipeline.load_lora_into_transformer(state, transformer=transformer)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise InputError(f"lora {path}: {pipeline.__name__} cannot read it: {' '.join(str(error).split())[:300]}") from None
+    if before == {name: id(module) for name, module in transformer.named_modules()}:
+        raise InputError(f"lora {path}: none of its layers is one of this {type(transformer).__name__}")
+    transformer.fuse_lora()
+    transformer.unload_lora()
+
+
+def _add_peft_adapter(transformer: Any, path: Path) -> None:
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    from pyard.models.lora import merge_adapters
+
+    try:
+        inject_adapter_in_model(LoraConfig.from_pretrained(str(path)), transformer)
+        tensors = {
+            name.removeprefix("base_model.model."): t for name, t in load_file(path / "adapter_model.safetensors").items()
+        }
+        result = set_peft_model_state_dict(transformer, tensors)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise InputError(f"lora {path}: PEFT cannot read it: {' '.join(str(error).split())[:300]}") from None
+    if result.unexpected_keys:
+        raise InputError(f"lora {path}: {result.unexpected_keys[0]} is no layer of this {type(transformer).__name__}")
+    merge_adapters(transformer)
+
+
+def _from_single_file(kind: type[Any], file: Path, folder: Path, dtype: torch.dtype) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"transformer {file}: no safetensors file ({error})") from None
+    transformer: nn.Module = kind.from_config(kind.load_config(str(folder)))
+    wanted = transformer.state_dict()
+    for prefix in _PREFIXES:
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        if wanted.keys() <= own.keys():
+            differing = [name for name, tensor in wanted.items() if tensor.shape != own[name].shape]
+            if differing:
+                sizes = f"{tuple(own[differing[0]].shape)}, expected {tuple(wanted[differing[0]].shape)}"
+                raise InputError(f"transformer {file}: {differing[0]} is {sizes}; it is of another size than {folder}")
+            transformer.load_state_dict({name: own[name] for name in wanted})
+            return transformer.to(dtype).eval()
+    if not hasattr(kind, "from_single_file"):
+        missing = sorted(wanted.keys() - tensors.keys())
+        raise InputError(f"transformer {file}: it lacks {len(missing)} tensors of a {kind.__name__}, such as {missing[0]}")
+    try:
+        return kind.from_single_file(str(file), config=str(folder), torch_dtype=dtype, local_files_only=True).eval()
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        found = " ".join(str(error).split())[:300]
+        raise InputError(f"transformer {file}: diffusers cannot read it as a {kind.__name__}: {found}") from None
+
+
+def _with_config(folder: Path) -> Path:
+    """The folder itself, or the transformer of the pipeline that it is."""
+    return folder / "transformer" if (folder / "model_index.json").is_file() else folder
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: expected the folder of a diffusers transformer; there is no config.json")
+    found = read_json(folder / "config.json")
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,63 @@
+"""Sizes of a wrapped transformer: its own settings, and what a pass needs to know beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pyard.errors import InputError
+
+
+@dataclass(frozen=True)
+class WrappedConfig:
+    """Configuration of a backbone that is a diffusers transformer.
+
+    Args:
+        transformer: settings of the diffusers class, as its `config.json` has them.
+        sample_shape: [C, h, w] of the usual sample.
+        time_scale: what pyard's time is multiplied by before the network is told: 1 where it is told noise levels.
+        pixels: of a picture along one side of a sample's number, the factor of the VAE; 1: samples are pictures.
+
+    Class attributes:
+        depth_settings: settings that count blocks, in order of execution.
+        heads_setting: the one that counts query heads.
+    """
+
+    transformer: Mapping[str, Any]
+    sample_shape: tuple[int, ...]
+    time_scale: float = 1.0
+    pixels: int = 8
+
+    depth_settings: ClassVar[tuple[str, ...]] = ("num_layers",)
+    heads_setting: ClassVar[str] = "num_attention_heads"
+
+    def __post_init__(self) -> None:
+        settings = {key: value for key, value in self.transformer.items() if not key.startswith("_")}
+        object.__setattr__(self, "transformer", _plain(settings))
+        object.__setattr__(self, "sample_shape", tuple(self.sample_shape))
+        missing = [name for name in (*self.depth_settings, self.heads_setting) if name not in settings]
+        if missing:
+            raise InputError(f"transformer: its configuration has no {', '.join(missing)}")
+
+    @property
+    def depth(self) -> int:
+        """L, blocks in order of execution."""
+        return sum(int(self.transformer[name]) for name in self.depth_settings)
+
+    @property
+    def num_heads(self) -> int:
+        """H, query heads of the self-attentions."""
+        return int(self.transformer[self.heads_setting])
+
+    def to_json(self) -> dict[str, Any]:
+        """The keyword arguments that make an equal configuration."""
+        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+
+def _plain(value: Any) -> Any:
+    """Lists for tuples: what JSON gives back."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

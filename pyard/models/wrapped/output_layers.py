@@ -1,0 +1,110 @@
+"""The output layers of a diffusers transformer as a head that a student has one of, or one for each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyard.models.backbone import apply_heads
+from pyard.models.wrapped.current_pass import CurrentPass
+
+
+class OutputLayers(nn.Module):
+    """The layers behind the last block.
+
+    Args:
+        layers: modules, or tables of parameters, by name.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module | nn.Parameter]):
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+
+class LayerSlot(nn.Module):
+    """Stands where an output layer stood, and runs that of the pass's heads.
+
+    Args:
+        name: of the layer in `OutputLayers`.
+        current: the pass.
+    """
+
+    def __init__(self, name: str, current: CurrentPass):
+        super().__init__()
+        self.name, self.current = name, current
+
+    def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        layers = [getattr(head, self.name) for head in self.current.heads]
+        if len(layers) == 1:
+            output: torch.Tensor = layers[0](*args, **kwargs)
+            return output
+        return apply_heads([_named(layer, len(args), tuple(kwargs)) for layer in layers], *args, *kwargs.values())
+
+
+class TableSlot(nn.Module):
+    """Stands where a table of parameters [n, D] stood, of which a transformer takes `table[None]` and the device.
+
+    Args:
+        name: of the table in `OutputLayers`.
+        current: the pass.
+    """
+
+    def __init__(self, name: str, current: CurrentPass):
+        super().__init__()
+        self.name, self.current = name, current
+
+    def __getitem__(self, index: None) -> torch.Tensor:  # [1, n, D], or a row's own [B*S, n, D]
+        tables = torch.stack([getattr(head, self.name) for head in self.current.heads])
+        return tables if len(tables) == 1 else tables.repeat(self.current.samples, 1, 1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the table is."""
+        device: torch.device = getattr(self.current.heads[0], self.name).device
+        return device
+
+
+def take_output(transformer: nn.Module, places: Mapping[str, str], current: CurrentPass) -> OutputLayers:
+    """Replace a transformer's output layers by slots.
+
+    Args:
+        transformer: changed in place.
+        places: name in `OutputLayers` to path in the transformer.
+        current: the pass that the slots look at.
+
+    Returns:
+        The layers that were there.
+    """
+    layers: dict[str, nn.Module | nn.Parameter] = {}
+    for name, path in places.items():
+        owner, own = _owner(transformer, path)
+        layer = layers[name] = getattr(owner, own)
+        delattr(owner, own)
+        owner.add_module(own, TableSlot(name, current) if isinstance(layer, nn.Parameter) else LayerSlot(name, current))
+    return OutputLayers(layers)
+
+
+def put_output(transformer: nn.Module, places: Mapping[str, str], head: nn.Module) -> None:
+    """The reverse of `take_output`, in place."""
+    for name, path in places.items():
+        owner, own = _owner(transformer, path)
+        layer = getattr(head, name)
+        delattr(owner, own)
+        if isinstance(layer, nn.Parameter):
+            owner.register_parameter(own, layer)
+        else:
+            owner.add_module(own, layer)
+
+
+def _owner(transformer: nn.Module, path: str) -> tuple[nn.Module, str]:
+    parent, _, own = path.rpartition(".")
+    return transformer.get_submodule(parent), own
+
+
+def _named(layer: nn.Module, unnamed: int, names: tuple[str, ...]) -> Callable[..., Any]:
+    """The layer with its last arguments by position."""
+    return lambda *rows: layer(*rows[:unnamed], **dict(zip(names, rows[unnamed:], strict=True)))

@@ -1,0 +1,133 @@
+"""Prompts to what a text-to-image student is conditioned on, by the text encoders of its teacher's pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from pyard.conditions import Condition
+from pyard.conditions.prompt_file import read_prompts
+from pyard.conditions.prompts import TextEncoder
+from pyard.errors import InputError
+
+if TYPE_CHECKING:
+    from pyard.models.student import Student
+    from pyard.teachers.text_to_image import PipelineTextEncoder
+
+_BATCH = 16
+
+
+def texts_of(prompts: str | Path | Sequence[str]) -> list[str]:
+    """Prompts as texts: a list as it is, those of a file (`read_prompts`), or the one text itself.
+
+    Raises:
+        InputError: a file that cannot be read, or no prompts.
+    """
+    if isinstance(prompts, str) and Path(prompts).suffix.lower() not in (".txt", ".jsonl") and not _exists(prompts):
+        return [prompts]
+    return [line.prompt for line in read_prompts(prompts)]
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # a prompt may be longer than any name
+        return False
+
+
+def encode_prompts(encoder: TextEncoder, texts: Sequence[str], constants: Mapping[str, float]) -> Condition:
+    """The condition of texts, one row each; a text that comes twice is encoded once.
+
+    Args:
+        encoder: of the student's pipeline.
+        texts: at least one.
+        constants: by name, what every prompt is conditioned on beside its text.
+    """
+    distinct = list(dict.fromkeys(texts))
+    rows: dict[str, Condition] = {}
+    for begin in range(0, len(distinct), _BATCH):
+        batch = distinct[begin : begin + _BATCH]
+        for text, encoded in zip(batch, encoder.encode(batch), strict=True):
+            tensors = {name: tensor[None] for name, tensor in encoded.tensors.items()}
+            tensors["mask"] = torch.ones(tensors["tokens"].shape[:2], dtype=torch.bool)
+            rows[text] = Condition({**tensors, **{name: torch.tensor([value]) for name, value in constants.items()}})
+    return Condition.cat([rows[text] for text in texts])
+
+
+def condition_of_prompts(student: Student, texts: Sequence[str], *, folder: str | Path | None = None) -> Condition:
+    """The condition of texts for a student, whose text encoders are read, used and dropped.
+
+    Args:
+        student: made of a text-to-image pipeline.
+        texts: at least one.
+        folder: of the pipeline; None: where it was in training.
+    """
+    if not texts:
+        raise InputError("prompts: an empty list; expected at least one text")
+    encoder = text_encoder_of(student, folder=folder, device=student.embed_times.device)
+    assert student.config.text is not None
+    try:
+        return encode_prompts(encoder, texts, student.config.text.constants)
+    finally:
+        encoder.free()
+
+
+def text_encoder_of(
+    student: Student, *, folder: str | Path | None = None, device: torch.device | str = "cpu"
+) -> PipelineTextEncoder:
+    """The text encoder of a student's pipeline, in the dtype that the student computes in.
+
+    Args:
+        student: made of a text-to-image pipeline.
+        folder: of the pipeline; None: where it was in training.
+        device: where to encode.
+
+    Raises:
+        InputError: a student that is not drawn from prompts, or whose pipeline's folder is not there.
+    """
+    from pyard.teachers.text_to_image import PIPELINES, PipelineTextEncoder
+
+    text = student.config.text
+    if text is None:
+        raise InputError("prompts: this student is not made of a text-to-image pipeline; give labels or a condition")
+    place = Path(folder or text.folder)
+    if not place.is_dir():
+        raise InputError(
+            f"prompts: the text encoders of this student are those of the pipeline in {place}, which is not there; put it "
+            "back, or give another copy of it: pipeline=PATH, --pipeline PATH"
+        )
+    return PipelineTextEncoder(
+        place,
+        PIPELINES[text.pipeline],
+        max_sequence_length=text.max_sequence_length,
+        dtype=next(student.trunk.parameters()).dtype,
+        device=device,
+    )
+
+
+def shape_of_pixels(student: Student, height: int | None, width: int | None) -> tuple[int, ...] | None:
+    """The sample shape of pictures of a size in pixels; None where neither is given.
+
+    Raises:
+        InputError: a size that no sample of this student has.
+    """
+    if height is None and width is None:
+        return None
+    usual = student.sample_shape
+    factor = getattr(student.config.network, "pixels", None) or _pixels_of(student)
+    sides = []
+    for name, pixels, side in (("height", height, usual[-2]), ("width", width, usual[-1])):
+        if pixels is not None and pixels % factor:
+            raise InputError(f"{name} is {pixels} pixels; expected a multiple of {factor}")
+        sides.append(side if pixels is None else pixels // factor)
+    return student.trained_shape((*usual[:-2], *sides))
+
+
+def _pixels_of(student: Student) -> int:
+    """Pixels along a side of a sample's number."""
+    if student.codec is None:
+        return 1
+    return student.codec.image_shape(student.sample_shape)[1] // student.sample_shape[-2]

@@ -1,0 +1,121 @@
+"""How the text of each pipeline class is encoded: its own `encode_prompt`, and what of the result is text and not padding.
+
+n tokens of a text · D width of a token · E width of the pooled embedding
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+Tensors = dict[str, torch.Tensor]  # tokens [n, D], and pooled [E] where the transformer has it
+
+
+class Limited(NamedTuple):
+    """Texts as one of the pipeline's tokenizers gets them, and how many tokens of each it keeps."""
+
+    tokenizer: Any
+    texts: list[str]
+    limit: int
+
+
+@dataclass(frozen=True)
+class PromptEncoding:
+    """How a pipeline class encodes text.
+
+    Args:
+        encode: (pipeline, texts, max_sequence_length, device) to the tensors of each text.
+        limits: (pipeline, texts, max_sequence_length) to what the tokenizers get.
+        settings: what else decides the embeddings, JSON-able.
+    """
+
+    encode: Callable[[Any, list[str], int, torch.device], list[Tensors]]
+    limits: Callable[[Any, list[str], int], list[Limited]]
+    settings: Callable[[Any], dict[str, Any]] = lambda pipeline: {}
+
+
+def _pixart(pipeline: Any, texts: list[str], max_length: int, device: torch.device) -> list[Tensors]:
+    tokens, mask, _, _ = pipeline.encode_prompt(
+        texts, do_classifier_free_guidance=False, device=device, clean_caption=True, max_sequence_length=max_length
+    )
+    return [{"tokens": one[kept.bool()]} for one, kept in zip(tokens, mask, strict=True)]
+
+
+def _pixart_limits(pipeline: Any, texts: list[str], max_length: int) -> list[Limited]:
+    return [Limited(pipeline.tokenizer, pipeline._text_preprocessing(texts, clean_caption=True), max_length)]
+
+
+def _pixart_settings(pipeline: Any) -> dict[str, Any]:
+    from diffusers.utils import is_bs4_available, is_ftfy_available
+
+    # The pipeline cleans captions only where these libraries are installed.
+    return {"clean_caption": is_bs4_available() and is_ftfy_available()}
+
+
+def _sd3(pipeline: Any, texts: list[str], max_length: int, device: torch.device) -> list[Tensors]:
+    tokens, _, pooled, _ = pipeline.encode_prompt(
+        texts, None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=max_length
+    )
+    return [{"tokens": one, "pooled": vector} for one, vector in zip(tokens, pooled, strict=True)]
+
+
+def _sd3_limits(pipeline: Any, texts: list[str], max_length: int) -> list[Limited]:
+    clip = [
+        Limited(tokenizer, texts, pipeline.tokenizer_max_length) for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)
+    ]
+    return clip if pipeline.text_encoder_3 is None else [*clip, Limited(pipeline.tokenizer_3, texts, max_length)]
+
+
+def _flux(pipeline: Any, texts: list[str], max_length: int, device: torch.device) -> list[Tensors]:
+    tokens, pooled, _ = pipeline.encode_prompt(texts, None, device=device, max_sequence_length=max_length)
+    return [{"tokens": one, "pooled": vector} for one, vector in zip(tokens, pooled, strict=True)]
+
+
+def _flux_limits(pipeline: Any, texts: list[str], max_length: int) -> list[Limited]:
+    clip = Limited(pipeline.tokenizer, texts, pipeline.tokenizer_max_length)
+    return [clip, Limited(pipeline.tokenizer_2, texts, max_length)]
+
+
+def _qwen_image(pipeline: Any, texts: list[str], max_length: int, device: torch.device) -> list[Tensors]:
+    tokens, mask = pipeline.encode_prompt(texts, device=device, max_sequence_length=max_length)
+    if mask is None:  # no text of the batch is shorter than another
+        return [{"tokens": one} for one in tokens]
+    return [{"tokens": one[kept.bool()]} for one, kept in zip(tokens, mask, strict=True)]
+
+
+def _qwen_image_limits(pipeline: Any, texts: list[str], max_length: int) -> list[Limited]:
+    whole = [pipeline.prompt_template_encode.format(text) for text in texts]
+    return [Limited(pipeline.tokenizer, whole, max_length + pipeline.prompt_template_encode_start_idx)]
+
+
+def _qwen_image_settings(pipeline: Any) -> dict[str, Any]:
+    return {"template": pipeline.prompt_template_encode, "dropped_tokens": pipeline.prompt_template_encode_start_idx}
+
+
+def _z_image(pipeline: Any, texts: list[str], max_length: int, device: torch.device) -> list[Tensors]:
+    # The pipeline writes into the list that it gets.
+    tokens, _ = pipeline.encode_prompt(
+        list(texts), device=device, do_classifier_free_guidance=False, max_sequence_length=max_length
+    )
+    return [{"tokens": one} for one in tokens]
+
+
+def _z_image_limits(pipeline: Any, texts: list[str], max_length: int) -> list[Limited]:
+    whole = [
+        pipeline.tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        for text in texts
+    ]
+    return [Limited(pipeline.tokenizer, whole, max_length)]
+
+
+# Transformers that mask padding, or get lists of tensors, lose nothing with it; those of SD3 and Flux attend to it.
+PIXART = PromptEncoding(_pixart, _pixart_limits, _pixart_settings)
+SD3 = PromptEncoding(_sd3, _sd3_limits)
+FLUX = PromptEncoding(_flux, _flux_limits)
+QWEN_IMAGE = PromptEncoding(_qwen_image, _qwen_image_limits, _qwen_image_settings)
+Z_IMAGE = PromptEncoding(_z_image, _z_image_limits)

@@ -1,0 +1,242 @@
+"""What differs between diffusers' text-to-image pipelines: guidance, defaults, sizes, and how each calls its scheduler.
+
+C latent channels · h, w height and width of the latents · sigma 1 noise ... 0 data
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import torch
+
+from pyard.errors import InputError
+from pyard.models.codec import AUTOENCODERS
+from pyard.storage.files import read_json
+from pyard.teachers.text_to_image import encoding
+
+INDEX_NAME = "model_index.json"
+
+GuidanceKind = Literal["plain", "norm", "z_image"]
+
+_PATCH = 2  # of packed latents, in latents along a side
+# What pipelines without a size in their transformer's configuration draw by default, in latents along a side.
+_DEFAULT_LATENTS = 128
+
+
+class SchedulerCall(TypedDict, total=False):
+    """Keyword arguments of a scheduler's `set_timesteps`, beside the number of steps or in its place."""
+
+    sigmas: list[float]
+    mu: float
+
+
+@dataclass(frozen=True)
+class PipelineConfigs:
+    """Configurations of a pipeline's transformer and VAE, as their config.json has them.
+
+    Args:
+        transformer: of the transformer.
+        vae: of the VAE; None: the pipeline has none, its samples are pixels.
+    """
+
+    transformer: Mapping[str, Any]
+    vae: Mapping[str, Any] | None
+
+    @classmethod
+    def read(cls, folder: str | Path) -> PipelineConfigs:
+        """Of a pipeline folder; an InputError if one of the files is missing or damaged."""
+        folder = Path(folder)
+        index = read_object(folder / INDEX_NAME, "the index of a diffusers pipeline")
+        vae = None
+        if component_class(index, "vae", folder) is not None:
+            vae = read_object(folder / "vae" / "config.json", "the configuration of an autoencoder")
+        return cls(read_object(folder / "transformer" / "config.json", "the configuration of a transformer"), vae)
+
+    def number(self, name: str) -> int:
+        """A whole number of the transformer's configuration."""
+        found = self.transformer.get(name)
+        if not isinstance(found, int):
+            raise InputError(f"the transformer's configuration has no {name} (found {found!r}); expected a whole number")
+        return found
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels along a side of a latent."""
+        if self.vae is None:
+            return 1
+        kind = AUTOENCODERS.get(str(self.vae.get("_class_name")))
+        if kind is None:
+            raise InputError(f"the VAE is a {self.vae.get('_class_name')}; expected one of {', '.join(AUTOENCODERS)}")
+        return kind.factor(self.vae)
+
+
+@dataclass(frozen=True)
+class PipelineFamily:
+    """What pyard must know of one pipeline class of diffusers.
+
+    Args:
+        pipeline: name of the class.
+        backbone: name of the backbone that its transformer becomes.
+        encode: how its `encode_prompt` is called.
+        encoders: components that it encodes text with, and whether it can do nothing without them.
+        cfg_scale: the default of its guidance, as s in F_u + s (F_c - F_u).
+        num_steps: its default number of steps.
+        max_sequence_length: its default limit of text tokens.
+        longest_sequence: what that limit may be at most; None: anything.
+        negative_prompt: the default; `QwenImagePipeline` guides only if one is given, and its model card gives " ".
+        guidance: how both predictions are combined. plain: as above. norm: and each 2 x 2 patch (all channels) is scaled to the
+            norm that it has in F_c. z_image: where 1 - sigma > cfg_truncation, F_c alone; a sample whose norm is more than
+            cfg_normalization (unless 0) times that of F_c is scaled down to it.
+        cfg_normalization: the default, for z_image.
+        cfg_truncation: the default, for z_image.
+        guidance_value: the default of the guidance that a transformer with `guidance_embeds` is told; None: it has none.
+        packs: whether its transformer counts the channels of 2 x 2 latents.
+        default_size: `sample_size`: latents along a side as the transformer's configuration says; `fixed`: 128.
+        sizes: what becomes of a size that is no whole number of patches: `refused`, or `rounded` down.
+        passes_sigmas: whether it gives the scheduler its own, evenly spaced sigmas.
+        passes_mu: when it gives the scheduler a shift that grows with the number of image tokens; `dynamic`: if the
+            scheduler uses it.
+        max_shift: of that shift, where the scheduler's configuration has none.
+        has_micro_conditions: whether its models of 128 x 128 latents are told height, width and aspect ratio.
+    """
+
+    pipeline: str
+    backbone: str
+    encode: encoding.PromptEncoding
+    encoders: Mapping[str, bool]
+    cfg_scale: float
+    num_steps: int
+    max_sequence_length: int
+    longest_sequence: int | None = None
+    negative_prompt: str = ""
+    guidance: GuidanceKind = "plain"
+    cfg_normalization: float = 0.0
+    cfg_truncation: float = 1.0
+    guidance_value: float | None = None
+    packs: bool = False
+    default_size: Literal["sample_size", "fixed"] = "fixed"
+    sizes: Literal["refused", "rounded"] = "refused"
+    passes_sigmas: bool = True
+    passes_mu: Literal["never", "dynamic", "always"] = "always"
+    max_shift: float = 1.15
+    has_micro_conditions: bool = False
+
+    def patch_size(self, configs: PipelineConfigs) -> int:
+        """Latents along a side of an image token."""
+        patch = configs.transformer.get("patch_size") if self.default_size == "sample_size" else _PATCH
+        return int(patch or _PATCH)
+
+    def embedded_guidance(self, configs: PipelineConfigs) -> float | None:
+        """The default of the guidance that is part of the condition; None: the transformer knows none.
+
+        Raises:
+            InputError: the transformer takes one and the pipeline has no default.
+        """
+        if not configs.transformer.get("guidance_embeds"):
+            return None
+        if self.guidance_value is None:
+            raise InputError(f"{self.pipeline}: its transformer takes an embedded guidance without a default; give one")
+        return self.guidance_value
+
+    def default_pixels(self, configs: PipelineConfigs) -> tuple[int, int]:
+        """(height, width) in pixels that the pipeline draws where nobody names a size."""
+        latents = configs.number("sample_size") if self.default_size == "sample_size" else _DEFAULT_LATENTS
+        # ZImagePipeline names 1024 pixels, whatever its VAE.
+        pixels = 1024 if self.backbone == "z_image" and configs.vae is not None else latents * configs.vae_factor
+        return pixels, pixels
+
+    def sample_shape(
+        self, configs: PipelineConfigs, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int]:
+        """[C, h, w] of the latents of a picture; of its pixels, where the pipeline has no VAE.
+
+        PixArt's pipelines draw the nearest of a list of sizes and rescale the picture unless they are called with
+        use_resolution_binning=False; this is the shape for exactly the size that was asked for.
+
+        Args:
+            configs: of the pipeline's folder.
+            height: of the picture, in pixels; None: the default.
+            width: likewise.
+
+        Raises:
+            InputError: the pipeline cannot draw this size.
+        """
+        default = self.default_pixels(configs)
+        factor = configs.vae_factor
+        multiple = factor * self.patch_size(configs)
+        latents = []
+        for name, pixels in (
+            ("height", default[0] if height is None else height),
+            ("width", default[1] if width is None else width),
+        ):
+            if pixels < multiple or (pixels % multiple and self.sizes == "refused"):
+                raise InputError(
+                    f"{name}: {pixels} pixels; {self.pipeline} draws multiples of {multiple}: give "
+                    f"{max(round(pixels / multiple), 1) * multiple}"
+                )
+            latents.append(pixels // multiple * multiple // factor)
+        limit = configs.transformer.get("pos_embed_max_size")
+        if limit is not None and max(latents) > int(limit) * self.patch_size(configs):
+            raise InputError(
+                f"{max(latents) * factor} pixels: the transformer's position embedding ends at "
+                f"{int(limit) * multiple} (pos_embed_max_size {limit})"
+            )
+        channels = configs.number("in_channels")
+        if self.packs and channels % _PATCH**2:
+            raise InputError(f"{self.pipeline}: its transformer has {channels} input channels; expected those of 2 x 2 latents")
+        return channels // (_PATCH**2 if self.packs else 1), latents[0], latents[1]
+
+    def scheduler_call(
+        self, scheduler_config: Mapping[str, Any], num_steps: int, sample_shape: tuple[int, ...], patch_size: int = _PATCH
+    ) -> SchedulerCall:
+        """What the pipeline calls its scheduler's `set_timesteps` with.
+
+        Args:
+            scheduler_config: `.config` of the scheduler object, which has the defaults of its class.
+            num_steps: number of steps.
+            sample_shape: [C, h, w] of the latents.
+            patch_size: latents along a side of an image token.
+        """
+        call = SchedulerCall()
+        if self.passes_sigmas and not (self.backbone == "flux" and scheduler_config.get("use_flow_sigmas")):
+            # In the precision of each pipeline: its scheduler rounds both to float32, but not to the same numbers.
+            if self.backbone == "z_image":
+                call["sigmas"] = torch.linspace(1.0, 1 / num_steps, num_steps).tolist()
+            else:
+                call["sigmas"] = np.linspace(1.0, 1 / num_steps, num_steps).tolist()
+        if self.passes_mu == "always" or (self.passes_mu == "dynamic" and scheduler_config.get("use_dynamic_shifting")):
+            tokens = (sample_shape[-2] // patch_size) * (sample_shape[-1] // patch_size)
+            few, many = scheduler_config.get("base_image_seq_len", 256), scheduler_config.get("max_image_seq_len", 4096)
+            low, high = scheduler_config.get("base_shift", 0.5), scheduler_config.get("max_shift", self.max_shift)
+            slope = (high - low) / (many - few)
+            call["mu"] = tokens * slope + (low - slope * few)
+        return call
+
+    def micro_conditions(self, configs: PipelineConfigs, height: int, width: int) -> dict[str, tuple[float, ...]] | None:
+        """What the pipeline tells the transformer of the picture's size: `resolution` (height, width) in pixels and
+        `aspect_ratio` (height / width,), both in the dtype of the text embeddings; None: nothing."""
+        if not self.has_micro_conditions or configs.transformer.get("sample_size") != 128:
+            return None
+        return {"resolution": (height, width), "aspect_ratio": (height / width,)}
+
+
+def component_class(index: Mapping[str, Any], name: str, folder: Path) -> tuple[str, str] | None:
+    """(library, class) of a component, as a pipeline's index names them; None: the pipeline goes without."""
+    found = index.get(name)
+    if found is None or (isinstance(found, list) and found[:1] == [None]):
+        return None
+    if not (isinstance(found, list) and len(found) == 2 and all(isinstance(part, str) for part in found)):
+        raise InputError(f"{folder / INDEX_NAME}: {name} is {found!r:.60}; expected the names of a library and a class")
+    return found[0], found[1]
+
+
+def read_object(file: Path, what: str) -> dict[str, Any]:
+    """The object in a JSON file; an InputError that names `what` was expected if it is none."""
+    found = read_json(file)
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: found {found!r:.60}; expected {what}")
+    return found

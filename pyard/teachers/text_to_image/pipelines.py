@@ -1,0 +1,117 @@
+"""The pipeline classes of diffusers that teach, and the refusal of others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from pyard.errors import InputError
+from pyard.teachers.text_to_image import encoding
+from pyard.teachers.text_to_image.families import INDEX_NAME, PipelineFamily, read_object
+
+
+def _components(*needed: str, optional: tuple[str, ...] = ()) -> Mapping[str, bool]:
+    return MappingProxyType(dict.fromkeys(needed, True) | dict.fromkeys(optional, False))
+
+
+def _pixart(pipeline: str, max_sequence_length: int, has_micro_conditions: bool) -> PipelineFamily:
+    return PipelineFamily(
+        pipeline=pipeline,
+        backbone="pixart",
+        encode=encoding.PIXART,
+        encoders=_components("tokenizer", "text_encoder"),
+        cfg_scale=4.5,
+        num_steps=20,
+        max_sequence_length=max_sequence_length,
+        default_size="sample_size",
+        passes_sigmas=False,
+        passes_mu="never",
+        has_micro_conditions=has_micro_conditions,
+    )
+
+
+_FAMILIES = (
+    _pixart("PixArtAlphaPipeline", max_sequence_length=120, has_micro_conditions=True),
+    _pixart("PixArtSigmaPipeline", max_sequence_length=300, has_micro_conditions=False),
+    PipelineFamily(
+        pipeline="StableDiffusion3Pipeline",
+        backbone="sd3",
+        encode=encoding.SD3,
+        encoders=_components(
+            "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", optional=("tokenizer_3", "text_encoder_3")
+        ),
+        cfg_scale=7.0,
+        num_steps=28,
+        max_sequence_length=256,
+        longest_sequence=512,
+        default_size="sample_size",
+        passes_sigmas=False,
+        passes_mu="dynamic",
+        max_shift=1.16,
+    ),
+    PipelineFamily(
+        pipeline="FluxPipeline",
+        backbone="flux",
+        encode=encoding.FLUX,
+        encoders=_components("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
+        cfg_scale=1.0,
+        num_steps=28,
+        max_sequence_length=512,
+        longest_sequence=512,
+        guidance_value=3.5,
+        packs=True,
+        sizes="rounded",
+    ),
+    PipelineFamily(
+        pipeline="QwenImagePipeline",
+        backbone="qwen_image",
+        encode=encoding.QWEN_IMAGE,
+        encoders=_components("tokenizer", "text_encoder"),
+        cfg_scale=4.0,
+        num_steps=50,
+        max_sequence_length=512,
+        longest_sequence=1024,
+        negative_prompt=" ",
+        guidance="norm",
+        packs=True,
+        sizes="rounded",
+    ),
+    PipelineFamily(
+        pipeline="ZImagePipeline",
+        backbone="z_image",
+        encode=encoding.Z_IMAGE,
+        encoders=_components("tokenizer", "text_encoder"),
+        cfg_scale=6.0,  # F_c + 5 (F_c - F_u)
+        num_steps=50,
+        max_sequence_length=512,
+        guidance="z_image",
+    ),
+)
+
+PIPELINES: Mapping[str, PipelineFamily] = MappingProxyType({family.pipeline: family for family in _FAMILIES})
+
+# Pipelines that people will try, and why pyard does not teach with them.
+_REFUSED = {
+    r"^Sana": "its attention is linear: without a softmax there are no keys and values for a history to remember",
+    r"Img2Img|Inpaint|Fill|Control|Kontext|Edit|Redux|Layered|Omni": "it starts from a picture; give the plain pipeline",
+    r"PAG|Differential": "its guidance is its own; give the plain pipeline",
+}
+
+
+def pipeline_family(folder: str | Path) -> PipelineFamily:
+    """The family of a diffusers pipeline's folder.
+
+    Raises:
+        InputError: no pipeline, or one of another class than those of `PIPELINES`, which the message lists.
+    """
+    folder = Path(folder)
+    file = folder / INDEX_NAME
+    if not file.is_file():
+        raise InputError(f"{folder}: expected the folder of a diffusers pipeline; there is no {INDEX_NAME}")
+    name = str(read_object(file, "the index of a diffusers pipeline").get("_class_name"))
+    if name not in PIPELINES:
+        reason = next((f": {why}" for pattern, why in _REFUSED.items() if re.search(pattern, name)), "")
+        raise InputError(f"{folder} is a {name}, which pyard cannot teach with{reason}. Expected one of {', '.join(PIPELINES)}")
+    return PIPELINES[name]

@@ -1,0 +1,272 @@
+"""A diffusers pipeline folder as a teacher that draws from prompts."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, Self
+
+import torch
+
+from pyard.conditions import Condition, Conditions
+from pyard.conditions.prompts import PromptTable
+from pyard.conditions.table import Numbers
+from pyard.diffusion.scheduler_solvers import load_scheduler, own_solver
+from pyard.diffusion.scheduler_times import StockPlaces, Visits, stock_places, visited
+from pyard.diffusion.schedulers import process_of
+from pyard.diffusion.solvers import Solver
+from pyard.diffusion.time_grid import TimeGrid
+from pyard.errors import InputError
+from pyard.models.backbone import Denoiser
+from pyard.models.codec import LatentCodec
+from pyard.models.families import FAMILIES, import_network
+from pyard.models.fingerprint import fingerprint_of
+from pyard.models.student_config import TextSource
+from pyard.models.wrapped.backbone import WrappedBackbone
+from pyard.models.wrapped.checkpoint import add_stock_lora, read_transformer
+from pyard.teachers.network_teacher import NetworkTeacher
+from pyard.teachers.text_to_image.families import INDEX_NAME, PipelineConfigs, PipelineFamily
+from pyard.teachers.text_to_image.pipelines import pipeline_family
+from pyard.teachers.text_to_image.text_encoder import PipelineTextEncoder
+
+WeightsDType = Literal["float32", "bfloat16", "float16"]
+
+
+class NoPrompts:
+    """The conditions of a teacher that was not given prompts yet."""
+
+    fingerprint = ""
+    free_sizes: Mapping[str, Mapping[int, str]] = MappingProxyType({})
+
+    @property
+    def count(self) -> int:
+        """None of them can be had."""
+        raise self._missing()
+
+    def take(self, numbers: Numbers) -> Condition:
+        raise self._missing()
+
+    def null(self, numbers: Numbers) -> torch.Tensor:
+        raise self._missing()
+
+    def _missing(self) -> InputError:
+        return InputError("this teacher draws from prompts: give prompts=… (--prompts), a file of them or a list")
+
+
+class PipelineTeacher(NetworkTeacher):
+    """A text-to-image pipeline of diffusers that teaches; `load_teacher` reads one.
+
+    Attributes:
+        folder: of the pipeline: its text encoders and its VAE stay there until they are needed.
+        family: what pyard knows of the pipeline's class.
+        scheduler: the pipeline's, or the deterministic one in its place.
+        text_encoder: of its prompts.
+        conditions: a `PromptTable`, after `with_prompts`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        family: PipelineFamily,
+        network: Denoiser,
+        scheduler: Any,
+        text_encoder: PipelineTextEncoder,
+        *,
+        codec: LatentCodec | None,
+        conditions: Conditions | None = None,
+    ):
+        super().__init__(network, process_of(scheduler), codec=codec, conditions=conditions or NoPrompts())
+        self.folder, self.family, self.scheduler, self.text_encoder = folder, family, scheduler, text_encoder
+        self.configs = PipelineConfigs.read(folder)
+        self.guidance, self.cfg_normalization = family.guidance, family.cfg_normalization
+
+    @property
+    def backbone(self) -> WrappedBackbone:
+        """The network below its output layers."""
+        trunk = self.network.trunk
+        assert isinstance(trunk, WrappedBackbone)
+        return trunk
+
+    @property
+    def cfg_scale(self) -> float:
+        """The pipeline's own guidance, as F_u + cfg_scale (F_c - F_u)."""
+        return self.family.cfg_scale
+
+    @property
+    def teacher_steps(self) -> int:
+        """The pipeline's own number of steps."""
+        return self.family.num_steps
+
+    @property
+    def solver(self) -> Solver:
+        """The solver that the folder's scheduler is, or the nearest one."""
+        return own_solver(self.scheduler).solver
+
+    @property
+    def solver_options(self) -> Mapping[str, Any] | None:
+        """Settings of the folder's multistep solver that are not its defaults."""
+        return own_solver(self.scheduler).options
+
+    @property
+    def precision(self) -> str:
+        """What the weights are in: `float32`, `bfloat16` or `float16`."""
+        return str(self.backbone.dtype).removeprefix("torch.")
+
+    def visits(self, num_steps: int, sample_shape: tuple[int, ...]) -> Visits:
+        """The times that the pipeline visits in so many steps for samples of this shape."""
+        call = self.family.scheduler_call(self.scheduler.config, num_steps, sample_shape, self.backbone.patch)
+        return visited(self.scheduler, num_steps, sigmas=call.get("sigmas"), mu=call.get("mu"))
+
+    def grid(self, num_steps: int, teacher_steps: int | None, sample_shape: tuple[int, ...]) -> TimeGrid:
+        """The grid of a student of `num_steps` jumps, at the times of stock sampling where the teacher visits them.
+
+        Args:
+            num_steps: S.
+            teacher_steps: n; None: the pipeline's own number, rounded up to a multiple of S.
+            sample_shape: [C, h, w], which some shifts depend on.
+        """
+        n = -(-self.teacher_steps // num_steps) * num_steps if teacher_steps is None else teacher_steps
+        visits = self.visits(n, sample_shape)
+        return TimeGrid.build(
+            self.schedule, num_steps, n, state_index=self.places(num_steps, visits, sample_shape).state_index, visits=visits
+        )
+
+    def places(self, num_steps: int, visits: Visits, sample_shape: tuple[int, ...]) -> StockPlaces:
+        """Where stock sampling of S steps lies on the teacher's trajectory, and whether exactly."""
+        try:
+            stock = self.visits(num_steps, sample_shape)
+        except InputError:  # some schedulers cannot place a single step
+            n = len(visits.embed_times)
+            return StockPlaces(tuple(s * n // num_steps for s in range(num_steps + 1)), exact=False)
+        return stock_places(visits, stock)
+
+    def shape_of(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """[C, h, w] of the samples of pictures of so many pixels; None: the pipeline's default."""
+        return self.family.sample_shape(self.configs, height, width)
+
+    def with_prompts(self, table: PromptTable) -> Self:
+        """The same teacher that draws from a table of prompts."""
+        other = copy.copy(self)
+        other.conditions = table
+        return other
+
+    def text_source(self) -> TextSource:
+        """Where a student of this teacher finds what encodes its prompts."""
+        table = self.conditions
+        constants: Mapping[str, Any] = table.record.constants if isinstance(table, PromptTable) else {}
+        return TextSource(
+            self.family.pipeline,
+            str(self.folder.resolve()),
+            self.text_encoder.max_sequence_length,
+            dict(constants),
+        )
+
+    def constants(self, embedded_guidance: float | None) -> dict[str, float]:
+        """What every prompt is conditioned on beside its text.
+
+        Args:
+            embedded_guidance: what the transformer is told of guidance; None: the pipeline's default.
+
+        Raises:
+            InputError: a value, and a transformer that is told none.
+        """
+        default = self.family.embedded_guidance(self.configs)
+        if default is None and embedded_guidance is not None:
+            raise InputError(
+                f"embedded_guidance is {embedded_guidance:g}, but this {self.backbone.transformer_name} is told none; "
+                "use cfg_scale"
+            )
+        return {} if default is None else {"guidance": float(default if embedded_guidance is None else embedded_guidance)}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of transformer, scheduler and guidance; prompts and encoders are in the table's own."""
+        settings = [
+            self.network.config.to_json(),
+            self.family.pipeline,
+            {key: value for key, value in sorted(self.scheduler.config.items()) if not key.startswith("_")},
+        ]
+        return fingerprint_of(self.network, self.schedule, json.loads(json.dumps(settings, default=str)))
+
+    def with_schedule(self, schedule: Any) -> NetworkTeacher:
+        raise InputError(f"teacher {self.folder}: its scheduler says how it was trained; change its scheduler/ folder instead")
+
+    def save_pretrained(self, path: str | Path) -> None:
+        raise InputError(f"teacher {self.folder} is a pipeline of diffusers, which is read where it is; copy its folder")
+
+
+def is_pipeline_folder(path: Path) -> bool:
+    """True for the folder of a diffusers pipeline that is not DiT's."""
+    file = path / INDEX_NAME
+    if not file.is_file():
+        return False
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("_class_name") != "DiTPipeline"
+    except (ValueError, AttributeError):
+        return False
+
+
+def load_pipeline(
+    folder: Path,
+    *,
+    dtype: WeightsDType = "float32",
+    variant: str | None = None,
+    transformer: Path | None = None,
+    lora: Path | None = None,
+    vae: Path | None = None,
+    max_sequence_length: int | None = None,
+) -> PipelineTeacher:
+    """Read a text-to-image pipeline's transformer and scheduler; the rest stays on disk until it is needed.
+
+    Args:
+        folder: of the pipeline.
+        dtype: of the weights.
+        variant: of the weights, such as `fp16`.
+        transformer: a fine-tuned transformer in place of the folder's: a folder or a single file.
+        lora: a LoRA that is added to the transformer.
+        vae: another autoencoder.
+        max_sequence_length: limit of text tokens; None: the pipeline's.
+
+    Raises:
+        InputError: a pipeline that pyard does not know, or parts that are missing or do not fit.
+    """
+    import diffusers
+
+    family = pipeline_family(folder)
+    configs = PipelineConfigs.read(folder)
+    backbone: Any = import_network(FAMILIES[family.backbone])
+    scheduler = _scheduler(folder)
+    encoder = PipelineTextEncoder(
+        folder, family, max_sequence_length=max_sequence_length, dtype=getattr(torch, dtype), variant=variant
+    )
+    kind = getattr(diffusers, backbone.transformer_name)
+    model = read_transformer(
+        kind, folder / "transformer", dtype=getattr(torch, dtype), variant=variant, replacement=transformer
+    )
+    if lora is not None:
+        add_stock_lora(model, getattr(diffusers, family.pipeline), lora)
+    shape = family.sample_shape(configs)
+    schedule = process_of(scheduler)
+    network = backbone.wrap(
+        model,
+        shape,
+        time_scale=backbone.flow_time_scale if schedule.kind == "flow" else 1.0,
+        pixels=configs.vae_factor,
+    )
+    codec = LatentCodec(vae) if vae is not None else LatentCodec.beside(folder)
+    return PipelineTeacher(folder, family, network, scheduler, encoder, codec=codec)
+
+
+def _scheduler(folder: Path) -> Any:
+    if not (folder / "scheduler").is_dir():
+        raise InputError(f"{folder}: there is no scheduler/, so nothing says how it was trained; download the whole folder")
+    scheduler, replaced = load_scheduler(folder / "scheduler")
+    for note in (replaced, own_solver(scheduler).note):
+        if note:
+            print(f"{folder}: {note}", file=sys.stderr)
+    return scheduler

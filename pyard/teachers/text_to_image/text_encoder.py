@@ -1,0 +1,199 @@
+"""The text encoders of a diffusers pipeline, through the pipeline's own `encode_prompt`."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyard.conditions.prompts import Encoded
+from pyard.errors import InputError
+from pyard.storage.files import read_json
+from pyard.teachers.text_to_image.components import text_components
+from pyard.teachers.text_to_image.families import PipelineFamily
+from pyard.teachers.text_to_image.pipelines import pipeline_family
+
+
+class PipelineTextEncoder:
+    """Encodes prompts as a pipeline of diffusers does; a `TextEncoder`.
+
+    Tokenizers and text encoders are read when the first text is encoded, nothing else of the pipeline ever.
+
+    Example:
+        encoder = PipelineTextEncoder("stable-diffusion-3.5-medium", dtype=torch.bfloat16, device="cuda")
+        (encoded,) = encoder.encode(["a red circle"])
+        encoded.tensors["tokens"].shape    # (333, 4096)
+        encoder.free()
+
+    Args:
+        folder: of the pipeline.
+        family: of the pipeline; None: what the folder says.
+        max_sequence_length: limit of text tokens; None: the pipeline's.
+        dtype: of the encoders' weights.
+        variant: of the encoders' weights, as `fp16`; None: those without a variant, or what there is.
+        device: where the encoders run.
+
+    Raises:
+        InputError: a component that is missing, a variant that is nowhere, or a limit that the pipeline does not take.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        family: PipelineFamily | None = None,
+        *,
+        max_sequence_length: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        variant: str | None = None,
+        device: str | torch.device = "cpu",
+    ):
+        self.folder = Path(folder)
+        self.family = pipeline_family(self.folder) if family is None else family
+        self.max_sequence_length = self.family.max_sequence_length if max_sequence_length is None else max_sequence_length
+        longest = self.family.longest_sequence
+        if self.max_sequence_length < 1 or (longest is not None and self.max_sequence_length > longest):
+            limit = "" if longest is None else f" to {longest}"
+            raise InputError(f"max_sequence_length is {max_sequence_length}; {self.family.pipeline} takes 1{limit}")
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self._components = text_components(self.folder, self.family, variant)
+        self._pipeline: Any = None
+
+    @classmethod
+    def of_components(
+        cls,
+        family: PipelineFamily,
+        components: dict[str, Any],
+        *,
+        max_sequence_length: int | None = None,
+        device: str | torch.device = "cpu",
+    ) -> PipelineTextEncoder:
+        """An encoder of tokenizers and text encoders in memory, which it leaves where they are.
+
+        Args:
+            family: of their pipeline.
+            components: by their names there.
+            max_sequence_length: limit of text tokens; None: the pipeline's.
+            device: where the encoders are.
+        """
+        made = cls.__new__(cls)
+        made.folder, made.family, made.device, made._components = Path(), family, torch.device(device), []
+        made.max_sequence_length = family.max_sequence_length if max_sequence_length is None else max_sequence_length
+        made._pipeline = made._empty_pipeline(components)
+        return made
+
+    def components(self) -> dict[str, Any]:
+        """Tokenizers and text encoders, by their names in the pipeline."""
+        if self._pipeline is None:
+            self._pipeline = self._load()
+        names = self.family.encoders
+        return {name: getattr(self._pipeline, name) for name in names if getattr(self._pipeline, name, None) is not None}
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of everything that decides an embedding; reads each file of weights once in a process, and loads none.
+
+        Two folders with the same files have the same one, wherever they are.
+        """
+        with _quiet():
+            settings = self.family.encode.settings(self._empty_pipeline({}))
+        about = {
+            "pipeline": self.family.pipeline,
+            "max_sequence_length": self.max_sequence_length,
+            "dtype": str(self.dtype),
+            "settings": settings,
+            "files": {name: digest for part in self._components for name, digest in part.digests().items()},
+        }
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Encode texts as one batch.
+
+        Args:
+            texts: prompts or negative prompts.
+
+        Returns:
+            For each text, on the CPU in the encoder's dtype: `tokens` [n, D]; `pooled` [E] for SD3 and Flux; and whether one of
+            the tokenizers cut it. Their n is the padded length, because their transformers attend to padding.
+
+        Raises:
+            InputError: transformers cannot read one of the components.
+        """
+        if not texts:
+            return []
+        with _quiet():
+            if self._pipeline is None:
+                self._pipeline = self._load()
+            given = list(texts)
+            tensors = self.family.encode.encode(self._pipeline, given, self.max_sequence_length, self.device)
+            cut = self._cut(given)
+        return [
+            # Copies: a view would keep the tensors of the whole batch.
+            Encoded({name: tensor.to("cpu", copy=True).contiguous() for name, tensor in one.items()}, is_cut)
+            for one, is_cut in zip(tensors, cut, strict=True)
+        ]
+
+    def free(self) -> None:
+        """Drop the text encoders; the next `encode` reads them again."""
+        self._pipeline = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _cut(self, texts: list[str]) -> list[bool]:
+        """Whether a tokenizer keeps less of each text than there is."""
+        found = [False] * len(texts)
+        for tokenizer, given, limit in self.family.encode.limits(self._pipeline, texts, self.max_sequence_length):
+            lengths = [len(ids) for ids in tokenizer(given).input_ids]
+            found = [one or length > limit for one, length in zip(found, lengths, strict=True)]
+        return found
+
+    def _load(self) -> Any:
+        loaded = {part.name: part.load(self.dtype) for part in self._components}
+        for part in self._components:
+            if not part.is_tokenizer:
+                loaded[part.name].to(self.device)
+        return self._empty_pipeline(loaded)
+
+    def _empty_pipeline(self, components: dict[str, Any]) -> Any:
+        """The pipeline of these components, without transformer, VAE and scheduler."""
+        import diffusers
+
+        kind = getattr(diffusers, self.family.pipeline, None)
+        if kind is None:
+            raise InputError(f"diffusers {diffusers.__version__} has no {self.family.pipeline}; upgrade it")
+        names = [name for name, one in inspect.signature(kind.__init__).parameters.items() if one.kind != one.VAR_KEYWORD]
+        pipeline = kind(**{name: components.get(name) for name in names if name != "self"})
+        if self.family.backbone == "sd3" and components and "text_encoder_3" not in components:
+            # Without T5 the pipeline fills its tokens with zeros of the width that the transformer expects.
+            config = read_json(self.folder / "transformer" / "config.json")
+            with torch.device("meta"):
+                pipeline.transformer = diffusers.SD3Transformer2DModel.from_config(config)
+        return pipeline
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of every cut text: who encodes many is told how many were cut."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = (diffusers_logging, transformers_logging)
+    before = [library.get_verbosity() for library in libraries]
+    bar = transformers_logging.is_progress_bar_enabled()
+    try:
+        for library in libraries:
+            library.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        yield
+    finally:
+        for library, verbosity in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
