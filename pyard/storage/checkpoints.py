@@ -148,4 +148,11 @@ class Checkpoints:
 def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A module's state, or that of what an EMA averages, on the CPU."""
     module = module.module if isinstance(module, AveragedModel) else module
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    tensors: dict[str, torch.Tensor] = {}
+    addresses: set[int] = set()
+    for name, tensor in module.state_dict().items():
+        kept = tensor.detach().cpu().contiguous()
+        # safetensors refuses a weight that has two names, such as T5's embedding.
+        tensors[name] = kept.clone() if kept.data_ptr() in addresses else kept
+        addresses.add(kept.data_ptr())
+    return tensors
