@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Family", "Teacher", "load_teacher"]
 
-# The pipeline folder of the built-in text-to-image teacher (`pyard.teachers.scenes_text`).
+# The pipeline folder of the built-in text-to-image teacher, which `pyard.teachers.scenes_text.teach` makes.
 SCENES_TEXT = Path(__file__).parent / "data" / "scenes-text"
 
 # Which code a checkpoint with DiT's tensor names belongs to; REPA-E's are `repa`, too.
