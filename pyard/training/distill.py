@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from pyard.conditions import PromptTable
 from pyard.errors import InputError
 from pyard.models.fingerprint import weights_digest
@@ -257,8 +259,12 @@ def _refuse_diverged(averages: list[Student], config: TrainConfig) -> None:
     from torch.distributed.tensor import DTensor
 
     for student in averages:
-        tops = [weight.detach().abs().amax() for weight in student.parameters() if weight.numel()]
-        largest = max(float(top.full_tensor() if isinstance(top, DTensor) else top) for top in tops)
+        tops = []
+        for weight in student.parameters():
+            # Gathered one by one: a process may have nothing of a small one, and nothing has no maximum.
+            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            tops.append(whole.detach().abs().amax().float().cpu() if whole.numel() else torch.zeros(()))
+        largest = float(torch.stack(tops).amax())  # NaN if one of them is
         if not largest < 1e18:  # also true of NaN; products of two such numbers overflow
             raise InputError(
                 f"training: the student has diverged: its averaged weights reach {largest:.3g}. Lower --learning_rate (now "
