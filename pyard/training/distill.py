@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,9 +46,9 @@ def train(
     """Distil a teacher into a student of a few steps.
 
     Missing trajectories are generated first. A run that was stopped, however, resumes from its last checkpoint and ends with
-    the same weights as one that was not; SIGTERM or SIGUSR1 make it write a checkpoint, or leave what it prepares where it is,
-    and end with status 75. On several processes (`torchrun -m pyard train ...`, `accelerate launch -m pyard train ...`) each
-    update is shared among them.
+    the same weights as one that was not. SIGTERM or SIGUSR1 make it write a checkpoint, or leave what it prepares where it is,
+    and end with status 75. Ctrl-C does the same with status 130, and a second Ctrl-C ends it at once. On several processes
+    (`torchrun -m pyard train ...`, `accelerate launch -m pyard train ...`) each update is shared among them.
 
     The folder `out` holds `student/` (averaged weights), `settings.yaml` (all settings: `pyard train --config` reads it),
     `log.jsonl`, `checkpoints/`, and, with `evaluate_every`, `exposure_bias.jsonl` and `tensorboard/`.
@@ -108,14 +109,22 @@ def train_command(config: TrainConfig) -> None:
     """Distil a teacher into a student of a few steps.
 
     Missing trajectories are generated first. The same command resumes a run that was stopped, to the same weights as one that
-    was not. SIGTERM and SIGUSR1 make a run write a checkpoint and end with status 75. Several processes share the work:
-    torchrun --nproc-per-node 8 -m pyard train ...
+    was not. SIGTERM and SIGUSR1 make a run write a checkpoint and end with status 75, Ctrl-C with status 130. Several processes
+    share the work: torchrun --nproc-per-node 8 -m pyard train ...
 
     Example: pyard train --config recipes/digits.yaml --out runs/digits
     """
     if not config.teacher:
         raise InputError("--teacher is missing; expected 'digits' or a teacher's folder")
     train(config)
+    if int(os.environ.get("RANK", 0)) == 0:
+        out, teacher = config.out, config.teacher
+        print(
+            f"{config.max_steps} updates done; the student is {out / 'student'}, the log {out / 'log.jsonl'}. Next:\n"
+            f"  pyard sample --student {out} --out samples.png\n"
+            f"  pyard evaluate --students {out} --teacher {teacher}\n"
+            f"  pyard export --student {out} --onnx student.onnx"
+        )
 
 
 def _run(
