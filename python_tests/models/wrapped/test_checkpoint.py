@@ -56,7 +56,7 @@ def test_a_transformer_of_another_model_is_one_line(pipeline: Path, tmp_path: Pa
     tensors = load_file(pipeline / "transformer" / "diffusion_pytorch_model.safetensors")
     narrow = {name: tensor[:3].contiguous() if name.startswith("proj_out") else tensor for name, tensor in tensors.items()}
     save_file(narrow, tmp_path / "narrow.safetensors")
-    with pytest.raises(InputError, match="proj_out.* is .*expected"):
+    with pytest.raises(InputError, match=r"proj_out.* is .*expected"):
         load_teacher(pipeline, transformer=tmp_path / "narrow.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"<html>")
     with pytest.raises(InputError, match="no safetensors file"):
@@ -104,7 +104,7 @@ def test_peft_adapters_and_loras_of_other_models(pipeline: Path, tmp_path: Path)
     merged = adapted.merge_and_unload().state_dict()
     mine = weights_of(pixart, lora=tmp_path / "adapter")
     assert all(torch.allclose(mine[name], merged[name], atol=1e-6) for name in mine)
-    with pytest.raises(InputError, match="PEFT cannot read it|is no layer"):
+    with pytest.raises(InputError, match=r"PEFT cannot read it|is no layer"):
         load_teacher(pipeline, lora=tmp_path / "adapter")
     with pytest.raises(InputError, match="no such file or folder"):
         load_teacher(pipeline, lora=tmp_path / "nothing")
