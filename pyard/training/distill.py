@@ -300,6 +300,7 @@ def _student(
             heads=config.heads,
             history_bias=config.history_bias,
             sample_shapes=[store.manifest.sample_shape for store in stores],
+            share=config.lora_rank is not None,
             text=teacher.text_source() if isinstance(teacher, PipelineTeacher) else None,
         )
     if earlier.config.teacher_fingerprint != teacher.fingerprint:
