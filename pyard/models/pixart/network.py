@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -70,6 +71,17 @@ class PixArt(WrappedBackbone):
             trunk.transformer.out_channels = channels
             trunk.transformer.register_to_config(out_channels=channels)
         return trunk, head
+
+    def on_base(self, state: dict[str, torch.Tensor], base: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        # The student's output layer in place of the base's, whose predicted variance stays.
+        channels, whole = self.config.sample_shape[0], dict(state)
+        for name in ("proj_out.weight", "proj_out.bias"):
+            mine, theirs = state[name], base[name]
+            if len(theirs) == 2 * len(mine):
+                wide = theirs.detach().clone().unflatten(0, (self.patch**2, -1))
+                wide[:, :channels] = mine.unflatten(0, (self.patch**2, channels)).to(wide)
+                whole[name] = wide.flatten(0, 1)
+        return whole
 
 
 def without_variance(layer: nn.Linear, places: int, channels: int) -> nn.Linear:

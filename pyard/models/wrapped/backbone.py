@@ -178,6 +178,23 @@ class WrappedBackbone(Backbone):
         whole.load_state_dict(put.state_dict())
         return whole.to(self.dtype).eval()
 
+    def stock_state(self, head: nn.Module) -> dict[str, torch.Tensor]:
+        """Tensors of the diffusers transformer with the weights of backbone and head, by its names; nothing is copied."""
+        state = dict(self.transformer.state_dict())
+        for name, tensor in head.state_dict().items():
+            layer, dot, rest = name.partition(".")
+            state[self.output_places[layer] + dot + rest] = tensor
+        return state
+
+    def on_base(self, state: dict[str, torch.Tensor], base: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A student's tensors in the shapes of the transformer that it was made from.
+
+        Args:
+            state: of the student, as `stock_state` has them.
+            base: of the transformer.
+        """
+        return state
+
     def lora_targets(self) -> list[str]:
         """The matrices of attentions and MLPs; modulations, which are norms' and see no tokens, stay as they are."""
         blocks = {id(block) for block in self.blocks}
