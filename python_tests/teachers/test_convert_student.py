@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny_pipelines import randomise, tiny_pipeline
+from safetensors.torch import load_file
+from tiny_pipelines import tiny_pipeline
 from torch import nn
 from torch.nn.functional import pixel_unshuffle
 
