@@ -1,10 +1,10 @@
 """Builds the native operators and the trajectory reader with CMake; everything else about the package is in pyproject.toml.
 
-Environment: PYARD_NATIVE=auto|0|1 (auto: build if it can be built, otherwise install without, but in a git checkout sources that
-do not compile are an error; 1: a failed build is an error), CXX, CXXFLAGS, MAX_JOBS; PYARD_CUDA=auto|0|1 (auto: compile the
-CUDA kernels if nvcc is found and torch has CUDA; 1: without a CUDA torch, too, and a failure is an error),
-TORCH_CUDA_ARCH_LIST, CUDACXX; PYARD_TORCH_INCLUDE, PYARD_TORCH_LIB: folders of torch's headers and of libtorch_cpu, where they
-are not those of the installed torch.
+Environment: PYARD_NATIVE=auto|0|1 (auto: build if it can be built, otherwise install without, but in a git checkout sources
+that do not compile are an error; 1: a failed build is an error), CXX, CXXFLAGS, MAX_JOBS; PYARD_CUDA=auto|0|1 (auto: compile
+the CUDA kernels if nvcc is found and torch has CUDA; 1: without a CUDA torch, too, and a failure is an error),
+TORCH_CUDA_ARCH_LIST, CUDACXX; PYARD_TORCH_INCLUDE, PYARD_TORCH_LIB: folders of torch's headers and of libtorch_cpu, where
+they are not those of the installed torch.
 """
 
 from __future__ import annotations

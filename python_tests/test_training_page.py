@@ -33,7 +33,7 @@ def test_commands_have_these_flags(line):
 
 
 def test_flags_and_settings_named_in_the_text_exist():
-    known = set(flags_of(TrainConfig)) | {"device", "gpus", "nproc_per_node", "count", "logdir", "config"}
+    known = set(flags_of(TrainConfig)) | {"device", "gpus", "nproc_per_node", "count", "logdir", "config", "help"}
     known |= set(flags_of(__import__("pyard").generate_trajectories))
     named = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][\w.-]*[a-z])", PAGE)}
     assert len(named) > 15
