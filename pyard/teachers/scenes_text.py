@@ -21,6 +21,7 @@ from pyard.data.captioned_scenes import SceneSetting, build_tokenizer, scene_bat
 from pyard.data.captioned_scenes.tokenizer import END, MAX_TOKENS, PAD, UNKNOWN
 from pyard.errors import InputError
 from pyard.storage.files import write_text
+from pyard.teachers import SCENES_TEXT
 from pyard.teachers.teaching import TrainingSettings, check_share, minimise, taught_once, teaching_device
 
 if TYPE_CHECKING:
@@ -220,7 +221,7 @@ def teach(
 
 def scenes_text_folder() -> Path:
     """The pipeline folder of the text-to-image teacher that pyard ships: `teach` with its defaults."""
-    return Path(__file__).parent / "data" / "scenes-text"
+    return SCENES_TEXT
 
 
 def new_network(config: ScenesTextConfig) -> ScenesTextNetwork:
