@@ -19,6 +19,7 @@ from pyard.demo.students import ADVERSARIAL, ARD, FULL, NUM_STEPS, QUICK, STUDEN
 from pyard.diffusion.noise import standard_normal
 from pyard.errors import InputError
 from pyard.evaluation import Candidate, Evaluation, digits_classifier, measure
+from pyard.evaluation.captioned_scenes import TextQuality
 from pyard.evaluation.evaluate_students import DEFAULT_SEED, student_candidate, teacher_candidate
 from pyard.evaluation.measure import balanced_labels
 from pyard.export import export_onnx
@@ -42,12 +43,13 @@ TEACHER, ONNX = "teacher", "ARD in onnxruntime"
 def demo(
     out: Path = Path("demo"),
     *,
+    text: bool = False,
     quick: bool = False,
     adversarial: bool = False,
     fresh: bool = False,
     seed: int = 0,
     progress: bool = True,
-) -> Evaluation:
+) -> Evaluation | list[TextQuality]:
     """Distil real handwritten digits into a student of 4 network passes, in PyTorch and in onnxruntime.
 
     Five stages: (1) the built-in teacher, trained on scikit-learn's digits unless the cache has it; (2) its trajectories, 25
@@ -60,6 +62,8 @@ def demo(
 
     Args:
         out: folder for everything but the built-in teacher, which is kept in the cache ($PYARD_CACHE, or ~/.cache/pyard).
+        text: the text-to-image demo in its place, into the subfolder `text`: captioned scenes, and how well students follow
+            prompts, measured exactly; no `adversarial` there.
         quick: a minute's run with a tiny teacher of its own, in the subfolder `quick`: it shows that everything works, and its
             pictures are blurred.
         adversarial: train on with discriminators that compare the ARD student's samples with real digits, for one
@@ -71,6 +75,12 @@ def demo(
     Returns:
         The table.
     """
+    if text:
+        if adversarial:
+            raise InputError("demo: adversarial is for the digits; leave it out with text")
+        from pyard.demo.text import demo_text
+
+        return demo_text(Path(out) / "text", quick=quick, fresh=fresh, seed=seed, progress=progress)
     budget = QUICK if quick else FULL
     names = [name for name in STUDENTS if adversarial or name != ADVERSARIAL]
     out = Path(out) / "quick" if quick else Path(out)
@@ -99,7 +109,8 @@ def demo(
     runs = {name: run_of(name, budget, out, teacher.network.config.depth, seed) for name in names}
     with _stage(f"3/5  {len(names)} students, {sum(run['max_steps'] for run in runs.values())} updates in all", seconds):
         if not quick and teacher.device.type == "cpu" and (os.cpu_count() or 1) > 1:
-            train_side_by_side("digits", store.path, runs, progress)
+            follows = {name: STUDENTS[name].follows for name in names}
+            train_side_by_side("digits", store.path, runs, progress, {name: to for name, to in follows.items() if to})
         students = {name: train(teacher, store, **run, progress=progress) for name, run in runs.items()}
     with _stage("4/5  export to ONNX", seconds):
         exported = _export(students[ARD], out / "ard.onnx")
@@ -177,7 +188,7 @@ def _evaluate(rows: list[Candidate], num_classes: int, count: int, progress: boo
 def _earlier_evaluation(path: Path, evaluated: dict[str, str]) -> Evaluation | None:
     """The evaluation that an earlier run stored, if it was of the same weights."""
     try:
-        evaluation = Evaluation.from_json(json.loads(path.read_text()))
+        evaluation = Evaluation.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return evaluation if evaluation.settings.get("evaluated") == evaluated else None

@@ -35,7 +35,7 @@ COLUMNS = {
     ),
     "seconds_per_image": (
         "ms/image",
-        "milliseconds a sample, the median over batches drawn in turn; noise is drawn beforehand, latents are not decoded",
+        "seconds a sample, the median over batches drawn in turn; noise is drawn beforehand, latents are not decoded",
     ),
 }
 
@@ -106,7 +106,8 @@ class Evaluation:
             "  ".join([line[0].ljust(widths[0]), *(line[i].rjust(widths[i]) for i in range(1, len(widths)))]) for line in cells
         ]
         lines.insert(1, "-" * len(lines[0]))
-        legend = [f"  {short}: {meaning}" for short, meaning in columns.values()]
+        # The file has seconds; the table's columns of times show milliseconds.
+        legend = [f"  {short}: {'milli' * short.startswith('ms/')}{meaning}" for short, meaning in columns.values()]
         return "\n".join(
             [
                 *lines,

@@ -132,8 +132,8 @@ def _additions(student: Student, folder: Path, base: Path, rank: int | None) -> 
     import diffusers
 
     backbone = backbone_of(student)
-    dtype = next(student.trunk.parameters()).dtype
-    transformer = read_transformer(getattr(diffusers, backbone.transformer_name), base / "transformer", dtype=dtype)
+    kind = getattr(diffusers, backbone.transformer_name)
+    transformer = read_transformer(kind, base / "transformer", dtype=backbone.dtype)
     try:
         additions = student_additions(student, transformer, folder / WEIGHTS_NAME, rank)
     except InputError as error:
@@ -172,7 +172,7 @@ def _sizes(student: Student) -> list[tuple[int, int]]:
 
 
 def _dtype(student: Student) -> str:
-    return str(next(student.trunk.parameters()).dtype).removeprefix("torch.")
+    return str(backbone_of(student).dtype).removeprefix("torch.")
 
 
 def _pipeline_class(name: str) -> type[Any]:

@@ -283,15 +283,21 @@ def test_a_flow_whose_network_is_told_whole_thousandths(teacher_steps: int, exac
     assert error <= 1e-4 if exact else 1e-6 < error < 1e-1
 
 
-def test_a_bfloat16_lora(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["lora", "transformer"])
+def test_additions_to_a_base_in_bfloat16(kind: str, tmp_path: Path) -> None:
     folder = tiny_pipeline("z_image", tmp_path / "pipeline")
-    student = train_lora(student_of(folder, 2)).bfloat16()
+    student = train_lora(student_of(folder, 2).bfloat16())
+    student.heads.float()  # as training leaves them
     student.save_pretrained(tmp_path / "student")
-    assert convert(tmp_path / "student", "--to", "lora", "--out", tmp_path / "out") == 0
-    tensors = load_file(tmp_path / "out" / LORA)
+    assert convert(tmp_path / "student", "--to", kind, "--out", tmp_path / "out") == 0
+    file = tmp_path / "out" / (LORA if kind == "lora" else "diffusion_pytorch_model.safetensors")
+    tensors = load_file(file)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
-    assert {min(tensor.shape) for tensor in tensors.values()} == {2}
-    assert relative(drawn_by_the_card(tmp_path / "out").float(), drawn_by_pyard(student).float()) <= 0.1
+    if kind == "lora":
+        assert {min(tensor.shape) for tensor in tensors.values()} == {2}
+    assert "torch_dtype=torch.bfloat16" in code_of(tmp_path / "out")
+    expected = drawn_by_pyard(Student.from_pretrained(tmp_path / "student").bfloat16()).float()
+    assert relative(drawn_by_the_card(tmp_path / "out").float(), expected) <= 0.05
 
 
 def test_the_card_draws_a_picture_as_it_stands(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def low_rank(
     """The difference of two models as additions of low rank, found by singular value decomposition.
 
     Args:
-        student, base: tensors by name, of the same shapes and dtype.
+        student, base: tensors by name, of the same shapes; the base in the dtype that the student began in.
         linear: names of the linear layers, whose `.weight` may get an addition.
         rank: the highest that is kept; None: that of the difference up to rounding, which must be low.
         stored: additions that were trained as such; they are taken as they are where they are the difference.
@@ -73,7 +73,7 @@ def low_rank(
     others = 0.0
     _check_names(student, base)
     for name, tensor in student.items():
-        if torch.equal(tensor, base[name]):
+        if torch.equal(tensor, base[name].to(tensor.dtype)):
             continue
         layer = name.removesuffix(".weight")
         if name.endswith(".weight") and layer in linear:

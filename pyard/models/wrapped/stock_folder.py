@@ -30,6 +30,7 @@ def save_transformer(student: Student, folder: Path) -> None:
     backbone = backbone_of(student)
     transformer = empty_transformer(backbone)
     transformer.load_state_dict(_contiguous(backbone.stock_state(student.heads[0])), assign=True)
+    transformer.to(backbone.dtype)  # heads may have been trained in float32 over blocks in bfloat16
     transformer.save_pretrained(str(folder))
 
 
