@@ -19,8 +19,9 @@ from pyard.demo.students import ADVERSARIAL, ARD, FULL, NUM_STEPS, QUICK, STUDEN
 from pyard.diffusion.noise import standard_normal
 from pyard.errors import InputError
 from pyard.evaluation import Candidate, Evaluation, digits_classifier, measure
+from pyard.evaluation.candidates import student_candidate, teacher_candidate
 from pyard.evaluation.captioned_scenes import TextQuality
-from pyard.evaluation.evaluate_students import DEFAULT_SEED, student_candidate, teacher_candidate
+from pyard.evaluation.evaluate_students import DEFAULT_SEED
 from pyard.evaluation.measure import balanced_labels
 from pyard.export import export_onnx
 from pyard.models.student import Student

@@ -51,7 +51,8 @@ def train(
     (`torchrun -m pyard train ...`, `accelerate launch -m pyard train ...`) each update is shared among them.
 
     The folder `out` holds `student/` (averaged weights), `settings.yaml` (all settings: `pyard train --config` reads it),
-    `log.jsonl`, `checkpoints/`, and, with `evaluate_every`, `exposure_bias.jsonl` and `tensorboard/`.
+    `log.jsonl`, `checkpoints/`, and, with `evaluate_every`, `exposure_bias.jsonl` and `tensorboard/`; of
+    a text-to-image student, pictures of the first prompts in `grids/` as well.
 
     Example: pyard train --config recipes/digits.yaml --out runs/digits
 
