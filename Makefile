@@ -20,7 +20,7 @@ FUZZ_SOURCES := $(addprefix csrc/trajectory/,fuzz_shard.cpp shard.cpp json.cpp)
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE_SOURCES)) $(wildcard examples/*.cpp examples/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint fuzz sanitize torch-headers oldest-torch gpu-carry format clean
+.PHONY: help install demo demo-t2i test lint fuzz sanitize torch-headers oldest-torch gpu-carry format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /: /' | sort
@@ -29,6 +29,9 @@ install: $(INSTALLED) ## Create .venv and install pyard in it, built against the
 
 demo: $(INSTALLED) ## Distil real digits into an ONNX student and draw them (minutes on two cores)
 	@$(RUN) pyard demo
+
+demo-t2i: $(INSTALLED) ## Distil a text-to-image teacher, and measure how well its students follow prompts (ten minutes)
+	@$(RUN) pyard demo --text
 
 test: $(INSTALLED) ## Run the tests, a process for each core (PYTEST_FLAGS="-m slow" for the long ones)
 	@$(RUN) pytest -n auto $(PYTEST_FLAGS)

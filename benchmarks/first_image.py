@@ -73,7 +73,7 @@ def main() -> None:
             "load_average": load,
             "seconds_and_cpu_seconds": found,
         }
-        arguments.results.write_text(json.dumps(facts, indent=1) + "\n")
+        arguments.results.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

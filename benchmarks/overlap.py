@@ -90,7 +90,7 @@ def main() -> None:
         print(rows[-1], flush=True)
     result = {"shards": shards, "rows": rows}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "overlap.json").write_text(json.dumps(result, indent=2) + "\n")
+    (RESULTS / "overlap.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

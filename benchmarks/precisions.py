@@ -134,12 +134,12 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "precisions.json"
-    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     for folder in arguments.folders:
         rows = compare(folder, arguments.count)
         results[folder.name] = {"count": arguments.count, "onnxruntime": onnxruntime.__version__, "rows": rows}
-        file.write_text(json.dumps(results, indent=1) + "\n")
-        file.with_suffix(".md").write_text(table(results))
+        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        file.with_suffix(".md").write_text(table(results), encoding="utf-8")
     print(table(results))
 
 

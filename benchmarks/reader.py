@@ -218,8 +218,8 @@ def main() -> None:
         print(json.dumps(result, indent=2))
         return
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "reader.json").write_text(json.dumps(result, indent=2) + "\n")
-    (RESULTS / "reader.md").write_text(as_table(result))
+    (RESULTS / "reader.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (RESULTS / "reader.md").write_text(as_table(result), encoding="utf-8")
     print(as_table(result))
 
 

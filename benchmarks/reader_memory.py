@@ -75,7 +75,7 @@ def sparse_store(path: Path, count: int) -> TrajectoryStore:
 
 def memory() -> dict[str, float]:
     """Megabytes of this process: its own, and file pages that it has mapped, which the system takes back at will."""
-    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return {name: int(fields[key].split()[0]) / 1e3 for name, key in (("own", "RssAnon"), ("mapped", "RssFile"))}
 
 
@@ -106,7 +106,7 @@ def main() -> None:
         "megabytes": rows,
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "reader-memory.json").write_text(json.dumps(result, indent=2) + "\n")
+    (RESULTS / "reader-memory.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

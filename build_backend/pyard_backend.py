@@ -64,6 +64,6 @@ def _cmake_is_new_enough() -> bool:
     cmake = shutil.which("cmake")
     if cmake is None:
         return False
-    answer = subprocess.run([cmake, "--version"], capture_output=True, text=True, check=False).stdout
+    answer = subprocess.run([cmake, "--version"], capture_output=True, text=True, check=False, encoding="utf-8").stdout
     version = re.search(r"version (\d+)\.(\d+)", answer)
     return version is not None and (int(version[1]), int(version[2])) >= MINIMUM_CMAKE

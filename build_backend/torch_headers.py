@@ -45,7 +45,7 @@ def _download(version: str, folder: Path) -> Path:
         *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder)),
         *("--implementation", "cp", "--python-version", "3.11", "--platform", "macosx_11_0_arm64", f"torch=={version}"),
     ]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8")
     wheels = list(folder.glob("*.whl"))
     if finished.returncode != 0 or not wheels:
         said = [line for line in finished.stderr.splitlines() if line.startswith("ERROR")] or ["pip downloaded no wheel"]

@@ -59,7 +59,7 @@ def find_torch() -> TorchLocation | None:
 def _probe(environment: dict[str, str]) -> TorchLocation | None:
     # -P: the current folder must not be taken for an installed package.
     command = [sys.executable, "-P", "-c", _PROBE]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, encoding="utf-8")
     if finished.returncode != 0:
         return None
     found = json.loads(finished.stdout.strip().splitlines()[-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -55,7 +56,13 @@ def test_the_archive_has_what_a_build_and_a_reader_need(unpacked: Path) -> None:
 def test_a_wheel_of_the_archive_has_the_native_parts(unpacked: Path, tmp_path: Path) -> None:
     wheel = zipfile.ZipFile(build("build_wheel", unpacked, tmp_path))
     names = set(wheel.namelist())
-    assert {"pyard/libpyard_ops.so", "pyard/_build.json", "pyard/py.typed", "pyard/__main__.py"} <= names
+    assert {
+        "pyard/libpyard_ops.so",
+        "pyard/_build.json",
+        "pyard/py.typed",
+        "pyard/__main__.py",
+        "pyard/recipes/digits.yaml",
+    } <= names
     assert [name for name in names if name.startswith("pyard/_trajectory.")]
     assert not [name for name in names if name.startswith(("python_tests", "benchmarks"))]
     wheel.extractall(tmp_path / "installed")
@@ -73,6 +80,18 @@ def test_without_a_compiler_the_wheel_is_plain_and_says_why(unpacked: Path, tmp_
     record = json.loads(wheel.read("pyard/_build.json"))
     assert not record["built"]
     assert "a C++17 compiler is needed" in record["reason"]
+
+
+def test_sources_that_do_not_compile_are_loud_in_a_checkout(unpacked: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(unpacked, source)
+    header = source / "csrc/ops.h"
+    header.write_text(f'#error "broken on purpose"\n{header.read_text(encoding="utf-8")}', encoding="utf-8")
+    plain = zipfile.ZipFile(build("build_wheel", source, tmp_path / "plain"))
+    assert "broken on purpose" in json.loads(plain.read("pyard/_build.json"))["reason"]
+    (source / ".git").mkdir()
+    with pytest.raises(AssertionError, match="broken on purpose"):
+        build("build_wheel", source, tmp_path / "checkout")
 
 
 def test_cuda_kernels_that_do_not_build_leave_their_reason(unpacked: Path, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def machine() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(0)
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader", "--id=0"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20).stdout.strip()
+        answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20, encoding="utf-8").stdout.strip()
     except (OSError, subprocess.TimeoutExpired) as error:
         answer = f"unknown ({error})"
     return {

@@ -80,13 +80,15 @@ def bench_onnx(
             if name not in known:
                 raise InputError(f"bench onnx: unknown {name!r}; expected some of {', '.join(known)}")
     file = out / "onnx.json"
-    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     for model in models:
         rows = _bench_model(model, batch_sizes, ways, rounds, threads, progress)
         results[model] = {"machine": _machine(threads), "rows": rows}
         out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({name: results[name] for name in MODELS if name in results}, indent=1) + "\n")
-        file.with_suffix(".md").write_text(table(results))
+        file.write_text(
+            json.dumps({name: results[name] for name in MODELS if name in results}, indent=1) + "\n", encoding="utf-8"
+        )
+        file.with_suffix(".md").write_text(table(results), encoding="utf-8")
     print(table(results))
 
 
@@ -112,7 +114,9 @@ class _Worker:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **({"PYARD_BACKEND": backend} if backend else {})}
         command = [sys.executable, "-m", "pyard.bench.worker", kind, path, str(threads)]
         pipe = subprocess.PIPE
-        self.process = stack.enter_context(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment))
+        self.process = stack.enter_context(
+            subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment, encoding="utf-8")
+        )
         stack.callback(self.process.kill)
         self.load_seconds = float(self._read()["seconds"])
 

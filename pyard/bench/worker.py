@@ -69,7 +69,9 @@ def peak_bytes() -> int:
     """The most memory that this process has held."""
     status = Path("/proc/self/status")
     if status.exists():  # what getrusage says on Linux begins with the parent's
-        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * next(
+            int(line.split()[1]) for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")
+        )
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
-import itertools
-import json
+import io
 import os
+import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pyard.cli.flags import arguments, as_yaml, flags_of, read_flags
 from pyard.errors import InputError
 from pyard.storage.typed import hints_of
 from pyard.version import __version__
@@ -29,7 +32,7 @@ class Command(NamedTuple):
     module: str
     function: str
     summary: str
-    bare: tuple[str, ...] = ()
+    bare: tuple[str, ...] = ()  # flags that may stand without a value, for their default
     positional: tuple[str, ...] = ()  # flags whose values may stand first, without the flag
     config: str = ""
 
@@ -37,7 +40,13 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command("pyard.demo.digits", "demo", "distil real digits into an ONNX student, with pictures and a table"),
     "teach": Command("pyard.teachers.digits", "teach", "train the built-in teacher of handwritten digits"),
-    "convert": Command("pyard.teachers.convert", "convert", "turn a DiT, SiT or diffusers checkpoint into a teacher, or back"),
+    "teach scenes-text": Command("pyard.teachers.scenes_text", "teach", "train the built-in text-to-image teacher"),
+    "convert": Command(
+        "pyard.teachers.convert",
+        "convert",
+        "turn a checkpoint into a teacher or back, a text-to-image student into a LoRA",
+        positional=("source",),
+    ),
     "trajectories": Command("pyard.trajectories", "generate_trajectories", "write a teacher's ODE trajectories to a store"),
     "trajectories verify": Command("pyard.trajectories", "verify_trajectories", "check every checksum", positional=("store",)),
     "trajectories stats": Command("pyard.trajectories", "trajectory_stats", "print and draw it", positional=("store",)),
@@ -60,7 +69,7 @@ COMMANDS = {
         positional=("student",),
     ),
     "evaluate": Command("pyard.evaluation", "evaluate", "measure a student against its teacher and real data"),
-    "export": Command("pyard.export", "export", "write a student as one ONNX file and check it", bare=("--onnx",)),
+    "export": Command("pyard.export", "export", "write a student as one ONNX file and check it", bare=("onnx",)),
     "bench onnx": Command("pyard.bench.onnx", "bench_onnx", "time students in PyTorch and onnxruntime"),
     "bench quality": Command("pyard.bench.quality", "bench_quality", "compare students that differ in one thing"),
     "doctor": Command("pyard.cli.doctor", "doctor", "say what is built, for what, and what to do about what is not"),
@@ -72,13 +81,16 @@ Few-step students of diffusion transformers, by autoregressive distillation.
 
 {commands}
 
-Each command explains itself: pyard COMMAND --help. Flags can also come from a YAML file (--config FILE); --print_config
-writes one. Set PYARD_TRACEBACK=1 to see the traceback of an input error."""
+Each command explains itself: pyard COMMAND --help. Flags can also come from a YAML file or a recipe by name (--config FILE),
+which the flags override; --print_config writes one. Set PYARD_TRACEBACK=1 to see the traceback of an input error."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit status: 0 done, 2 wrong input, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may know ASCII alone
     if argv[:1] in (["--version"], ["-V"]):
         print(f"pyard {__version__}")
         return 0
@@ -95,32 +107,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(name: str, command: Command, argv: Sequence[str]) -> int:
     """Parse a command's flags, call its function and turn an InputError into one line and status 2."""
-    from argparse import RawDescriptionHelpFormatter
-
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter
-
-    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-        """Keeps the paragraphs and examples of docstrings."""
-
     module = importlib.import_module(command.module)
     function = command_line_face(getattr(module, command.function))
     settings = getattr(module, command.config) if command.config else None
-    description = (inspect.getdoc(function) or "").split("\nArgs:")[0].strip()
-    parser = ArgumentParser(prog=f"pyard {name}", description=description, formatter_class=Formatter)
-    parser.add_argument("--config", action="config", help="read flags from this YAML file")
-    if settings is None:
-        parser.add_function_arguments(function, fail_untyped=False, sub_configs=False)
-    else:
-        parser.add_class_arguments(settings, fail_untyped=False, sub_configs=False)
-    parsed = parser.parse_args(complete(name_values(argv, command.positional), settings or function, command.bare))
-    flags = vars(parser.instantiate(parsed))
-    flags.pop("config", None)
+    target = settings or function
+    if any(word in ("-h", "--help") for word in argv):
+        print_help(name, function, settings)
+        raise SystemExit(0)
+    flags = flags_of(target)
+    shows = [word for word in argv if word in ("--print_config", "--print-config")]
     try:
-        result = function(**flags) if settings is None else function(settings(**flags))
+        words = [word for word in argv if word not in shows]
+        found = read_flags(words, flags, bare=command.bare, positional=command.positional)
+        if shows:
+            print(as_yaml(target, found), end="")
+            return 0
+    except InputError as error:
+        print(f"pyard {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    try:
+        with _warnings_in_one_line(name):
+            values = arguments(target, found)
+            result = function(**values) if settings is None else function(settings(**values))
     except (InputError, OSError) as error:
         if os.environ.get("PYARD_TRACEBACK"):
             raise
-        print(f"pyard {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"pyard {name}: error: {in_flags(' '.join(str(error).split()), flags)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\npyard {name}: interrupted; the same command resumes", file=sys.stderr)
@@ -128,55 +140,70 @@ def run(name: str, command: Command, argv: Sequence[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def name_values(argv: Sequence[str], positional: tuple[str, ...]) -> list[str]:
-    """The words with `--name` before each of the first ones that are values of the `positional` flags."""
-    leading = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))[: len(positional)]
-    named = [word for name, value in zip(positional, leading, strict=False) for word in (f"--{name}", value)]
-    return [*named, *argv[len(leading) :]]
+def in_flags(message: str, flags: Collection[str]) -> str:
+    """A message of a Python function with its arguments as they are typed: `family='dit'` is `--family dit`."""
+
+    def assignment(match: re.Match[str]) -> str:
+        return f"--{match[1]} {match[2].strip(chr(39))}" if match[1] in flags else match[0]
+
+    message = re.sub(r"(?<![\w.(-])([a-z_]+)=('[^']*'|[\w./]+)", assignment, message)
+    # "batch_size is 0; expected ...", after "training: " or as a whole.
+    return re.sub(r"(?<![\w-])([a-z_.]+) is (?=\S)", lambda m: f"--{m[0]}" if m[1] in flags else m[0], message, count=1)
 
 
-def complete(argv: Sequence[str], function: Callable[..., Any], bare: tuple[str, ...]) -> list[str]:
-    """Words as jsonargparse takes them.
+@contextlib.contextmanager
+def _warnings_in_one_line(name: str) -> Iterator[None]:
+    """Warnings of pyard as one line each; those of other packages as they are."""
+    usual = warnings.showwarning
 
-    --num-steps is --num_steps, a lone switch is true, a lone `bare` flag is left out, and several values after a flag that
-    takes a list are one list.
-    """
-    parameters = inspect.signature(function, eval_str=True).parameters.items()
-    switches = [name for name, p in parameters if p.annotation in (bool, bool | None)]
-    kinds = {name: (p.annotation, *typing.get_args(p.annotation)) for name, p in parameters}
-    lists = [name for name, members in kinds.items() if list in [typing.get_origin(m) for m in members]]
-    argv, words = joined(argv, lists), []
-    for i, word in enumerate(argv):
-        flag, equals, value = word.partition("=")
-        name = flag.removeprefix("--").replace("-", "_")
-        alone = not equals and (i + 1 == len(argv) or argv[i + 1].startswith("--"))
-        if not word.startswith("--"):
-            words.append(word)
-        elif not (alone and flag in bare):
-            words.append("--" + name + (equals + value if not (alone and name in switches) else "=true"))
-    return words
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
+        if category is UserWarning and "pyard" in Path(filename).parts:
+            print(f"pyard {name}: warning: {message}", file=sys.stderr)
+        else:
+            usual(message, category, filename, lineno, *more)
 
-
-def joined(argv: Sequence[str], lists: Sequence[str]) -> list[str]:
-    """The words with several values of a flag of `lists` as one: --trajectories a b is --trajectories '["a", "b"]'."""
-    words: list[str] = []
-    rest = list(argv)
-    while rest:
-        words.append(rest.pop(0))
-        if words[-1].startswith("--") and words[-1].removeprefix("--").replace("-", "_") in lists:
-            values = list(itertools.takewhile(lambda word: not word.startswith("--"), rest))
-            if len(values) > 1:
-                words.append(f"[{', '.join(map(_item, values))}]")
-                rest = rest[len(values) :]
-    return words
-
-
-def _item(word: str) -> str:
-    """A word as an item of a JSON list: numbers as they are, everything else a string."""
+    warnings.showwarning = show  # type: ignore[assignment]
     try:
-        return word if isinstance(json.loads(word), int | float) else json.dumps(word)
-    except ValueError:
-        return json.dumps(word)
+        yield
+    finally:
+        warnings.showwarning = usual
+
+
+def print_help(name: str, function: Callable[..., Any], settings: Any) -> None:
+    """The flags of a command with what docstrings say of them, those of a dataclass in its groups."""
+    from argparse import RawDescriptionHelpFormatter
+
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        """Keeps the paragraphs and examples of docstrings."""
+
+    description = (inspect.getdoc(function) or "").split("\nArgs:")[0].strip()
+    usage = f"pyard {name} [--config FILE] [--print_config] [flags]"
+    parser = ArgumentParser(prog=f"pyard {name}", usage=usage, description=description, formatter_class=Formatter)
+    parser.add_argument("--config", action="config", help="read flags from this YAML file, or from a recipe by name")
+    if settings is None:
+        parser.add_function_arguments(function, fail_untyped=False, sub_configs=False)
+    else:
+        parser.add_class_arguments(settings, fail_untyped=False, sub_configs=False)
+        _regroup(parser, getattr(settings, "GROUPS", {}))
+    parser.print_help()
+
+
+def _regroup(parser: Any, groups: Mapping[str, str]) -> None:
+    """Move a dataclass's flags into groups, each from the field that it begins with."""
+    titles = {first: title for title, first in groups.items()}
+    current = None
+    for group in list(parser._action_groups):
+        for action in list(group._group_actions):
+            if action.dest in titles:
+                current = parser.add_argument_group(titles[action.dest])
+            if current is not None and "." not in action.dest:
+                group._group_actions.remove(action)
+                current._group_actions.append(action)
+    # The flags of dataclasses in it come last, and what is empty now is not shown.
+    nested = [group for group in parser._action_groups if any("." in action.dest for action in group._group_actions)]
+    parser._action_groups = [g for g in parser._action_groups if g not in nested and g._group_actions] + nested
 
 
 def command_line_face(function: Callable[..., Any]) -> Callable[..., Any]:

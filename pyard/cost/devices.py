@@ -51,6 +51,7 @@ def peak_tflops(device_name: str, mixed_precision: str) -> float | None:
 
 
 def known_device(name: str) -> Device | None:
-    """The device whose name `name` contains as words, the longest if several."""
-    found = [known for known in DEVICES if re.search(rf"\b{re.escape(known)}\b", name)]
+    """The device whose name `name` contains as words, in any case and spacing (`h100`, `rtx4090`), the longest if several."""
+    spelled = {known: re.escape(known).replace(r"\ ", "[ _-]?") for known in DEVICES}
+    found = [known for known in DEVICES if re.search(rf"\b{spelled[known]}\b", name, re.IGNORECASE)]
     return DEVICES[max(found, key=len)] if found else None

@@ -81,10 +81,11 @@ def cached_images(
     vae = None if codec is None else codec.fingerprint()
     about = {"images": _digest(path, files), "size": size, "channels": channels, "vae": vae}
     file = cache / _ABOUT_NAME
-    if file.exists() and json.loads(file.read_text()) != about:
+    there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else about
+    if there != about:
         raise InputError(
-            f"{cache} holds other images than {path} in {size} x {size}: found {json.loads(file.read_text())}, expected "
-            f"{about}; remove it, or give another real_cache"
+            f"{cache} holds other images than {path} in {size} x {size}: found {there}, expected {about}; remove it, or give "
+            "another real_cache"
         )
     cache.mkdir(parents=True, exist_ok=True)
     if rank == 0:

@@ -20,6 +20,7 @@ from pyard.diffusion.noise import standard_normal
 from pyard.errors import InputError
 from pyard.evaluation import Candidate, Evaluation, digits_classifier, measure
 from pyard.evaluation.candidates import student_candidate, teacher_candidate
+from pyard.evaluation.captioned_scenes import TextQuality
 from pyard.evaluation.evaluate_students import DEFAULT_SEED
 from pyard.evaluation.measure import balanced_labels
 from pyard.export import export_onnx
@@ -43,12 +44,13 @@ TEACHER, ONNX = "teacher", "ARD in onnxruntime"
 def demo(
     out: Path = Path("demo"),
     *,
+    text: bool = False,
     quick: bool = False,
     adversarial: bool = False,
     fresh: bool = False,
     seed: int = 0,
     progress: bool = True,
-) -> Evaluation:
+) -> Evaluation | list[TextQuality]:
     """Distil real handwritten digits into a student of 4 network passes, in PyTorch and in onnxruntime.
 
     Five stages: (1) the built-in teacher, trained on scikit-learn's digits unless the cache has it; (2) its trajectories, 25
@@ -61,6 +63,8 @@ def demo(
 
     Args:
         out: folder for everything but the built-in teacher, which is kept in the cache ($PYARD_CACHE, or ~/.cache/pyard).
+        text: the text-to-image demo in its place, into the subfolder `text`: captioned scenes, and how well students follow
+            prompts, measured exactly; no `adversarial` there.
         quick: a minute's run with a tiny teacher of its own, in the subfolder `quick`: it shows that everything works, and its
             pictures are blurred.
         adversarial: train on with discriminators that compare the ARD student's samples with real digits, for one
@@ -72,6 +76,12 @@ def demo(
     Returns:
         The table.
     """
+    if text:
+        if adversarial:
+            raise InputError("demo: adversarial is for the digits; leave it out with text")
+        from pyard.demo.text import demo_text
+
+        return demo_text(Path(out) / "text", quick=quick, fresh=fresh, seed=seed, progress=progress)
     budget = QUICK if quick else FULL
     names = [name for name in STUDENTS if adversarial or name != ADVERSARIAL]
     out = Path(out) / "quick" if quick else Path(out)
@@ -178,7 +188,7 @@ def _evaluate(rows: list[Candidate], num_classes: int, count: int, progress: boo
 def _earlier_evaluation(path: Path, evaluated: dict[str, str]) -> Evaluation | None:
     """The evaluation that an earlier run stored, if it was of the same weights."""
     try:
-        evaluation = Evaluation.from_json(json.loads(path.read_text()))
+        evaluation = Evaluation.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return evaluation if evaluation.settings.get("evaluated") == evaluated else None

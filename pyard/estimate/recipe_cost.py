@@ -134,7 +134,7 @@ def estimate(
     )
     print(result)
     if out is not None:
-        out.write_text(json.dumps(result.to_json(), indent=2) + "\n")
+        out.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
     return result
 
 

@@ -108,10 +108,11 @@ class Estimate:
             )
         lines += ["", f"memory of each GPU by micro-batch (the recipe: {self.share})"]
         layouts = list(self.memory)
-        lines.append(f"{'':<15}" + "".join(f"{layout:>21}" for layout in layouts))
+        width = max(20, *map(len, layouts)) + 2
+        lines.append(f"{'':<15}" + "".join(f"{layout:>{width}}" for layout in layouts))
         for batch in self.memory[layouts[0]]:
             cells = [self._cell(self.memory[layout][batch].total) for layout in layouts]
-            lines.append(f"{batch:<15}" + "".join(f"{cell:>21}" for cell in cells))
+            lines.append(f"{batch:<15}" + "".join(f"{cell:>{width}}" for cell in cells))
         if self.capacity is not None:
             lines.append(f"* more than the {format_bytes(self.capacity)} of the device, 10 % of them kept free")
         return "\n".join(lines)

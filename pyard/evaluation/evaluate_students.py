@@ -72,7 +72,7 @@ def evaluate(
     scikit-learn's digits; they tell students of the digits apart and compare with no published FID. docs/evaluation.md says
     what each number is, and how to get FID, sFID, Inception Score, precision and recall by ADM's protocol.
 
-    Example: pyard evaluate --students '[runs/step-distillation, runs/ard, runs/ard/student.onnx]' --out quality.json
+    Example: pyard evaluate --students runs/step-distillation runs/ard runs/ard/student.onnx --out quality.json
 
     Args:
         students: a run folder, a student's folder or an ONNX file; or a list of them.

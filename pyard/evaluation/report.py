@@ -36,7 +36,7 @@ COLUMNS = {
     "clip_score": ("CLIP score", "100 max(cos, 0) of CLIP's embeddings of picture and prompt, on average"),
     "seconds_per_image": (
         "ms/image",
-        "milliseconds a sample, the median over batches drawn in turn; noise is drawn beforehand, latents are not decoded",
+        "seconds a sample, the median over batches drawn in turn; noise is drawn beforehand, latents are not decoded",
     ),
 }
 
@@ -109,7 +109,8 @@ class Evaluation:
             "  ".join([line[0].ljust(widths[0]), *(line[i].rjust(widths[i]) for i in range(1, len(widths)))]) for line in cells
         ]
         lines.insert(1, "-" * len(lines[0]))
-        legend = [f"  {short}: {meaning}" for short, meaning in columns.values()]
+        # The file has seconds; the table's columns of times show milliseconds.
+        legend = [f"  {short}: {'milli' * short.startswith('ms/')}{meaning}" for short, meaning in columns.values()]
         return "\n".join(
             [
                 *lines,

@@ -1,4 +1,4 @@
-"""What an export leaves on disk: the model, perhaps its external data, and `config.json`; whole and checked, or nothing."""
+"""What an export leaves on disk: the model, perhaps its external data, and the configuration; whole and checked, or nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import onnx
 import onnx_ir as ir
 
 from pyard.errors import InputError
-from pyard.models.folder import CONFIG_NAME
 from pyard.models.student import Student
 from pyard.runtime.onnx_student import FORMAT_VERSION, METADATA_KEY
 from pyard.version import __version__
@@ -64,24 +63,29 @@ def describe(student: Student, **facts: Any) -> dict[str, Any]:
     }
 
 
+def config_path(path: Path) -> Path:
+    """Where the configuration of an exported file lies: `student.onnx.json` beside `student.onnx`."""
+    return path.with_name(f"{path.name}.json")
+
+
 def config_text(student: Student) -> str:
-    """`config.json` as `Student.save_pretrained` writes it."""
+    """What `Student.save_pretrained` writes into `config.json`."""
     return json.dumps({"_class_name": "Student", **student.config.to_json()}, indent=2) + "\n"
 
 
 def check_target(path: Path) -> None:
-    """Refuse a path that is a folder, and a folder whose config.json belongs to something else."""
+    """Refuse a path that is a folder, and one beside which another program's file would be overwritten."""
     if path.is_dir():
         raise InputError(f"{path} is a folder; expected the name of a file, such as {path / 'student.onnx'}")
-    config = path.parent / CONFIG_NAME
+    config = config_path(path)
     if not config.exists():
         return
     try:
-        found = json.loads(config.read_text()).get("_class_name")
+        found = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError):
         found = None
     if found != "Student":
-        raise InputError(f"{config} belongs to something else and would be overwritten; export to a folder without one")
+        raise InputError(f"{config} belongs to something else and would be overwritten; export to another name")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from pyard.storage.typed import checked
 
 METADATA_KEY = "pyard"
 FORMAT_VERSION = 1
+Provider = str | tuple[str, Mapping[str, Any]]
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -75,8 +77,8 @@ class OnnxStudent:
 
     Args:
         path: the file.
-        providers: onnxruntime execution providers, best first; None takes CUDA where the installed onnxruntime and the
-            machine have it, else the CPU.
+        providers: onnxruntime execution providers, best first, by name or as (name, options); None takes CUDA where the
+            installed onnxruntime and the machine have it, else the CPU.
         threads: CPU threads of one call; None leaves the choice to onnxruntime (one for each physical core).
         cuda_graphs: on CUDA, record the whole sampler once for each batch size and replay it; calls of several threads then
             wait for each other.
@@ -93,10 +95,11 @@ class OnnxStudent:
         images = other.sample(condition={"tokens": tokens, "mask": mask})  # of a student that takes these
     """
 
+    @checked("OnnxStudent")
     def __init__(
         self,
         path: str | Path,
-        providers: Sequence[str] | None = None,
+        providers: Sequence[Provider] | None = None,
         threads: int | None = None,
         *,
         cuda_graphs: bool = False,
@@ -184,6 +187,9 @@ class OnnxStudent:
                 "export the student with --form step to see each prediction"
             )
         tensors, count = self._check(labels, condition, noise)
+        if not count:  # operators refuse an empty batch
+            dtype = np.uint8 if self.info.pictures else np.float32
+            return iter([np.empty((0, *self.info.output_shape), dtype)] * self.info.num_steps)
         if noise is None:
             noise = standard_normal(seed, np.arange(count), self.info.sample_shape)
         return (prediction for _, prediction in self.run_steps(noise, tensors))
@@ -223,7 +229,9 @@ class OnnxStudent:
         return tensors, count
 
 
-def _open_session(path: Path, providers: list[str], threads: int | None, cuda_graphs: bool) -> onnxruntime.InferenceSession:
+def _open_session(
+    path: Path, providers: list[tuple[str, dict[str, Any]]], threads: int | None, cuda_graphs: bool
+) -> onnxruntime.InferenceSession:
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a student.onnx written by python -m pyard.export")
     if threads is not None and threads < 1:
@@ -233,17 +241,19 @@ def _open_session(path: Path, providers: list[str], threads: int | None, cuda_gr
     if threads is not None:
         options.intra_op_num_threads = threads
     graphs = {"CUDAExecutionProvider": {"enable_cuda_graph": "1"}} if cuda_graphs else {}
+    chosen = [(name, {**own, **graphs.get(name, {})}) for name, own in providers]
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=[(name, graphs.get(name, {})) for name in providers])
+        return onnxruntime.InferenceSession(str(path), options, providers=chosen)
     # onnxruntime's own exceptions share no base class but Exception.
     except Exception as error:
         size = path.stat().st_size
         reason = str(error).strip().splitlines()[0]
-        data = path.with_name(f"{path.name}.data")
-        if "xternal" in reason or data.name in reason:
-            state = f"({data.stat().st_size} bytes) is cut off" if data.exists() else "is missing"
+        data = _external_data(path)
+        missing = [file for file in data if not file.exists()]
+        if data and (missing or "xternal" in reason or any(file.name in reason for file in data)):
+            state = f"{missing[0]} is missing" if missing else f"{data[0]} ({data[0].stat().st_size} bytes) is cut off"
             raise InputError(
-                f"{data} {state}: {path.name} keeps its weights there. Copy both files again. onnxruntime says: {reason}"
+                f"{state}: {path.name} keeps its weights there. Copy both files again. onnxruntime says: {reason}"
             ) from None
         if any(word in reason.replace(str(path), "") for word in ("IR version", "opset", "NOT_IMPLEMENTED")):
             raise InputError(
@@ -256,6 +266,14 @@ def _open_session(path: Path, providers: list[str], threads: int | None, cuda_gr
         ) from None
 
 
+def _external_data(path: Path) -> list[Path]:
+    """The files that a model names as homes of its weights, whatever the model itself is called now."""
+    # In a protobuf message: key (field 1) "location", then value (field 2), whose length is one byte for short names.
+    found = re.findall(rb"\x0a\x08location\x12([\x01-\x7f])([^\x00]{1,127})", path.read_bytes())
+    names = {name[: length[0]] for length, name in found}
+    return sorted(path.parent / name.decode(errors="replace") for name in names)
+
+
 def _read_info(path: Path, session: onnxruntime.InferenceSession) -> OnnxStudentInfo:
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     if text is None:
@@ -264,7 +282,18 @@ def _read_info(path: Path, session: onnxruntime.InferenceSession) -> OnnxStudent
             f"{path} is an ONNX model (inputs: {inputs}) but not pyard's: it has no metadata entry "
             f"{METADATA_KEY!r}. Expected a file written by python -m pyard.export"
         )
-    metadata = json.loads(text)
+    try:
+        return _info_of(json.loads(text), path, session)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{path}: its metadata entry {METADATA_KEY!r} is damaged ({type(error).__name__}: {error}); export the student "
+            "again"
+        ) from None
+
+
+def _info_of(metadata: dict[str, Any], path: Path, session: onnxruntime.InferenceSession) -> OnnxStudentInfo:
     if metadata["format_version"] != FORMAT_VERSION:
         raise InputError(
             f"{path} has format version {metadata['format_version']}, written by pyard {metadata['pyard_version']}; "
@@ -307,16 +336,22 @@ def _conditions(metadata: dict[str, Any], session: onnxruntime.InferenceSession)
     return tuple(ConditionTensor(item["name"], item["dtype"], shapes[item["name"]]) for item in known)
 
 
-def _choose_providers(providers: Sequence[str] | None) -> list[str]:
+def _choose_providers(providers: Sequence[Provider] | None) -> list[tuple[str, dict[str, Any]]]:
     available = onnxruntime.get_available_providers()
     if providers is None:
         cuda = "CUDAExecutionProvider" in available and _cuda_driver_works()
-        return (["CUDAExecutionProvider"] if cuda else []) + ["CPUExecutionProvider"]
-    unknown = [name for name in providers if name not in available]
-    if unknown or not providers:
+        return [(name, {}) for name in (["CUDAExecutionProvider"] if cuda else []) + ["CPUExecutionProvider"]]
+    chosen: list[tuple[str, dict[str, Any]]] = []
+    for item in [providers] if isinstance(providers, str) else providers:
+        pair: Any = (item, {}) if isinstance(item, str) else item
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1], Mapping)):
+            raise InputError(f"providers: found {item!r}; expected a name, or (name, options by name)")
+        chosen.append((str(pair[0]), dict(pair[1])))
+    unknown = [name for name, _ in chosen if name not in available]
+    if unknown or not chosen:
         found = ", ".join(unknown) if unknown else "an empty list"
         raise InputError(f"providers: found {found}; this onnxruntime has {', '.join(available)}")
-    return list(providers)
+    return chosen
 
 
 @functools.cache

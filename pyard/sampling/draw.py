@@ -188,7 +188,7 @@ def sample_to_file(
 ) -> None:
     """Draw samples with a student and write them to a file.
 
-    Example: pyard sample --student runs/digits --labels '[3, 1, 4]' --out digits.png
+    Example: pyard sample --student runs/digits --labels 3 1 4 --out digits.png
 
     Args:
         student: a run folder or a student's folder.

@@ -15,12 +15,16 @@ class TrainingLog:
     Args:
         path: the file.
         resume_step: lines of later steps, written after the checkpoint that the run resumes from, are dropped.
+
+    Attributes:
+        seconds: of training that the lines kept say.
     """
 
     def __init__(self, path: Path, resume_step: int):
         kept = [line for line in read_log(path) if line["step"] <= resume_step]
+        self.seconds = float(kept[-1].get("seconds", 0.0)) if kept else 0.0
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(path, "a", buffering=1)
+        self._file = open(path, "a", buffering=1, encoding="utf-8")
 
     def write(self, **values: Any) -> None:
         """Append a line."""

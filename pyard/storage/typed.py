@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import collections.abc
 import dataclasses
+import difflib
 import functools
 import inspect
 import math
@@ -132,6 +133,80 @@ def convert(value: Any, hint: Any) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(value, hint):  # type: ignore[arg-type]
         return value
     raise TypeError
+
+
+def parse(value: Any, hint: Any) -> Any:
+    """A value of YAML, or a text of a command line, in a type; a TypeError if it has no equal there.
+
+    YAML 1.1 reads 5e-4 as a text, and a bare no, off or null as something that a reader may not have meant.
+    """
+    origin, members = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        order = sorted(members, key=_parsing_order)
+        for member in order:
+            try:
+                return parse(value, member)
+            except TypeError:
+                continue
+        raise TypeError
+    if origin in (tuple, list, collections.abc.Sequence) and isinstance(value, list | tuple):
+        hints = [members[0]] * len(value) if origin is not tuple or members[-1] is Ellipsis else list(members)
+        if len(hints) != len(value):
+            raise TypeError
+        return convert([parse(item, item_hint) for item, item_hint in zip(value, hints, strict=True)], hint)
+    if hint in (str, Path) and isinstance(value, int | float) and not isinstance(value, bool):
+        return hint(str(value))
+    if not isinstance(value, str):
+        return convert(value, hint)
+    if hint is type(None) and value.lower() in ("none", "null", "~"):
+        return None
+    if hint is bool and value.lower() in _SWITCH:
+        return _SWITCH[value.lower()]
+    if hint in (int, float):
+        try:
+            return convert(hint(value.replace("_", "x")), hint)
+        except ValueError:
+            raise TypeError from None
+    return convert(value, hint)
+
+
+_SWITCH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def _parsing_order(hint: Any) -> int:
+    """A text is a text only if it is nothing else; a choice called none is meant by none."""
+    if typing.get_origin(hint) is typing.Literal:
+        return 0
+    order: list[Any] = [type(None), int, float, bool, Path, str]
+    return order.index(hint) + 1 if hint in order else 0
+
+
+def read_settings(kind: Any, settings: collections.abc.Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Settings of YAML by name in the types of a dataclass's fields, those of dataclasses in it nested.
+
+    Args:
+        kind: the dataclass.
+        settings: what was read.
+        what: whose settings they are, for messages.
+
+    Raises:
+        InputError: a name that is none, with the nearest one, or a value of another type.
+    """
+    hints = typing.get_type_hints(kind)
+    found = {}
+    for name, value in settings.items():
+        if name not in hints:
+            near = difflib.get_close_matches(str(name), list(hints), 1)
+            raise InputError(f"{what}: no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        hint: Any = hints[name]
+        if dataclasses.is_dataclass(hint) and isinstance(value, collections.abc.Mapping):
+            found[name] = hint(**read_settings(hint, value, f"{what}: {name}"))  # type: ignore[operator]
+            continue
+        try:
+            found[name] = parse(value, hint)
+        except TypeError:
+            raise InputError(f"{what}: {name} is {reprlib.repr(value)}; expected {words(hint)}") from None
+    return found
 
 
 def precision_of(value: Any, choices: tuple[Any, ...]) -> Any:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Family", "Teacher", "load_teacher"]
 
+# The pipeline folder of the built-in text-to-image teacher, which `pyard.teachers.scenes_text.teach` makes.
+SCENES_TEXT = Path(__file__).parent / "data" / "scenes-text"
+
 # Which code a checkpoint with DiT's tensor names belongs to; REPA-E's are `repa`, too.
 Family = Literal["dit", "sit", "repa", "lightningdit"]
 
@@ -42,7 +45,8 @@ def load_teacher(
     """Load a teacher.
 
     Args:
-        source: `digits`, the built-in teacher of scikit-learn's handwritten digits (trained on first use, then cached); a
+        source: `digits`, the built-in teacher of scikit-learn's handwritten digits (trained on first use, then cached);
+            `scenes-text`, the built-in text-to-image teacher of captioned scenes, whose weights come with pyard; a
             folder that pyard wrote; a diffusers folder (`DiTPipeline`, or a `DiTTransformer2DModel` with its scheduler; a
             text-to-image pipeline of `pyard.teachers.text_to_image.PIPELINES`); the `.pt` or `.safetensors` of DiT, SiT, REPA
             or REPA-E.
@@ -69,8 +73,11 @@ def load_teacher(
     of_pipeline = {"variant": variant, "transformer": transformer, "lora": lora, "max_sequence_length": max_sequence_length}
     pipeline = _pipeline_folder(source)
     if pipeline is not None:
+        from pyard.data.captioned_scenes.tokenizer import MAX_TOKENS
         from pyard.teachers.text_to_image.teacher import load_pipeline
 
+        if pipeline == SCENES_TEXT and max_sequence_length is None:
+            max_sequence_length = MAX_TOKENS  # no caption is longer, and the pipeline's 300 are padding
         others = {"family": family, "num_heads": num_heads, "num_classes": num_classes, "schedule": schedule,
                   "network": network, "weights": weights}  # fmt: skip
         if given := [name for name, value in others.items() if value is not None]:
@@ -96,11 +103,16 @@ def load_teacher(
     return teacher
 
 
+def is_text_to_image(source: str | Path) -> bool:
+    """Whether a teacher's name or folder is that of a text-to-image pipeline."""
+    return _pipeline_folder(source) is not None
+
+
 def _pipeline_folder(source: str | Path) -> Path | None:
     """The folder of a text-to-image pipeline that a teacher is named by; None: another kind of teacher."""
     from pyard.teachers.text_to_image.teacher import is_pipeline_folder
 
-    path = Path(source)
+    path = SCENES_TEXT if str(source) == "scenes-text" else Path(source)
     return path if is_pipeline_folder(path) else None
 
 
@@ -121,7 +133,9 @@ def _load(
 
         return digits_teacher()
     if not path.exists():
-        raise InputError(f"teacher {str(source)!r}: neither a built-in teacher ('digits') nor an existing file or folder")
+        raise InputError(
+            f"teacher {str(source)!r}: neither a built-in teacher (digits, scenes-text) nor an existing file or folder"
+        )
     if path.is_file():
         from pyard.teachers.dit_checkpoint import load_checkpoint
 

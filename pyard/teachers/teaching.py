@@ -6,10 +6,10 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from filelock import FileLock
@@ -23,17 +23,24 @@ from pyard.models.dit.config import DiTConfig
 from pyard.models.dit.network import DiT
 from pyard.storage.checkpoints import Checkpoints, Stateful, ema_of
 from pyard.storage.files import write_text
-from pyard.teachers.network_teacher import NetworkTeacher
 
 _SETTINGS_NAME = "teach.json"
 _WARM_UP_STEPS = 100
 
-_Teacher = TypeVar("_Teacher", bound=NetworkTeacher)
+
+class Saveable(Protocol):
+    """Something that can write itself into a folder."""
+
+    def save_pretrained(self, path: str | Path) -> Any: ...
+
+
+_Teacher = TypeVar("_Teacher", bound=Saveable)
+_Network = TypeVar("_Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class TeachConfig:
-    """Settings of a teacher's training, kept beside it; `digits.teach` says what they mean."""
+class TrainingSettings:
+    """Settings that every teacher's training has, kept beside it; `digits.teach` says what they mean."""
 
     max_steps: int
     hidden_size: int
@@ -41,7 +48,6 @@ class TeachConfig:
     num_heads: int
     batch_size: int
     learning_rate: float
-    label_dropout: float
     ema_decay: float
     seed: int
 
@@ -51,9 +57,24 @@ class TeachConfig:
                 raise InputError(f"teach: {name} is {getattr(self, name)}; expected at least 1")
         if not self.learning_rate > 0:
             raise InputError(f"teach: learning_rate is {self.learning_rate}; expected more than 0")
-        for name in ("label_dropout", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"teach: {name} is {getattr(self, name)}; expected 0 to 1, 1 excluded")
+        check_share("ema_decay", self.ema_decay)
+
+
+@dataclass(frozen=True)
+class TeachConfig(TrainingSettings):
+    """Settings of a class-conditional teacher's training."""
+
+    label_dropout: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("label_dropout", self.label_dropout)
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise an InputError if a setting is not in [0, 1)."""
+    if not 0 <= value < 1:
+        raise InputError(f"teach: {name} is {value}; expected 0 to 1, 1 excluded")
 
 
 class TeachBatch(NamedTuple):
@@ -71,7 +92,7 @@ def teaching_device() -> torch.device:
 
 
 def taught_once(
-    out: str | Path, config: TeachConfig, train: Callable[[Path], _Teacher], load: Callable[[Path], _Teacher]
+    out: str | Path, config: TrainingSettings, train: Callable[[Path], _Teacher], load: Callable[[Path], _Teacher]
 ) -> _Teacher:
     """The teacher in a folder, trained into it if it is not there yet.
 
@@ -144,26 +165,69 @@ def train_network(
         The network with its averaged weights.
     """
     device = next(network.parameters()).device
-    ema = ema_of(network, config.ema_decay)
+
+    def loss_of(random: torch.Generator) -> torch.Tensor:
+        batch = draw(random)
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
+            prediction = network(batch.noisy.to(device), batch.times.to(device), Condition({"label": batch.labels.to(device)}))
+        return F.mse_loss(prediction.float(), batch.target.to(device))
+
+    def rate(peak: float, step: int) -> float:
+        return peak * min(1.0, step / _WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / config.max_steps))
+
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
+    return minimise(network, loss_of, {"optimizer": optimizer}, rate, config, working, save_every=save_every, progress=progress)
+
+
+def minimise(
+    network: _Network,
+    loss_of: Callable[[torch.Generator], torch.Tensor],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    rate: Callable[[float, int], float],
+    config: TrainingSettings,
+    working: Path,
+    *,
+    save_every: int,
+    progress: bool,
+    max_gradient_norm: float | None = None,
+) -> _Network:
+    """Train a network; a run that was stopped goes on from its newest checkpoint, as if it had not been.
+
+    Args:
+        network: on the device it trains on.
+        loss_of: the loss of an update, from a generator that knows the update's number alone, so that a resumed run sees what
+            an unbroken one sees.
+        optimizers: by their names in a checkpoint; together they have all of the network's parameters.
+        rate: the learning rate of an update, given the one that the optimizer was made with and the update's number, from 1.
+        config: `max_steps`, `ema_decay` and `seed` count here.
+        working: checkpoints are in its `checkpoints/`.
+        save_every: updates between checkpoints.
+        progress: show a progress bar.
+        max_gradient_norm: longer gradients are shortened to it; None: none are.
+
+    Returns:
+        The network with its averaged weights.
+    """
+    ema = ema_of(network, config.ema_decay)
+    peaks = {name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in optimizers.items()}
     checkpoints = Checkpoints(working / "checkpoints")
-    parts: dict[str, Stateful] = {"model": network, "ema": ema, "optimizer": optimizer}
+    parts: dict[str, Stateful] = {"model": network, "ema": ema, **optimizers}
     begin = max(checkpoints.steps(), default=0)
     if begin:
         checkpoints.load(begin, parts)
 
     bar = tqdm(total=config.max_steps, initial=begin, desc="training the teacher", unit="step", disable=not progress)
     for step in range(begin + 1, config.max_steps + 1):
-        batch = draw(torch.Generator().manual_seed(config.seed << 32 | step))
-        for group in optimizer.param_groups:
-            warm_up = min(1.0, step / _WARM_UP_STEPS)
-            group["lr"] = config.learning_rate * warm_up * 0.5 * (1 + math.cos(math.pi * step / config.max_steps))
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
-            prediction = network(batch.noisy.to(device), batch.times.to(device), Condition({"label": batch.labels.to(device)}))
-        loss = F.mse_loss(prediction.float(), batch.target.to(device))
-        optimizer.zero_grad()
+        for name, optimizer in optimizers.items():
+            for group, peak in zip(optimizer.param_groups, peaks[name], strict=True):
+                group["lr"] = rate(peak, step)
+        loss = loss_of(torch.Generator().manual_seed(config.seed << 32 | step))
+        network.zero_grad()
         loss.backward()
-        optimizer.step()
+        if max_gradient_norm is not None:
+            nn.utils.clip_grad_norm_(network.parameters(), max_gradient_norm)
+        for optimizer in optimizers.values():
+            optimizer.step()
         ema.update_parameters(network)
         if step % save_every == 0 and step < config.max_steps:
             checkpoints.save(step, parts)
@@ -171,17 +235,15 @@ def train_network(
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         bar.update()
     bar.close()
-    averaged = ema.module
-    assert isinstance(averaged, DiT)
-    return averaged
+    return cast(_Network, ema.module)
 
 
-def _write_settings(folder: Path, config: TeachConfig) -> None:
+def _write_settings(folder: Path, config: TrainingSettings) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / _SETTINGS_NAME, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
-def _check_same_settings(folder: Path, config: TeachConfig) -> None:
+def _check_same_settings(folder: Path, config: TrainingSettings) -> None:
     file = folder / _SETTINGS_NAME
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

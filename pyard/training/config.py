@@ -7,7 +7,7 @@ import difflib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
@@ -23,11 +23,12 @@ from pyard.models.student_config import (
 )
 from pyard.ops.masks import Mask
 from pyard.storage.files import write_text
-from pyard.storage.typed import conform
+from pyard.storage.typed import conform, read_settings
 from pyard.training.adversarial_config import AdversarialConfig
 from pyard.training.checks import check_ranges
 from pyard.trajectories.manifest import DType, Keep, Precision
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 SETTINGS_NAME = "settings.yaml"
 IDENTITY_NAME = "train.json"
 
@@ -205,6 +206,18 @@ class TrainConfig:
 
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
 
+    # Headings of the command's help, each with the field that it begins with.
+    GROUPS: ClassVar[dict[str, str]] = {
+        "teacher, trajectories and run folder": "teacher",
+        "stage": "stage",
+        "student": "num_steps",
+        "trajectories, where none are given": "num_trajectories",
+        "optimisation": "max_steps",
+        "memory and speed": "mixed_precision",
+        "loss": "loss",
+        "checkpoints, log and evaluation": "save_every",
+    }
+
     def __post_init__(self) -> None:
         conform(self, "training")
         check_ranges(self)
@@ -231,23 +244,22 @@ class TrainConfig:
 
     @classmethod
     def read(cls, path: str | Path) -> TrainConfig:
-        """The configuration of a recipe, as `pyard train --config` reads it; without one, `out` is the current folder."""
-        from jsonargparse import ArgumentError, ArgumentParser
+        """The configuration of a recipe, as `pyard train --config` reads it; without one, `out` is the current folder.
 
+        Args:
+            path: a YAML file, or the name of one of pyard's recipes, such as `digits`.
+        """
+        file = recipe_file(path)
         try:
-            settings = yaml.safe_load(Path(path).read_text())
-        except (OSError, yaml.YAMLError) as error:
+            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise InputError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from None
         if not isinstance(settings, dict):
             raise InputError(f"recipe {path} holds a {type(settings).__name__}; expected settings by name")
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(cls, fail_untyped=False, sub_configs=False)
-        try:
-            if settings.get("mixed_precision") is False:  # YAML reads a bare `no` as false
-                settings = {**settings, "mixed_precision": "no"}
-            return cls(**vars(parser.instantiate(parser.parse_object({"out": ".", **settings}))))
-        except ArgumentError as error:
-            raise InputError(f"recipe {path}: {error}") from None
+        found = read_settings(cls, settings, f"recipe {path}")
+        if "teacher" not in found:
+            raise InputError(f"recipe {path} names no teacher")
+        return cls(**{"out": Path(), **found})
 
     def resolved(self, teacher_depth: int) -> TrainConfig:
         """The configuration with what it leaves open decided, for a teacher of so many layers."""
@@ -306,6 +318,22 @@ class TrainConfig:
         if not file.exists():
             return None
         try:
-            return dict(json.loads(file.read_text()))
+            return dict(json.loads(file.read_text(encoding="utf-8")))
         except ValueError as error:
             raise InputError(f"{file} is not JSON ({error}); use another --out") from None
+
+
+def recipe_file(name: str | Path) -> Path:
+    """The file of a recipe by path, or by the name of one of pyard's own.
+
+    Raises:
+        InputError: neither; it lists the names.
+    """
+    own = {file.stem: file for file in RECIPES.glob("*.yaml")}
+    # `recipes/digits.yaml` is the same one wherever the command is given.
+    stem = Path(name).stem if str(name) in (Path(name).stem, f"recipes/{Path(name).stem}.yaml") else ""
+    if Path(name).is_file() or stem not in own:
+        if not Path(name).is_file():
+            raise InputError(f"recipe {name}: no such file; expected a YAML file, or one of {', '.join(sorted(own))}")
+        return Path(name)
+    return own[stem]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from pyard.conditions import PromptTable
 from pyard.errors import InputError
 from pyard.models.fingerprint import weights_digest
 from pyard.models.lora import add_lora, merge_lora
 from pyard.models.student import Student
-from pyard.teachers import load_teacher
-from pyard.teachers.text_to_image.teacher import PipelineTeacher, is_pipeline_folder
+from pyard.teachers import is_text_to_image, load_teacher
+from pyard.teachers.text_to_image.teacher import PipelineTeacher
 from pyard.training.config import TrainConfig
 from pyard.trajectories import TrajectoryReader, TrajectoryStore, generate_trajectories
 from pyard.trajectories.buckets import BatchReader, BucketReader, check_buckets
@@ -43,9 +46,9 @@ def train(
     """Distil a teacher into a student of a few steps.
 
     Missing trajectories are generated first. A run that was stopped, however, resumes from its last checkpoint and ends with
-    the same weights as one that was not; SIGTERM or SIGUSR1 make it write a checkpoint, or leave what it prepares where it is,
-    and end with status 75. On several processes (`torchrun -m pyard train ...`, `accelerate launch -m pyard train ...`) each
-    update is shared among them.
+    the same weights as one that was not. SIGTERM or SIGUSR1 make it write a checkpoint, or leave what it prepares where it is,
+    and end with status 75. Ctrl-C does the same with status 130, and a second Ctrl-C ends it at once. On several processes
+    (`torchrun -m pyard train ...`, `accelerate launch -m pyard train ...`) each update is shared among them.
 
     The folder `out` holds `student/` (averaged weights), `settings.yaml` (all settings: `pyard train --config` reads it),
     `log.jsonl`, `checkpoints/`, and, with `evaluate_every`, `exposure_bias.jsonl` and `tensorboard/`; of
@@ -107,14 +110,22 @@ def train_command(config: TrainConfig) -> None:
     """Distil a teacher into a student of a few steps.
 
     Missing trajectories are generated first. The same command resumes a run that was stopped, to the same weights as one that
-    was not. SIGTERM and SIGUSR1 make a run write a checkpoint and end with status 75. Several processes share the work:
-    torchrun --nproc-per-node 8 -m pyard train ...
+    was not. SIGTERM and SIGUSR1 make a run write a checkpoint and end with status 75, Ctrl-C with status 130. Several processes
+    share the work: torchrun --nproc-per-node 8 -m pyard train ...
 
     Example: pyard train --config recipes/digits.yaml --out runs/digits
     """
     if not config.teacher:
         raise InputError("--teacher is missing; expected 'digits' or a teacher's folder")
     train(config)
+    if int(os.environ.get("RANK", 0)) == 0:
+        out, teacher = config.out, config.teacher
+        print(
+            f"{config.max_steps} updates done; the student is {out / 'student'}, the log {out / 'log.jsonl'}. Next:\n"
+            f"  pyard sample --student {out} --out samples.png\n"
+            f"  pyard evaluate --students {out} --teacher {teacher}\n"
+            f"  pyard export --student {out} --onnx student.onnx"
+        )
 
 
 def _run(
@@ -159,6 +170,8 @@ def _run(
     with processes.main_first():
         held_out = _held_out(teacher, config, stores, processes)
     student = _student(teacher, stores, config, earlier).to(processes.device)
+    if config.lora_rank is None:
+        student.float()  # small updates vanish in bfloat16; mixed_precision says what is computed in it
     theirs = stores[0].manifest
     trained_on = {name: getattr(theirs, name) for name in ("cfg_scale", "cfg_channels", "cfg_interval", "solver")}
     student.config = dataclasses.replace(student.config, **trained_on)
@@ -233,7 +246,7 @@ def _manifests(begun: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _load(teacher: str | Path, trajectories: Any, config: TrainConfig, network: type[Backbone] | str | None) -> NetworkTeacher:
     """The teacher by its path; a text-to-image pipeline in the precision of the trajectories that it made."""
-    if not is_pipeline_folder(Path(teacher)):
+    if not is_text_to_image(teacher):
         return load_teacher(teacher, network=network)
     given = trajectories[0] if isinstance(trajectories, list | tuple) and trajectories else trajectories
     precision = config.trajectory_precision
@@ -256,8 +269,12 @@ def _refuse_diverged(averages: list[Student], config: TrainConfig) -> None:
     from torch.distributed.tensor import DTensor
 
     for student in averages:
-        tops = [weight.detach().abs().amax() for weight in student.parameters() if weight.numel()]
-        largest = max(float(top.full_tensor() if isinstance(top, DTensor) else top) for top in tops)
+        tops = []
+        for weight in student.parameters():
+            # Gathered one by one: a process may have nothing of a small one, and nothing has no maximum.
+            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            tops.append(whole.detach().abs().amax().float().cpu() if whole.numel() else torch.zeros(()))
+        largest = float(torch.stack(tops).amax())  # NaN if one of them is
         if not largest < 1e18:  # also true of NaN; products of two such numbers overflow
             raise InputError(
                 f"training: the student has diverged: its averaged weights reach {largest:.3g}. Lower --learning_rate (now "
@@ -284,6 +301,7 @@ def _student(
             heads=config.heads,
             history_bias=config.history_bias,
             sample_shapes=[store.manifest.sample_shape for store in stores],
+            share=config.lora_rank is not None,
             text=teacher.text_source() if isinstance(teacher, PipelineTeacher) else None,
         )
     if earlier.config.teacher_fingerprint != teacher.fingerprint:

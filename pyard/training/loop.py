@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +21,9 @@ from pyard.training.config import TrainConfig
 from pyard.training.processes import Preempted, Processes, memory_advice, preemption, seed_of
 from pyard.training.regression import Measured, Stage
 from pyard.trajectories.buckets import BatchReader
+
+# Without a progress bar, a line at least this often.
+SILENCE_SECONDS = 60.0
 
 Watch = Callable[[int, Measured], None]
 
@@ -43,7 +48,8 @@ def train_stage(
 
     Raises:
         InputError: updates that are not finite, out of memory, a checkpoint that cannot be read or written.
-        Preempted: SIGTERM or SIGUSR1 arrived; a checkpoint has been written.
+        Preempted: SIGTERM, SIGUSR1 or SIGINT arrived; a checkpoint has been written.
+        KeyboardInterrupt: SIGINT arrived twice.
     """
     checkpoints = _checkpoints(student, config, processes)
     if processes.is_main:
@@ -92,6 +98,7 @@ def train_stage(
             # Whatever draws from torch's generators, dropout say, draws the same after a resume.
             torch.manual_seed(seed_of(config.seed, step, processes.rank))
             measured = stage.compute(step, next(reader))
+            learning_rate = stage.learning_rate  # of this update: `apply` moves on to the next one's
             if measured.finite():
                 stage.apply()
                 in_a_row = 0
@@ -107,6 +114,9 @@ def train_stage(
             meter.count()
             last = step == config.max_steps
             if (step % config.log_every == 0 or last) and in_a_row == 0:
+                speed = meter.speed()
+                measured.more["learning_rate"] = torch.tensor(learning_rate, dtype=torch.float64)
+                measured.more["samples_per_second"] = torch.tensor(speed.samples)
                 if log is not None:
                     log.write(
                         step=step,
@@ -115,8 +125,12 @@ def train_stage(
                         grad_norm=float(measured.grad_norm),
                         **{name: float(value) for name, value in measured.more.items()},
                         **({"skipped": skipped} if skipped else {}),
+                        seconds=round(log.seconds + meter.elapsed(), 3),
                     )
-                bar.set_postfix(loss=f"{float(measured.loss):.4f}", **meter.rates(), refresh=False)
+                bar.set_postfix(loss=f"{float(measured.loss):.4f}", **speed.words(), refresh=False)
+                if processes.is_main and not config.progress and (last or meter.is_time_to_speak()):
+                    words = ", ".join(f"{value} {name}" for name, value in speed.words().items())
+                    print(f"step {step} of {config.max_steps}: loss {float(measured.loss):.4f}, {words}", file=sys.stderr)
             watch(step, measured)
             bar.update()
             if in_a_row >= config.max_skipped_in_a_row:
@@ -126,13 +140,14 @@ def train_stage(
                     f"--learning_rate (now {config.learning_rate:g}) or --grad_clip, or use bf16 in place of fp16; "
                     + (f"the checkpoint of step {steps[-1]} is intact" if steps else "no checkpoint had been written yet")
                 )
-            (stop,) = processes.largest(float(asked.is_set()))
+            status = int(processes.largest(float(asked.status))[0])
+            stop = status > 0
             if step % config.save_every == 0 or last or stop:
                 save(step)
             if stop and not last:
                 if processes.is_main:
                     bar.write(f"asked to end: checkpoint of step {step} written; the same command resumes", file=sys.stderr)
-                raise Preempted(step)
+                raise Preempted(step, status)
     if log is not None:
         log.close()
 
@@ -144,6 +159,26 @@ def _checkpoints(student: Student, config: TrainConfig, processes: Processes) ->
     from pyard.training.sharded import ShardedCheckpoints
 
     return ShardedCheckpoints(path, config.keep_last, config.keep_every, student, processes)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast the last updates were.
+
+    Args:
+        samples: a second, all processes together.
+        tflops: TFLOP/s of a device.
+        peak: its data sheet's; None: unknown.
+    """
+
+    samples: float
+    tflops: float
+    peak: float | None
+
+    def words(self) -> dict[str, str]:
+        """samples/s, and MFU, or TFLOP/s of a device without a known peak."""
+        use = {"MFU": f"{100 * self.tflops / self.peak:.1f}%"} if self.peak else {"TFLOP/s": f"{self.tflops:.3g}"}
+        return {"samples/s": f"{self.samples:.{0 if self.samples >= 100 else 2}f}", **use}
 
 
 class Meter:
@@ -161,16 +196,31 @@ class Meter:
         self._flops = flops / processes.world
         self._batch_size = config.batch_size
         self._since, self._updates = time.perf_counter(), 0
+        self._begun, self._spoke = self._since, -math.inf
+
+    def elapsed(self) -> float:
+        """Seconds since training began in this process."""
+        return time.perf_counter() - self._begun
+
+    def is_time_to_speak(self) -> bool:
+        """Whether a run without a progress bar has been silent for a while."""
+        now = time.perf_counter()
+        if now - self._spoke < SILENCE_SECONDS:
+            return False
+        self._spoke = now
+        return True
 
     def count(self) -> None:
         """An update is done."""
         self._updates += 1
 
     def rates(self) -> dict[str, str]:
-        """The rates since they were last asked for: samples/s, and MFU, or TFLOP/s of a device without a known peak."""
+        """`speed` in words."""
+        return self.speed().words()
+
+    def speed(self) -> Speed:
+        """The speed since it was last asked for."""
         now = time.perf_counter()
         rate = self._updates / max(now - self._since, 1e-9)
         self._since, self._updates = now, 0
-        tflops = rate * self._flops / 1e12
-        use = {"MFU": f"{100 * tflops / self._peak:.1f}%"} if self._peak else {"TFLOP/s": f"{tflops:.3g}"}
-        return {"samples/s": f"{rate * self._batch_size:.{0 if rate * self._batch_size >= 100 else 2}f}", **use}
+        return Speed(rate * self._batch_size, rate * self._flops / 1e12, self._peak)

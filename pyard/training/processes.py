@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from types import FrameType
@@ -24,19 +25,22 @@ from pyard.errors import InputError
 
 # sysexits.h: EX_TEMPFAIL, "the user is invited to retry".
 PREEMPTED_STATUS = 75
+# As shells report a process that SIGINT ended.
+INTERRUPTED_STATUS = 130
 PREEMPTING = (signal.SIGTERM, signal.SIGUSR1)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Preempted(SystemExit):
-    """A signal asked a run to end; what it had done is saved, and the process ends with status 75.
+    """A signal asked a run to end; what it had done is saved, and the process ends with status 75, or 130 after Ctrl-C.
 
     Args:
         step: of the checkpoint that was written; None: training had not begun.
+        status: of the process.
     """
 
-    def __init__(self, step: int | None):
-        super().__init__(PREEMPTED_STATUS)
+    def __init__(self, step: int | None, status: int = PREEMPTED_STATUS):
+        super().__init__(status)
         self.step = step
 
 
@@ -147,11 +151,37 @@ def own_random_state(device: torch.device) -> Iterator[None]:
         yield
 
 
+class Asked:
+    """Whether a signal asked the run to end, and with which status.
+
+    Attributes:
+        status: 0: nothing was asked.
+    """
+
+    status = 0
+
+    def hear(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal; a second Ctrl-C ends the run at once.
+
+        Raises:
+            KeyboardInterrupt: it is the second one.
+        """
+        if number == signal.SIGINT:
+            if self.status == INTERRUPTED_STATUS:
+                raise KeyboardInterrupt
+            print(
+                "\ninterrupted: writing a checkpoint after this update; Ctrl-C again ends at once", file=sys.stderr, flush=True
+            )
+            self.status = INTERRUPTED_STATUS
+        elif not self.status:
+            self.status = PREEMPTED_STATUS
+
+
 @contextmanager
-def preemption() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGUSR1 set while the block runs; never set where Python forbids handlers (threads)."""
-    asked = threading.Event()
-    with _handling(lambda number, frame: asked.set()):
+def preemption() -> Iterator[Asked]:
+    """Notes SIGTERM, SIGUSR1 and SIGINT while the block runs; nothing where Python forbids handlers (threads)."""
+    asked = Asked()
+    with _handling(asked.hear, (*PREEMPTING, signal.SIGINT)):
         yield asked
 
 
@@ -170,11 +200,13 @@ def ends_at_once() -> Iterator[None]:
 
 
 @contextmanager
-def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def _handling(
+    handler: Callable[[int, FrameType | None], None], numbers: Sequence[signal.Signals] = PREEMPTING
+) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    earlier = {number: signal.signal(number, handler) for number in PREEMPTING}
+    earlier = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:

@@ -60,6 +60,11 @@ class Stage(Protocol):
     parts: dict[str, Stateful]
     flops: float
 
+    @property
+    def learning_rate(self) -> float:
+        """Of the update that comes next."""
+        ...
+
     def compute(self, step: int, batch: TrajectoryBatch) -> Measured:
         """Loss and gradients of an update; changes no weight."""
         ...
@@ -172,6 +177,11 @@ class Regression:
         self._advance()
         for ema in self.emas:
             ema.update_parameters(self.student)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the update that comes next."""
+        return float(self.scheduler.get_last_lr()[0])
 
     def skip(self) -> None:
         """Drop the gradients; the schedules go on, for they count updates."""

@@ -17,8 +17,8 @@ from pyard.models.student import Student
 from pyard.teachers.network_teacher import NetworkTeacher
 
 # Commands whose teachers and students are pyard's own, or that read neither.
-OWN_ALONE = {"demo", "teach", "trajectories verify", "trajectories stats", "trajectories merge", "bench onnx", "bench quality",
-             "doctor"}  # fmt: skip
+OWN_ALONE = {"demo", "teach", "teach scenes-text", "trajectories verify", "trajectories stats", "trajectories merge",
+             "bench onnx", "bench quality", "doctor"}  # fmt: skip
 EVIL = """
 from pathlib import Path
 from pyard.models.backbone import Backbone

@@ -1,6 +1,7 @@
 """The exported graph equals PyTorch, stores its weights once, and appears whole or not at all."""
 
 import itertools
+import json
 import math
 import subprocess
 import sys
@@ -112,7 +113,7 @@ def test_export_equals_pytorch(settings: dict[str, Any], tmp_path: Path) -> None
 def _folder_of_config(path: Path, student: Student) -> Path:
     folder = path.parent / "again"
     student.save_pretrained(folder)
-    (path.parent / "config.json").replace(folder / "config.json")
+    path.with_name(f"{path.name}.json").replace(folder / "config.json")
     return folder
 
 
@@ -151,12 +152,12 @@ def test_present_keys_are_only_those_that_the_mask_still_shows(tmp_path: Path) -
 def test_external_data_lie_beside_the_model_until_an_export_without_them(tmp_path: Path) -> None:
     path, student = tmp_path / "student.onnx", tiny_student(2, history_layers=1)
     export.export_onnx(student, path, external_data=True)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "student.onnx", "student.onnx.data"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["student.onnx", "student.onnx.data", "student.onnx.json"]
     assert path.stat().st_size < path.with_name("student.onnx.data").stat().st_size
     expected = pyard.sample(student, [1, 2], seed=3).numpy()
     assert relative_error(OnnxStudent(path).sample([1, 2], seed=3), expected) < 1e-4
     export.export_onnx(student, path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "student.onnx"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["student.onnx", "student.onnx.json"]
 
 
 def test_weights_that_one_file_cannot_hold_go_into_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,11 +166,27 @@ def test_weights_that_one_file_cannot_hold_go_into_a_second(tmp_path: Path, monk
     assert (tmp_path / "student.onnx.data").exists()
 
 
-def test_a_foreign_config_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+def test_each_file_has_a_configuration_of_its_own_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}', encoding="utf-8")
+    for steps in (1, 2):
+        export.export_onnx(tiny_student(steps, history_layers=0), tmp_path / f"{steps}.onnx")
+    names = ["1.onnx", "1.onnx.json", "2.onnx", "2.onnx.json", "config.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+    assert (tmp_path / "config.json").read_text(encoding="utf-8") == '{"_class_name": "AutoencoderKL"}'
+    for steps in (1, 2):
+        config = json.loads((tmp_path / f"{steps}.onnx.json").read_text(encoding="utf-8"))
+        assert len(config["grid"]["times"]) == steps + 1
+    (tmp_path / "1.onnx.json").write_text('{"mine": 1}', encoding="utf-8")
     with pytest.raises(InputError, match="belongs to something else"):
-        export.export_onnx(tiny_student(1, history_layers=0), tmp_path / "student.onnx")
-    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+        export.export_onnx(tiny_student(1, history_layers=0), tmp_path / "1.onnx")
+
+
+def test_a_file_beside_the_student_leaves_its_config_alone(tmp_path: Path) -> None:
+    tiny_student(1, history_layers=0).save_pretrained(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    export.export_onnx(tmp_path, tmp_path / "student.onnx")
+    assert (tmp_path / "config.json").read_bytes() == before
+    assert (tmp_path / "student.onnx.json").read_bytes() == before
 
 
 @pytest.mark.slow
@@ -184,10 +201,45 @@ def test_a_deviation_fails_the_export_and_keeps_the_old_file(tmp_path: Path, mon
     student = tiny_student(1, history_layers=0)
     rollout = Student.rollout
     monkeypatch.setattr(Student, "rollout", lambda *args: (prediction / 1.001 for prediction in rollout(*args)))
-    with pytest.raises(RuntimeError, match=r"1\.0e-03 of the largest value; expected at most 1e-04"):
+    with pytest.raises(InputError, match=r"0\.00(1|0999).* of the largest value; expected at most 0\.0001\. ") as refused:
         export.export_onnx(student, path)
+    assert "\n" not in str(refused.value)
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_text() == "the previous export"
+
+
+def test_a_larger_error_is_accepted_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = tiny_student(1, history_layers=0)
+    student.save_pretrained(tmp_path / "student")
+    rollout = Student.rollout
+    monkeypatch.setattr(Student, "rollout", lambda *args: (prediction / 1.001 for prediction in rollout(*args)))
+    words = ["export", "--onnx", str(tmp_path / "a.onnx"), "--student", str(tmp_path / "student")]
+    assert main(words) == 2
+    assert not (tmp_path / "a.onnx").exists()
+    assert main([*words, "--parity-bound", "0.002"]) == 0
+    assert (tmp_path / "a.onnx").exists()
+    with pytest.raises(InputError, match="parity_bound is 0; expected more than 0"):
+        export.export_onnx(student, tmp_path / "b.onnx", parity_bound=0)
+
+
+def test_the_bound_is_printed_as_it_is() -> None:
+    bound = 1e-4 + 1.01 / 255
+    with pytest.raises(InputError, match=r"by 0\.004062 of the largest value; expected at most 0\.00406078"):
+        export.check_parity({1: 0.0, 3: 0.0040616}, bound, Path("student.onnx"))
+
+
+def test_overflow_of_half_precision_is_called_by_its_name(tmp_path: Path) -> None:
+    student = tiny_student(1, history_layers=0)
+    with torch.no_grad():
+        for module in (m for m in student.trunk.modules() if isinstance(m, torch.nn.Linear)):
+            module.weight.mul_(300 / module.weight.abs().max())
+    with pytest.raises(InputError, match=r"an activation exceeds 65504, the largest number of fp16\. Use --precision fp32"):
+        export.export_onnx(student, tmp_path / "a.onnx", precision="fp16")
+    with torch.no_grad():
+        next(iter(student.parameters())).view(-1)[0] = 7e4
+    with pytest.raises(InputError, match=r"of the student reaches \S+; fp16 holds at most 65504"):
+        export.export_onnx(student, tmp_path / "a.onnx", precision="fp16")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_graph_that_is_invalid_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +292,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     student = tiny_student(1, history_layers=0)
     with pytest.raises(InputError, match="opset is 11; expected 20 to 23"):
         export.export_onnx(student, tmp_path / "student.onnx", opset=11)
-    with pytest.raises(InputError, match="form is 'steps'; expected sampler or step"):
+    with pytest.raises(InputError, match="form is 'steps'; expected one of sampler, step"):
         export.export_onnx(student, tmp_path / "student.onnx", form="steps")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="is a folder"):
         export.export_onnx(student, tmp_path)

@@ -9,12 +9,15 @@ import numpy as np
 import onnx
 import pytest
 from factories import tiny_student
+from models.autoencoders import plain_vae
 from onnx import TensorProto, helper
+from PIL import Image
 
 import pyard
 from pyard.diffusion.noise import standard_normal
 from pyard.errors import InputError
 from pyard.export import export_onnx
+from pyard.models.codec import LatentCodec
 from pyard.runtime import OnnxStudent
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "onnx_inference.py"
@@ -115,6 +118,77 @@ def test_truncated_or_missing_external_data(tmp_path: Path, keep: float) -> None
     data.unlink()
     with pytest.raises(InputError, match=r"student\.onnx\.data is missing"):
         OnnxStudent(tmp_path / "student.onnx")
+
+
+def test_external_data_are_named_by_what_the_file_says(tmp_path: Path) -> None:
+    export_onnx(tiny_student(2, history_layers=1), tmp_path / "student.onnx", external_data=True)
+    renamed = (tmp_path / "student.onnx").rename(tmp_path / "renamed.onnx")
+    assert OnnxStudent(renamed).sample([1]).shape == (1, 2, 8, 8)
+    data = tmp_path / "student.onnx.data"
+    data.write_bytes(data.read_bytes()[:100])
+    with pytest.raises(
+        InputError, match=r"student\.onnx\.data \(100 bytes\) is cut off: renamed\.onnx keeps its weights there"
+    ):
+        OnnxStudent(renamed)
+    data.unlink()
+    with pytest.raises(InputError, match=r"student\.onnx\.data is missing: renamed\.onnx keeps its weights there"):
+        OnnxStudent(renamed)
+
+
+def test_an_empty_list_streams_empty_predictions(tmp_path: Path) -> None:
+    export_onnx(tiny_student(3, history_layers=1), tmp_path / "step.onnx", form="step")
+    student = OnnxStudent(tmp_path / "step.onnx")
+    assert student.sample([]).shape == (0, 2, 8, 8)
+    assert [prediction.shape for prediction in student.stream([])] == [(0, 2, 8, 8)] * 3
+
+
+def test_providers_may_have_options(path: Path) -> None:
+    options = {"arena_extend_strategy": "kSameAsRequested"}
+    student = OnnxStudent(path, providers=[("CPUExecutionProvider", options)])
+    assert student.info.provider == "CPUExecutionProvider"
+    assert student.sample([1]).shape == (1, 2, 8, 8)
+    assert OnnxStudent(path, providers=["CPUExecutionProvider"], threads=np.int64(1)).info.provider == "CPUExecutionProvider"
+    for wrong in ([("CPUExecutionProvider", {}, 3)], [("CPUExecutionProvider",)], [3], [("CPUExecutionProvider", "fast")]):
+        with pytest.raises(InputError, match="expected a name, or"):
+            OnnxStudent(path, providers=wrong)
+    with pytest.raises(InputError, match="providers: found NoSuchProvider; this onnxruntime has"):
+        OnnxStudent(path, providers=[("NoSuchProvider", {})])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: "", lambda text: "{", lambda text: "[1]", lambda text: text.replace('"num_steps"', '"steps"'),
+        lambda text: text.replace('"grid"', '"g"'), lambda text: text.replace('"sample_shape": [2, 8, 8]', '"sample_shape": 3'),
+        lambda text: text.replace('"name": "label"', '"name": "other"'), lambda text: "null",
+        lambda text: text.replace('"conditions": [', '"conditions": [3, '),
+    ],
+)  # fmt: skip
+def test_damaged_metadata_is_one_line(change, path: Path, tmp_path: Path) -> None:
+    model = onnx.load(path)
+    text = model.metadata_props[0].value
+    assert change(text) != text
+    model.metadata_props[0].value = change(text)
+    onnx.save(model, tmp_path / "damaged.onnx")
+    with pytest.raises(InputError, match=r"damaged\.onnx: its metadata entry 'pyard' is damaged.*export the student again"):
+        OnnxStudent(tmp_path / "damaged.onnx")
+
+
+def test_example_draws_the_pictures_of_a_file_with_a_decoder(tmp_path: Path) -> None:
+    """Upright, in colour, as the runtime draws them."""
+    student = tiny_student(2, history_layers=1)
+    student.codec = LatentCodec(plain_vae())
+    export_onnx(student, tmp_path / "student.onnx")
+    command = [sys.executable, str(EXAMPLE), str(tmp_path / "student.onnx"), str(tmp_path / "samples.png")]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    noise = np.random.default_rng(0).standard_normal((5, 2, 8, 8), dtype=np.float32)
+    expected = OnnxStudent(tmp_path / "student.onnx").sample(range(5), noise=noise)
+    side, scale = expected.shape[1], 64 // expected.shape[1]
+    with Image.open(tmp_path / "samples.png") as picture:
+        drawn = np.asarray(picture)[::scale, ::scale]
+    assert drawn.shape == (side, 5 * side, 3)
+    np.testing.assert_array_equal(drawn, np.hstack(list(expected)))
+    assert 5 < drawn.std() < 200
 
 
 def test_no_labels_no_samples(student: OnnxStudent) -> None:

@@ -25,7 +25,7 @@ from training_runs import (
 
 from pyard.storage.checkpoints import Checkpoints
 from pyard.storage.log import read_log
-from pyard.training.processes import PREEMPTED_STATUS
+from pyard.training.processes import PREEMPTED_STATUS, preemption
 from pyard.trajectories import TrajectoryStore
 
 # Several of everything that a checkpoint has to remember.
@@ -98,6 +98,30 @@ def test_signals_write_a_checkpoint_and_end_with_a_code_of_their_own(folder, wor
     assert set(wait(start(folder, "killed", world, **settings))) == {0}
     assert set(wait(start(folder, "whole", world, **settings))) == {0}
     assert_same_run(folder / "whole", folder / "killed")
+
+
+def test_ctrl_c_writes_a_checkpoint_and_ends_with_130(folder):
+    settings = dict(max_steps=40, save_every=1000)
+    processes = start(folder, "killed", 1, **settings)
+    step = signal_at(processes, folder / "killed" / "log.jsonl", 3, signal.SIGINT)
+    assert set(wait(processes)) == {130}
+    (saved,) = Checkpoints(folder / "killed" / "checkpoints").steps()
+    assert saved >= step >= 3
+    assert set(wait(start(folder, "killed", 1, **settings))) == {0}
+    assert set(wait(start(folder, "whole", 1, **settings))) == {0}
+    assert_same_run(folder / "whole", folder / "killed")
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with preemption() as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked.status == PREEMPTED_STATUS
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked.status == 130
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])

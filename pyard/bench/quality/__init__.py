@@ -209,8 +209,10 @@ def _prepare(subject: str, budget: Budget, out: Path, quick: bool) -> None:
 def _make(budget: Budget, cell: Cell, out: Path, quick: bool) -> dict[str, Any]:
     try:
         return run_cell(_workshop(cell.subject, budget, out, quick), cell)
-    except Preempted:
-        os._exit(PREEMPTED_STATUS)  # else the pool would hand this process the next student
+    except Preempted as ended:
+        os._exit(
+            ended.code if isinstance(ended.code, int) else PREEMPTED_STATUS
+        )  # else the pool would hand this process the next student
 
 
 def _base(cell: Cell) -> str | None:

@@ -244,7 +244,7 @@ def training_flops(workshop: Workshop, settings: dict[str, Any], student: Studen
 
 def read_result(path: Path) -> dict[str, Any] | None:
     """A cell's numbers, if it is done."""
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def train_settings(cell: Cell, budget: Budget, workshop: Workshop) -> dict[str, Any]:

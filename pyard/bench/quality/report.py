@@ -80,7 +80,7 @@ def write_report(plan: Plan, out: Path, results: Path, name: str, quick: bool) -
     write_text(results / f"{name}.json", json.dumps(record, indent=1) + "\n")
     write_text(results / f"{name}.md", _document(plan, record, ratios, rows, quick, name))
     draw_figures(plan, workshops, rows, teachers, results, name)
-    print((results / f"{name}.md").read_text())
+    print((results / f"{name}.md").read_text(encoding="utf-8"))
 
 
 def _ratio(workshop: Workshop, rows: Sequence[dict[str, Any]]) -> Interval | None:

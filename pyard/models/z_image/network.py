@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 
 from pyard.conditions import Condition
 from pyard.errors import InputError
@@ -44,7 +45,9 @@ class ZImage(WrappedBackbone):
 
     def run(self, x: torch.Tensor, times: torch.Tensor, condition: Condition) -> torch.Tensor:
         tokens, mask = condition["tokens"], condition["mask"]
-        texts = [row[:length] for row, length in zip(tokens, mask.sum(dim=1).tolist(), strict=True)]
+        # Without numbers, where costs are counted, every text is as long as the longest.
+        lengths = [mask.shape[1]] * len(mask) if mask.is_meta or is_fake(mask) else mask.sum(dim=1).tolist()
+        texts = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
         pictures = list(x[:, :, None].unbind(0))  # [C, 1, h, w] each: videos of one frame
         output = self.transformer(pictures, self._time(times), texts, return_dict=False)[0]
         return -torch.stack([picture[:, 0] for picture in output])

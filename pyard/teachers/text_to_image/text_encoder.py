@@ -131,8 +131,9 @@ class PipelineTextEncoder:
         with _quiet():
             if self._pipeline is None:
                 self._pipeline = self._load()
-            tensors = self.family.encode.encode(self._pipeline, list(texts), self.max_sequence_length, self.device)
-            cut = self._cut(list(texts))
+            given = list(texts)
+            tensors = self.family.encode.encode(self._pipeline, given, self.max_sequence_length, self.device)
+            cut = self._cut(given)
         return [
             # Copies: a view would keep the tensors of the whole batch.
             Encoded({name: tensor.to("cpu", copy=True).contiguous() for name, tensor in one.items()}, is_cut)

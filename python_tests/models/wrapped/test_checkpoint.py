@@ -1,0 +1,127 @@
+"""Fine-tuned transformers and LoRAs over a pipeline, sharded weights and variants: read as diffusers reads them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_pipelines import randomise, tiny_pipeline
+
+from pyard.errors import InputError
+from pyard.teachers import load_teacher
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pipeline("sd3", tmp_path_factory.mktemp("pipelines") / "sd3")
+
+
+def weights_of(folder: Path, **settings: Any) -> dict[str, torch.Tensor]:
+    """Of the stock transformer that a teacher's network is."""
+    network = load_teacher(folder, **settings).network
+    return network.trunk.stock(network.head).state_dict()
+
+
+def stock(folder: Path) -> Any:
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
+
+
+def same(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_fine_tuned_transformer_takes_the_pipelines_place(pipeline: Path, tmp_path: Path) -> None:
+    other = randomise(stock(pipeline), 9)
+    other.save_pretrained(tmp_path / "tuned")
+    plain, tuned = weights_of(pipeline), weights_of(pipeline, transformer=tmp_path / "tuned")
+    assert same(tuned, other.state_dict())
+    assert not same(tuned, plain)
+    for prefix in ("", "transformer.", "model.diffusion_model."):
+        named = {f"{prefix}{name}": tensor.contiguous() for name, tensor in other.state_dict().items()}
+        save_file(named, tmp_path / "tuned.safetensors")
+        assert same(weights_of(pipeline, transformer=tmp_path / "tuned.safetensors"), tuned)
+    assert load_teacher(pipeline).fingerprint != load_teacher(pipeline, transformer=tmp_path / "tuned").fingerprint
+
+
+def test_a_transformer_of_another_model_is_one_line(pipeline: Path, tmp_path: Path) -> None:
+    flux = tiny_pipeline("flux", tmp_path / "flux")
+    with pytest.raises(InputError, match="holds a FluxTransformer2DModel; expected a SD3Transformer2DModel"):
+        load_teacher(pipeline, transformer=flux / "transformer")
+    tensors = load_file(pipeline / "transformer" / "diffusion_pytorch_model.safetensors")
+    narrow = {name: tensor[:3].contiguous() if name.startswith("proj_out") else tensor for name, tensor in tensors.items()}
+    save_file(narrow, tmp_path / "narrow.safetensors")
+    with pytest.raises(InputError, match=r"proj_out.* is .*expected"):
+        load_teacher(pipeline, transformer=tmp_path / "narrow.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"<html>")
+    with pytest.raises(InputError, match="no safetensors file"):
+        load_teacher(pipeline, transformer=tmp_path / "broken.safetensors")
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_lora_is_added_as_the_stock_pipeline_adds_it(pipeline: Path, tmp_path: Path, as_file: bool) -> None:
+    from diffusers import StableDiffusion3Pipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    base = stock(pipeline)
+    base.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_k", "ff.net.2"]))
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if "lora" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    StableDiffusion3Pipeline.save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(base))
+    pipe = StableDiffusion3Pipeline.from_pretrained(pipeline)
+    pipe.load_lora_weights(tmp_path)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    path = tmp_path / "pytorch_lora_weights.safetensors" if as_file else tmp_path
+    mine, theirs = weights_of(pipeline, lora=path), pipe.transformer.state_dict()
+    plain = weights_of(pipeline)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.allclose(mine[name], theirs[name], atol=1e-6) for name in mine)
+    assert sum(not torch.equal(mine[name], plain[name]) for name in mine) >= 3 * 4
+
+
+def test_peft_adapters_and_loras_of_other_models(pipeline: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    pixart = tiny_pipeline("pixart_sigma", tmp_path / "pixart")
+    from diffusers import PixArtTransformer2DModel
+
+    base = PixArtTransformer2DModel.from_pretrained(pixart, subfolder="transformer")
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["attn1.to_q", "proj_out"]))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = adapted.merge_and_unload().state_dict()
+    mine = weights_of(pixart, lora=tmp_path / "adapter")
+    assert all(torch.allclose(mine[name], merged[name], atol=1e-6) for name in mine)
+    with pytest.raises(InputError, match=r"PEFT cannot read it|is no layer"):
+        load_teacher(pipeline, lora=tmp_path / "adapter")
+    with pytest.raises(InputError, match="no such file or folder"):
+        load_teacher(pipeline, lora=tmp_path / "nothing")
+
+
+def test_shards_and_variants(pipeline: Path, tmp_path: Path) -> None:
+    plain = weights_of(pipeline)
+    sharded = tmp_path / "sharded"
+    shutil.copytree(pipeline, sharded)
+    shutil.rmtree(sharded / "transformer")
+    stock(pipeline).save_pretrained(sharded / "transformer", max_shard_size="40KB")
+    assert len(list((sharded / "transformer").glob("*.safetensors"))) > 1
+    assert same(weights_of(sharded), plain)
+    half = tmp_path / "half"
+    shutil.copytree(pipeline, half)
+    shutil.rmtree(half / "transformer")
+    stock(pipeline).half().save_pretrained(half / "transformer", variant="fp16", max_shard_size="20KB")
+    read = weights_of(half)
+    assert all(torch.equal(read[name], tensor.half().float()) for name, tensor in plain.items())
+    assert {tensor.dtype for tensor in weights_of(pipeline, dtype="bfloat16").values()} == {torch.bfloat16}

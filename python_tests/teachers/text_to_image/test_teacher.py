@@ -1,0 +1,182 @@
+"""Pipelines as teachers: trajectories end where the stock pipeline's images begin."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_pipelines import tiny_pipeline
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+import pyard
+from pyard.conditions import PromptTable
+from pyard.conditions.prompt_file import read_prompts
+from pyard.diffusion.noise import standard_normal
+from pyard.errors import InputError
+from pyard.teachers import load_teacher
+from pyard.teachers.text_to_image.teacher import PipelineTeacher
+
+NAMES = ("pixart_alpha", "pixart_sigma", "sd3", "flux", "qwen_image", "z_image")
+PROMPTS = ["a red circle", "two small blue squares above a cross"]
+NEGATIVE = "blurry, a green triangle"
+PACKED = ("flux", "qwen_image")
+
+
+@pytest.fixture(scope="module")
+def pipeline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pipeline(request.param, tmp_path_factory.mktemp("pipelines") / request.param)
+
+
+def prompts_of(teacher: PipelineTeacher, folder: Path, negative: str | None = None, **options: Any) -> PromptTable:
+    """A table in float32, so that rounding of embeddings hides no difference."""
+    lines = [line._replace(negative_prompt=negative) for line in read_prompts(PROMPTS)]
+    constants, default = teacher.constants(None), teacher.family.negative_prompt
+    return PromptTable.build(
+        teacher.text_encoder, lines, folder, constants=constants, default_negative=default, dtype="float32", progress=False,
+        **options,
+    )  # fmt: skip
+
+
+def stock_images(
+    folder: Path, family: str, noise: torch.Tensor, guided: bool, negative: str | None, steps: int
+) -> torch.Tensor:
+    """What the stock pipeline draws from the same latents."""
+    import diffusers
+
+    kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    pipe = getattr(diffusers, kind).from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    height, width = (side * 4 for side in noise.shape[-2:])
+    call: dict[str, Any] = {"num_inference_steps": steps, "output_type": "latent", "height": height, "width": width}
+    latents = pixel_unshuffle(noise, 2).flatten(2).transpose(1, 2) if family in PACKED else noise
+    if family.startswith("pixart"):
+        call["use_resolution_binning"] = False
+    if family != "flux":
+        call["negative_prompt"] = [negative or (" " if family == "qwen_image" else "")] * len(PROMPTS)
+    if not guided:
+        call |= {"qwen_image": {"true_cfg_scale": 1.0}, "z_image": {"guidance_scale": 0.0}, "flux": {}}.get(
+            family, {"guidance_scale": 1.0}
+        )
+    # A copy: Z-Image's pipeline writes into the list that it gets.
+    images = pipe(list(PROMPTS), latents=latents.clone(), **call).images
+    if family in PACKED:
+        images = pixel_shuffle(images.transpose(1, 2).unflatten(2, (height // 8, width // 8)), 2)
+    return images
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("pipeline", NAMES, indirect=True)
+def test_trajectories_end_where_the_pipelines_images_begin(pipeline: Path, guided: bool, tmp_path: Path) -> None:
+    family = pipeline.name
+    teacher = load_teacher(pipeline)
+    assert isinstance(teacher, PipelineTeacher)
+    negative = NEGATIVE if guided else None
+    store = pyard.generate_trajectories(
+        teacher.with_prompts(prompts_of(teacher, tmp_path / "table", negative)), tmp_path / "store", 2, num_steps=4,
+        teacher_steps=8, height=32, width=48, cfg_scale=None if guided else 1.0, keep="state", progress=False,
+    )  # fmt: skip
+    assert store.manifest.cfg_scale == (teacher.cfg_scale if guided else 1.0)
+    assert store.manifest.sample_shape == (4, 8, 12)
+    batch = pyard.TrajectoryReader(store, 2, target="state").gather([0, 1])
+    stock = stock_images(pipeline, family, batch.history[:, 0], guided, negative, 8)
+    assert (batch.target[:, -1] - stock).abs().max() < 1e-4 * stock.abs().max()
+    if guided and family != "flux":  # whose default is embedded guidance alone
+        plain = stock_images(pipeline, family, batch.history[:, 0], False, None, 8)
+        assert (plain - stock).abs().max() > 1e-3 * stock.abs().max()
+
+
+@pytest.mark.parametrize("pipeline", NAMES, indirect=True)
+def test_from_a_folder_and_a_file_of_prompts_to_pictures(pipeline: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS, "a dog"]) + "\n", encoding="utf-8")
+    settings = dict(num_steps=2, teacher_steps=4, height=32, width=32, batch_size=3, keep="state", dtype="bfloat16")
+    store = pyard.generate_trajectories(
+        pipeline, tmp_path / "store", 6, prompts=tmp_path / "prompts.txt", progress=False, **settings
+    )
+    assert store.manifest.labels == "balanced"
+    run = tmp_path / "run"
+    options = dict(num_steps=2, batch_size=3, max_steps=3, heads="shared", output="jump", learning_rate=1e-3, ema_decay=0.0)
+    student = pyard.train(pipeline, tmp_path / "store", out=run, progress=False, trackers="none", **options)
+    moved = [
+        bool((mine != theirs).any())
+        for mine, theirs in zip(student.trunk.parameters(), load_teacher(pipeline).network.trunk.parameters(), strict=True)
+    ]
+    assert sum(moved) > 0.8 * len(moved)
+    texts = ["a red circle", "a cat that was in no prompt"]
+    drawn = pyard.sample(run, prompts=texts, seed=3, latents=True)
+    pipe = pyard.ARDPipeline.from_pretrained(run)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.from_numpy(standard_normal(3, [0, 1], (4, 8, 8)))
+    assert torch.equal(pipe(texts, latents=noise, output_type="latent").images, drawn)
+    other = pipe(texts[::-1], latents=noise, output_type="latent").images
+    assert (other - drawn).abs().max() > 1e-4
+    pictures = pipe(texts[0], num_images_per_prompt=2, generator=torch.manual_seed(0)).images
+    assert [picture.size for picture in pictures] == [(32, 32)] * 2
+    with pytest.warns(UserWarning, match="negative_prompt is ignored"):
+        again = pipe(texts, negative_prompt="blurry", latents=noise, output_type="latent").images
+    assert torch.equal(again, drawn)
+    pipe.save_pretrained(tmp_path / "pipe")
+    shutil.rmtree(run)
+    saved = pyard.ARDPipeline.from_pretrained(tmp_path / "pipe")
+    saved.set_progress_bar_config(disable=True)
+    assert torch.equal(saved(texts, latents=noise, output_type="latent").images, drawn)
+
+
+@pytest.mark.parametrize("pipeline", ["sd3"], indirect=True)
+def test_weights_in_bfloat16_are_trained_in_float32(pipeline: Path, tmp_path: Path) -> None:
+    settings = dict(num_steps=2, teacher_steps=4, batch_size=2, keep="state", prompts=PROMPTS, progress=False)
+    store = pyard.generate_trajectories(pipeline, tmp_path / "store", 4, precision="bfloat16", **settings)
+    assert store.manifest.precision == "bfloat16"
+    plain = pyard.generate_trajectories(pipeline, tmp_path / "plain", 4, **settings)
+    ends = [pyard.TrajectoryReader(one, 4, target="state").gather(range(4)).target[:, -1] for one in (store, plain)]
+    assert 1e-4 < (ends[0] - ends[1]).abs().max() / ends[1].abs().max() < 0.2
+    student = pyard.train(
+        pipeline, tmp_path / "store", out=tmp_path / "run", num_steps=2, batch_size=2, max_steps=2, trackers="none",
+        progress=False,
+    )  # fmt: skip
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("pipeline", ["sd3"], indirect=True)
+def test_two_sizes_in_one_training(pipeline: Path, tmp_path: Path) -> None:
+    settings = dict(num_steps=2, teacher_steps=4, batch_size=2, keep="state", prompts=PROMPTS, progress=False)
+    pyard.generate_trajectories(pipeline, tmp_path / "square", 4, height=32, width=32, **settings)
+    pyard.generate_trajectories(pipeline, tmp_path / "wide", 4, height=24, width=48, **settings)
+    student = pyard.train(
+        pipeline, [tmp_path / "square", tmp_path / "wide"], out=tmp_path / "run", num_steps=2, batch_size=2, max_steps=4,
+        trackers="none", progress=False,
+    )  # fmt: skip
+    assert student.sample_shapes == ((4, 8, 8), (4, 6, 12))
+    pipe = pyard.ARDPipeline.from_pretrained(tmp_path / "run")
+    assert pipe("a dog", height=24, width=48, output_type="pil").images[0].size == (48, 24)
+    with pytest.raises(InputError, match=r"trained on \(4, 8, 8\), \(4, 6, 12\)"):
+        pipe("a dog", height=32, width=48)
+
+
+@pytest.mark.parametrize("pipeline", ["pixart_sigma"], indirect=True)
+def test_wrong_input_is_one_line(pipeline: Path, tmp_path: Path) -> None:
+    def refused(match: str, folder: Path = pipeline, **settings: Any) -> None:
+        with pytest.raises(InputError, match=match) as caught:
+            pyard.generate_trajectories(folder, tmp_path / "store", 2, progress=False, **settings)
+        assert "\n" not in str(caught.value)
+
+    refused("give prompts=")
+    (tmp_path / "hole.txt").write_text("a\n\nb\n", encoding="utf-8")
+    refused("hole.txt, line 2", prompts=tmp_path / "hole.txt")
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n', encoding="utf-8")
+    refused("broken.jsonl, line 2", prompts=tmp_path / "broken.jsonl")
+    refused("multiples of 8", prompts=PROMPTS, height=30)
+    refused("told none; use cfg_scale", prompts=PROMPTS, embedded_guidance=3.0)
+    refused("no such file or folder", prompts=PROMPTS, transformer=str(tmp_path / "nothing"))
+    bare = tmp_path / "bare"
+    shutil.copytree(pipeline, bare)
+    shutil.rmtree(bare / "tokenizer")
+    refused("no tokenizer", bare, prompts=PROMPTS)
+    index = json.loads((bare / "model_index.json").read_text())
+    (bare / "model_index.json").write_text(json.dumps({**index, "_class_name": "SanaPipeline"}), encoding="utf-8")
+    refused("linear", bare, prompts=PROMPTS)
+    with pytest.raises(InputError, match="prompts and embedded_guidance are for text-to-image"):
+        pyard.generate_trajectories("digits", tmp_path / "digits", 2, prompts=PROMPTS, progress=False)

@@ -1,0 +1,78 @@
+"""The commands and the code of docs/text-to-image.md do what the page says, on a tiny pipeline of the same format."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_pipelines import tiny_pipeline
+
+from pyard.cli.command_line import main
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "text-to-image.md").read_text(encoding="utf-8")
+# The page's sizes, and those of the tiny pipeline.
+SMALLER = {"100000": "4", "50_000": "4", "1024": "32", "832": "24", "1216": "48", "runs/": "runs/"}
+
+
+def small(text: str) -> str:
+    for large, tiny in SMALLER.items():
+        text = text.replace(large, tiny)
+    return text
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("page")
+    tiny_pipeline("sd3", place / "stable-diffusion-3.5-medium")
+    (place / "prompts.txt").write_text("a red circle\na green square\n", encoding="utf-8")
+    return place
+
+
+def test_the_page_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyard
+
+    monkeypatch.chdir(folder)
+    # What a small machine leaves out: batches of 64, and thousands of updates.
+    more = {"trajectories": ["--batch_size", "2"], "train": ["--batch_size", "2", "--max_steps", "2"]}
+    (commands,) = [block for block in blocks("") if "pyard trajectories" in block]
+    for command in small(commands).replace("\\\n", " ").strip().splitlines():
+        name, *words = shlex.split(command)
+        assert name == "pyard"
+        assert main([*words, *more.get(words[0], [])]) == 0, command
+    assert (folder / "circle.png").is_file()
+    train, generate = pyard.train, pyard.generate_trajectories
+
+    def train_a_little(*args: Any, **settings: Any) -> Any:
+        return train(*args, **settings, batch_size=2, max_steps=2, progress=False)
+
+    def generate_a_little(*args: Any, **settings: Any) -> Any:
+        return generate(*args, **settings, batch_size=2, progress=False)
+
+    monkeypatch.setattr(pyard, "train", train_a_little)
+    monkeypatch.setattr(pyard, "generate_trajectories", generate_a_little)
+    names: dict[str, Any] = {}
+    for block in blocks("python"):
+        exec(small(block), names)
+    assert len(names["images"]) == 4
+    assert names["image"].size == (48, 24)
+    saved = pyard.ARDPipeline.from_pretrained("sd35-ard")
+    assert saved.text_encoder_3 is not None
+
+
+def test_the_table_of_families_is_that_of_the_tests() -> None:
+    """Its rows and columns, and no cell that failed; `python docs/figures/families.py` writes it."""
+    script = runpy.run_path(str(ROOT / "docs" / "figures" / "families.py"))
+    found = PAGE.split(script["BEGIN"])[1].split(script["END"])[0].strip()
+    assert found.splitlines()[0] == script["table"]({}).splitlines()[0]
+    assert [line.split("|")[1].strip() for line in found.splitlines()[2:]] == list(script["FAMILIES"])
+    assert "fails" not in found
+    assert "not run" not in found
