@@ -116,7 +116,7 @@ def _from_words(name: str, values: list[str], hint: Any) -> Any:
         raise InputError(f"--{name} needs a value: expected {words(hint)}")
     value: Any = values if len(values) > 1 else values[0]
     if lists and isinstance(value, str):
-        value = _as_list(value, lists)
+        value = _as_list(value, lists, is_whole=str in kinds or Path in kinds)
     if isinstance(value, list) and not lists:
         raise InputError(f"--{name} takes one value; found {' '.join(map(repr, value))}")
     try:
@@ -126,8 +126,14 @@ def _from_words(name: str, values: list[str], hint: Any) -> Any:
         raise InputError(f"--{name} is {shown!r}; expected {words(hint)}") from None
 
 
-def _as_list(text: str, lists: list[Any]) -> Any:
-    """A single word for a flag that takes a list: JSON or YAML in brackets, numbers with commas, or itself."""
+def _as_list(text: str, lists: list[Any], is_whole: bool) -> Any:
+    """A single word for a flag that takes a list: JSON or YAML in brackets, numbers with commas, or itself.
+
+    Args:
+        text: the word.
+        lists: the kinds of list that the flag takes.
+        is_whole: whether it takes a text or path as well, such as a file of prompts in place of a list of prompts.
+    """
     if text.startswith(("[", "(")):
         import yaml
 
@@ -139,6 +145,8 @@ def _as_list(text: str, lists: list[Any]) -> Any:
     pieces = [piece.strip() for piece in text.split(",")]
     if len(pieces) > 1 and all(map(_is_number, pieces)):
         return pieces
+    if is_whole:
+        return text
     # A list of one, unless the text is more likely to be what else the flag takes, such as `none`.
     items = [item for kind in lists for member in typing.get_args(kind) for item in _members(member)]
     return [text] if _is_number(text) or (str in items and text.lower() not in ("none", "null")) else text

@@ -184,6 +184,7 @@ def test_words_and_yaml_mean_what_a_reader_expects(tmp_path: Path):
         (["--labels", "tench, x", "4"], {"labels": ["tench, x", 4]}),
         (["--labels", "tench, x"], {"labels": ["tench, x"]}),
         (["--labels", "none"], {"labels": None}),
+        (["--students", "prompts.txt"], {"students": "prompts.txt"}),  # a file of texts, not a text
         (["--students", "a", "b c"], {"students": ["a", "b c"]}),
         (["--students", "[a, b]"], {"students": ["a", "b"]}),
         (["--interval", "-1", "2.5"], {"interval": (-1.0, 2.5)}),
