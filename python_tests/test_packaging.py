@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -79,6 +80,18 @@ def test_without_a_compiler_the_wheel_is_plain_and_says_why(unpacked: Path, tmp_
     record = json.loads(wheel.read("pyard/_build.json"))
     assert not record["built"]
     assert "a C++17 compiler is needed" in record["reason"]
+
+
+def test_sources_that_do_not_compile_are_loud_in_a_checkout(unpacked: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(unpacked, source)
+    header = source / "csrc/ops.h"
+    header.write_text(f'#error "broken on purpose"\n{header.read_text(encoding="utf-8")}', encoding="utf-8")
+    plain = zipfile.ZipFile(build("build_wheel", source, tmp_path / "plain"))
+    assert "broken on purpose" in json.loads(plain.read("pyard/_build.json"))["reason"]
+    (source / ".git").mkdir()
+    with pytest.raises(AssertionError, match="broken on purpose"):
+        build("build_wheel", source, tmp_path / "checkout")
 
 
 def test_cuda_kernels_that_do_not_build_leave_their_reason(unpacked: Path, tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ def small(text: str) -> str:
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    return [text for name, text in found if name == language]
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +44,13 @@ def test_the_page_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     # What a small machine leaves out: batches of 64, and thousands of updates.
     more = {"trajectories": ["--batch_size", "2"], "train": ["--batch_size", "2", "--max_steps", "2"]}
-    (commands,) = [block for block in blocks("") if "pyard trajectories" in block]
+    commands = "".join(blocks(""))
     for command in small(commands).replace("\\\n", " ").strip().splitlines():
         name, *words = shlex.split(command)
         assert name == "pyard"
         assert main([*words, *more.get(words[0], [])]) == 0, command
     assert (folder / "circle.png").is_file()
+    assert (folder / "sd35-stock" / "README.md").is_file()
     train, generate = pyard.train, pyard.generate_trajectories
 
     def train_a_little(*args: Any, **settings: Any) -> Any:

@@ -41,7 +41,12 @@ COMMANDS = {
     "demo": Command("pyard.demo.digits", "demo", "distil real digits into an ONNX student, with pictures and a table"),
     "teach": Command("pyard.teachers.digits", "teach", "train the built-in teacher of handwritten digits"),
     "teach scenes-text": Command("pyard.teachers.scenes_text", "teach", "train the built-in text-to-image teacher"),
-    "convert": Command("pyard.teachers.convert", "convert", "turn a DiT, SiT or diffusers checkpoint into a teacher, or back"),
+    "convert": Command(
+        "pyard.teachers.convert",
+        "convert",
+        "turn a checkpoint into a teacher or back, a text-to-image student into a LoRA",
+        positional=("source",),
+    ),
     "trajectories": Command("pyard.trajectories", "generate_trajectories", "write a teacher's ODE trajectories to a store"),
     "trajectories verify": Command("pyard.trajectories", "verify_trajectories", "check every checksum", positional=("store",)),
     "trajectories stats": Command("pyard.trajectories", "trajectory_stats", "print and draw it", positional=("store",)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import warnings
 from dataclasses import asdict, dataclass, field
 from json import dumps
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from pyard.ops.native import NativeLibrary
 
 PACKAGES = ("torch", "numpy", "safetensors", "diffusers", "accelerate", "onnx", "onnxscript", "scikit-learn")
+DISTRIBUTION = "pyard"
 ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 
 
@@ -38,6 +40,7 @@ class Report:
     self_test: dict[str, float] = field(default_factory=dict)  # operator -> largest difference from its twin
     onnxruntime_providers: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    runtime_only: bool = False  # no package for training is installed
 
 
 def doctor(json: bool = False) -> int:
@@ -63,10 +66,18 @@ def examine() -> Report:
     """Everything the doctor looks at, without printing."""
     report = Report()
     _examine_versions(report)
+    parts = [_examine_onnxruntime]
     if report.versions["torch"] is not None:
-        _examine_operators(report)
-        _examine_trajectory_reader(report)
-    _examine_onnxruntime(report)
+        parts = [_examine_operators, _examine_trajectory_reader, *parts]
+    for part in parts:
+        try:
+            part(report)
+        except Exception as error:  # a broken package may raise anything when it is imported
+            what = part.__name__.removeprefix("_examine_").replace("_", " ")
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            broken = getattr(error, "name", None) or "torch"
+            remedy = f"pip install --force-reinstall {broken}; `PYARD_TRACEBACK=1 python -c 'import {broken}'` shows more"
+            report.problems.append(Problem(f"{what} cannot be examined: {reason}", remedy))
     return report
 
 
@@ -74,6 +85,8 @@ def as_text(report: Report) -> str:
     """The report for people."""
     lines = ["versions"]
     lines += [f"  {name:<16} {version or 'not installed'}" for name, version in report.versions.items()]
+    if report.runtime_only:
+        lines += ["", "runtime only: students in ONNX files run; training and export need torch, diffusers and accelerate"]
     lines += ["", f"operators (backend {report.backend})"]
     if report.native.get("path"):
         lines.append("  built for {instruction_sets}; this processor takes {active_instruction_set}".format(**report.native))
@@ -105,11 +118,36 @@ def as_text(report: Report) -> str:
 
 def _examine_versions(report: Report) -> None:
     report.versions = {"python": platform.python_version(), "pyard": __version__}
-    for package in PACKAGES:
-        report.versions[package] = _version(package)
+    report.versions.update({package: _version(package) for package in (*PACKAGES, *ONNX_RUNTIMES)})
+    # Where none of these is, only students in ONNX files are meant to run.
+    report.runtime_only = all(report.versions[package] is None for package in ("torch", "diffusers", "accelerate"))
+    needed = ("numpy",) if report.runtime_only else PACKAGES
+    for package in needed:
         if report.versions[package] is None:
             report.problems.append(Problem(f"{package} is not installed", f"pip install {package}"))
-    report.versions.update({package: _version(package) for package in ONNX_RUNTIMES})
+    for package, least in minimum_versions().items():
+        version = report.versions.get(package)
+        if version is not None and _numbers(version) < _numbers(least):
+            remedy = f"pip install '{package}>={least}'"
+            report.problems.append(Problem(f"{package} is {version}; pyard needs {least} or newer", remedy))
+
+
+def minimum_versions() -> dict[str, str]:
+    """The oldest version of each package that pyard's metadata allow; nothing where pyard is not installed."""
+    try:
+        requirements = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    found = (re.match(r"([\w.-]+)(?:\[[^\]]*\])?>=([\d.]+)(?!.*\bextra\b)", one.replace(" ", "")) for one in requirements)
+    return {match[1]: match[2] for match in found if match}
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The release of a version, 2.11.0 of 2.11.0+cpu, without trailing zeros."""
+    digits = [int(part) for part in re.match(r"[\d.]*", version)[0].split(".") if part]  # type: ignore[index]
+    while digits and digits[-1] == 0:
+        digits.pop()
+    return tuple(digits)
 
 
 def _version(package: str) -> str | None:
@@ -208,7 +246,7 @@ def _examine_onnxruntime(report: Report) -> None:
         report.problems.append(Problem("onnxruntime and onnxruntime-gpu overwrite each other's files", remedy))
     try:
         import onnxruntime
-    except ImportError as error:
+    except Exception as error:  # a library that does not load, or another package of that name
         report.problems.append(Problem(f"onnxruntime does not import: {error}", "pip install onnxruntime"))
         return
     report.onnxruntime_providers = list(onnxruntime.get_available_providers())

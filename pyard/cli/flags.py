@@ -14,11 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from pyard.errors import InputError
 from pyard.storage.typed import hints_of, parse, words
-from pyard.training.config import recipe_file
 
 _REQUIRED = inspect.Parameter.empty
 
@@ -132,6 +129,8 @@ def _from_words(name: str, values: list[str], hint: Any) -> Any:
 def _as_list(text: str, lists: list[Any]) -> Any:
     """A single word for a flag that takes a list: JSON or YAML in brackets, numbers with commas, or itself."""
     if text.startswith(("[", "(")):
+        import yaml
+
         try:
             found = yaml.safe_load(f"[{text[1:-1]}]")
         except yaml.YAMLError:
@@ -159,6 +158,11 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 def _from_file(name: str, flags: dict[str, Flag]) -> dict[str, Any]:
     """The flags that a YAML file gives, nested ones as `outer.inner`."""
+    # Not needed where only students in ONNX files run, which have neither yaml nor torch.
+    import yaml
+
+    from pyard.training.config import recipe_file
+
     file = recipe_file(name)
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -191,6 +195,8 @@ def _flattened(content: dict[Any, Any], flags: dict[str, Flag]) -> list[tuple[st
 
 def as_yaml(target: Callable[..., Any], found: dict[str, Any]) -> str:
     """All settings of a command, given or by default, as a file that `--config` reads."""
+    import yaml
+
     nested: dict[str, Any] = {}
     for name, flag in flags_of(target).items():
         *outer, last = name.split(".")
@@ -200,4 +206,4 @@ def as_yaml(target: Callable[..., Any], found: dict[str, Any]) -> str:
         value = found.get(name, flag.default)
         place[last] = None if value is _REQUIRED else value
     plain = json.loads(json.dumps(nested, default=lambda value: str(value) if isinstance(value, Path) else None))
-    return yaml.safe_dump(plain, sort_keys=False)
+    return str(yaml.safe_dump(plain, sort_keys=False))

@@ -19,8 +19,9 @@ from pyard.demo.students import ADVERSARIAL, ARD, FULL, NUM_STEPS, QUICK, STUDEN
 from pyard.diffusion.noise import standard_normal
 from pyard.errors import InputError
 from pyard.evaluation import Candidate, Evaluation, digits_classifier, measure
+from pyard.evaluation.candidates import student_candidate, teacher_candidate
 from pyard.evaluation.captioned_scenes import TextQuality
-from pyard.evaluation.evaluate_students import DEFAULT_SEED, student_candidate, teacher_candidate
+from pyard.evaluation.evaluate_students import DEFAULT_SEED
 from pyard.evaluation.measure import balanced_labels
 from pyard.export import export_onnx
 from pyard.models.student import Student
@@ -109,7 +110,8 @@ def demo(
     runs = {name: run_of(name, budget, out, teacher.network.config.depth, seed) for name in names}
     with _stage(f"3/5  {len(names)} students, {sum(run['max_steps'] for run in runs.values())} updates in all", seconds):
         if not quick and teacher.device.type == "cpu" and (os.cpu_count() or 1) > 1:
-            train_side_by_side("digits", store.path, runs, progress)
+            follows = {name: STUDENTS[name].follows for name in names}
+            train_side_by_side("digits", store.path, runs, progress, {name: to for name, to in follows.items() if to})
         students = {name: train(teacher, store, **run, progress=progress) for name, run in runs.items()}
     with _stage("4/5  export to ONNX", seconds):
         exported = _export(students[ARD], out / "ard.onnx")

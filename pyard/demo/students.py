@@ -127,7 +127,9 @@ def run_of(name: str, budget: Budget, out: Path, depth: int, seed: int) -> dict[
     return run | student.settings
 
 
-def train_side_by_side(teacher: str, store: Path, runs: dict[str, dict[str, Any]], progress: bool) -> None:
+def train_side_by_side(
+    teacher: str, store: Path, runs: dict[str, dict[str, Any]], progress: bool, follows: dict[str, str] | None = None
+) -> None:
     """Train each student in a process of its own, on one core: a network this small gains nothing from a second one.
 
     One that follows another waits for it in the same process.
@@ -137,12 +139,13 @@ def train_side_by_side(teacher: str, store: Path, runs: dict[str, dict[str, Any]
         store: folder of the trajectories.
         runs: arguments of `pyard.train` by the student's name.
         progress: show a progress bar.
+        follows: for those that go on from another student, that student's name.
     """
-    chains = [[run] for name, run in runs.items() if STUDENTS[name].follows is None]
+    follows = follows or {}
+    chains = [[run] for name, run in runs.items() if name not in follows]
     for name, run in runs.items():
-        follows = STUDENTS[name].follows
-        if follows is not None:
-            next(chain for chain in chains if chain[0] is runs[follows]).append(run)
+        if name in follows:
+            next(chain for chain in chains if chain[0] is runs[follows[name]]).append(run)
     chains.sort(key=len, reverse=True)
     total = sum(run["max_steps"] for run in runs.values())
     with (

@@ -58,7 +58,7 @@ class TextBudget:
     pictured: int = 8
 
 
-FULL = TextBudget(trajectories=2048, updates=220, batch_size=32, learning_rate=5e-4, prompts=1000)
+FULL = TextBudget(trajectories=1536, updates=160, batch_size=32, learning_rate=5e-4, prompts=800)
 QUICK = TextBudget(trajectories=64, updates=4, batch_size=16, learning_rate=5e-4, prompts=40)
 
 _AUTHORS_CODE = dict(target="denoised", output="direct", heads="per_step")

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,12 @@ import torch
 from pyard.data.digits import digits_data
 from pyard.diffusion.solvers import Solver
 from pyard.errors import InputError
+from pyard.evaluation.by_prompts import ByPrompts
+from pyard.evaluation.candidates import loaded_student, student_candidate, teacher_row
 from pyard.evaluation.feature_file import FeatureSettings, FileFeatures, require_feature_file
 from pyard.evaluation.features import FeatureNetwork, digits_classifier
 from pyard.evaluation.images import SampleFile
-from pyard.evaluation.measure import Candidate, LabelPolicy, labels_of, measure
+from pyard.evaluation.measure import LabelPolicy, labels_of, measure
 from pyard.evaluation.pixels import to_bytes
 from pyard.evaluation.reference import Reference, load_reference
 from pyard.evaluation.report import Evaluation
@@ -30,7 +32,6 @@ from pyard.runtime import OnnxStudent
 from pyard.sampling.exposure_bias import ExposureBias, exposure_bias
 from pyard.storage.typed import checked
 from pyard.teachers import load_teacher
-from pyard.teachers.guidance import endpoints
 from pyard.teachers.network_teacher import NetworkTeacher
 from pyard.trajectories import TrajectoryReader, TrajectoryStore
 
@@ -43,7 +44,7 @@ def evaluate(
     students: str | Path | Student | OnnxStudent | list[str],
     teacher: str | Path | NetworkTeacher = "digits",
     *,
-    count: int = 1797,
+    count: int | None = None,
     seed: int = DEFAULT_SEED,
     teacher_steps: int | Auto = "auto",
     cfg_scale: float | Auto = "auto",
@@ -62,6 +63,8 @@ def evaluate(
     progress: bool = True,
     network: type[Backbone] | str | None = None,
     sample_shape: list[int] | None = None,
+    prompts: Path | list[str] | None = None,
+    clip: Path | None = None,
 ) -> Evaluation:
     """Measure students against their teacher and real data, and print the table.
 
@@ -73,8 +76,8 @@ def evaluate(
 
     Args:
         students: a run folder, a student's folder or an ONNX file; or a list of them.
-        teacher: `digits`, or a teacher's folder or file.
-        count: samples for each row; 1797 is the number of real digits.
+        teacher: `digits`, or a teacher's folder or file. Of text-to-image students, their own pipeline by default.
+        count: samples for each row; none: 1797, the number of real digits, or one for each prompt.
         seed: of the noise; choose another than the trajectories were made with.
         teacher_steps: solver steps of the teacher; auto: as in the trajectories that the students were trained on, which they
             record, as they do the next four; 0: leave the teacher out, whose samples may take longest.
@@ -98,6 +101,12 @@ def evaluate(
         progress: show a progress bar.
         network: class of the backbone of teacher's and students' folders that is none of pyard's, or "package.module:Class".
         sample_shape: [C, ...] of the samples, of a teacher and students of several sizes; none: the teacher's usual one.
+        prompts: of text-to-image students, which are compared with their teacher by them: a `.txt` or `.jsonl` file, a folder
+            with metadata.jsonl, or a list. Sample i has prompt i modulo their number. With `out`, their embeddings are kept in
+            the folder of the same name without .json, which a later call uses again, and a sheet with pictures of the first
+            prompts by teacher and students is written as .png.
+        clip: folder of a CLIP model of transformers, for CLIP scores; without `features`, Fréchet distances to the teacher's
+            samples are taken in its embeddings of pictures.
 
     Returns:
         The rows, the teacher's first.
@@ -108,19 +117,21 @@ def evaluate(
     """
     _check_files(features, reference, samples_npz, out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if isinstance(teacher, str | Path):
-        teacher = load_teacher(teacher, network=network).to(device)
     sources = list(students) if isinstance(students, list) else [students]
     if samples_npz is not None and len(sources) != 1:
         raise InputError(f"evaluate: samples_npz takes the samples of one student; found {len(sources)}")
-    loaded = [_loaded(source, device, network) for source in sources]
-    named = [source if isinstance(source, str | Path) else None for source in sources]
-    drawn = teacher.sample_shape if sample_shape is None else tuple(sample_shape)
+    names = [str(source) if isinstance(source, str | Path) else type(source).__name__ for source in sources]
+    loaded = [loaded_student(source, device, network) for source in sources]
+    by_prompts = ByPrompts.begin(prompts, list(zip(names, loaded, strict=True)), clip, out, device)
+    if by_prompts is not None:
+        if labels != "balanced":
+            raise InputError(f"evaluate: labels is {labels!r}; prompts are taken in turn, leave it out")
+        teacher = by_prompts.teacher(teacher, sources[0], device)
+    elif isinstance(teacher, str | Path):
+        teacher = load_teacher(teacher, network=network).to(device)
+    drawn = teacher.sample_shape if by_prompts is None else by_prompts.students[0].sample_shape
+    drawn = drawn if sample_shape is None else tuple(sample_shape)
     teacher.check_sample(drawn)
-    candidates = [
-        student_candidate(s, teacher, name=None if n is None else str(n), sample_shape=drawn)
-        for s, n in zip(loaded, named, strict=True)
-    ]
     asked = dict(
         teacher_steps=teacher_steps,
         cfg_scale=cfg_scale,
@@ -128,29 +139,42 @@ def evaluate(
         cfg_interval=cfg_interval,
         solver=solver,
     )
-    pairs = [(candidate.name, student) for candidate, student in zip(candidates, loaded, strict=True)]
-    settings = TeacherSettings.of(pairs, asked, teacher.fingerprint)
+    named = list(zip(names, loaded, strict=True))
+    # Prompts, which cost time to encode, come after everything that may be wrong.
+    candidates = [] if by_prompts else [student_candidate(s, teacher, name=n, sample_shape=drawn) for n, s in named]
+    settings = TeacherSettings.of(named, asked, teacher.fingerprint)
     codec = teacher.codec or next((s.codec for s in loaded if isinstance(s, Student) and s.codec), None)
     decode = None if codec is None else _decoder(codec, teacher.device)
     shape = drawn if codec is None else codec.image_shape(drawn)
-    of_features, data = _network_and_data(features, feature_settings, reference, shape, samples_npz, progress)
-    biases: dict[str, ExposureBias] = {}
-    if trajectories is not None:
-        store = TrajectoryStore.open(trajectories)
-        biases = {name: measured_exposure_bias(s, store, batch_size) for name, s in pairs if isinstance(s, Student)}
-    row = teacher_row(teacher, settings) if settings.teacher_steps else None
+    of_features, data = _network_and_data(features, feature_settings, reference, shape, samples_npz, progress, by_prompts)
     quantise = feature_settings.quantise
     facts: dict[str, Any] = {"teacher_fingerprint": teacher.fingerprint}
-    if row is not None:
+    if settings.teacher_steps:
         facts |= asdict(settings)
-    with _sample_file(samples_npz, candidates[0].name, labels, count, teacher.conditions.count, seed, quantise) as on_images:
+    with contextlib.ExitStack() as stack:
+        visits = None
+        if by_prompts is not None:
+            teacher = by_prompts.with_prompts(teacher, _table_folder(out, stack), progress)
+            visits, asked_by = by_prompts.visits(teacher), by_prompts.asked_by(teacher)
+            candidates = [
+                student_candidate(s, teacher, name=n, sample_shape=drawn) for n, s in zip(names, asked_by, strict=True)
+            ]
+        conditions = teacher.conditions.count
+        if count is None:
+            count = 1797 if by_prompts is None else max(2, conditions)
+        biases: dict[str, ExposureBias] = {}
+        if trajectories is not None:
+            store = TrajectoryStore.open(trajectories)
+            biases = {name: measured_exposure_bias(s, store, batch_size) for name, s in named if isinstance(s, Student)}
+        written = _sample_file(samples_npz, names[0], labels, count, conditions, seed, quantise)
+        watching = [stack.enter_context(written), None if by_prompts is None else by_prompts.take]
         evaluation = measure(
-            row,
+            teacher_row(teacher, settings, visits=visits) if settings.teacher_steps else None,
             candidates,
             data=data,
             features=of_features,
             sample_shape=drawn,
-            num_classes=teacher.conditions.count,
+            num_classes=conditions,
             count=count,
             seed=seed,
             batch_size=batch_size,
@@ -159,19 +183,37 @@ def evaluate(
             decode=decode,
             extrapolate=extrapolate,
             exposure=biases,
-            on_images=on_images,
+            on_images=_all_of(watching),
         )
     evaluation.settings.update(facts)
     if isinstance(of_features, FileFeatures):
         evaluation.settings["features_settings"] = asdict(of_features.settings)
-    elif of_features is not None:
+    elif of_features is not None and by_prompts is None:
         evaluation.settings["classifier_accuracy_on_held_out_digits"] = digits_classifier().held_out_accuracy
     if samples_npz is not None:
         evaluation.settings.update(samples_npz=str(samples_npz), quantise=quantise)
+    if by_prompts is not None:
+        evaluation = by_prompts.finish(evaluation, teacher)
     if out is not None:
         evaluation.save(out)  # before it is printed: a terminal may be gone, or know ASCII alone
     print(evaluation.table())
     return evaluation
+
+
+def _table_folder(out: Path | None, stack: contextlib.ExitStack) -> Path:
+    """Where prompts' embeddings are kept: beside the results, or until the evaluation ends."""
+    return Path(stack.enter_context(TemporaryDirectory())) / "prompts" if out is None else out.with_suffix("")
+
+
+def _all_of(watching: list[Callable[[str, np.ndarray], None] | None]) -> Callable[[str, np.ndarray], None] | None:
+    """Calls each of the functions that are there; None: there is none."""
+    wanted = [one for one in watching if one is not None]
+
+    def call(name: str, images: np.ndarray) -> None:
+        for one in wanted:
+            one(name, images)
+
+    return call if wanted else None
 
 
 def measured_exposure_bias(student: Student, store: TrajectoryStore, batch_size: int) -> ExposureBias:
@@ -222,8 +264,14 @@ def _network_and_data(
     shape: tuple[int, ...],
     samples_npz: Path | None,
     progress: bool,
+    by_prompts: ByPrompts | None,
 ) -> tuple[FeatureNetwork | None, np.ndarray | Reference | None]:
     """The feature network and the real data that were asked for; none of both if samples are only to be written."""
+    if by_prompts is not None and reference is None:
+        # Students are compared with their teacher, whose samples need no real data beside them.
+        if features is None:
+            return by_prompts.clip, None
+        return features if isinstance(features, FileFeatures) else FileFeatures(features, settings), None
     images, _ = digits_data()
     of_digits = shape == images.shape[1:]
     if features is None and not of_digits:
@@ -269,70 +317,3 @@ def _sample_file(
 
 def _decoder(codec: Codec, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
     return lambda latents: codec.decode(torch.from_numpy(latents).to(device)).cpu().numpy()
-
-
-def _loaded(
-    student: str | Path | Student | OnnxStudent, device: str, network: type[Backbone] | str | None = None
-) -> Student | OnnxStudent:
-    if not isinstance(student, str | Path):
-        return student
-    if str(student).endswith(".onnx"):
-        return OnnxStudent(student)
-    return Student.from_pretrained(student, network=network).to(device)
-
-
-def teacher_candidate(
-    teacher: NetworkTeacher, num_steps: int, *, cfg_scale: float, cfg_channels: int | None = None, name: str | None = None
-) -> Candidate:
-    """The teacher's own sampler as a row."""
-    return teacher_row(teacher, TeacherSettings(num_steps, cfg_scale, cfg_channels, None, None), name)
-
-
-def teacher_row(teacher: NetworkTeacher, settings: TeacherSettings, name: str | None = None) -> Candidate:
-    """The teacher's sampler with these settings as a row."""
-    how = asdict(settings)
-    steps = how.pop("teacher_steps")
-
-    def draw(noise: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        start, classes = (torch.from_numpy(array).to(teacher.device) for array in (noise, labels))
-        return endpoints(teacher, start, classes, steps, **how).cpu().numpy()
-
-    return Candidate(name or f"teacher, {steps} steps", settings.passes(teacher.schedule), draw)
-
-
-def student_candidate(
-    student: str | Path | Student | OnnxStudent,
-    teacher: NetworkTeacher,
-    *,
-    name: str | None = None,
-    sample_shape: tuple[int, ...] | None = None,
-) -> Candidate:
-    """A student, in PyTorch or in onnxruntime, as a row; it draws samples of the teacher's usual shape if none is given.
-
-    Raises:
-        InputError: it draws something else than the teacher.
-    """
-    source = name or (str(student) if isinstance(student, str | Path) else type(student).__name__)
-    student = _loaded(student, str(teacher.device))
-    facts = student.info if isinstance(student, OnnxStudent) else student
-    numbers = facts.num_conditions
-    shapes = facts.sample_shapes if isinstance(facts, Student) else (tuple(facts.sample_shape),)
-    wanted = sample_shape or teacher.sample_shape
-    if wanted not in shapes or numbers != teacher.conditions.count:
-        raise InputError(
-            f"{source} draws {', '.join(map(str, shapes))} of {numbers} classes; the teacher draws "
-            f"{wanted} of {teacher.conditions.count}"
-        )
-
-    @torch.inference_mode()
-    def draw(noise: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        if isinstance(student, OnnxStudent):
-            from pyard.export.condition_inputs import as_arrays  # the exporter's imports take a second
-
-            samples = student.sample(condition=as_arrays(teacher.conditions.take(labels)), noise=noise)
-            return samples.transpose(0, 3, 1, 2) if student.info.pictures else samples
-        device = student.embed_times.device
-        *_, last = student.rollout(torch.from_numpy(noise).to(device), torch.from_numpy(labels).to(device))
-        return last.float().cpu().numpy()
-
-    return Candidate(source, facts.num_steps, draw)

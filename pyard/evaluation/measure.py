@@ -152,14 +152,10 @@ def measure(
         "labels": labels,
         "batch_size": batch_size,
     }
-    if features is not None and isinstance(data, Reference):
-        settings |= {
-            "real_images": data.count,
-            "reference": data.name,
-            "features": features.name,
-            "features_fingerprint": features.fingerprint,
-            "neighbours": NEIGHBOURS,
-        }
+    if features is not None:
+        settings |= {"features": features.name, "features_fingerprint": features.fingerprint}
+        if isinstance(data, Reference):
+            settings |= {"real_images": data.count, "reference": data.name, "neighbours": NEIGHBOURS}
     return Evaluation(tuple(rows), settings)
 
 

@@ -33,6 +33,7 @@ COLUMNS = {
         "endpoint MSE",
         "mean squared error to the teacher's samples of the same noise and labels (pixels clipped to -1 ... 1; or latents)",
     ),
+    "clip_score": ("CLIP score", "100 max(cos, 0) of CLIP's embeddings of picture and prompt, on average"),
     "seconds_per_image": (
         "ms/image",
         "seconds a sample, the median over batches drawn in turn; noise is drawn beforehand, latents are not decoded",
@@ -59,6 +60,7 @@ class Quality:
         spatial_frechet_to_data: Fréchet distance to the real images in spatial features.
         inception_score: 1 to the number of classes.
         exposure_bias: errors to the teacher at each step, on its history and on the student's own.
+        clip_score: 0 to 100, mean over the samples of 100 max(cos, 0) of CLIP's embeddings of picture and prompt.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Quality:
     spatial_frechet_to_data: float | None = None
     inception_score: float | None = None
     exposure_bias: ExposureBias | None = None
+    clip_score: float | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.scheduler_times import Visits
 from pyard.diffusion.solvers import Solver, solver_of
 from pyard.errors import InputError
 from pyard.models.student import Student
@@ -94,12 +95,12 @@ class TeacherSettings:
             )
         return cls(**settings)
 
-    def passes(self, schedule: NoiseSchedule) -> int:
-        """Network passes of a sample: two for each evaluation with guidance."""
-        times = schedule.timesteps(self.teacher_steps)
-        evaluated = list(times[:-1])
+    def passes(self, schedule: NoiseSchedule, visits: Visits | None = None) -> int:
+        """Network passes of a sample, two for each evaluation with guidance, at given times or the schedule's own."""
+        told = (visits or Visits.of(schedule, self.teacher_steps)).embed_times
+        evaluated = list(told)
         if solver_of(schedule, self.solver) == "heun":
-            evaluated += times[1:-1]
+            evaluated += told[1:]
         return sum(1 if scale_at(time, self.cfg_scale, self.cfg_interval) == 1.0 else 2 for time in evaluated)
 
 

@@ -36,6 +36,10 @@ def add_lora(student: Student, rank: int) -> None:
         raise InputError(f"lora_rank: the blocks of {type(student.trunk).__name__} have no linear layers")
     student.trunk.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), student.trunk)
+    # Over a base in bfloat16, too: the updates of what is trained would vanish in it.
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def merge_lora(student: Student) -> None:
@@ -52,6 +56,8 @@ def merge_adapters(module: nn.Module) -> None:
     """Add the low-rank matrices of PEFT's layers to their weights, and put plain layers back, in place."""
     layers = {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
     for name, layer in layers.items():
+        base = layer.get_base_layer()
+        base.weight.data = base.weight.data.clone()  # its memory may be the teacher's, too
         layer.merge()
         parent, _, own = name.rpartition(".")
         setattr(module.get_submodule(parent), own, layer.get_base_layer())

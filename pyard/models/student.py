@@ -240,6 +240,7 @@ class Student(nn.Module):
         history_bias: float | Literal["auto"] | None = "auto",
         sample_shapes: Sequence[tuple[int, ...]] | None = None,
         text: TextSource | None = None,
+        share: bool = False,
     ) -> Student:
         """A student with the teacher's weights; heads are copies of the teacher's, less its predicted-variance channels.
 
@@ -247,8 +248,14 @@ class Student(nn.Module):
             teacher: a teacher with a network, such as `load_teacher` returns.
             grid: where it jumps; `embed_times` are set for the target (`TimeGrid.for_target`).
             history_layers, mask, window, target, output, heads, history_bias, sample_shapes, text: as in `StudentConfig`.
+            share: leave the backbone's weights in the teacher's memory, frozen, and copy the head alone: for LoRA.
         """
-        trunk, head = teacher.network.trunk.for_student(teacher.network.head)
+        network = teacher.network
+        if share:
+            memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.trunk.parameters()}
+            trunk, head = network.trunk.for_student(network.head, memo)
+        else:
+            trunk, head = network.trunk.for_student(network.head)
         config = StudentConfig(
             network=trunk.config,
             grid=grid.for_target(target),
@@ -266,7 +273,7 @@ class Student(nn.Module):
             sample_shapes=None if sample_shapes is None else tuple(sample_shapes),
             text=text,
         )
-        student = cls(config, trunk.requires_grad_(True), head.requires_grad_(True)).to(teacher.device)
+        student = cls(config, trunk.requires_grad_(not share), head.requires_grad_(True)).to(teacher.device)
         student.codec, student.conditions = teacher.codec, student.conditions or teacher.conditions
         return student
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,8 @@ from torch.optim.swa_utils import AveragedModel
 from pyard.errors import InputError
 from pyard.storage.files import write_text
 from pyard.storage.folders import new_folder
+
+_Module = TypeVar("_Module", bound=torch.nn.Module)
 
 
 @runtime_checkable
@@ -35,7 +38,39 @@ def ema_of(model: torch.nn.Module, decay: float) -> AveragedModel:
         n = int(count)
         torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
 
-    return AveragedModel(model, multi_avg_fn=update)
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return AveragedModel(model, multi_avg_fn=update)
+    return _TrainedAverage(model, update)
+
+
+def shared_copy(module: _Module) -> _Module:
+    """A copy of a module whose frozen parameters lie in the memory of the original's; what is trained is copied."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            memo[id(parameter)] = torch.nn.Parameter(parameter.detach(), requires_grad=False)
+    return copy.deepcopy(module, memo)
+
+
+class _TrainedAverage(AveragedModel):
+    """An average of what is trained; frozen parameters are those of the model itself."""
+
+    def __init__(self, model: torch.nn.Module, update: Callable[[Any, Any, Any], None]):
+        torch.nn.Module.__init__(self)
+        self.module = shared_copy(model)
+        self.register_buffer("n_averaged", torch.zeros((), dtype=torch.long))
+        self._update = update
+
+    @torch.no_grad()
+    def update_parameters(self, model: torch.nn.Module) -> None:
+        """Average the trained parameters in."""
+        pairs = zip(self.module.parameters(), model.parameters(), strict=True)
+        mine, theirs = zip(*((a, b) for a, b in pairs if b.requires_grad), strict=True)
+        if self.n_averaged == 0:
+            torch._foreach_copy_(mine, theirs)
+        else:
+            self._update(mine, theirs, self.n_averaged)
+        self.n_averaged += 1
 
 
 class Checkpoints:
@@ -139,20 +174,35 @@ class Checkpoints:
         for name, part in parts.items():
             if isinstance(part, torch.nn.Module):
                 module = part.module if isinstance(part, AveragedModel) else part
-                module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+                load_trained(module, load_file(folder / f"{name}.safetensors"))
             else:
                 # On the CPU first: the device it was saved from may be another, or another process's.
                 part.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True, map_location="cpu"))
 
 
 def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A module's state, or that of what an EMA averages, on the CPU."""
+    """A module's state, or that of what an EMA averages, on the CPU; without parameters that are frozen."""
     module = module.module if isinstance(module, AveragedModel) else module
     tensors: dict[str, torch.Tensor] = {}
     addresses: set[int] = set()
+    frozen = _frozen(module)
     for name, tensor in module.state_dict().items():
+        if name in frozen:
+            continue
         kept = tensor.detach().cpu().contiguous()
         # safetensors refuses a weight that has two names, such as T5's embedding.
         tensors[name] = kept.clone() if kept.data_ptr() in addresses else kept
         addresses.add(kept.data_ptr())
     return tensors
+
+
+def load_trained(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """The reverse of `tensors_of`; a RuntimeError names what does not fit."""
+    result = module.load_state_dict(tensors, strict=False)
+    missing = set(result.missing_keys) - _frozen(module)
+    if missing or result.unexpected_keys:
+        raise RuntimeError(f"missing {sorted(missing)[:3]}, unexpected {result.unexpected_keys[:3]}")
+
+
+def _frozen(module: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in module.named_parameters() if not parameter.requires_grad}

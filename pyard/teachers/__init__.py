@@ -73,8 +73,11 @@ def load_teacher(
     of_pipeline = {"variant": variant, "transformer": transformer, "lora": lora, "max_sequence_length": max_sequence_length}
     pipeline = _pipeline_folder(source)
     if pipeline is not None:
+        from pyard.data.captioned_scenes.tokenizer import MAX_TOKENS
         from pyard.teachers.text_to_image.teacher import load_pipeline
 
+        if pipeline == SCENES_TEXT and max_sequence_length is None:
+            max_sequence_length = MAX_TOKENS  # no caption is longer, and the pipeline's 300 are padding
         others = {"family": family, "num_heads": num_heads, "num_classes": num_classes, "schedule": schedule,
                   "network": network, "weights": weights}  # fmt: skip
         if given := [name for name, value in others.items() if value is not None]:

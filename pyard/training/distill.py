@@ -51,7 +51,8 @@ def train(
     (`torchrun -m pyard train ...`, `accelerate launch -m pyard train ...`) each update is shared among them.
 
     The folder `out` holds `student/` (averaged weights), `settings.yaml` (all settings: `pyard train --config` reads it),
-    `log.jsonl`, `checkpoints/`, and, with `evaluate_every`, `exposure_bias.jsonl` and `tensorboard/`.
+    `log.jsonl`, `checkpoints/`, and, with `evaluate_every`, `exposure_bias.jsonl` and `tensorboard/`; of
+    a text-to-image student, pictures of the first prompts in `grids/` as well.
 
     Example: pyard train --config recipes/digits.yaml --out runs/digits
 
@@ -300,6 +301,7 @@ def _student(
             heads=config.heads,
             history_bias=config.history_bias,
             sample_shapes=[store.manifest.sample_shape for store in stores],
+            share=config.lora_rank is not None,
             text=teacher.text_source() if isinstance(teacher, PipelineTeacher) else None,
         )
     if earlier.config.teacher_fingerprint != teacher.fingerprint:

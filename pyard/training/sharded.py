@@ -39,10 +39,12 @@ from pyard.models.families import backbone_class
 from pyard.models.lora import add_lora, merge_lora
 from pyard.models.student import Student
 from pyard.models.student_config import StudentConfig
-from pyard.storage.checkpoints import Checkpoints, Stateful
-from pyard.training.config import SETTINGS_NAME
+from pyard.storage.checkpoints import Checkpoints, Stateful, load_trained
+from pyard.teachers import is_text_to_image, load_teacher
+from pyard.training.config import IDENTITY_NAME, SETTINGS_NAME
 
 if TYPE_CHECKING:
+    from pyard.teachers.network_teacher import NetworkTeacher
     from pyard.training.processes import Processes
 
 _SHARDS = "shards"  # the part of a checkpoint that all processes write
@@ -185,14 +187,38 @@ def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str =
                 load_shards({weights: tensors}, checkpoint_id=folder / _SHARDS, no_dist=True)
         except RuntimeError as error:
             raise InputError(f"checkpoint {folder} cannot be read ({error}); choose another --step of {steps}") from error
-    student.load_state_dict(tensors)
-    merge_lora(student)
     settings = yaml.safe_load((run / SETTINGS_NAME).read_text(encoding="utf-8")) if (run / SETTINGS_NAME).exists() else {}
+    if state["lora_rank"] is not None and student.state_dict().keys() - tensors.keys():
+        _share_base(student, settings, state["lora_rank"], run, network)
+    load_trained(student, tensors)
+    merge_lora(student)
     origins = (run / "student", *(Path(settings.get(of) or run) for of in ("student", "teacher")))
     student.codec = LatentCodec.beside(*origins)
     student.conditions = student.conditions or load_conditions(*origins)
     student.save_pretrained(out)
     return student.eval()
+
+
+def _share_base(student: Student, settings: Mapping[str, Any], rank: int, run: Path, network: Any) -> None:
+    """Give a student with low-rank additions the frozen weights of its teacher, which its checkpoints do without."""
+    teacher = teacher_of_run(settings, run, network)
+    if teacher.fingerprint != student.config.teacher_fingerprint:
+        raise InputError(f"{run}: its teacher {settings.get('teacher')} has changed since; put it back as it was")
+    made = Student.from_teacher(teacher, student.config.grid, history_layers=student.config.history_layers, share=True)
+    student.trunk = made.trunk
+    add_lora(student, rank)
+
+
+def teacher_of_run(settings: Mapping[str, Any], run: Path, network: Any) -> NetworkTeacher:
+    """The teacher of a run's settings, in the precision of its trajectories."""
+    given = {name: settings.get(name) for name in ("variant", "transformer", "lora") if settings.get(name) is not None}
+    source = settings.get("teacher")
+    if not source:
+        raise InputError(f"{run}: its settings name no teacher, whose weights its checkpoints do without")
+    if is_text_to_image(source):
+        manifest = json.loads((run / IDENTITY_NAME).read_text(encoding="utf-8"))["manifest"]
+        given["dtype"] = (manifest[0] if isinstance(manifest, list) else manifest)["precision"]
+    return load_teacher(source, network=network, **given)
 
 
 @contextmanager

@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
+from pyard.conditions import PromptTable
 from pyard.data.pictures import tiles
 from pyard.diffusion.noise import standard_normal
 from pyard.errors import InputError
@@ -24,13 +26,17 @@ from pyard.models.codec import LatentCodec
 from pyard.models.history import ConcatenatingCache
 from pyard.models.student import Student
 from pyard.sampling.exposure_bias import exposure_bias
+from pyard.storage.files import write_text
 from pyard.storage.log import TrainingLog
 from pyard.training.config import TrainConfig
 from pyard.training.regression import Measured
 from pyard.trajectories import TrajectoryBatch, TrajectoryReader, TrajectoryStore
 
 CURVES_NAME = "exposure_bias.jsonl"
+GRIDS_NAME = "grids"
 _GRID_SAMPLES = 20
+# Of large pictures fewer are drawn, one after the other, and shown smaller.
+_GRID_PROMPTS, _SHOWN_PIXELS = 8, 256
 
 
 class Watcher:
@@ -56,11 +62,22 @@ class Watcher:
         self.config, self.student, self.held_out = config, student, held_out
         self.trackers = _trackers(config, resume_step) if records else []
         self.curves = TrainingLog(config.out / CURVES_NAME, resume_step) if held_out and records else None
-        numbers = np.arange(_GRID_SAMPLES) % student.num_conditions
-        noise = standard_normal(config.seed, np.arange(_GRID_SAMPLES), student.sample_shape)
-        if self.trackers and config.evaluate_every and student.codec is not None:
+        self.grids: Path | None = None
+        table = student.require_conditions()
+        if isinstance(table, PromptTable):
+            numbers = _first_of_each_prompt(table)
+            if config.evaluate_every and records:
+                self.grids = config.out / GRIDS_NAME
+                self.grids.mkdir(exist_ok=True)
+                texts = (" ".join(table.prompts[number].split()) for number in numbers)
+                write_text(self.grids / "prompts.txt", "".join(f"{text}\n" for text in texts))
+        else:
+            numbers = np.arange(_GRID_SAMPLES) % student.num_conditions
+        self._together = 1 if isinstance(table, PromptTable) else _GRID_SAMPLES
+        noise = standard_normal(config.seed, np.arange(len(numbers)), student.sample_shape)
+        if (self.trackers or self.grids) and config.evaluate_every and student.codec is not None:
             student.codec.check(student.sample_shape)  # now, not at the first picture
-        self._noise, self._condition = torch.from_numpy(noise), student.require_conditions().take(numbers)
+        self._noise, self._condition = torch.from_numpy(noise), table.take(numbers)
 
     def __call__(self, step: int, measured: Measured) -> None:
         """Look at the run after an update."""
@@ -83,15 +100,12 @@ class Watcher:
 
     @torch.no_grad()
     def _evaluate(self, step: int) -> None:
-        student, device = self.student.eval(), self.student.embed_times.device
-        *_, samples = student.rollout(self._noise.to(device), self._condition.to(device), ConcatenatingCache())
-        if self.trackers:
+        student = self.student.eval()
+        samples = self._drawn()
+        if self.trackers or self.grids:
             samples = self._decoded(samples)
-        if self.trackers and samples.ndim == 4:  # else they are no pictures
-            picture = tiles(samples.float().cpu().numpy(), columns=_GRID_SAMPLES // 2)  # [rows, columns, 3]
-            for tracker in self.trackers:
-                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"samples": picture[None]}, step=step, **options)
+            if samples.ndim == 4:  # else they are no pictures
+                self._show(samples.float().cpu(), step)
         if self.held_out:
             batches = itertools.chain.from_iterable(in_order(store, self.config) for store in self.held_out)
             curve = exposure_bias(student, batches)
@@ -100,6 +114,29 @@ class Watcher:
             values = {f"teacher_forced/{s}": error for s, error in enumerate(curve.teacher_forced)}
             values |= {f"rollout/{s}": error for s, error in enumerate(curve.rollout)}
             self._log({f"exposure_bias/{name}": value for name, value in values.items()}, step)
+
+    def _drawn(self) -> torch.Tensor:
+        device, drawn = self.student.embed_times.device, []
+        for first in range(0, len(self._noise), self._together):
+            some = slice(first, first + self._together)
+            noise, condition = self._noise[some].to(device), self._condition.index(some).to(device)
+            *_, last = self.student.rollout(noise, condition, ConcatenatingCache())
+            drawn.append(last)
+        return torch.cat(drawn)
+
+    def _show(self, pictures: torch.Tensor, step: int) -> None:  # [n, C, H, W]
+        scale = _SHOWN_PIXELS / max(pictures.shape[2:])
+        if self.grids is not None and scale < 1:
+            pictures = F.interpolate(pictures, scale_factor=scale, mode="bilinear", antialias=True)
+        columns = (_GRID_SAMPLES if self.grids is None else _GRID_PROMPTS) // 2
+        picture = tiles(pictures.numpy(), columns=columns)  # [rows, columns, 3]
+        if self.grids is not None:
+            from PIL import Image
+
+            Image.fromarray(picture).save(self.grids / f"step-{step:07d}.png")
+        for tracker in self.trackers:
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": picture[None]}, step=step, **options)
 
     def _decoded(self, samples: torch.Tensor) -> torch.Tensor:
         codec = self.student.codec
@@ -113,6 +150,16 @@ class Watcher:
     def _log(self, values: dict[str, float], step: int) -> None:
         for tracker in self.trackers:
             tracker.log(values, step=step)
+
+
+def _first_of_each_prompt(table: PromptTable) -> np.ndarray:
+    """Rows of the first distinct prompts, int64."""
+    rows: dict[str, int] = {}
+    for number, text in enumerate(table.prompts):
+        rows.setdefault(text, number)
+        if len(rows) == _GRID_PROMPTS:
+            break
+    return np.array(list(rows.values()), np.int64)
 
 
 def in_order(store: TrajectoryStore, config: TrainConfig) -> Iterable[TrajectoryBatch]:

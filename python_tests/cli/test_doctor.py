@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import pyard
+from pyard.cli import doctor as checks
 from pyard.cli.doctor import Problem, as_text, doctor, examine
 from pyard.ops import native, self_test
 from pyard.ops.backend import KERNELS, OPERATORS, library
@@ -99,3 +100,57 @@ def test_missing_operators_come_with_a_remedy(tmp_path: Path, reason: str, remed
     assert finished.returncode == 1, finished.stderr
     assert f"plain PyTorch runs in their place: {reason}\n  do: {remedy}" in finished.stdout
     assert finished.stderr == ""
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "torch", "onnx", "diffusers"])
+def test_the_doctor_survives_a_broken_import(package, tmp_path):
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text("raise OSError('libbroken.so: cannot open')", encoding="utf-8")
+    path = os.pathsep.join([str(tmp_path), str(Path(pyard.__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-m", "pyard", "doctor"], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+        encoding="utf-8", check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    assert "versions" in done.stdout
+    if package in ("onnxruntime", "torch"):
+        assert done.returncode == 1
+        assert "libbroken.so" in done.stdout
+
+
+def test_the_doctor_runs_where_only_the_runtime_is(tmp_path):
+    """Without torch, yaml or jsonargparse, as beside an ONNX file."""
+    code = """
+import importlib.metadata, sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "yaml", "jsonargparse", "diffusers", "accelerate", "safetensors", "onnx", "tqdm"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+version = importlib.metadata.version
+def only(package):
+    if package not in ("numpy", "onnxruntime", "onnxruntime-gpu"):
+        raise importlib.metadata.PackageNotFoundError(package)
+    return version(package)
+importlib.metadata.version = only
+from pyard.cli.command_line import main
+sys.exit(main(["doctor"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "runtime only" in done.stdout
+
+
+def test_versions_that_are_too_old_are_problems(monkeypatch):
+    monkeypatch.setattr(checks, "minimum_versions", lambda: {"torch": "99.1", "numpy": "1.26"})
+    report = examine()
+    (problem,) = (p for p in report.problems if "needs 99.1" in p.what)
+    assert problem.remedy == "pip install 'torch>=99.1'"
+    assert not [p for p in report.problems if p.what.startswith("numpy")]
+    assert checks._numbers("2.11.0+cpu") == checks._numbers("2.11") < checks._numbers("2.13.0")
+
+
+def test_minimum_versions_are_those_of_the_metadata(monkeypatch):
+    lines = ["torch>=2.11", "jsonargparse[signatures]>=4.49", "peft>=0.13; extra == 'lora'", "filelock"]
+    monkeypatch.setattr(checks.importlib.metadata, "requires", lambda name: lines)
+    assert checks.minimum_versions() == {"torch": "2.11", "jsonargparse": "4.49"}

@@ -15,7 +15,7 @@ import pyard
 from pyard.cli.command_line import main
 from pyard.diffusion.noise import standard_normal, uniform_labels
 from pyard.diffusion.time_grid import TimeGrid
-from pyard.evaluation.evaluate_students import student_candidate, teacher_candidate
+from pyard.evaluation.candidates import student_candidate, teacher_candidate
 from pyard.evaluation.feature_file import FeatureSettings
 from pyard.evaluation.frechet import GaussianStatistics, frechet_distance
 from pyard.export import export_onnx

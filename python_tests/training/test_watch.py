@@ -10,6 +10,7 @@ import pytest
 import torch
 from factories import tiny_student
 from models.autoencoders import plain_vae
+from tiny_pipelines import tiny_pipeline
 from training_runs import numbers, teacher_and_store, train_in
 
 from pyard.data.pictures import tiles
@@ -19,6 +20,7 @@ from pyard.models.student import Student
 from pyard.sampling.exposure_bias import exposure_bias
 from pyard.storage.log import read_log
 from pyard.teachers import load_teacher
+from pyard.training import train
 from pyard.training.loop import Meter
 from pyard.training.processes import Processes
 from pyard.training.watch import in_order
@@ -125,6 +127,34 @@ def test_pictures_are_decoded_with_the_vae_of_the_run(tmp_path: Path):
     plain_vae(latent_channels=3).save_pretrained(tmp_path / "teacher" / "vae")
     with pytest.raises(InputError, match="latents of 3 channels"):  # before the first update
         train_in(tmp_path, "wrong", max_steps=2, evaluate_every=2, evaluation_trajectories=4, trackers="tensorboard")
+
+
+def test_grids_of_the_first_prompts_are_kept_in_the_run_folder(tmp_path: Path):
+    """Step by step the same prompts and noise; a prompt that comes twice is drawn once."""
+    from PIL import Image
+
+    pipeline = tiny_pipeline("pixart_sigma", tmp_path / "pipeline")
+    prompts = ["a red circle", "a red circle", "a square\tabove", *(f"{n} circles" for n in range(9))]
+    size = dict(num_steps=2, teacher_steps=4)
+    store = generate_trajectories(
+        pipeline, tmp_path / "store", 4, height=32, width=32, prompts=prompts, batch_size=2, progress=False, **size
+    )
+    run = tmp_path / "run"
+    student = train(
+        pipeline, store, out=run, batch_size=2, max_steps=2, num_steps=2, learning_rate=1e-2, evaluate_every=1,
+        evaluation_trajectories=2, trackers="none", progress=False, heads="shared",
+    )  # fmt: skip
+    texts = (run / "grids" / "prompts.txt").read_text().splitlines()
+    assert texts == ["a red circle", "a square above", *(f"{n} circles" for n in range(6))]
+    first, last = (np.asarray(Image.open(run / "grids" / f"step-000000{n}.png")) for n in (1, 2))
+    noise = torch.from_numpy(standard_normal(0, np.arange(8), student.sample_shape))
+    with torch.inference_mode():
+        *_, latents = student.rollout(noise, store.conditions.take([0, *range(2, 9)]))
+    assert student.codec is not None
+    expected = tiles(student.codec.decode(latents).numpy(), columns=4)
+    assert last.shape == expected.shape
+    assert np.abs(last.astype(int) - expected).max() <= 2
+    assert (first != last).any()
 
 
 def test_held_out_trajectories_are_of_the_same_classes_and_may_become_more(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -60,8 +61,8 @@ class PixArt(WrappedBackbone):
     def unembed(self, tokens: torch.Tensor, sample_shape: tuple[int, ...]) -> torch.Tensor:
         return unpatchify_channels_last(tokens, sample_shape, self.patch)
 
-    def for_student(self, head: nn.Module) -> tuple[Self, nn.Module]:
-        trunk, head = super().for_student(head)
+    def for_student(self, head: nn.Module, memo: dict[int, Any] | None = None) -> tuple[Self, nn.Module]:
+        trunk, head = super().for_student(head, memo)
         channels = self.config.sample_shape[0]
         if int(self.transformer.out_channels) != channels:
             head.proj_out = without_variance(head.proj_out, self.patch**2, channels)  # type: ignore[arg-type]
@@ -70,6 +71,17 @@ class PixArt(WrappedBackbone):
             trunk.transformer.out_channels = channels
             trunk.transformer.register_to_config(out_channels=channels)
         return trunk, head
+
+    def on_base(self, state: dict[str, torch.Tensor], base: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        # The student's output layer in place of the base's, whose predicted variance stays.
+        channels, whole = self.config.sample_shape[0], dict(state)
+        for name in ("proj_out.weight", "proj_out.bias"):
+            mine, theirs = state[name], base[name]
+            if len(theirs) == 2 * len(mine):
+                wide = theirs.detach().clone().unflatten(0, (self.patch**2, -1))
+                wide[:, :channels] = mine.unflatten(0, (self.patch**2, channels)).to(wide)
+                whole[name] = wide.flatten(0, 1)
+        return whole
 
 
 def without_variance(layer: nn.Linear, places: int, channels: int) -> nn.Linear:

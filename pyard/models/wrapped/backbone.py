@@ -167,8 +167,8 @@ class WrappedBackbone(Backbone):
         shallow = {**self.config.transformer, **dict.fromkeys(self.config.depth_settings, 0)}
         return take_output(self._new(shallow), self.output_places, CurrentPass())
 
-    def for_student(self, head: nn.Module) -> tuple[Self, nn.Module]:
-        return copy.deepcopy(self), copy.deepcopy(head)
+    def for_student(self, head: nn.Module, memo: dict[int, Any] | None = None) -> tuple[Self, nn.Module]:
+        return copy.deepcopy(self, memo), copy.deepcopy(head)
 
     def stock(self, head: nn.Module) -> Any:
         """The diffusers transformer with the weights of backbone and head: a copy that knows no history."""
@@ -177,6 +177,23 @@ class WrappedBackbone(Backbone):
         put_output(put, self.output_places, copy.deepcopy(head))
         whole.load_state_dict(put.state_dict())
         return whole.to(self.dtype).eval()
+
+    def stock_state(self, head: nn.Module) -> dict[str, torch.Tensor]:
+        """Tensors of the diffusers transformer with the weights of backbone and head, by its names; nothing is copied."""
+        state = dict(self.transformer.state_dict())
+        for name, tensor in head.state_dict().items():
+            layer, dot, rest = name.partition(".")
+            state[self.output_places[layer] + dot + rest] = tensor
+        return state
+
+    def on_base(self, state: dict[str, torch.Tensor], base: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A student's tensors in the shapes of the transformer that it was made from.
+
+        Args:
+            state: of the student, as `stock_state` has them.
+            base: of the transformer.
+        """
+        return state
 
     def lora_targets(self) -> list[str]:
         """The matrices of attentions and MLPs; modulations, which are norms' and see no tokens, stay as they are."""

@@ -39,6 +39,11 @@ class LayerSlot(nn.Module):
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         layers = [getattr(head, self.name) for head in self.current.heads]
+        weight = next(layers[0].parameters(), None)
+        if weight is not None and weight.dtype != args[0].dtype:
+            # A trained head is kept in float32 above frozen blocks in bfloat16.
+            args = tuple(row.to(weight.dtype) for row in args)
+            kwargs = {name: row.to(weight.dtype) for name, row in kwargs.items()}
         if len(layers) == 1:
             output: torch.Tensor = layers[0](*args, **kwargs)
             return output

@@ -101,6 +101,8 @@ class PipelineFamily:
         passes_mu: when it gives the scheduler a shift that grows with the number of image tokens; `dynamic`: if the
             scheduler uses it.
         max_shift: of that shift, where the scheduler's configuration has none.
+        without_guidance: the argument of its call that switches true guidance off, and its value; None: it is off by default.
+        has_resolution_bins: whether its call draws the nearest of a list of sizes unless it is told not to.
         has_micro_conditions: whether its models of 128 x 128 latents are told height, width and aspect ratio.
     """
 
@@ -123,6 +125,8 @@ class PipelineFamily:
     passes_sigmas: bool = True
     passes_mu: Literal["never", "dynamic", "always"] = "always"
     max_shift: float = 1.15
+    without_guidance: tuple[str, float] | None = ("guidance_scale", 1.0)
+    has_resolution_bins: bool = False
     has_micro_conditions: bool = False
 
     def patch_size(self, configs: PipelineConfigs) -> int:

@@ -28,6 +28,7 @@ def _pixart(pipeline: str, max_sequence_length: int, has_micro_conditions: bool)
         default_size="sample_size",
         passes_sigmas=False,
         passes_mu="never",
+        has_resolution_bins=True,
         has_micro_conditions=has_micro_conditions,
     )
 
@@ -61,6 +62,7 @@ _FAMILIES = (
         max_sequence_length=512,
         longest_sequence=512,
         guidance_value=3.5,
+        without_guidance=None,
         packs=True,
         sizes="rounded",
     ),
@@ -75,6 +77,7 @@ _FAMILIES = (
         longest_sequence=1024,
         negative_prompt=" ",
         guidance="norm",
+        without_guidance=("true_cfg_scale", 1.0),
         packs=True,
         sizes="rounded",
     ),
@@ -87,6 +90,7 @@ _FAMILIES = (
         num_steps=50,
         max_sequence_length=512,
         guidance="z_image",
+        without_guidance=("guidance_scale", 0.0),
     ),
 )
 

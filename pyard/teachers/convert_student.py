@@ -1,0 +1,182 @@
+"""`pyard convert --to lora|transformer`: a text-to-image student as what diffusers and ComfyUI load, without pyard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pyard.diffusion.scheduler_solvers import load_scheduler
+from pyard.errors import InputError
+from pyard.models.folder import CONFIG_NAME, WEIGHTS_NAME
+from pyard.models.hub import local_folder
+from pyard.models.lora import merge_lora
+from pyard.models.student import Student
+from pyard.models.student_config import StudentConfig, TextSource
+from pyard.models.wrapped.checkpoint import read_transformer
+from pyard.models.wrapped.low_rank import LowRank
+from pyard.models.wrapped.stock_folder import (
+    ADAPTER_NAMES,
+    LORA_NAME,
+    backbone_of,
+    save_adapter,
+    save_lora,
+    save_transformer,
+    student_additions,
+    with_targets,
+)
+from pyard.storage.files import read_json
+from pyard.storage.folders import new_folder
+from pyard.storage.units import format_bytes
+from pyard.teachers.text_to_image.model_card import Card, Kind
+from pyard.teachers.text_to_image.pipelines import PIPELINES
+from pyard.teachers.text_to_image.stock_sampling import StockSampling, stock_sampling
+
+_CARD, _SCHEDULER = "README.md", "scheduler"
+_TRANSFORMER = "diffusion_pytorch_model"
+# What stock sampling with a velocity or noise network is, and nothing else.
+_STOCK = {"history_layers": 0, "output": "jump", "heads": "shared", "target": "state"}
+
+
+def convert_student(
+    source: str | Path,
+    out: Path,
+    *,
+    to: Literal["lora", "transformer"],
+    rank: int | None = None,
+    pipeline: Path | None = None,
+) -> None:
+    """Write a student as a diffusers transformer or a LoRA, with the scheduler and the lines of Python that draw with it.
+
+    Args:
+        source: a run's or student's folder.
+        out: the folder to write; files in it that are none of a converted student stay.
+        to: `transformer`, what diffusers' class of it reads; `lora`, a file for the pipeline's `load_lora_weights`, or an
+            adapter folder of PEFT for pipelines without.
+        rank: of a LoRA that approximates a student that was trained in full; None: the LoRA must be exact.
+        pipeline: folder of the pipeline that it is used with; None: its teacher's, where it was in training.
+
+    Raises:
+        InputError: a student that stock sampling cannot draw with, or that is no LoRA.
+    """
+    path = local_folder(source)
+    folder = path / "student" if (path / "student").is_dir() else path
+    student = Student.from_pretrained(path)
+    text = _check(student.config, source)
+    _check_out(out)
+    merge_lora(student)
+    family, backbone = PIPELINES[text.pipeline], backbone_of(student)
+    base = Path(pipeline or text.folder)
+    sampling = stock_sampling(
+        student.config.grid,
+        student.config.schedule,
+        family,
+        own=load_scheduler(base / _SCHEDULER)[0] if (base / _SCHEDULER).is_dir() else None,
+        sample_shape=student.sample_shape,
+        patch=backbone.patch,
+    )
+    kind: Kind = "transformer"
+    additions: LowRank | None = None
+    about: list[str] = [f"weights | {sum(t.numel() for t in student.parameters()):,} numbers in {_dtype(student)}"]
+    if to == "lora":
+        kind, additions = _additions(student, folder, base, rank)
+        about = [_about(additions)]
+    card = Card(
+        kind, out, student.config, text, family, backbone.transformer_name, base, sampling, _dtype(student), _sizes(student),
+        tuple(about), hasattr(_pipeline_class(family.pipeline), "load_lora_into_text_encoder"),
+    )  # fmt: skip
+    owned = {CONFIG_NAME, LORA_NAME, *ADAPTER_NAMES, _CARD, _SCHEDULER, *(p.name for p in out.glob(f"{_TRANSFORMER}*"))}
+    with new_folder(out, owned=owned) as building:
+        if additions is None:
+            save_transformer(student, building)
+        elif kind == "lora":
+            save_lora(additions, _pipeline_class(family.pipeline), building)
+        else:
+            save_adapter(additions, building)
+        sampling.scheduler.save_pretrained(str(building / _SCHEDULER))
+        (building / _CARD).write_text(card.render(), encoding="utf-8")
+    _report(out, card, additions, sampling)
+
+
+def _check(config: StudentConfig, source: str | Path) -> TextSource:
+    """What encodes the student's texts, if stock sampling can draw with it."""
+    differing = [f"{name} {getattr(config, name)}" for name, wanted in _STOCK.items() if getattr(config, name) != wanted]
+    if config.text is None:
+        differing.append("no text-to-image pipeline as its teacher")
+    if differing:
+        flags = " ".join(f"--{name} {value}" for name, value in _STOCK.items())
+        raise InputError(
+            f"{source}: a student of {', '.join(differing)}, which stock pipelines cannot draw with; draw with "
+            f"pyard.ARDPipeline, or train a student of a text-to-image pipeline with {flags}"
+        )
+    assert config.text is not None
+    return config.text
+
+
+def _check_out(out: Path) -> None:
+    """Raises InputError for a folder that holds another kind of model, which a converted student would spoil."""
+    file = out / CONFIG_NAME
+    found = read_json(file) if file.is_file() else None
+    kind = found.get("_class_name") if isinstance(found, dict) else None
+    if (out / WEIGHTS_NAME).exists() or kind == "Student" or (out / "model_index.json").exists():
+        raise InputError(f"out {out} holds a {'pipeline' if kind is None else kind}; choose another folder")
+
+
+def _additions(student: Student, folder: Path, base: Path, rank: int | None) -> tuple[Kind, LowRank]:
+    if not (base / "transformer").is_dir():
+        raise InputError(
+            f"a LoRA is the difference to the transformer in {base}, which is not there; put it back, or give another copy of "
+            "that pipeline: --pipeline PATH"
+        )
+    if rank is not None and rank < 1:
+        raise InputError(f"rank is {rank}; expected at least 1")
+    import diffusers
+
+    backbone = backbone_of(student)
+    kind = getattr(diffusers, backbone.transformer_name)
+    transformer = read_transformer(kind, base / "transformer", dtype=backbone.dtype)
+    try:
+        additions = student_additions(student, transformer, folder / WEIGHTS_NAME, rank)
+    except InputError as error:
+        raise InputError(f"{folder}, base {base}: {error}") from None
+    if not additions.factors:
+        raise InputError(f"{folder}: no matrix of the student differs from {base}; there is nothing for a LoRA to hold")
+    assert student.config.text is not None
+    if hasattr(_pipeline_class(student.config.text.pipeline), "load_lora_weights"):
+        return "lora", additions
+    return "adapter", with_targets(additions, transformer)
+
+
+def _about(additions: LowRank) -> str:
+    ranks = sorted(set(additions.ranks.values()))
+    span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    said = f"LoRA | rank {span}, {len(additions.factors)} layers"
+    if additions.left_out:
+        said += f", without {len(additions.left_out)} tensors that a LoRA cannot hold"
+    return f"{said}; relative error of the student's difference from its base {additions.error:.1g}"
+
+
+def _report(out: Path, card: Card, additions: LowRank | None, sampling: StockSampling) -> None:
+    size = format_bytes(sum(file.stat().st_size for file in out.rglob("*") if file.is_file()))
+    if additions is not None:
+        print(f"{out}: {_about(additions).replace(' |', ':', 1)}")
+    passed = "".join(f", {name}={values}" for name, values in sampling.arguments.items())
+    print(f"{out}: {size}; {type(sampling.scheduler).__name__}, {card.config.grid.num_steps} steps{passed}")
+    print(f"{out / _CARD}: the lines of Python that draw with it")
+
+
+def _sizes(student: Student) -> list[tuple[int, int]]:
+    """(height, width) in pixels of the student's pictures, the usual one first."""
+    factor = backbone_of(student).config.pixels
+    shapes = [student.sample_shape, *(shape for shape in student.sample_shapes if shape != student.sample_shape)]
+    return [(shape[-2] * factor, shape[-1] * factor) for shape in shapes]
+
+
+def _dtype(student: Student) -> str:
+    return str(backbone_of(student).dtype).removeprefix("torch.")
+
+
+def _pipeline_class(name: str) -> type[Any]:
+    import diffusers
+
+    found: type[Any] = getattr(diffusers, name)
+    return found

@@ -1,0 +1,134 @@
+"""The README of a student that was converted for other programs: what it is, and the lines that draw with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pyard.models.student_config import StudentConfig, TextSource
+from pyard.teachers.text_to_image.families import PipelineFamily
+from pyard.teachers.text_to_image.stock_sampling import StockSampling
+
+Kind = Literal["transformer", "lora", "adapter"]
+
+_WHAT = {
+    "transformer": "the whole transformer, for diffusers' `from_pretrained`",
+    "lora": "a LoRA, for `load_lora_weights` of diffusers and for ComfyUI",
+    "adapter": "an adapter folder of PEFT, as this pipeline has no `load_lora_weights`",
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model card says.
+
+    Args:
+        kind: what is in the folder.
+        folder: its path.
+        config: of the student.
+        text: of the student.
+        family: of its pipeline.
+        transformer: name of the transformer's class in diffusers.
+        base: folder of the pipeline that it is used with.
+        sampling: how the stock pipeline visits its times.
+        dtype: of the weights, such as `bfloat16`.
+        sizes: [(height, width)] in pixels, the usual one first.
+        about: further lines on what is in the folder.
+        pipeline_warns: whether the pipeline's `load_lora_weights` warns of every LoRA that has none for its text encoders.
+    """
+
+    kind: Kind
+    folder: Path
+    config: StudentConfig
+    text: TextSource
+    family: PipelineFamily
+    transformer: str
+    base: Path
+    sampling: StockSampling
+    dtype: str
+    sizes: list[tuple[int, int]]
+    about: tuple[str, ...] = ()
+    pipeline_warns: bool = False
+
+    def render(self) -> str:
+        """The card as Markdown; its block of Python draws a picture."""
+        steps = self.config.grid.num_steps
+        told = self.sampling.told_error
+        lines = [
+            "---", "library_name: diffusers", "pipeline_tag: text-to-image", "---", "",
+            f"# A {steps}-step student of {self.base.name}", "",
+            f"Distilled with pyard: {steps} steps, one pass each, no guidance. This folder holds {_WHAT[self.kind]}.", "",
+            "```python", *self.code(), "```", "",
+            "| | |", "|---|---|",
+            f"| base | `{self.base}`, a {self.family.pipeline} |",
+            f"| sha256 of its transformer and scheduler | `{self.config.teacher_fingerprint}` |",
+            f"| sizes, height x width | {', '.join(f'{h} x {w}' for h, w in self.sizes)} |",
+            *(f"| {line} |" for line in self.about),
+            f"| times | {self._times()} |",
+            f"| ComfyUI | {self._comfy()} |",
+            "",
+        ]  # fmt: skip
+        if self.kind == "lora" and self.pipeline_warns:
+            lines.append(
+                "diffusers says of the text encoders that no LoRA keys were found: this LoRA changes the transformer alone.\n"
+            )
+        if told:
+            lines.append(
+                "The teacher's scheduler told the network rounded times. Here it is told the exact ones, which differ by up to "
+                f"{told:.1g}, so pictures differ slightly from pyard's.\n"
+            )
+        return "\n".join(lines)
+
+    def code(self) -> list[str]:
+        """The lines of Python that draw a picture."""
+        scheduler, pipeline = type(self.sampling.scheduler).__name__, self.family.pipeline
+        imports = sorted({scheduler, pipeline, *([self.transformer] if self.kind == "transformer" else [])})
+        lines = ["import torch", f"from diffusers import {', '.join(imports)}"]
+        if self.kind == "adapter":
+            lines.append("from peft import PeftModel")
+        folder, base, dtype = f'"{self.folder}"', f'"{self.base}"', f"torch.{self.dtype}"
+        lines.append("")
+        more = ""
+        if self.kind == "transformer":
+            lines.append(f"transformer = {self.transformer}.from_pretrained({folder}, torch_dtype={dtype})")
+            more = ", transformer=transformer"
+        lines.append(f"pipe = {pipeline}.from_pretrained({base}{more}, torch_dtype={dtype})")
+        if self.kind == "lora":
+            lines.append(f"pipe.load_lora_weights({folder})")
+        elif self.kind == "adapter":
+            lines.append(f"pipe.transformer = PeftModel.from_pretrained(pipe.transformer, {folder}).merge_and_unload()")
+        lines.append(f'pipe.scheduler = {scheduler}.from_pretrained({folder}, subfolder="scheduler")')
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.arguments().items())
+        lines.append(f'image = pipe("a red circle above a blue square", {settings}).images[0]')
+        return lines
+
+    def arguments(self) -> dict[str, Any]:
+        """What the pipeline is called with, beside the prompt."""
+        height, width = self.sizes[0]
+        found: dict[str, Any] = {"height": height, "width": width, "num_inference_steps": self.config.grid.num_steps}
+        if self.family.without_guidance is not None:
+            name, value = self.family.without_guidance
+            found[name] = value
+        if "guidance" in self.text.constants:
+            found["guidance_scale"] = self.text.constants["guidance"]
+        for name, times in self.sampling.arguments.items():
+            found[name] = [int(time) for time in times] if name == "timesteps" else times
+        if self.text.max_sequence_length not in (None, self.family.max_sequence_length):
+            found["max_sequence_length"] = self.text.max_sequence_length
+        if self.family.has_resolution_bins:
+            found["use_resolution_binning"] = False
+        return found
+
+    def _times(self) -> str:
+        name = type(self.sampling.scheduler).__name__
+        if not self.sampling.arguments:
+            return f"`scheduler/` ({name}) visits the student's times in {self.config.grid.num_steps} steps by itself"
+        passed = next(iter(self.sampling.arguments))
+        return f"`scheduler/` ({name}) takes them from `{passed}=` as they are, unshifted; pass it in every call"
+
+    def _comfy(self) -> str:
+        guidance = self.text.constants.get("guidance")
+        told = "" if guidance is None else f", FluxGuidance {guidance:g}"
+        sigmas = ", ".join(f"{sigma:.6g}" for sigma in self.sampling.sigmas)
+        return f"sampler `euler`, {self.config.grid.num_steps} steps, cfg 1{told}; sigmas {sigmas}"

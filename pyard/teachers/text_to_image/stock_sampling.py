@@ -1,0 +1,171 @@
+"""The diffusers scheduler, and the arguments of a pipeline's call, with which stock sampling visits a student's times.
+
+Every candidate is asked where it goes: `set_timesteps` is called as the pipeline calls it, and its times are compared with the
+student's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.scheduler_times import Visits, visited
+from pyard.diffusion.schedulers import OTHER_SPACINGS, scheduler_of
+from pyard.diffusion.time_grid import TimeGrid
+from pyard.errors import InputError
+from pyard.teachers.text_to_image.families import PipelineFamily
+
+# Two float32 roundings of the first time: a time that is told as 1000 sigma then differs by less than networks can tell.
+_SAME = 2.5e-7
+
+
+@dataclass(frozen=True)
+class StockSampling:
+    """How a stock pipeline visits a student's times.
+
+    Attributes:
+        scheduler: a diffusers scheduler of first order, whose step is the student's jump.
+        arguments: of the pipeline's call, beside the number of steps: none, `sigmas` or `timesteps`.
+        sigmas: S + 1 noise levels that the states are at, for programs that take them: of a flow sigma from 1 to 0, else
+            sigma / alpha.
+        told_error: largest difference between the times that the network is told and those of training, as a share of all.
+    """
+
+    scheduler: Any
+    arguments: Mapping[str, list[float]]
+    sigmas: tuple[float, ...]
+    told_error: float = 0.0
+
+
+def stock_sampling(
+    grid: TimeGrid,
+    schedule: NoiseSchedule,
+    family: PipelineFamily,
+    *,
+    own: Any = None,
+    sample_shape: tuple[int, ...],
+    patch: int,
+) -> StockSampling:
+    """The simplest stock sampling that draws what a student draws.
+
+    In this order: the scheduler of the pipeline's own settings; one of another spacing or fixed shift; one that leaves the
+    times alone that the pipeline's call passes. None depends on the picture's size, as the student's times do not.
+
+    Args:
+        grid: of the student.
+        schedule: of the student.
+        family: of its pipeline.
+        own: scheduler object of the pipeline; None: unknown.
+        sample_shape: [C, h, w].
+        patch: latents along a side of an image token.
+
+    Raises:
+        InputError: no stock scheduler visits these times.
+    """
+    levels = tuple(_level(schedule, time) for time in grid.times)
+    candidates = _flows(own, grid, family) if schedule.kind == "flow" else _diffusions(own, schedule)
+    for scheduler in candidates:
+        call = family.scheduler_call(scheduler.config, grid.num_steps, sample_shape, patch)
+        try:
+            visits = visited(scheduler, grid.num_steps, sigmas=call.get("sigmas"), mu=call.get("mu"))
+        except InputError:  # some cannot place so few steps
+            continue
+        if _differs(visits, grid) <= _SAME:
+            return StockSampling(scheduler, {}, levels)
+    return _flow_of_sigmas(grid, schedule, levels) if schedule.kind == "flow" else _of_timesteps(grid, schedule, levels)
+
+
+def _level(schedule: NoiseSchedule, time: float) -> float:
+    return time if schedule.kind == "flow" else schedule.sigma(time) / schedule.alpha(time)
+
+
+def _flows(own: Any, grid: TimeGrid, family: PipelineFamily) -> Iterator[Any]:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    name = type(own).__name__
+    if own is not None and not own.config.get("use_dynamic_shifting"):
+        if name == "FlowMatchEulerDiscreteScheduler":
+            yield own
+        elif name == "DPMSolverMultistepScheduler":
+            yield type(own).from_config(own.config, solver_order=1, algorithm_type="dpmsolver++")
+    if family.passes_sigmas:
+        for shift in _shifts(grid):
+            yield FlowMatchEulerDiscreteScheduler(shift=shift)
+
+
+def _shifts(grid: TimeGrid) -> Iterator[float]:
+    """Shifts that take evenly spaced times to the grid's, if one does; short numbers first."""
+    even = 1 - 1 / grid.num_steps
+    second = grid.times[1]
+    if even == 0 or not 0 < second < 1:
+        yield 1.0
+        return
+    shift = second * (1 - even) / (even * (1 - second))
+    yield from (round(shift, 2), round(shift, 5), shift)
+
+
+def _diffusions(own: Any, schedule: NoiseSchedule) -> Iterator[Any]:
+    from diffusers import DPMSolverMultistepScheduler
+
+    # DPM-Solver++ of first order is DDIM (Lu et al. 2022, section 4.1), at any times.
+    first_order = {"solver_order": 1, "algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
+    if type(own).__name__ == "DPMSolverMultistepScheduler":
+        yield DPMSolverMultistepScheduler.from_config(own.config, **first_order)
+    config = scheduler_of(schedule).config
+    for spacing in ("linspace", "trailing", "leading"):
+        yield DPMSolverMultistepScheduler.from_config(config, **first_order, timestep_spacing=spacing)
+
+
+def _flow_of_sigmas(grid: TimeGrid, schedule: NoiseSchedule, levels: tuple[float, ...]) -> StockSampling:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=schedule.num_train_timesteps, shift=1.0)
+    sigmas = [_short(time) for time in grid.times[:-1]]
+    visits = visited(scheduler, grid.num_steps, sigmas=sigmas)
+    told = max(abs(a - b) for a, b in zip(visits.embed_times, grid.embed_times, strict=True))
+    # DPM-Solver's flows are told whole noise levels.
+    if _differs(visits._replace(embed_times=grid.embed_times), grid) > _SAME or told > 1 / schedule.num_train_timesteps:
+        raise InputError(
+            f"no scheduler of diffusers visits this student's times {_listed(grid.times)} and tells the network "
+            f"{_listed(grid.embed_times)}; draw with pyard.ARDPipeline"
+        )
+    return StockSampling(scheduler, {"sigmas": sigmas}, levels, told if told > _SAME else 0.0)
+
+
+def _of_timesteps(grid: TimeGrid, schedule: NoiseSchedule, levels: tuple[float, ...]) -> StockSampling:
+    from diffusers import DPMSolverMultistepScheduler
+
+    config = {key: value for key, value in scheduler_of(schedule).config.items() if key not in OTHER_SPACINGS}
+    scheduler = DPMSolverMultistepScheduler.from_config(
+        config, solver_order=1, algorithm_type="dpmsolver++", final_sigmas_type="zero"
+    )
+    times = [int(time) for time in grid.times[:-1]]
+    placed = copy.deepcopy(scheduler)
+    placed.set_timesteps(timesteps=times)
+    found = tuple(float(time) for time in placed.timesteps)
+    if found != grid.times[:-1] or found != grid.embed_times:
+        raise InputError(
+            f"no scheduler of diffusers visits this student's times {_listed(grid.times)} and tells the network "
+            f"{_listed(grid.embed_times)}: pipelines take whole noise levels; draw with pyard.ARDPipeline"
+        )
+    return StockSampling(scheduler, {"timesteps": [float(time) for time in times]}, levels)
+
+
+def _differs(visits: Visits, grid: TimeGrid) -> float:
+    """The largest difference of both kinds of times, as a share of the first time."""
+    mine, theirs = (*grid.times, *grid.embed_times), (*visits.times, *visits.embed_times)
+    return max(abs(a - b) for a, b in zip(mine, theirs, strict=True)) / grid.times[0]
+
+
+def _short(value: float) -> float:
+    """The shortest number that is the same in float32."""
+    return float(str(np.float32(value)))
+
+
+def _listed(times: tuple[float, ...]) -> str:
+    return "(" + ", ".join(f"{time:g}" for time in times) + ")"
