@@ -100,9 +100,9 @@ def entry(share: Proportion) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--folder", type=Path, default=None, help="the teacher's folder; default: the one pyard ships")
-    parser.add_argument("--per-category", type=int, default=250, help="prompts of each category and split")
+    parser.add_argument("--per-category", type=int, default=200, help="prompts of each category and split")
     parser.add_argument("--num-steps", type=int, default=20)
-    parser.add_argument("--cfg-scale", type=float, default=3.0)
+    parser.add_argument("--cfg-scale", type=float, default=2.0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     flags = parser.parse_args()
     folder = flags.folder or scenes_text_folder()
@@ -125,7 +125,7 @@ def main() -> None:
             print(f"{split:<16} {name:<18} {found['share']:6.1%} ({low:.1%} to {high:.1%}) of {found['prompts']}", flush=True)
         if split == "train":
             chosen = np.arange(0, len(scenes), max(1, len(scenes) // 48))[:48]
-            save_contact_sheet(flags.out / "scenes-teacher.png", pictures[chosen], [scenes[i].caption for i in chosen])
+            save_contact_sheet(pictures[chosen], [scenes[i].caption for i in chosen], flags.out / "scenes-teacher.png")
     report["seconds"] = round(time.perf_counter() - start, 1)
     flags.out.mkdir(parents=True, exist_ok=True)
     (flags.out / "scenes-teacher.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

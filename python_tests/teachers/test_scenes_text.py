@@ -15,7 +15,7 @@ from diffusers import PixArtSigmaPipeline
 from torch import nn
 
 from pyard.__main__ import main
-from pyard.data.captioned_scenes import SceneSetting, draw_scene, follow_prompts, parse_caption, render_scenes
+from pyard.data.captioned_scenes import SceneSetting, draw_scene, follow_prompts, render_scenes
 from pyard.data.captioned_scenes.tokenizer import MAX_TOKENS
 from pyard.errors import InputError
 from pyard.storage.checkpoints import Checkpoints
@@ -32,7 +32,7 @@ from pyard.teachers.scenes_text import (
 TINY: dict[str, Any] = dict(
     hidden_size=32, depth=2, num_heads=2, text_hidden_size=32, text_depth=1, batch_size=8, size=16, jitter=0.25, progress=False
 )
-FLOOR = 0.5
+FLOOR = 0.6  # measured: 43 of the 60 prompts
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
@@ -221,7 +221,7 @@ def test_the_shipped_folder_is_what_its_record_says() -> None:
 def test_the_shipped_teacher_follows_prompts() -> None:
     pipeline = PixArtSigmaPipeline.from_pretrained(scenes_text_folder(), vae=None)
     scenes = [draw_scene(2**63 + 7, i) for i in range(60)]
-    followed = follow_prompts(draw(pipeline, [scene.caption for scene in scenes], 12), [scene.prompt for scene in scenes])
-    assert followed.mean() > FLOOR
-    others = [parse_caption(scene.caption) for scene in scenes[1:] + scenes[:1]]
-    assert follow_prompts(draw(pipeline, [scene.caption for scene in scenes], 12), others).mean() < 0.2
+    prompts = [scene.prompt for scene in scenes]
+    pictures = draw(pipeline, [scene.caption for scene in scenes], num_steps=12, cfg_scale=2.0)
+    assert follow_prompts(pictures, prompts).mean() > FLOOR
+    assert follow_prompts(pictures, prompts[1:] + prompts[:1]).mean() < 0.2
