@@ -91,7 +91,7 @@ def test_arguments_of_other_types_are_refused_in_one_line(argument, message):
     "argument",
     [
         {"count": "4"}, {"num_steps": "2"}, {"teacher_steps": 4.0}, {"seed": True}, {"shard_size": "4"}, {"cfg_scale": "1.5"},
-        {"cfg_scale": None}, {"labels": 3}, {"labels": ["a"]}, {"cfg_interval": 3}, {"cfg_interval": (0, "x")}, {"part": 3},
+        {"seed": None}, {"labels": 3}, {"labels": ["a"]}, {"cfg_interval": 3}, {"cfg_interval": (0, "x")}, {"part": 3},
         {"precision": "half"}, {"keep": "all"}, {"compile": "yes"},
     ],
     ids=str,
