@@ -139,7 +139,7 @@ def test_samples_do_not_depend_on_the_batch():
     assert torch.equal(steps[:, -1], together)
     table = student.require_conditions()
     assert torch.equal(pyard.sample(student, condition=table.take([0, 1, 2, 3, 4]), seed=5), together)
-    with pytest.raises(InputError, match="one of the two"):
+    with pytest.raises(InputError, match="one of the three"):
         pyard.sample(student, [0], condition=table.take([0]))
     half = pyard.sample(student, [0, 1, 2, 3, 4], seed=5, dtype="bfloat16")
     assert 0 < relative_error(half, together) < 0.1

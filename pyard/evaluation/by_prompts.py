@@ -175,6 +175,6 @@ def _how_read(source: Any) -> dict[str, Any]:
         return {}
     manifests = read_json(run / _RECORD)["manifest"]
     manifest = manifests[0] if isinstance(manifests, list) else manifests
-    settings = yaml.safe_load((run / _SETTINGS).read_text())
+    settings = yaml.safe_load((run / _SETTINGS).read_text(encoding="utf-8"))
     given = {name: settings.get(name) for name in ("variant", "transformer", "lora")}
     return {"dtype": manifest["precision"], **{name: value for name, value in given.items() if value is not None}}

@@ -116,7 +116,8 @@ class ScenesTextNetwork(nn.Module):
             part.float()
         # transformers loads in the dtype that the file names, diffusers in float32: the two must agree.
         file = path / "text_encoder" / "config.json"
-        write_text(file, json.dumps(json.loads(file.read_text()) | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+        config = json.loads(file.read_text(encoding="utf-8")) | {"dtype": "float32"}
+        write_text(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
         new_tokenizer().save_pretrained(path / "tokenizer")
         new_scheduler().save_pretrained(path / "scheduler")
         index = {

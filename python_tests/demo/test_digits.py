@@ -77,7 +77,7 @@ def test_students_train_side_by_side(tmp_path: Path) -> None:
     store = generate_trajectories(teacher, tmp_path / "store", 40, teacher_steps=6, progress=False)
     budget = replace(QUICK, student_steps=3, adversarial_steps=2, student_batch_size=8)
     runs = {name: run_of(name, budget, tmp_path / "side", 3, 0) for name in (ADVERSARIAL, ARD)}
-    train_side_by_side(str(tmp_path / "teacher"), store.path, runs, progress=False)
+    train_side_by_side(str(tmp_path / "teacher"), store.path, runs, progress=False, follows={ADVERSARIAL: ARD})
     assert runs[ADVERSARIAL]["adversarial"] == {**DIGITS_DISCRIMINATORS, "warmup_steps": 0}
     for name in (ARD, ADVERSARIAL):
         run = run_of(name, budget, tmp_path / "alone", 3, 0)

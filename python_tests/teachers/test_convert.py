@@ -27,7 +27,7 @@ def test_a_checkpoint_becomes_a_folder_and_a_checkpoint_again(kind, tmp_path: Pa
     teacher.save_pretrained(tmp_path / "first")
     assert run("convert", "--source", tmp_path / "first", "--to", "dit", "--out", tmp_path / "1.pt") == 0
     assert run("convert", "--source", tmp_path / "1.pt", "--out", tmp_path / "second") == 2
-    assert "give family='dit' or family='sit'" in capsys.readouterr().err
+    assert "give --family dit or --family sit" in capsys.readouterr().err
     flags = ("--family", kind, "--num_heads", "2")
     assert run("convert", "--source", tmp_path / "1.pt", "--out", tmp_path / "second", *flags) == 0
     assert "3 layers of width 32, 2 heads, 16 tokens, samples of (2, 8, 8), 5 classes" in capsys.readouterr().out

@@ -134,7 +134,7 @@ def test_the_command_line_trains_on_all_and_records_them(folder, tmp_path: Path,
     assert main([*sample, "--sample-shape", "[3, 6, 8]"]) == 2
     assert "this student was trained on (3, 4, 8), (3, 6, 4)" in capsys.readouterr().err
     evaluate = ["evaluate", "--students", str(tmp_path / "a"), "--teacher", str(folder / "teacher"), "--network", TEXT]
-    evaluate += ["--count", "8", "--teacher-steps", "2", "--samples-npz", str(tmp_path / "e.npz"), "--progress", "false"]
+    evaluate += ["--count", "8", "--samples-npz", str(tmp_path / "e.npz"), "--progress", "false"]
     assert main([*evaluate, "--sample-shape", "[3, 6, 4]"]) == 0
     assert np.load(tmp_path / "e.npz")["arr_0"].shape == (8, 6, 4, 3)
     capsys.readouterr()
