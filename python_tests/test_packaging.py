@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +39,10 @@ def build(hook: str, source: Path, out: Path, **environment: str) -> Path:
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The source archive, made from this tree and unpacked."""
     folder = tmp_path_factory.mktemp("sdist")
-    with tarfile.open(build("build_sdist", ROOT, folder)) as archive:
+    (ROOT / "build").mkdir(exist_ok=True)
+    with FileLock(ROOT / "build" / "sdist.lock"):  # setuptools collects the files in the tree itself; tests run side by side
+        archive_file = build("build_sdist", ROOT, folder)
+    with tarfile.open(archive_file) as archive:
         archive.extractall(folder, filter="data")
     (source,) = (path for path in folder.iterdir() if path.is_dir())
     return source
