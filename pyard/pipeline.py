@@ -254,6 +254,7 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
             {name: one for name, one in components.items() if one is not None},
             max_sequence_length=text.max_sequence_length,
             device=self._execution_device,
+            transformer=getattr(self.student.student.config.network, "transformer", None),
         )
 
     def _images(self, sample: torch.Tensor, output_type: str) -> Any:

@@ -113,8 +113,6 @@ class ByPrompts:
         constants = [text.constants for text in texts if text is not None]
         if any(one != constants[0] for one in constants):
             raise InputError(f"evaluate: the students are told different constants, {constants}; evaluate one after the other")
-        # Where the teacher is, not where training had its folder's encoders.
-        teacher.text_encoder.device = teacher.device
         table = PromptTable.build(
             teacher.text_encoder,
             self.lines,

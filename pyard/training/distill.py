@@ -120,12 +120,18 @@ def train_command(config: TrainConfig) -> None:
     train(config)
     if int(os.environ.get("RANK", 0)) == 0:
         out, teacher = config.out, config.teacher
-        print(
-            f"{config.max_steps} updates done; the student is {out / 'student'}, the log {out / 'log.jsonl'}. Next:\n"
-            f"  pyard sample --student {out} --out samples.png\n"
-            f"  pyard evaluate --students {out} --teacher {teacher}\n"
-            f"  pyard export --student {out} --onnx student.onnx"
-        )
+        following = [
+            f"pyard sample --student {out} --out samples.png",
+            f"pyard evaluate --students {out} --teacher {teacher}",
+            f"pyard export --student {out} --onnx student.onnx",
+        ]
+        if is_text_to_image(teacher):
+            following = [
+                f'pyard sample --student {out} --prompts "a red circle" --out samples.png',
+                f"pyard evaluate --students {out} --prompts prompts.txt",
+            ]
+        print(f"{config.max_steps} updates done; the student is {out / 'student'}, the log {out / 'log.jsonl'}. Next:")
+        print("\n".join(f"  {command}" for command in following))
 
 
 def _run(

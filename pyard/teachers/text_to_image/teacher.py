@@ -117,6 +117,12 @@ class PipelineTeacher(NetworkTeacher):
         """What the weights are in: `float32`, `bfloat16` or `float16`."""
         return str(self.backbone.dtype).removeprefix("torch.")
 
+    def to(self, device: torch.device | str) -> Self:
+        """Move the network, and where prompts are encoded; returns itself."""
+        super().to(device)
+        self.text_encoder.to(device)
+        return self
+
     def visits(self, num_steps: int, sample_shape: tuple[int, ...]) -> Visits:
         """The times that the pipeline visits in so many steps for samples of this shape."""
         call = self.family.scheduler_call(self.scheduler.config, num_steps, sample_shape, self.backbone.patch)

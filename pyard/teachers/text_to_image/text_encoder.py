@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ class PipelineTextEncoder:
         *,
         max_sequence_length: int | None = None,
         device: str | torch.device = "cpu",
+        transformer: Mapping[str, Any] | None = None,
     ) -> PipelineTextEncoder:
         """An encoder of tokenizers and text encoders in memory, which it leaves where they are.
 
@@ -81,11 +82,12 @@ class PipelineTextEncoder:
             components: by their names there.
             max_sequence_length: limit of text tokens; None: the pipeline's.
             device: where the encoders are.
+            transformer: settings of the transformer, which SD3's pipeline asks for a width where it has no T5.
         """
         made = cls.__new__(cls)
         made.folder, made.family, made.device, made._components = Path(), family, torch.device(device), []
         made.max_sequence_length = family.max_sequence_length if max_sequence_length is None else max_sequence_length
-        made._pipeline = made._empty_pipeline(components)
+        made._pipeline = made._empty_pipeline(components, transformer)
         return made
 
     def components(self) -> dict[str, Any]:
@@ -140,6 +142,12 @@ class PipelineTextEncoder:
             for one, is_cut in zip(tensors, cut, strict=True)
         ]
 
+    def to(self, device: str | torch.device) -> None:
+        """Encode on another device from now on."""
+        if torch.device(device) != self.device:
+            self.free()
+            self.device = torch.device(device)
+
     def free(self) -> None:
         """Drop the text encoders; the next `encode` reads them again."""
         self._pipeline = None
@@ -161,7 +169,7 @@ class PipelineTextEncoder:
                 loaded[part.name].to(self.device)
         return self._empty_pipeline(loaded)
 
-    def _empty_pipeline(self, components: dict[str, Any]) -> Any:
+    def _empty_pipeline(self, components: dict[str, Any], transformer: Mapping[str, Any] | None = None) -> Any:
         """The pipeline of these components, without transformer, VAE and scheduler."""
         import diffusers
 
@@ -172,9 +180,9 @@ class PipelineTextEncoder:
         pipeline = kind(**{name: components.get(name) for name in names if name != "self"})
         if self.family.backbone == "sd3" and components and "text_encoder_3" not in components:
             # Without T5 the pipeline fills its tokens with zeros of the width that the transformer expects.
-            config = read_json(self.folder / "transformer" / "config.json")
+            config = transformer or read_json(self.folder / "transformer" / "config.json")
             with torch.device("meta"):
-                pipeline.transformer = diffusers.SD3Transformer2DModel.from_config(config)
+                pipeline.transformer = diffusers.SD3Transformer2DModel.from_config(dict(config))
         return pipeline
 
 
