@@ -245,8 +245,8 @@ def test_foreign_files_stay_and_those_of_another_conversion_go(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("name", "steps", "teacher_steps", "passed"),
-    [("sd3", 4, 10, None), ("sd3", 4, 8, "sigmas"), ("flux", 4, 8, None), ("flux", 4, 10, "sigmas"), ("flux", 1, 8, None),
-     ("qwen_image", 2, 8, "sigmas"), ("qwen_image", 4, 8, "sigmas"), ("z_image", 4, 10, "sigmas"), ("z_image", 3, 9, None),
+    [("sd3", 4, 10, "sigmas"), ("sd3", 4, 8, "sigmas"), ("flux", 4, 8, None), ("flux", 4, 10, "sigmas"), ("flux", 1, 8, None),
+     ("qwen_image", 2, 8, None), ("qwen_image", 4, 8, "sigmas"), ("z_image", 4, 10, "sigmas"), ("z_image", 3, 9, None),
      ("pixart_sigma", 4, 8, None), ("pixart_sigma", 4, 10, "timesteps")],
 )  # fmt: skip
 def test_times_that_no_stock_spacing_has_are_passed(

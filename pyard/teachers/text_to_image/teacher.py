@@ -17,7 +17,7 @@ from pyard.conditions import Condition, Conditions
 from pyard.conditions.prompts import PromptTable
 from pyard.conditions.table import Numbers
 from pyard.diffusion.scheduler_solvers import load_scheduler, own_solver
-from pyard.diffusion.scheduler_times import StockPlaces, Visits, stock_places, visited
+from pyard.diffusion.scheduler_times import Visits, visited
 from pyard.diffusion.schedulers import process_of
 from pyard.diffusion.solvers import Solver
 from pyard.diffusion.time_grid import TimeGrid
@@ -129,7 +129,10 @@ class PipelineTeacher(NetworkTeacher):
         return visited(self.scheduler, num_steps, sigmas=call.get("sigmas"), mu=call.get("mu"))
 
     def grid(self, num_steps: int, teacher_steps: int | None, sample_shape: tuple[int, ...]) -> TimeGrid:
-        """The grid of a student of `num_steps` jumps, at the times of stock sampling where the teacher visits them.
+        """The grid of a student of `num_steps` jumps, evenly spaced among the teacher's steps.
+
+        Where S divides n these are the times of stock sampling of S steps (the table of `pyard.diffusion.scheduler_times`), but
+        for schedulers whose last step starts next to clean data, as SD3's does: there a jump would have almost nothing to do.
 
         Args:
             num_steps: S.
@@ -137,19 +140,7 @@ class PipelineTeacher(NetworkTeacher):
             sample_shape: [C, h, w], which some shifts depend on.
         """
         n = -(-self.teacher_steps // num_steps) * num_steps if teacher_steps is None else teacher_steps
-        visits = self.visits(n, sample_shape)
-        return TimeGrid.build(
-            self.schedule, num_steps, n, state_index=self.places(num_steps, visits, sample_shape).state_index, visits=visits
-        )
-
-    def places(self, num_steps: int, visits: Visits, sample_shape: tuple[int, ...]) -> StockPlaces:
-        """Where stock sampling of S steps lies on the teacher's trajectory, and whether exactly."""
-        try:
-            stock = self.visits(num_steps, sample_shape)
-        except InputError:  # some schedulers cannot place a single step
-            n = len(visits.embed_times)
-            return StockPlaces(tuple(s * n // num_steps for s in range(num_steps + 1)), exact=False)
-        return stock_places(visits, stock)
+        return TimeGrid.build(self.schedule, num_steps, n, visits=self.visits(n, sample_shape))
 
     def shape_of(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """[C, h, w] of the samples of pictures of so many pixels; None: the pipeline's default."""

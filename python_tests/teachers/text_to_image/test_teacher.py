@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -180,3 +181,35 @@ def test_wrong_input_is_one_line(pipeline: Path, tmp_path: Path) -> None:
     refused("linear", bare, prompts=PROMPTS)
     with pytest.raises(InputError, match="prompts and embedded_guidance are for text-to-image"):
         pyard.generate_trajectories("digits", tmp_path / "digits", 2, prompts=PROMPTS, progress=False)
+
+
+@pytest.mark.parametrize("pipeline", NAMES, indirect=True)
+def test_every_jump_has_something_to_do(pipeline: Path) -> None:
+    teacher = load_teacher(pipeline)
+    assert isinstance(teacher, PipelineTeacher)
+    grid = teacher.grid(4, None, (4, 8, 8))
+    assert grid.teacher_steps % 4 == 0
+    assert grid.state_index == tuple(s * grid.teacher_steps // 4 for s in range(5))
+    jumps = [a - b for a, b in itertools.pairwise(grid.times)]
+    assert min(jumps) > 0.04 * sum(jumps)
+
+
+@pytest.mark.parametrize("pipeline", ["sd3"], indirect=True)
+def test_a_pipeline_without_t5_draws_from_prompts(pipeline: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(pipeline, bare)
+    index = json.loads((bare / "model_index.json").read_text(encoding="utf-8"))
+    for name in ("text_encoder_3", "tokenizer_3"):
+        index[name] = [None, None]
+        shutil.rmtree(bare / name)
+    (bare / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    settings = dict(num_steps=2, teacher_steps=4, batch_size=2, keep="state", prompts=PROMPTS, progress=False)
+    pyard.generate_trajectories(bare, tmp_path / "store", 4, **settings)
+    pyard.train(
+        bare, tmp_path / "store", out=tmp_path / "run", num_steps=2, batch_size=2, max_steps=1, trackers="none", progress=False
+    )
+    pipe = pyard.ARDPipeline.from_pretrained(tmp_path / "run")
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.from_numpy(standard_normal(0, [0], (4, 8, 8)))
+    drawn = pipe(PROMPTS[0], latents=noise, output_type="latent").images
+    assert torch.equal(drawn, pyard.sample(tmp_path / "run", prompts=PROMPTS[:1], latents=True))
