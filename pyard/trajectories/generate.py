@@ -154,9 +154,11 @@ def generate_trajectories(
         grid = grid_of(teacher, num_steps, teacher_steps, shape)
     lines = None if prompts is None else read_prompts(prompts)
     there = read_manifest(out)
-    teacher = with_prompts(teacher, lines, out, embedded_guidance=embedded_guidance, progress=progress)
+    to_encode = lines if isinstance(teacher, PipelineTeacher) else None
+    if to_encode is None:
+        teacher = with_prompts(teacher, lines, out, embedded_guidance=embedded_guidance, progress=progress)
     if labels is None:
-        labels = "balanced" if isinstance(teacher.conditions, PromptTable) and prompt_order == "in_turn" else "uniform"
+        labels = "balanced" if isinstance(teacher, PipelineTeacher) and prompt_order == "in_turn" else "uniform"
     batch_size = batch_size or (there.batch_size if there else DEFAULT_BATCH_SIZE)
     manifest = TrajectoryManifest(
         teacher_fingerprint=teacher.fingerprint,
@@ -169,8 +171,8 @@ def generate_trajectories(
         precision=precision or cast(Precision, getattr(teacher, "precision", "float32")),
         compiled=compile,
         sample_shape=shape,
-        num_classes=teacher.conditions.count,
-        conditions=teacher.conditions.fingerprint,
+        num_classes=len(to_encode) if to_encode else teacher.conditions.count,
+        conditions="" if to_encode else teacher.conditions.fingerprint,
         keep=keep,
         dtype=dtype,
         seed=seed,
@@ -180,6 +182,13 @@ def generate_trajectories(
     )
     if shard_size is None and there is None:
         manifest = dataclasses.replace(manifest, shard_size=default_shard_size(manifest))
+    if to_encode:
+        # Hours of encoding come last: everything else has been found to fit by now.
+        if there is not None:
+            same_prompts = dataclasses.replace(manifest, conditions=there.conditions, num_classes=there.num_classes)
+            there.require_equal(same_prompts, str(out))
+        teacher = with_prompts(teacher, to_encode, out, embedded_guidance=embedded_guidance, progress=progress)
+        manifest = dataclasses.replace(manifest, conditions=teacher.conditions.fingerprint)
 
     with compiled(teacher, compile), writing(out, mine, manifest, count) as store:
         save_conditions(teacher.conditions, out)
