@@ -172,11 +172,12 @@ class WrappedBackbone(Backbone):
 
     def stock(self, head: nn.Module) -> Any:
         """The diffusers transformer with the weights of backbone and head: a copy that knows no history."""
-        whole = self._new(self.config.transformer)
+        with self.without_weights():
+            whole = self._new(self.config.transformer)
         put = copy.deepcopy(self.transformer)
         put_output(put, self.output_places, copy.deepcopy(head))
-        whole.load_state_dict(put.state_dict())
-        return whole.to(self.dtype).eval()
+        whole.load_state_dict(put.state_dict(), assign=True)
+        return whole.eval()
 
     def stock_state(self, head: nn.Module) -> dict[str, torch.Tensor]:
         """Tensors of the diffusers transformer with the weights of backbone and head, by its names; nothing is copied."""
