@@ -237,6 +237,10 @@ class Backbone(nn.Module, abc.ABC):
         with torch.no_grad():
             return self.conditioning(torch.zeros(1, device=one.device), one).shape[-1]
 
+    def unread_parameters(self) -> list[str]:
+        """Names of parameters that no output depends on, which therefore get no gradient."""
+        return []
+
     def lora_targets(self) -> list[str]:
         """Names of the linear layers that low-rank additions go to: all that are in blocks."""
         return [f"blocks.{name}" for name, module in self.blocks.named_modules() if isinstance(module, nn.Linear)]

@@ -84,11 +84,18 @@ class Processes:
         """Mixed precision for a forward pass."""
         return nullcontext() if self._dtype is None else torch.autocast(self.device.type, self._dtype)
 
-    def data_parallel(self, module: torch.nn.Module) -> torch.nn.Module:
-        """The module, whose gradients are averaged over the processes in its backward pass."""
+    def data_parallel(self, module: torch.nn.Module, unread: Sequence[str] = ()) -> torch.nn.Module:
+        """The module, whose gradients are averaged over the processes in its backward pass.
+
+        Args:
+            module: the same on all of them.
+            unread: names of its parameters that get no gradient, which would be waited for.
+        """
         if self.world == 1 or self.sharded:
             return module
         devices = [self.device] if self.device.type == "cuda" else None
+        if unread:
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(unread))
         # The only buffers are constants.
         return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
 

@@ -127,7 +127,8 @@ class Regression:
 
             for module in (student, *self.averages):
                 shard(module, processes)
-        self.model = processes.data_parallel(Passes(student))
+        unread = [f"student.trunk.{name}" for name in student.trunk.unread_parameters()]
+        self.model = processes.data_parallel(Passes(student), unread)
         self.parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,

@@ -45,6 +45,22 @@ def test_two_processes_in_shards_train_what_one_trains(folder: Path) -> None:
     assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) < 2e-3
 
 
+def test_layers_that_nothing_reads_are_not_waited_for(tmp_path: Path) -> None:
+    """The last block of Qwen-Image computes text tokens that no output depends on."""
+    tiny_pipeline("qwen_image", tmp_path / "teacher")
+    generate_trajectories(
+        tmp_path / "teacher", tmp_path / "store", 8, num_steps=2, teacher_steps=4, height=32, width=32, prompts=["a dog"],
+        batch_size=4, keep="state", progress=False,
+    )  # fmt: skip
+    settings = {**SETTINGS, "max_steps": 3}
+    train_in(tmp_path, "one", **settings)
+    ours = load_file(tmp_path / "one" / "student" / "model.safetensors")
+    for parallel in ("ddp", "fsdp"):
+        assert set(wait(start(tmp_path, parallel, 2, None, **{**settings, "parallel": parallel}))) == {0}
+        theirs = load_file(tmp_path / parallel / "student" / "model.safetensors")
+        assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) < 2e-3
+
+
 def test_a_killed_run_ends_as_one_that_was_not(folder: Path) -> None:
     train_in(folder, "whole", **SETTINGS)
     processes = start(folder, "killed", 1, None, **SETTINGS)

@@ -20,6 +20,7 @@ class QwenImage(WrappedBackbone):
     """`QwenImageTransformer2DModel`; condition: tokens, mask and, where guidance is embedded, guidance."""
 
     transformer_name = "QwenImageTransformer2DModel"
+    unread_layers = ("attn.to_add_out", "txt_mlp")
     image_first = False
 
     @classmethod

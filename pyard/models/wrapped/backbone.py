@@ -39,6 +39,7 @@ class WrappedBackbone(Backbone):
         attention_names: self-attentions of a block that image tokens pass, in order of execution; a block may lack some.
         output_places: the output layers, name to path in the transformer.
         image_first: whether image tokens stand in front of text tokens in those attentions.
+        unread_layers: layers of the last block whose output nothing reads, such as those that text tokens pass last.
         flow_time_scale: what the pipelines multiply a flow's sigma by before they tell it the transformer.
     """
 
@@ -48,6 +49,7 @@ class WrappedBackbone(Backbone):
     attention_names: ClassVar[tuple[str, ...]] = ("attn",)
     output_places: ClassVar[Mapping[str, str]] = {"norm_out": "norm_out", "proj_out": "proj_out"}
     image_first: ClassVar[bool] = True
+    unread_layers: ClassVar[tuple[str, ...]] = ()
     flow_time_scale: ClassVar[float] = 1.0
 
     config: WrappedConfig
@@ -200,12 +202,22 @@ class WrappedBackbone(Backbone):
         """The matrices of attentions and MLPs; modulations, which are norms' and see no tokens, stay as they are."""
         blocks = {id(block) for block in self.blocks}
         names = [name for name, module in self.transformer.named_modules() if id(module) in blocks]
+        unread = self._unread()
         return [
             f"transformer.{block}.{name}"
             for block in names
             for name, module in self.transformer.get_submodule(block).named_modules()
             if isinstance(module, nn.Linear) and not any("norm" in part or "mod" in part.lower() for part in name.split("."))
+            if not f"transformer.{block}.{name}.".startswith(unread)
         ]
+
+    def unread_parameters(self) -> list[str]:
+        return [name for name, _ in self.named_parameters() if name.startswith(self._unread())]
+
+    def _unread(self) -> tuple[str, ...]:
+        last = self.blocks[-1]
+        block = next(name for name, module in self.named_modules() if module is last)
+        return tuple(f"{block}.{layer}." for layer in self.unread_layers)
 
     def recomputation(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
         return self.current.again()

@@ -218,3 +218,12 @@ def test_features_and_conditioning(name: str) -> None:
     output = network(x, times, condition)
     handle.remove()
     assert relative(network.trunk.unembed(seen[0], (4, 8, 8)), output) < 1e-6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_without_a_gradient_are_known(name: str) -> None:
+    """Data-parallel training waits for the gradients of all others."""
+    student = student_of(name, history_bias=-1.0)
+    student(inputs(), tiny_condition(name)).square().mean().backward()
+    without = {part for part, parameter in student.named_parameters() if parameter.grad is None}
+    assert without == {f"trunk.{part}" for part in student.trunk.unread_parameters()}
