@@ -30,7 +30,7 @@ install: $(INSTALLED) ## Create .venv and install pyard in it, built against the
 demo: $(INSTALLED) ## Distil real digits into an ONNX student and draw them (minutes on two cores)
 	@$(RUN) pyard demo
 
-demo-t2i: $(INSTALLED) ## Distil a text-to-image teacher, and measure how well its students follow prompts (ten minutes)
+demo-t2i: $(INSTALLED) ## Distil a text-to-image teacher, and measure how well its students follow prompts (minutes on two cores)
 	@$(RUN) pyard demo --text
 
 test: $(INSTALLED) ## Run the tests, a process for each core (PYTEST_FLAGS="-m slow" for the long ones)
