@@ -12,6 +12,8 @@ import asyncio
 import contextlib
 import dataclasses
 import io
+import socket
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 from numpy.typing import NDArray
 from PIL import Image
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pyard.diffusion.noise import check_labels, standard_normal
 from pyard.errors import InputError
@@ -109,6 +112,50 @@ def make_app(student: OnnxStudent, *, max_batch: int = 8, max_wait: float = 0.01
     return app
 
 
+class ImpatientProtocol(H11Protocol):
+    """HTTP of uvicorn, which waits for ever for the rest of a request; this closes the connection after `seconds`."""
+
+    seconds = 10.0
+    _waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._wait_or_stop()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._wait_or_stop()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    def _wait_or_stop(self) -> None:
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if self._waiting is not None and answering:
+            self._waiting.cancel()
+            self._waiting = None
+        elif self._waiting is None and not answering:
+            # Not anew for each byte: one a second would keep a connection for ever.
+            self._waiting = self.loop.call_later(self.seconds, self._give_up)
+
+    def _give_up(self) -> None:
+        self._waiting = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; an InputError if the port is taken or may not be used, before the service says that it runs."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise InputError(f"cannot listen on {host} port {port} ({reason}); choose another --port or --host") from None
+
+
 def png(picture: NDArray[Any]) -> bytes:
     """A picture, float32 [C, H, W] from -1 to 1 or uint8 [H, W, 3], as the bytes of a PNG file."""
     if picture.dtype != np.uint8:
@@ -128,11 +175,20 @@ def main() -> None:
     parser.add_argument("--max-batch", type=int, default=8)
     parser.add_argument("--max-wait", type=float, default=0.01, help="seconds that a request waits for others")
     parser.add_argument("--max-queue", type=int, default=64, help="waiting requests; more are answered 503")
+    parser.add_argument("--patience", type=float, default=10.0, help="seconds that a client may take to send its request")
     options = parser.parse_args()
-    student = OnnxStudent(options.student, threads=options.threads)
-    print(student, flush=True)
+    ImpatientProtocol.seconds = options.patience
     limits = dict(max_batch=options.max_batch, max_wait=options.max_wait, max_queue=options.max_queue)
-    uvicorn.run(make_app(student, **limits), host=options.host, port=options.port)
+    try:
+        if not 0 < options.patience < float("inf"):
+            raise InputError(f"--patience is {options.patience}; expected a number of seconds")
+        student = OnnxStudent(options.student, threads=options.threads)
+        app = make_app(student, **limits)
+        listening = listen(options.host, options.port)
+    except InputError as error:
+        sys.exit(f"serve.py: error: {' '.join(str(error).split())}")
+    print(student, flush=True)
+    uvicorn.Server(uvicorn.Config(app, http=ImpatientProtocol)).run(sockets=[listening])
 
 
 if __name__ == "__main__":

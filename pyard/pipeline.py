@@ -16,11 +16,12 @@ from pyard.errors import InputError
 from pyard.models.backbone import Backbone
 from pyard.models.codec import AUTOENCODERS, LatentCodec, require_latent_codec
 from pyard.models.hub import local_folder
+from pyard.models.pretrained import check_model_folder
 from pyard.models.student import Student
 from pyard.models.student_config import TextSource
 from pyard.sampling.draw import condition_numbers as numbers_of
 from pyard.sampling.prompts import encode_prompts, shape_of_pixels, text_encoder_of
-from pyard.storage.files import read_json
+from pyard.storage.reading import read_object
 from pyard.teachers.text_to_image import PIPELINES, PipelineTextEncoder
 
 _HERE = "pyard.pipeline"  # where diffusers looks for this module's classes
@@ -145,9 +146,9 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
             encoder = text_encoder_of(student, folder=pipeline)
             return cls(student, None, **encoder.components())
         # diffusers imports what the index names; a folder is to name no code.
-        index = read_json(path / cls.config_name)
+        index = read_object(path / cls.config_name, "the index of a pipeline")
         known = {"student": [[_HERE, "StudentModel"]], "vae": [["diffusers", kind] for kind in AUTOENCODERS]}
-        for name, component in index.items() if isinstance(index, dict) else ():
+        for name, component in index.items():
             if name in TEXT_COMPONENTS and isinstance(component, list) and component[:1] == ["transformers"]:
                 continue
             if not name.startswith("_") and component not in (*known.get(name, ()), [None, None]):
@@ -156,7 +157,15 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
                 )
         if "student" not in kwargs:
             kwargs["student"] = StudentModel.from_pretrained(path / "student", network=network, **kwargs)
-        return super().from_pretrained(str(path), **kwargs)
+        for name in index:
+            if (path / name / "config.json").exists() and name != "student":
+                check_model_folder(path / name)
+        try:
+            return super().from_pretrained(str(path), **kwargs)
+        except Exception as error:  # as in read_pretrained
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path}: diffusers cannot read this pipeline: {' '.join(str(error).split())[:400]}") from None
 
     @torch.no_grad()
     def __call__(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyard.errors import InputError
+from pyard.storage.reading import as_object, parse_yaml, read_yaml
 from pyard.storage.typed import hints_of, parse, words
 
 _REQUIRED = inspect.Parameter.empty
@@ -135,11 +136,9 @@ def _as_list(text: str, lists: list[Any], is_whole: bool) -> Any:
         is_whole: whether it takes a text or path as well, such as a file of prompts in place of a list of prompts.
     """
     if text.startswith(("[", "(")):
-        import yaml
-
         try:
-            found = yaml.safe_load(f"[{text[1:-1]}]")
-        except yaml.YAMLError:
+            found = parse_yaml(f"[{text[1:-1]}]", "a flag")
+        except InputError:
             return text
         return found if isinstance(found, list) else text
     pieces = [piece.strip() for piece in text.split(",")]
@@ -166,18 +165,11 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 def _from_file(name: str, flags: dict[str, Flag]) -> dict[str, Any]:
     """The flags that a YAML file gives, nested ones as `outer.inner`."""
-    # Not needed where only students in ONNX files run, which have neither yaml nor torch.
-    import yaml
-
+    # Not needed where only students in ONNX files run, which have no torch.
     from pyard.training.config import recipe_file
 
     file = recipe_file(name)
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"--config {name} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"--config {name} holds a {type(content).__name__}; expected settings by name")
+    content = as_object(read_yaml(file), f"--config {name}", "settings by name")
     found = {}
     for key, value in _flattened(content, flags):
         try:

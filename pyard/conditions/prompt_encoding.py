@@ -36,7 +36,8 @@ from pyard.conditions.prompt_storage import (
 )
 from pyard.conditions.prompts import Encoded, PromptTable, TextEncoder
 from pyard.errors import InputError
-from pyard.storage.files import read_json, sync_directory, to_bytes, write_atomically
+from pyard.storage.files import sync_directory, to_bytes, write_atomically
+from pyard.storage.reading import read_json
 from pyard.storage.units import format_bytes
 
 MAX_SHARD_BYTES = 64 * 2**20

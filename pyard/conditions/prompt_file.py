@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyard.errors import InputError
-from pyard.storage.files import parse_json
+from pyard.storage.reading import parse_json, read_text
 
 METADATA_NAME = "metadata.jsonl"
 
@@ -88,14 +88,9 @@ def _from_list(source: Any) -> list[PromptLine]:
 def _lines(path: Path) -> list[str]:
     """The lines of a file without their endings."""
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"prompts: {path} cannot be read ({error.strerror})") from None
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise InputError(f"prompts: {path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+        text = read_text(path, None)
+    except InputError as error:
+        raise InputError(f"prompts: {error}") from None
     # Not splitlines, which also splits at separators that may stand within a prompt.
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     return lines[:-1] if lines[-1] == "" else lines

@@ -28,6 +28,8 @@ from numpy.typing import NDArray
 
 from pyard.conditions.prompt_file import PromptLine
 from pyard.errors import InputError
+from pyard.storage.reading import read_bytes, reading
+from pyard.storage.tensor_files import read_safetensors, read_with_metadata
 
 ABOUT_NAME = "conditions.json"
 BUILDING_NAME = "building.json"
@@ -83,14 +85,20 @@ class DistinctTexts:
         Raises:
             InputError: missing, or not the file with this checksum.
         """
-        content = _read(path)
+        content = read_bytes(path, None)
         if hashlib.sha256(content).hexdigest() != sha256:
             raise InputError(f"{path}: changed after it was written; {_remedy(path)}")
         # As one list: of a million lines, that takes a tenth of the time.
-        entries = json.loads(b"[" + content.rstrip(b"\n").replace(b"\n", b",") + b"]")
-        rows = [[entry["prompt"], entry["negative_prompt"]] for entry in entries if "text" not in entry]
-        array = np.array(rows, dtype=np.int64).reshape(-1, 2)
-        return cls([entry["text"] for entry in entries if "text" in entry], array[:, 0].copy(), array[:, 1].copy())
+        with reading(path, _remedy(path)):
+            entries = json.loads(b"[" + content.rstrip(b"\n").replace(b"\n", b",") + b"]")
+            rows = [[entry["prompt"], entry["negative_prompt"]] for entry in entries if "text" not in entry]
+            array = np.array(rows, dtype=np.int64).reshape(-1, 2)
+            texts = [entry["text"] for entry in entries if "text" in entry]
+        if not all(isinstance(text, str) for text in texts) or (
+            len(array) and not 0 <= array.min() <= array.max() < len(texts)
+        ):
+            raise InputError(f"{path}: no texts and numbers of texts; {_remedy(path)}")
+        return cls(texts, array[:, 0].copy(), array[:, 1].copy())
 
 
 @dataclass(frozen=True)
@@ -224,6 +232,8 @@ def map_shard(path: Path, dtype: str) -> Shard:
     tensors = load_tensors(path)
     try:
         first, end = shard_range(path.name)
+        if tensors["length"].ndim != 1 or int(tensors["length"].min()) < 1:
+            raise KeyError("length")
         shard = Shard(tensors["tokens"], tensors.get("pooled"), tensors["length"], tensors["digest"], tensors["cut"])
         wanted = {"length": (torch.int64, [end - first]), "digest": (torch.uint8, [end - first, 32])}
         wanted |= {
@@ -233,7 +243,7 @@ def map_shard(path: Path, dtype: str) -> Shard:
         if shard.pooled is not None:
             wanted["pooled"] = (DTYPES[dtype], [end - first, shard.pooled.shape[-1]])
         right = all((tensors[name].dtype, list(tensors[name].shape)) == kind for name, kind in wanted.items())
-    except (KeyError, IndexError):
+    except (LookupError, RuntimeError, TypeError):
         right = False
     if not right:
         raise InputError(f"{path}: not a shard of prompts, or damaged; {_remedy(path)}")
@@ -246,8 +256,6 @@ def whole_shards(folder: Path, settings: TableSettings, num_texts: int) -> list[
     Raises:
         ForeignShardError: a shard of another table.
     """
-    from safetensors import SafetensorError, safe_open
-
     names: list[str] = []
     for path in sorted((folder / SHARDS).glob("*")):
         if not _SHARD_NAME.fullmatch(path.name.removesuffix(".tmp")):
@@ -255,14 +263,12 @@ def whole_shards(folder: Path, settings: TableSettings, num_texts: int) -> list[
         whole = path.suffix != ".tmp"
         if whole:
             try:
-                with safe_open(path, "pt") as file:
-                    owner = (file.metadata() or {}).get("table")
-                if owner != settings.digest:
+                if read_with_metadata(path)[1].get("table") != settings.digest:
                     raise ForeignShardError(f"{path}: written for other prompts or by another text encoder; use another folder")
                 map_shard(path, settings.dtype)
             except ForeignShardError:
                 raise
-            except (InputError, OSError, SafetensorError):
+            except InputError:
                 whole = False
         if whole:
             first, end = shard_range(path.name)
@@ -300,22 +306,10 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         InputError: missing or damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise InputError(f"{path}: missing; {_remedy(path)}")
     try:
-        return load_file(path)
-    except (OSError, RuntimeError, KeyError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); {_remedy(path)}") from None
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); {_remedy(path)}") from None
+        return read_safetensors(path)
+    except InputError as error:
+        raise InputError(f"{error}; {_remedy(path)}") from None
 
 
 def _remedy(path: Path) -> str:

@@ -33,7 +33,7 @@ from pyard.conditions.prompt_storage import (
 )
 from pyard.conditions.table import Numbers, as_numbers
 from pyard.errors import InputError
-from pyard.storage.files import read_json
+from pyard.storage.reading import read_json
 
 # Each mapped shard takes a mapping of the process, of which there are some 65,000.
 _MAX_MAPPED_SHARDS = 1024

@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 
 from pyard.conditions.condition import Condition
 from pyard.errors import InputError
-from pyard.storage.files import read_json, to_bytes
+from pyard.storage.files import to_bytes
 from pyard.storage.folders import appearing_folder
 from pyard.storage.numbers import whole_number
+from pyard.storage.reading import read_object, reading
+from pyard.storage.tensor_files import read_safetensors, require_finite
 
 FOLDER = "conditions"
 _ABOUT_NAME = "conditions.json"
@@ -195,14 +197,10 @@ class EmbeddingTable:
     @classmethod
     def load(cls, folder: Path) -> EmbeddingTable:
         """Read a table that `save` wrote."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            tensors = load_file(folder / _TENSORS_NAME)
+        tensors = read_safetensors(folder / _TENSORS_NAME)
+        require_finite(tensors, folder / _TENSORS_NAME)
+        with reading(folder / _TENSORS_NAME, "it is no table of conditions that pyard wrote", RuntimeError):
             return cls(list(tensors["tokens"].split(tensors["lengths"].tolist())))
-        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"{folder}: the table of conditions cannot be read ({error})") from None
 
 
 def save_conditions(conditions: Conditions, folder: Path) -> None:
@@ -232,14 +230,14 @@ def load_conditions(*folders: Path) -> Conditions | None:
     """The table in the sub-folder `conditions` of the first of these folders that has one; None: none has."""
     for folder in folders:
         path = folder / FOLDER
-        if not (path / _ABOUT_NAME).is_file():
+        if not (path / _ABOUT_NAME).exists():
             continue
-        about = read_json(path / _ABOUT_NAME)
-        if isinstance(about, dict) and about.get("kind") == "prompts":
+        about = read_object(path / _ABOUT_NAME, "what a table of conditions is")
+        if about.get("kind") == "prompts":
             from pyard.conditions.prompts import PromptTable  # which needs this module
 
             return PromptTable(path)
-        if not isinstance(about, dict) or about.get("kind") != "embeddings":
+        if about.get("kind") != "embeddings":
             raise InputError(f"{path / _ABOUT_NAME}: {json.dumps(about)[:80]} is no kind of conditions that this pyard reads")
         table = EmbeddingTable.load(path)
         if table.fingerprint != about.get("fingerprint"):

@@ -10,10 +10,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pyard.errors import InputError
+from pyard.storage.reading import reading, regular_file
 
 if TYPE_CHECKING:
     from PIL import Image
 
+# What pictures of data sets have at most, and how much longer than wide they are; Pillow itself only warns of twice as many.
+MOST_PIXELS = 2**27
+_MOST_STRETCHED = 100
+# Whatever they are called; of others some are programs, such as PostScript.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 PICTURE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
 
 
@@ -89,13 +95,18 @@ def read_picture(file: Path, size: int, channels: int) -> np.ndarray:
     Raises:
         InputError: it cannot be read, or its numbers have no known range.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    try:
-        with Image.open(file) as picture:
-            crop = centre_crop(_eight_bits(picture, file).convert("L" if channels == 1 else "RGB"), size)
-    except (OSError, UnidentifiedImageError) as error:
-        raise InputError(f"{file} cannot be read as a picture: {error}") from None
+    libraries = (Image.DecompressionBombError, SyntaxError)
+    with (
+        regular_file(file) as opened,
+        reading(file, "expected a picture", *libraries),
+        Image.open(opened, "r", _FORMATS) as picture,
+    ):
+        low, high = sorted(picture.size)
+        if low < 1 or low * high > MOST_PIXELS or high > _MOST_STRETCHED * low:
+            raise InputError(f"{file}: {picture.width} x {picture.height} pixels; expected at most {MOST_PIXELS} in all")
+        crop = centre_crop(_eight_bits(picture, file).convert("L" if channels == 1 else "RGB"), size)
     return crop.reshape(size, size, channels)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from pyard.diffusion.noise import epoch_order, standard_normal
 from pyard.errors import InputError
+from pyard.storage.arrays import read_npz
 from pyard.storage.files import stand_in
+from pyard.storage.reading import reading
+from pyard.storage.tensor_files import read_safetensors, require_finite
 
 _FLIP_STREAM = 3  # of Philox; noise, labels and the order of an epoch have 0, 1 and 2
 
@@ -43,11 +43,20 @@ class RealData:
                     "and flipped_std"
                 )
             images, labels = shard["images"], shard["labels"]
-            if images.ndim < 2 or not images.is_floating_point() or labels.shape != images.shape[:1] or not len(labels):
+            whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+            if (
+                images.ndim < 2
+                or not images.is_floating_point()
+                or labels.shape != images.shape[:1]
+                or not len(labels)
+                or not whole
+            ):
                 raise InputError(
                     f"real data: images {images.dtype} {list(images.shape)} and labels {list(labels.shape)}; expected floating "
-                    "point [n, C, ...] and [n], n at least 1"
+                    "point [n, C, ...] and whole numbers [n], n at least 1"
                 )
+            if any(shard[name].shape != images.shape or not shard[name].is_floating_point() for name in of_latents):
+                raise InputError("real data: flipped, std and flipped_std of other shapes than images; expected the same")
 
     @property
     def count(self) -> int:
@@ -182,11 +191,14 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], ...]:
             raise InputError(f"real data {file} cannot be read: {what}")
     try:
         # safetensors maps its files: processes of one machine share the memory, and only what is used is read.
-        return tuple(
-            {name: torch.from_numpy(array) for name, array in np.load(file).items()}
-            if file.suffix == ".npz"
-            else load_file(file)
-            for file in files
-        )
-    except (OSError, ValueError, TypeError, SafetensorError, zipfile.BadZipFile) as error:
+        shards = tuple(_arrays(file) if file.suffix == ".npz" else read_safetensors(file) for file in files)
+        for file, shard in zip(files, shards, strict=True):
+            require_finite(shard, file)
+    except InputError as error:
         raise InputError(f"real data {path} cannot be read: {error}") from None
+    return shards
+
+
+def _arrays(file: Path) -> dict[str, torch.Tensor]:
+    with reading(file, "expected images and labels as numbers"):
+        return {name: torch.from_numpy(array) for name, array in read_npz(file).items()}

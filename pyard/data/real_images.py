@@ -17,6 +17,7 @@ from pyard.conditions import ClassConditions, Conditions
 from pyard.data.pictures import picture_files, read_picture
 from pyard.errors import InputError
 from pyard.storage.files import new_file, write_text
+from pyard.storage.reading import read_object
 
 if TYPE_CHECKING:
     from pyard.models.codec import Codec
@@ -81,7 +82,7 @@ def cached_images(
     vae = None if codec is None else codec.fingerprint()
     about = {"images": _digest(path, files), "size": size, "channels": channels, "vae": vae}
     file = cache / _ABOUT_NAME
-    there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else about
+    there = read_object(file, "what a cache of pictures holds") if file.exists() else about
     if there != about:
         raise InputError(
             f"{cache} holds other images than {path} in {size} x {size}: found {there}, expected {about}; remove it, or give "

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.noise_schedule import MOST_TIMESTEPS, NoiseSchedule
 from pyard.errors import InputError
-from pyard.storage.files import read_json
+from pyard.storage.numbers import number, whole_number
+from pyard.storage.reading import read_object, reading
 
 CONFIG_NAME = "scheduler_config.json"
 
@@ -36,7 +37,9 @@ def load_schedule(folder: str | Path) -> NoiseSchedule:
     Raises:
         InputError: no scheduler there, or one whose process pyard would not reproduce.
     """
-    return schedule_of(build_scheduler(scheduler_config(folder), Path(folder) / CONFIG_NAME))
+    file = Path(folder) / CONFIG_NAME
+    with reading(file, "expected the settings of a diffusers scheduler"):
+        return schedule_of(build_scheduler(scheduler_config(folder), file))
 
 
 def scheduler_config(folder: str | Path) -> dict[str, Any]:
@@ -44,9 +47,12 @@ def scheduler_config(folder: str | Path) -> dict[str, Any]:
     file = Path(folder) / CONFIG_NAME
     if not file.is_file():
         raise InputError(f"{folder}: expected a diffusers scheduler; there is no {CONFIG_NAME}")
-    config = read_json(file)
-    if not isinstance(config, dict):
-        raise InputError(f"{file}: found {config!r:.60}; expected the settings of a diffusers scheduler")
+    # Where a logarithm of noise is cut, diffusers writes -Infinity for nowhere.
+    config = read_object(file, "the settings of a diffusers scheduler", finite=False)
+    whole_number(f"{file}: num_train_timesteps", config.get("num_train_timesteps", 1000), 1, MOST_TIMESTEPS)
+    for name, value in config.items():
+        if isinstance(value, int | float) and not isinstance(value, bool) and name != "lambda_min_clipped":
+            number(f"{file}: {name}", value, -1e9, 1e9)
     return config
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from pyard.conditions import PromptLine, PromptTable, read_prompts
 from pyard.diffusion.scheduler_times import Visits
@@ -20,10 +19,11 @@ from pyard.evaluation.report import Evaluation
 from pyard.evaluation.sheet import save_sheet
 from pyard.models.student import Student
 from pyard.runtime import OnnxStudent
-from pyard.storage.files import read_json
+from pyard.storage.reading import as_object, read_yaml
 from pyard.teachers import load_teacher
 from pyard.teachers.network_teacher import NetworkTeacher
 from pyard.teachers.text_to_image.teacher import PipelineTeacher
+from pyard.training.sharded import precision_of_run
 
 _SHEET_PROMPTS = 8
 # Of a run folder: what its trajectories are, and its settings.
@@ -171,8 +171,6 @@ def _how_read(source: Any) -> dict[str, Any]:
     run = Path(source) if isinstance(source, str | Path) else None
     if run is None or not all((run / name).is_file() for name in (_RECORD, _SETTINGS)):
         return {}
-    manifests = read_json(run / _RECORD)["manifest"]
-    manifest = manifests[0] if isinstance(manifests, list) else manifests
-    settings = yaml.safe_load((run / _SETTINGS).read_text(encoding="utf-8"))
+    settings = as_object(read_yaml(run / _SETTINGS), run / _SETTINGS, "the settings of a run")
     given = {name: settings.get(name) for name in ("variant", "transformer", "lora")}
-    return {"dtype": manifest["precision"], **{name: value for name, value in given.items() if value is not None}}
+    return {"dtype": precision_of_run(run / _RECORD), **{name: value for name, value in given.items() if value is not None}}

@@ -15,6 +15,7 @@ import torch
 
 from pyard.errors import InputError
 from pyard.evaluation.pixels import to_bytes
+from pyard.models.pretrained import check_model_folder
 from pyard.storage.files import file_sha256
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -42,6 +43,7 @@ class ClipFolder:
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
         require_clip_folder(folder)
+        check_model_folder(folder)
         try:
             model: Any = CLIPModel.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32)
             self._processor = CLIPImageProcessorPil.from_pretrained(str(folder), local_files_only=True)

@@ -8,13 +8,14 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
 
 from pyard.data.pictures import PICTURE_SUFFIXES, picture_files, read_picture
 from pyard.errors import InputError
+from pyard.storage.arrays import ArrayArchive, open_npz
 
 _IMAGES, _LABELS, _SETTINGS = "arr_0.npy", "arr_1.npy", "settings.npy"
 
@@ -44,31 +45,30 @@ def npz_images(path: Path, batch_size: int) -> Iterator[np.ndarray]:
     Raises:
         InputError: no `arr_0` of uint8 [n, H, W, C], or a file that is cut off.
     """
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(_IMAGES) as stream:
-            shape, fortran, dtype = _npy_header(stream)
-            if dtype != np.uint8 or len(shape) != 4:
-                raise InputError(f"{path}: arr_0 is {dtype} {shape}; expected uint8 [n, H, W, C]")
-            if fortran:  # in the file, the images lie inside each other
-                whole = np.load(path)["arr_0"].transpose(0, 3, 1, 2)
-                yield from (np.ascontiguousarray(whole[i : i + batch_size]) for i in range(0, len(whole), batch_size))
-                return
-            row = int(np.prod(shape[1:]))
-            for start in range(0, shape[0], batch_size):
-                count = min(batch_size, shape[0] - start)
-                content = stream.read(count * row)
-                if len(content) != count * row:
-                    raise InputError(f"{path}: arr_0 is cut off after {start} of {shape[0]} images; copy it again")
-                yield np.frombuffer(bytearray(content), np.uint8).reshape(count, *shape[1:]).transpose(0, 3, 1, 2)
-    except (zipfile.BadZipFile, KeyError, EOFError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: no .npz file with images arr_0 in it: {error}") from None
+    with open_npz(path) as archive:
+        if "arr_0" not in archive:
+            raise InputError(
+                f"{path}: no .npz file with images arr_0 in it; it has {', '.join(archive.names[:8]) or 'nothing'}"
+            )
+        yield from _batches(path, archive, batch_size)
 
 
-def _npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = npy.read_magic(stream)
-    return npy.read_array_header_1_0(stream) if version == (1, 0) else npy.read_array_header_2_0(stream)
+def _batches(path: Path, archive: ArrayArchive, batch_size: int) -> Iterator[np.ndarray]:
+    with archive.stream("arr_0") as (header, stream):
+        shape = header.shape
+        if header.dtype != np.uint8 or len(shape) != 4 or not 1 <= shape[3] <= 4 or 0 in shape:
+            raise InputError(f"{path}: arr_0 is {header.dtype} {shape}; expected images, uint8 [n, H, W, C]")
+        if header.fortran:  # in the file, the images lie inside each other
+            whole = archive.read("arr_0").transpose(0, 3, 1, 2)
+            yield from (np.ascontiguousarray(whole[i : i + batch_size]) for i in range(0, len(whole), batch_size))
+            return
+        row = int(np.prod(shape[1:]))
+        for start in range(0, shape[0], batch_size):
+            count = min(batch_size, shape[0] - start)
+            content = stream.read(count * row)
+            if len(content) != count * row:
+                raise InputError(f"{path}: arr_0 is cut off after {start} of {shape[0]} images; copy it again")
+            yield np.frombuffer(bytearray(content), np.uint8).reshape(count, *shape[1:]).transpose(0, 3, 1, 2)
 
 
 class SampleFile:

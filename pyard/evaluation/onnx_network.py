@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pyard.errors import InputError
+from pyard.storage.reading import require_regular
 
 _NUMPY_TYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 
@@ -28,6 +29,7 @@ def open_onnx(path: Path, wanted: Mapping[str, str | None]) -> dict[str, Callabl
     import onnx
     import onnxruntime
 
+    require_regular(path)
     try:
         model = onnx.load(str(path))
     except Exception as error:  # protobuf's own

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,9 @@ from pyard.errors import InputError
 from pyard.evaluation.features import FeatureNetwork, activations_of
 from pyard.evaluation.frechet import GaussianStatistics, RunningStatistics
 from pyard.evaluation.images import folder_images, npz_images
+from pyard.storage.arrays import open_npz
 from pyard.storage.files import stand_in
+from pyard.storage.reading import regular_file
 
 _BATCH_SIZE = 64
 
@@ -89,7 +90,7 @@ def load_reference(
         batches = folder_images(path, height, channels, _BATCH_SIZE)
         total = -(-len(picture_files(path)) // _BATCH_SIZE)
         return Reference.of(batches, network, path.name, progress=progress, total=total)
-    if path.suffix != ".npz" or not path.is_file():
+    if path.suffix != ".npz" or not path.exists():
         raise InputError(
             f"reference {path}: expected an .npz file with mu and sigma or images arr_0, such as ADM's reference batch "
             "VIRTUAL_imagenet256_labeled.npz (github.com/openai/guided-diffusion, evaluations), or a folder of pictures"
@@ -98,12 +99,14 @@ def load_reference(
     if what is not None:
         raise InputError(f"reference {path} is no .npz file: {what}")
     try:
-        with np.load(path) as archive:
-            names = set(archive.files)
-            published = {key: archive[key] for key in ("mu", "sigma", "mu_s", "sigma_s") if key in names}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"reference {path} cannot be read: {error}") from None
-    statistics, spatial = (_published(published, *keys) for keys in (("mu", "sigma"), ("mu_s", "sigma_s")))
+        with open_npz(path) as archive:
+            names = set(archive.names)
+            published: dict[str, np.ndarray] = {
+                key: archive.read(key) for key in ("mu", "sigma", "mu_s", "sigma_s") if key in names
+            }
+    except InputError as error:
+        raise InputError(f"reference {error}") from None
+    statistics, spatial = (_published(path, published, *keys) for keys in (("mu", "sigma"), ("mu_s", "sigma_s")))
     found = None
     if "arr_0" in names:
         batches = npz_images(path, _BATCH_SIZE)
@@ -126,7 +129,7 @@ def load_reference(
 
 def _no_archive(path: Path) -> str | None:
     """What a file named .npz is that is none; None if it may be one."""
-    with path.open("rb") as file:
+    with regular_file(path) as file:
         if file.read(6) == b"\x93NUMPY":
             return (
                 f'it is one array as np.save writes it; np.savez writes an .npz: python -c "import numpy as np; '
@@ -135,9 +138,14 @@ def _no_archive(path: Path) -> str | None:
     return stand_in(path)
 
 
-def _published(arrays: dict[str, np.ndarray], mean: str, covariance: str) -> GaussianStatistics | None:
+def _published(path: Path, arrays: dict[str, np.ndarray], mean: str, covariance: str) -> GaussianStatistics | None:
     if mean not in arrays or covariance not in arrays:
         return None
+    size = arrays[mean].size
+    for name, shape in ((mean, (size,)), (covariance, (size, size))):
+        array = arrays[name]
+        if array.dtype.kind not in "fiu" or array.shape != shape or not size or not np.isfinite(array).all():
+            raise InputError(f"reference {path}: {name} is {array.dtype} {array.shape}; expected finite numbers {shape}")
     return GaussianStatistics(arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64), 0)
 
 

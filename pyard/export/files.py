@@ -17,6 +17,7 @@ import onnx_ir as ir
 from pyard.errors import InputError
 from pyard.models.student import Student
 from pyard.runtime.onnx_student import FORMAT_VERSION, METADATA_KEY
+from pyard.storage.reading import read_object
 from pyard.version import __version__
 
 # A protobuf message holds less than 2 GiB; the rest of the graph needs some of it.
@@ -81,8 +82,8 @@ def check_target(path: Path) -> None:
     if not config.exists():
         return
     try:
-        found = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
-    except (ValueError, AttributeError):
+        found = read_object(config).get("_class_name")
+    except InputError:
         found = None
     if found != "Student":
         raise InputError(f"{config} belongs to something else and would be overwritten; export to another name")

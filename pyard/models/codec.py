@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ import torch
 from pyard.errors import InputError
 from pyard.models.fingerprint import weights_digest
 from pyard.models.latent_layout import Scaling, latent_size, layout_of, pack, unpack
+from pyard.models.pretrained import read_pretrained
+from pyard.storage.reading import read_object
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -266,13 +267,8 @@ def _read(folder: Path) -> Any:
     file = folder / _CONFIG_NAME
     if not file.is_file():
         raise InputError(f"{folder}: expected the folder of a diffusers autoencoder; there is no {_CONFIG_NAME}")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")).get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{file} is no configuration of a diffusers autoencoder: {error}") from None
-    if found not in AUTOENCODERS:
-        raise InputError(f"{folder}: the VAE is a {found}; expected one of {', '.join(AUTOENCODERS)}")
-    try:
-        return getattr(diffusers, found).from_pretrained(str(folder), torch_dtype=torch.float32, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise InputError(f"{folder}: no {found} that diffusers can read: {' '.join(str(error).split())}") from None
+    config = read_object(file, "the configuration of a diffusers autoencoder")
+    found = config.get("_class_name")
+    if not isinstance(found, str) or found not in AUTOENCODERS:
+        raise InputError(f"{folder}: the VAE is a {found!s:.60}; expected one of {', '.join(AUTOENCODERS)}")
+    return read_pretrained(getattr(diffusers, found), folder, torch_dtype=torch.float32)

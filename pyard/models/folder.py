@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from pyard.conditions import table
 from pyard.errors import InputError
 from pyard.models import codec
 from pyard.storage.folders import new_folder
+from pyard.storage.numbers import whole_number
+from pyard.storage.reading import read_object
+from pyard.storage.tensor_files import owned, read_safetensors, require_finite
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -43,12 +46,9 @@ def save_folder(
 def load_config(path: Path, *, kind: str | tuple[str, ...]) -> dict[str, Any]:
     """The configuration of a model folder of this kind."""
     file = path / CONFIG_NAME
-    if not file.is_file():
+    if not file.exists():
         raise InputError(f"{path}: expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}; there is no {CONFIG_NAME}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}") from None
+    config = read_object(file, "the configuration of a model")
     found = config.pop("_class_name", None)
     kinds = (kind,) if isinstance(kind, str) else kind
     if found not in kinds:
@@ -62,12 +62,32 @@ def load_folder(path: Path, *, kind: str | tuple[str, ...]) -> tuple[dict[str, A
     Raises:
         InputError: no such folder, another kind of model, or a damaged file.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     config = load_config(path, kind=kind)
+    tensors = read_safetensors(path / WEIGHTS_NAME)
+    require_finite(tensors, path / WEIGHTS_NAME)
+    return config, owned(tensors)
+
+
+def class_name(folder: Path) -> str | None:
+    """The `_class_name` in a folder's `config.json`; None: there is no such file, or it names none."""
     try:
-        # Copies are aligned; in the file's own buffer they are not, and BLAS rounds by alignment.
-        return config, {name: tensor.clone() for name, tensor in load_file(path / WEIGHTS_NAME).items()}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path / WEIGHTS_NAME} cannot be read ({error}); it is missing, cut off or not safetensors") from None
+        found = read_object(folder / CONFIG_NAME).get("_class_name")
+    except InputError:
+        return None
+    return found if isinstance(found, str) else None
+
+
+def require_sizes(path: Path, depth: object, tensors: Mapping[str, Any], num_steps: int = 1) -> None:
+    """Raises InputError if a configuration asks for more blocks or heads than there are tensors, before any is made.
+
+    Args:
+        path: the folder, for messages.
+        depth: blocks that its configuration asks for.
+        tensors: in its weights.
+        num_steps: of a student, each with a head.
+    """
+    blocks = whole_number(f"{path}: the depth of config.json", depth, 0, max(len(tensors), 1))
+    if blocks + num_steps > 2 * len(tensors) + 1:
+        raise InputError(
+            f"{path}: config.json asks for {blocks} blocks and {num_steps} steps; there are {len(tensors)} tensors"
+        )

@@ -23,11 +23,12 @@ from pyard.errors import InputError
 from pyard.models.backbone import Backbone, Denoiser, StepHeads
 from pyard.models.codec import Codec, LatentCodec
 from pyard.models.families import backbone_class
-from pyard.models.folder import load_folder, save_folder
+from pyard.models.folder import load_folder, require_sizes, save_folder
 from pyard.models.history import History, HistoryCache, PreallocatedCache
 from pyard.models.hub import local_folder, push_folder
 from pyard.models.student_config import Heads, Output, StudentConfig, TextSource
 from pyard.ops.masks import Mask
+from pyard.storage.reading import reading
 
 
 class Source(Protocol):
@@ -314,13 +315,13 @@ class Student(nn.Module):
         folder = path / "student" if (path / "student").is_dir() else path
         loaded, tensors = load_folder(folder, kind="Student")
         backbone = backbone_class(str(loaded.get("family", "dit")), network, folder)
-        config = StudentConfig.from_json(loaded, backbone)
-        try:
+        fitting = "config.json and weights do not fit each other"
+        with reading(folder, fitting, RuntimeError):
+            config = StudentConfig.from_json(loaded, backbone)
+            require_sizes(folder, config.network.depth, tensors, config.grid.num_steps if config.heads == "per_step" else 1)
             with backbone.without_weights():
                 student = cls(config, backbone(config.network))
             student.load_state_dict(tensors, assign=True)
-        except RuntimeError as error:
-            raise InputError(f"{folder}: the weights do not fit config.json: {error}") from None
         student.codec = LatentCodec.beside(folder, path)
         student.conditions = student.conditions or load_conditions(folder, path)
         return student.eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
@@ -20,6 +21,8 @@ Heads = Literal["per_step", "shared"]
 
 # Of the teacher's settings, those that neither the grid nor the schedule has.
 _OF_THE_TRAJECTORIES = ("cfg_scale", "cfg_channels", "cfg_interval", "solver")
+
+MOST_STEPS = 1000  # far more than the few that students are for, and as many as most teachers have noise levels
 
 HISTORY_SWITCHED_OFF = -4.0  # start of a learned history bias: `docs/quality.md` has what it is worth
 
@@ -116,6 +119,8 @@ class StudentConfig:
                 raise InputError(f"student: {name} is {getattr(self, name)!r}; expected one of {', '.join(get_args(kinds))}")
         if not 0 <= self.history_layers <= self.network.depth:
             raise InputError(f"student: history_layers is {self.history_layers}; the network has {self.network.depth} layers")
+        if self.grid.num_steps > MOST_STEPS:
+            raise InputError(f"student: {self.grid.num_steps} steps; expected at most {MOST_STEPS}")
         check_mask(self.mask, self.window)
         if self.output == "jump" and self.target == "denoised":
             raise InputError("student: output 'jump' starts from a state, so it needs target 'state', not 'denoised'")
@@ -146,6 +151,8 @@ class StudentConfig:
             config: the dictionary.
             network: class of a backbone that is none of pyard's, or where to import it from.
         """
+        if not all(isinstance(config.get(name), Mapping) for name in ("network", "grid", "schedule")):
+            raise InputError("student: its config.json has no network, grid and schedule; it is none that pyard wrote")
         try:
             family = str(config.get("family", "dit"))
             nested: dict[str, Any] = {
@@ -156,7 +163,9 @@ class StudentConfig:
             if config.get("text") is not None:
                 nested["text"] = TextSource(**config["text"])
             return cls(**{key: value for key, value in {**config, **nested}.items() if key != "teacher_steps"})  # the grid's
-        except (KeyError, TypeError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"student: its config.json does not fit this version of pyard: {error}") from None
 
 

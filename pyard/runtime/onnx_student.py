@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +17,10 @@ from numpy.typing import NDArray
 
 from pyard.diffusion.noise import standard_normal
 from pyard.errors import InputError
+from pyard.runtime.checks import check_info, require_finite
 from pyard.runtime.conditions import ConditionTensor, check_condition
 from pyard.runtime.device_buffers import FixedBuffers, run_on_device
+from pyard.storage.reading import as_object, damaged, parse_json, reading, require_regular
 from pyard.storage.typed import checked
 
 METADATA_KEY = "pyard"
@@ -159,6 +160,7 @@ class OnnxStudent:
                 samples[index] = self._session.run(["sample"], {"noise": start_noise, **rows_of})[0]
             else:
                 *_, (_, samples[index]) = self.run_steps(start_noise, rows_of)
+        require_finite(samples, self.path)
         return samples
 
     @checked("stream")
@@ -232,8 +234,9 @@ class OnnxStudent:
 def _open_session(
     path: Path, providers: list[tuple[str, dict[str, Any]]], threads: int | None, cuda_graphs: bool
 ) -> onnxruntime.InferenceSession:
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise InputError(f"{path}: no such file; expected a student.onnx written by python -m pyard.export")
+    require_regular(path)
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}; expected at least 1, or None for onnxruntime's choice")
     options = onnxruntime.SessionOptions()
@@ -282,15 +285,15 @@ def _read_info(path: Path, session: onnxruntime.InferenceSession) -> OnnxStudent
             f"{path} is an ONNX model (inputs: {inputs}) but not pyard's: it has no metadata entry "
             f"{METADATA_KEY!r}. Expected a file written by python -m pyard.export"
         )
+    where = f"{path}: its metadata entry {METADATA_KEY!r} is damaged and"
     try:
-        return _info_of(json.loads(text), path, session)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"{path}: its metadata entry {METADATA_KEY!r} is damaged ({type(error).__name__}: {error}); export the student "
-            "again"
-        ) from None
+        metadata = as_object(parse_json(text, "JSON"), "JSON")
+    except InputError as error:
+        raise damaged(where, error, "export the student again") from None
+    with reading(where, "export the student again"):
+        info = _info_of(metadata, path, session)
+    check_info(info, session, path)
+    return info
 
 
 def _info_of(metadata: dict[str, Any], path: Path, session: onnxruntime.InferenceSession) -> OnnxStudentInfo:

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel
 
 from pyard.errors import InputError
 from pyard.storage.files import write_text
 from pyard.storage.folders import new_folder
+from pyard.storage.pickles import read_pickle
+from pyard.storage.reading import read_object
+from pyard.storage.tensor_files import read_safetensors
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 
@@ -118,7 +121,7 @@ class Checkpoints:
         """Restore every part that `save` was given; returns the `state` it was given."""
         folder = self.folder(step)
         try:
-            state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            state = read_object(folder / "state.json", "the state of a run")
             self._read(folder, parts)
             for name, part in parts.items():
                 if isinstance(part, AveragedModel):
@@ -174,10 +177,10 @@ class Checkpoints:
         for name, part in parts.items():
             if isinstance(part, torch.nn.Module):
                 module = part.module if isinstance(part, AveragedModel) else part
-                load_trained(module, load_file(folder / f"{name}.safetensors"))
+                load_trained(module, read_safetensors(folder / f"{name}.safetensors"))
             else:
                 # On the CPU first: the device it was saved from may be another, or another process's.
-                part.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True, map_location="cpu"))
+                part.load_state_dict(read_pickle(folder / f"{name}.pt"))
 
 
 def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:

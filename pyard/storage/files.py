@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and reading what may be damaged."""
+"""Files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -87,26 +87,3 @@ def stand_in(path: Path) -> str | None:
     if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
         return "it is a web page (HTML), such as an error or a login page that was saved in its place; download it again"
     return None
-
-
-def read_json(path: Path) -> Any:
-    """The contents of a JSON file; an InputError if it is none."""
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing") from None
-    return parse_json(text, path)
-
-
-def parse_json(text: bytes | str, path: Path | str) -> Any:
-    """The value of a JSON text found in `path`, which may name a line; an InputError if it is none or names a key twice."""
-    try:
-        return json.loads(text, object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({key for key, _ in pairs}) != len(pairs):
-        raise ValueError("a key appears twice")
-    return dict(pairs)

@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pyard.errors import InputError
 from pyard.storage.files import write_text
+from pyard.storage.numbers import number, whole_number
+from pyard.storage.reading import as_object, parse_json, read_bytes
 
 
 class TrainingLog:
@@ -22,7 +25,7 @@ class TrainingLog:
 
     def __init__(self, path: Path, resume_step: int):
         kept = [line for line in read_log(path) if line["step"] <= resume_step]
-        self.seconds = float(kept[-1].get("seconds", 0.0)) if kept else 0.0
+        self.seconds = float(number(f"{path}: seconds", kept[-1].get("seconds", 0.0))) if kept else 0.0
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path, "a", buffering=1, encoding="utf-8")
 
@@ -38,9 +41,14 @@ class TrainingLog:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a `log.jsonl`; a last line that was cut off by a kill is left out."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    # A loss that is no number any more is written as NaN.
+    content = read_bytes(path, None).split(b"\n") if path.exists() else []
+    for place, line in enumerate(content, start=1):
+        where = f"{path}, line {place}"
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            value = parse_json(line, where, finite=False)
+        except InputError:
             break
+        lines.append(as_object(value, where, "an object with the step and what was logged there"))
+        whole_number(f"{where}: step", lines[-1].get("step"), 0, 2**53)
     return lines

@@ -24,8 +24,8 @@ from pyard.models.wrapped.stock_folder import (
     student_additions,
     with_targets,
 )
-from pyard.storage.files import read_json
 from pyard.storage.folders import new_folder
+from pyard.storage.reading import read_object
 from pyard.storage.units import format_bytes
 from pyard.teachers.text_to_image.model_card import Card, Kind
 from pyard.teachers.text_to_image.pipelines import PIPELINES
@@ -115,8 +115,7 @@ def _check(config: StudentConfig, source: str | Path) -> TextSource:
 def _check_out(out: Path) -> None:
     """Raises InputError for a folder that holds another kind of model, which a converted student would spoil."""
     file = out / CONFIG_NAME
-    found = read_json(file) if file.is_file() else None
-    kind = found.get("_class_name") if isinstance(found, dict) else None
+    kind = read_object(file).get("_class_name") if file.is_file() else None
     if (out / WEIGHTS_NAME).exists() or kind == "Student" or (out / "model_index.json").exists():
         raise InputError(f"out {out} holds a {'pipeline' if kind is None else kind}; choose another folder")
 

@@ -17,8 +17,11 @@ from pyard.models.codec import LatentCodec, require_latent_codec
 from pyard.models.dit.checkpoint_file import Tensors
 from pyard.models.dit.config import DiTConfig
 from pyard.models.dit.network import DiT, dit_trunk, sincos_position_embedding
-from pyard.storage.files import read_json, write_text
+from pyard.models.folder import class_name
+from pyard.models.pretrained import read_pretrained
+from pyard.storage.files import write_text
 from pyard.storage.folders import new_folder
+from pyard.storage.reading import read_json, read_object
 from pyard.teachers.network_teacher import NetworkTeacher
 
 # The published DiT-XL/2 folder still names the class that diffusers had for all of its transformers.
@@ -47,7 +50,7 @@ def is_diffusers_folder(path: Path) -> bool:
     """True for the folder of a diffusers pipeline or transformer."""
     if (path / "model_index.json").is_file():
         return True
-    return _class_name(path / "config.json") in _TRANSFORMERS
+    return class_name(path) in _TRANSFORMERS
 
 
 def load_diffusers(path: str | Path, *, schedule: NoiseSchedule | None = None) -> NetworkTeacher:
@@ -66,13 +69,12 @@ def load_diffusers(path: str | Path, *, schedule: NoiseSchedule | None = None) -
     home, folder, index = path.parent, path, {}
     if (path / "model_index.json").is_file():
         home, folder = path, path / "transformer"
-        index = read_json(path / "model_index.json")
-        if not isinstance(index, dict):
-            raise InputError(f"{path / 'model_index.json'}: expected the index of a DiTPipeline")
+        index = read_object(path / "model_index.json", "the index of a DiTPipeline")
         if index.get("_class_name") != "DiTPipeline":
             raise InputError(f"{path} is a {index.get('_class_name')}; expected a DiTPipeline")
-    if _class_name(folder / "config.json") not in _TRANSFORMERS:
-        raise InputError(f"{folder} holds a {_class_name(folder / 'config.json')}; expected a {_TRANSFORMERS[0]}")
+    found = read_object(folder / "config.json", "the configuration of a transformer").get("_class_name")
+    if found not in _TRANSFORMERS:
+        raise InputError(f"{folder} holds a {found!s:.60}; expected a {_TRANSFORMERS[0]}")
     if schedule is None:
         if not (home / "scheduler").is_dir():
             raise InputError(
@@ -80,11 +82,7 @@ def load_diffusers(path: str | Path, *, schedule: NoiseSchedule | None = None) -
                 "schedule=NoiseSchedule(…), or the folder of the whole pipeline"
             )
         schedule = load_schedule(home / "scheduler")
-    try:
-        transformer = DiTTransformer2DModel.from_pretrained(str(folder), torch_dtype=torch.float32, variant=_variant(folder))
-    except (OSError, ValueError, RuntimeError, NotImplementedError, TypeError, KeyError) as error:
-        found = " ".join(str(error).split())[:400]
-        raise InputError(f"{folder}: diffusers cannot read it: {found}") from None
+    transformer = read_pretrained(DiTTransformer2DModel, folder, torch_dtype=torch.float32, variant=_variant(folder))
     network = from_diffusers(transformer, schedule)
     return NetworkTeacher(network, schedule, codec=LatentCodec.beside(home), class_names=_class_names(index, network.config))
 
@@ -254,15 +252,10 @@ def _variant(folder: Path) -> str | None:
     return next((match[1] for match in found if match), None)
 
 
-def _class_name(file: Path) -> str | None:
-    try:
-        return json.loads(file.read_text(encoding="utf-8")).get("_class_name")
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
 def _class_names(index: dict[str, Any], config: DiTConfig) -> list[str] | None:
     labels = index.get("id2label")
-    if not labels or set(labels) != {str(i) for i in range(config.num_classes)}:
+    if not isinstance(labels, dict) or set(labels) != {str(i) for i in range(config.num_classes)}:
         return None
+    if not all(isinstance(name, str) for name in labels.values()):
+        raise InputError("model_index.json: id2label has names that are no texts")
     return [labels[str(i)] for i in range(config.num_classes)]

@@ -15,10 +15,10 @@ from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.errors import InputError
 from pyard.models.backbone import Backbone, Denoiser
 from pyard.models.dit.config import DiTConfig
-from pyard.models.families import backbone_class
 from pyard.models.fingerprint import fingerprint_of
 from pyard.models.folder import load_config, load_folder, save_folder
-from pyard.teachers.network_teacher import NetworkTeacher
+from pyard.storage.reading import reading
+from pyard.teachers.network_teacher import NetworkTeacher, build_denoiser
 from pyard.teachers.teaching import TeachBatch, TeachConfig, new_network, taught_once, teaching_device, train_network
 
 _ARRAYS = ("means", "weights", "variances", "factors")
@@ -70,15 +70,12 @@ class MixtureTeacher(NetworkTeacher):
     def from_pretrained(cls, path: str | Path, *, network: type[Backbone] | str | None = None) -> MixtureTeacher:
         """Read a folder that `save_pretrained` wrote; arguments and errors as `NetworkTeacher.from_pretrained`."""
         config, tensors = load_folder(Path(path), kind="MixtureTeacher")
-        backbone = backbone_class(str(config.get("family", "dit")), network, path)
-        try:
+        path, prefix = Path(path), "network."
+        of_network = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        built = build_denoiser(path, config, of_network, network)
+        with reading(path, "config.json and weights do not fit each other", RuntimeError):
             arrays = {name: tensors[f"mixture.{name}"].numpy() for name in _ARRAYS}
             mixture = GaussianMixture(sample_shape=config["sample_shape"], **arrays)
-            built = Denoiser(backbone(backbone.config_class(**config["network"])))
-            prefix = "network."
-            built.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise InputError(f"{path}: config.json and weights do not fit each other: {error}") from None
         return cls(mixture, built, NoiseSchedule.from_json(config["schedule"]))
 
 

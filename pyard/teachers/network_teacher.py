@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,8 @@ from pyard.models.backbone import Backbone, Denoiser
 from pyard.models.codec import Codec, LatentCodec
 from pyard.models.families import backbone_class
 from pyard.models.fingerprint import fingerprint_of
-from pyard.models.folder import load_folder, save_folder
+from pyard.models.folder import load_folder, require_sizes, save_folder
+from pyard.storage.reading import reading
 from pyard.teachers.latent_statistics import LatentStatistics
 
 # What folders of version 0.1 called it.
@@ -139,20 +141,40 @@ class NetworkTeacher:
         """
         path = Path(path)
         config, tensors = load_folder(path, kind=KINDS)
-        if not isinstance(config.get("schedule"), dict) or not isinstance(config.get("network"), dict):
-            raise InputError(f"{path}: config.json has no network or no schedule; it is no teacher that pyard wrote")
-        backbone = backbone_class(str(config.get("family", "dit")), network, path)
-        try:
-            built = Denoiser(backbone(backbone.config_class(**config["network"])))
-            built.load_state_dict(tensors)
-        except (KeyError, TypeError, RuntimeError) as error:
-            found = " ".join(str(error).split())
-            raise InputError(f"{path}: config.json and weights do not fit each other: {found}") from None
+        built = build_denoiser(path, config, tensors, network)
         return cls(
             built,
             NoiseSchedule.from_json(config["schedule"]),
             codec=LatentCodec.beside(path),
-            class_names=config.get("class_names"),
+            class_names=class_names_in(config, path),
             conditions=load_conditions(path),
             latent_statistics=LatentStatistics.from_json(config.get("latent_statistics"), path),
         )
+
+
+def build_denoiser(
+    path: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], network: type[Backbone] | str | None
+) -> Denoiser:
+    """The network of a teacher's folder with its weights; memory is taken for what is there, not for what is asked for.
+
+    Raises:
+        InputError: a configuration of no teacher, or one that does not fit the tensors.
+    """
+    if not isinstance(config.get("schedule"), dict) or not isinstance(config.get("network"), dict):
+        raise InputError(f"{path}: config.json has no network or no schedule; it is no teacher that pyard wrote")
+    backbone = backbone_class(str(config.get("family", "dit")), network, path)
+    with reading(path, "config.json and weights do not fit each other", RuntimeError):
+        sizes = backbone.config_class(**config["network"])
+        require_sizes(path, sizes.depth, tensors)
+        with backbone.without_weights():
+            built = Denoiser(backbone(sizes))  # type: ignore[call-arg]
+        built.load_state_dict(dict(tensors), assign=True)
+    return built
+
+
+def class_names_in(config: Mapping[str, Any], path: Path) -> list[str] | None:
+    """The names of classes in a teacher's configuration, if it has any."""
+    names = config.get("class_names")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise InputError(f"{path}: class_names in config.json are a {type(names).__name__}; expected a list of texts, or null")
+    return names

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -14,7 +13,9 @@ from pyard.models.backbone import Backbone, BackboneConfig, Denoiser
 from pyard.models.dit.config import DiTConfig
 from pyard.models.dit.network import Trunk
 from pyard.models.families import backbone_class
-from pyard.models.folder import CONFIG_NAME, load_config
+from pyard.models.folder import CONFIG_NAME, WEIGHTS_NAME, class_name, load_config, require_sizes
+from pyard.storage.reading import reading
+from pyard.storage.tensor_files import tensor_shapes
 from pyard.teachers import load_teacher
 from pyard.teachers.network_teacher import KINDS
 
@@ -38,14 +39,14 @@ def network_of(source: str | Path, network: type[Backbone] | str | None = None) 
 
         return _without_weights(Trunk, digits_network()), NoiseSchedule()
     path = Path(source)
-    if path.is_dir() and (path / CONFIG_NAME).is_file() and _class_name(path) in KINDS:
+    if path.is_dir() and class_name(path) in KINDS:
         config = load_config(path, kind=KINDS)
         backbone = backbone_class(str(config.get("family", "dit")), network, path)
-        try:
+        with reading(path / CONFIG_NAME, f"it does not fit {backbone.__name__}", RuntimeError):
             sizes = backbone.config_class(**config["network"])
+            if (path / WEIGHTS_NAME).exists():
+                require_sizes(path, sizes.depth, tensor_shapes(path / WEIGHTS_NAME))
             return _without_weights(backbone, sizes), NoiseSchedule.from_json(config["schedule"])
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{path}: config.json does not fit {backbone.__name__}: {error}") from None
     if path.exists():
         teacher = load_teacher(source, network=network)
         return teacher.network.to("meta"), teacher.schedule
@@ -77,10 +78,3 @@ def _without_weights(backbone: type[Backbone], sizes: BackboneConfig) -> Denoise
             return Denoiser(backbone(sizes))  # type: ignore[call-arg]
     except RuntimeError:  # some networks look at the numbers of their constants
         return Denoiser(backbone(sizes)).to("meta")  # type: ignore[call-arg]
-
-
-def _class_name(folder: Path) -> str | None:
-    try:
-        return str(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("_class_name"))
-    except (ValueError, AttributeError):
-        return None

@@ -23,6 +23,7 @@ from pyard.models.dit.config import DiTConfig
 from pyard.models.dit.network import DiT
 from pyard.storage.checkpoints import Checkpoints, Stateful, ema_of
 from pyard.storage.files import write_text
+from pyard.storage.reading import read_object
 
 _SETTINGS_NAME = "teach.json"
 _WARM_UP_STEPS = 100
@@ -246,8 +247,8 @@ def _write_settings(folder: Path, config: TrainingSettings) -> None:
 def _check_same_settings(folder: Path, config: TrainingSettings) -> None:
     file = folder / _SETTINGS_NAME
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = read_object(file, "the settings of a training")
+    except InputError as error:
         raise InputError(f"{folder} exists, but holds no training of the built-in teacher ({error}); use another out") from None
     wanted = dataclasses.asdict(config)
     differing = [f"{key}: {found.get(key)!r} there, {value!r} now" for key, value in wanted.items() if found.get(key) != value]

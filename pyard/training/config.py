@@ -23,6 +23,7 @@ from pyard.models.student_config import (
 )
 from pyard.ops.masks import Mask
 from pyard.storage.files import write_text
+from pyard.storage.reading import as_object, read_object, read_yaml
 from pyard.storage.typed import conform, read_settings
 from pyard.training.adversarial_config import AdversarialConfig
 from pyard.training.checks import check_ranges
@@ -250,12 +251,7 @@ class TrainConfig:
             path: a YAML file, or the name of one of pyard's recipes, such as `digits`.
         """
         file = recipe_file(path)
-        try:
-            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise InputError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from None
-        if not isinstance(settings, dict):
-            raise InputError(f"recipe {path} holds a {type(settings).__name__}; expected settings by name")
+        settings = as_object(read_yaml(file), f"recipe {path}", "settings by name")
         found = read_settings(cls, settings, f"recipe {path}")
         if "teacher" not in found:
             raise InputError(f"recipe {path} names no teacher")
@@ -317,10 +313,7 @@ class TrainConfig:
         file = self.out / IDENTITY_NAME
         if not file.exists():
             return None
-        try:
-            return dict(json.loads(file.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise InputError(f"{file} is not JSON ({error}); use another --out") from None
+        return read_object(file, "what a run began with; use another --out")
 
 
 def recipe_file(name: str | Path) -> Path:

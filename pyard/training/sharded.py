@@ -5,7 +5,6 @@ Accelerate is in the way here: on a CPU it falls back to DDP without a word, and
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
-from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -34,18 +31,37 @@ from torch.optim.swa_utils import AveragedModel
 
 from pyard.conditions import load_conditions
 from pyard.errors import InputError
+from pyard.models.backbone import Backbone
 from pyard.models.codec import LatentCodec
 from pyard.models.families import backbone_class
+from pyard.models.folder import require_sizes
 from pyard.models.lora import add_lora, merge_lora
 from pyard.models.student import Student
 from pyard.models.student_config import StudentConfig
 from pyard.storage.checkpoints import Checkpoints, Stateful, load_trained
+from pyard.storage.numbers import whole_number
+from pyard.storage.pickles import DTYPES, require_names
+from pyard.storage.reading import as_object, read_object, read_yaml, reading
+from pyard.storage.tensor_files import read_safetensors, require_finite, tensor_shapes
 from pyard.teachers import is_text_to_image, load_teacher
 from pyard.training.config import IDENTITY_NAME, SETTINGS_NAME
 
 if TYPE_CHECKING:
     from pyard.teachers.network_teacher import NetworkTeacher
     from pyard.training.processes import Processes
+
+# What torch's description of a checkpoint in shards is made of.
+_OF_SHARDS = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "StorageMeta",
+        "BytesStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *DTYPES},
+    "pathlib": {"Path", "PosixPath", "WindowsPath"},
+    "collections": {"OrderedDict"},
+}  # fmt: skip
 
 _SHARDS = "shards"  # the part of a checkpoint that all processes write
 
@@ -164,22 +180,29 @@ def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str =
     if not steps or (step is not None and step not in steps):
         raise InputError(f"{run}: checkpoints of steps {steps}; expected {'any' if step is None else step}")
     folder = checkpoints.folder(steps[-1] if step is None else step)
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    backbone = backbone_class(str(state["student"].get("family", "dit")), network, folder)
-    student_config = StudentConfig.from_json(state["student"], backbone)
-    student = Student(student_config, backbone(student_config.network))
-    if state["lora_rank"] is not None:
-        add_lora(student, state["lora_rank"])
+    state = read_object(folder / "state.json", "the state of a run")
+    about = as_object(state.get("student"), folder / "state.json", "a student's configuration under 'student'")
+    backbone = backbone_class(str(about.get("family", "dit")), network, folder)
+    student_config = StudentConfig.from_json(about, backbone)
+    rank = state.get("lora_rank")
+    if rank is not None:
+        rank = whole_number(f"{folder / 'state.json'}: lora_rank", rank, 1, 2**12)
+    shapes = _shapes(folder, weights)
+    with reading(folder, "its configuration fits no student", RuntimeError):
+        _check_sizes(folder, student_config, backbone, shapes)
+        student = Student(student_config, backbone(student_config.network))
+        if rank is not None:
+            add_lora(student, rank)
     names = [file.stem for file in folder.glob("*.safetensors")]
     if (folder / _SHARDS).is_dir():
-        entries = FileSystemReader(folder / _SHARDS).read_metadata().state_dict_metadata
+        entries = _entries(folder)
         names += sorted(
             {entry.split(".")[0] if not entry.startswith("ema-") else _average_of(entry, student) for entry in entries}
         )
     if weights not in names:
         raise InputError(f"{folder}: no weights {weights!r}; there are {', '.join(n for n in names if n != 'optimizer')}")
     if (folder / f"{weights}.safetensors").exists():
-        tensors = load_file(folder / f"{weights}.safetensors")
+        tensors = read_safetensors(folder / f"{weights}.safetensors")
     else:
         tensors = {name: torch.empty_like(tensor) for name, tensor in student.state_dict().items()}
         try:
@@ -187,16 +210,51 @@ def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str =
                 load_shards({weights: tensors}, checkpoint_id=folder / _SHARDS, no_dist=True)
         except RuntimeError as error:
             raise InputError(f"checkpoint {folder} cannot be read ({error}); choose another --step of {steps}") from error
-    settings = yaml.safe_load((run / SETTINGS_NAME).read_text(encoding="utf-8")) if (run / SETTINGS_NAME).exists() else {}
-    if state["lora_rank"] is not None and student.state_dict().keys() - tensors.keys():
-        _share_base(student, settings, state["lora_rank"], run, network)
-    load_trained(student, tensors)
+    require_finite(tensors, folder)
+    file = run / SETTINGS_NAME
+    settings = as_object(read_yaml(file), file, "the settings of a run") if file.exists() else {}
+    if rank is not None and student.state_dict().keys() - tensors.keys():
+        _share_base(student, settings, rank, run, network)
+    with reading(folder, "weights and configuration do not fit each other", RuntimeError):
+        load_trained(student, tensors)
     merge_lora(student)
-    origins = (run / "student", *(Path(settings.get(of) or run) for of in ("student", "teacher")))
+    origins = (run / "student", *(Path(str(settings.get(of) or run)) for of in ("student", "teacher")))
     student.codec = LatentCodec.beside(*origins)
     student.conditions = student.conditions or load_conditions(*origins)
     student.save_pretrained(out)
     return student.eval()
+
+
+def _entries(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's shards hold, by name; torch keeps that in a pickle, which is walked before torch runs it."""
+    file = folder / _SHARDS / ".metadata"
+    require_names(file, _OF_SHARDS)
+    with reading(file, "it says what the shards hold", RuntimeError):
+        entries: dict[str, Any] = FileSystemReader(folder / _SHARDS).read_metadata().state_dict_metadata
+    return entries
+
+
+def _shapes(folder: Path, weights: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of one set of weights in a checkpoint."""
+    if (folder / f"{weights}.safetensors").exists():
+        return tensor_shapes(folder / f"{weights}.safetensors")
+    entries = _entries(folder) if (folder / _SHARDS).is_dir() else {}
+    start = f"{weights}."
+    return {
+        name.removeprefix(start): tuple(e.size) for name, e in entries.items() if name.startswith(start) and hasattr(e, "size")
+    }
+
+
+def _check_sizes(folder: Path, config: StudentConfig, backbone: type[Backbone], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises InputError if a checkpoint's configuration asks for another student than the weights beside it."""
+    if not shapes:
+        return  # there are no such weights, which is said below
+    require_sizes(folder, config.network.depth, shapes, config.grid.num_steps if config.heads == "per_step" else 1)
+    with backbone.without_weights():
+        wanted = Student(config, backbone(config.network)).state_dict()  # type: ignore[call-arg]
+    for name, tensor in wanted.items():
+        if shapes.get(name, tuple(tensor.shape)) != tuple(tensor.shape):
+            raise InputError(f"{folder}: its configuration asks for {name} {list(tensor.shape)}; there is {list(shapes[name])}")
 
 
 def _share_base(student: Student, settings: Mapping[str, Any], rank: int, run: Path, network: Any) -> None:
@@ -216,9 +274,18 @@ def teacher_of_run(settings: Mapping[str, Any], run: Path, network: Any) -> Netw
     if not source:
         raise InputError(f"{run}: its settings name no teacher, whose weights its checkpoints do without")
     if is_text_to_image(source):
-        manifest = json.loads((run / IDENTITY_NAME).read_text(encoding="utf-8"))["manifest"]
-        given["dtype"] = (manifest[0] if isinstance(manifest, list) else manifest)["precision"]
+        given["dtype"] = precision_of_run(run / IDENTITY_NAME)
     return load_teacher(source, network=network, **given)
+
+
+def precision_of_run(file: Path) -> str:
+    """What the teacher of a run computed its trajectories in, by the record of what the run began with."""
+    manifest: Any = read_object(file, "what a run began with").get("manifest")
+    manifest = manifest[0] if isinstance(manifest, list) and manifest else manifest
+    found = as_object(manifest, file, "the trajectories' manifest").get("precision")
+    if not isinstance(found, str):
+        raise InputError(f"{file}: the trajectories' precision is {found!r:.60}; expected a text")
+    return found
 
 
 @contextmanager

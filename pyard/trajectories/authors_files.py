@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
+from pyard.storage.arrays import open_npz
 from pyard.storage.typed import checked
 from pyard.teachers import load_teacher
 from pyard.trajectories.compute import pack_shard
@@ -192,10 +192,10 @@ def read_sample(tree: Path, manifest: TrajectoryManifest, label: int, name: str)
 def read_npz(file: Path, key: str) -> NDArray[Any]:
     """One array of an .npz; never unpickles."""
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            return np.asarray(arrays[key])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"convert: {file}: {error}; expected an .npz with an array {key!r}") from None
+        with open_npz(file) as arrays:
+            return arrays.read(key)
+    except InputError as error:
+        raise InputError(f"convert: {error}; expected an .npz with an array {key!r}") from None
 
 
 def export_npz(store: TrajectoryStore, out: Path, progress: bool) -> None:

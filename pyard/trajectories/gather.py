@@ -72,7 +72,17 @@ class PythonGather:
         return TrajectoryBatch.of_frames(frames, self.store.conditions.take(numbers))
 
     def _map(self, shard: int) -> dict[str, NDArray[Any]]:
-        return self.store.tensors(self.store.shards[shard])
+        record = self.store.shards[shard]
+        try:
+            return self.store.tensors(record)
+        except InputError:
+            # A store that was extended since has a longer shard in place of its last one, with the same first samples.
+            longer = [
+                r for r in TrajectoryStore.open(self.store.path).shards if r.first == record.first and r.count > record.count
+            ]
+            if not longer:
+                raise
+            return self.store.tensors(longer[0])
 
 
 class NativeGather:

@@ -21,6 +21,9 @@ from pyard.errors import InputError
 
 FORMAT_VERSION = 1
 
+MOST_SAMPLES = 10**10 - 1  # shards are named by ten digits
+MOST_SHARDS = 2**20
+_MOST_SIDE = 2**24
 MAX_RANK = 6  # of a sample: a video has 4
 
 # Fingerprint and solver of trajectories that another program wrote, as far as nobody says what they are.
@@ -105,8 +108,11 @@ class TrajectoryManifest:
             raise InputError(f"trajectories: format version {self.format_version}; this pyard knows version {FORMAT_VERSION}")
         # 1 and 1.0 are one setting and must have one digest.
         object.__setattr__(self, "cfg_scale", float(self.cfg_scale))
+        for name in ("teacher_fingerprint", "conditions"):
+            if not isinstance(getattr(self, name), str):
+                raise InputError(f"trajectories: {name} is {getattr(self, name)!r:.60}; expected a text")
         shape = self.sample_shape
-        if not 1 <= len(shape) <= MAX_RANK or any(not _is_int(size) or size < 1 for size in shape):
+        if not 1 <= len(shape) <= MAX_RANK or any(not _is_int(size) or not 1 <= size <= _MOST_SIDE for size in shape):
             raise InputError(f"trajectories: sample_shape is {shape}; expected (C, ...), such as (C, H, W), of at least 1 each")
         for name, choices in (("keep", get_args(Keep)), ("dtype", get_args(DType)), ("precision", get_args(Precision))):
             if getattr(self, name) not in choices:
@@ -115,24 +121,24 @@ class TrajectoryManifest:
             solver_of(self.schedule, self.solver)
         if not _is_int(self.seed) or not 0 <= self.seed < 2**64:
             raise InputError(f"trajectories: seed is {self.seed!r}; expected 0 to 2**64 - 1")
-        if not _is_int(self.num_classes) or self.num_classes < 1:
-            raise InputError(f"trajectories: num_classes is {self.num_classes!r}; expected at least 1")
+        if not _is_int(self.num_classes) or not 1 <= self.num_classes <= MOST_SAMPLES:
+            raise InputError(f"trajectories: num_classes is {self.num_classes!r:.40}; expected 1 to {MOST_SAMPLES}")
         if not math.isfinite(self.cfg_scale):
             raise InputError(f"trajectories: cfg_scale is {self.cfg_scale}; expected a finite number, 1 for no guidance")
         if self.cfg_channels is not None and not (_is_int(self.cfg_channels) and 1 <= self.cfg_channels <= shape[0]):
             raise InputError(f"trajectories: cfg_channels is {self.cfg_channels!r}; expected 1 to {shape[0]}, or None for all")
         if self.cfg_interval is not None:
             interval = tuple(float(time) for time in self.cfg_interval)
-            if len(interval) != 2 or not interval[0] <= interval[1]:
+            if len(interval) != 2 or not -math.inf < interval[0] <= interval[1] < math.inf:
                 raise InputError(f"trajectories: cfg_interval is {interval}; expected (lowest, highest) teacher time")
             object.__setattr__(self, "cfg_interval", interval)
         if not isinstance(self.compiled, bool):
             raise InputError(f"trajectories: compiled is {self.compiled!r}; expected true or false")
-        if not _is_int(self.batch_size) or self.batch_size < 1:
-            raise InputError(f"trajectories: batch_size is {self.batch_size!r}; expected at least 1")
-        if not _is_int(self.shard_size) or self.shard_size < 1 or self.shard_size % self.batch_size:
+        if not _is_int(self.batch_size) or not 1 <= self.batch_size <= MOST_SAMPLES:
+            raise InputError(f"trajectories: batch_size is {self.batch_size!r:.40}; expected 1 to {MOST_SAMPLES}")
+        if not _is_int(self.shard_size) or not 1 <= self.shard_size <= MOST_SAMPLES or self.shard_size % self.batch_size:
             raise InputError(
-                f"trajectories: shard_size is {self.shard_size!r}; expected a multiple of batch_size, {self.batch_size}"
+                f"trajectories: shard_size is {self.shard_size!r:.40}; expected a multiple of batch_size, {self.batch_size}"
             )
         self._check_labels()
 

@@ -130,8 +130,18 @@ class TrajectoryReader:
         return batch
 
     def gather(self, indices: NDArray[np.int64]) -> TrajectoryBatch:
-        """The batch of the given samples, in that order."""
-        return self._gather.start(indices)()
+        """The batch of the given samples, in that order.
+
+        Raises:
+            InputError: a number that is none of a sample.
+        """
+        numbers = np.asarray(indices)
+        if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+            raise InputError(f"reader: indices are {numbers.dtype} {list(numbers.shape)}; expected whole numbers, one a sample")
+        wrong = numbers[(numbers < 0) | (numbers >= self.store.count)]
+        if wrong.size:
+            raise InputError(f"reader: sample {wrong[0]}; expected 0 to {self.store.count - 1}")
+        return self._gather.start(numbers.astype(np.int64))()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch comes from; the same on every rank, JSON-able."""

@@ -10,7 +10,9 @@ that is completed later is another file, and only then is the shorter one remove
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyard.errors import InputError
-from pyard.storage.files import parse_json, read_json
+from pyard.storage.numbers import number
+from pyard.storage.reading import parse_json, read_json, regular_file
 from pyard.trajectories.manifest import SAFETENSORS_DTYPES, TensorLayout, TrajectoryManifest
 
 # numpy has no bfloat16: its bits are read as uint16.
@@ -96,6 +99,7 @@ def read_record(path: Path, manifest: TrajectoryManifest) -> ShardRecord:
     if not isinstance(config, dict) or set(config) != names:
         raise InputError(f"{path.name}: not a sidecar; expected a JSON object of {sorted(names)}")
     record = ShardRecord(**config)
+    _check_kinds(record, path)
     integers = (record.first, record.count, record.num_bytes)
     if any(type(value) is not int for value in integers) or (record.first, record.end) != shard_range(path.name):
         raise InputError(
@@ -111,12 +115,26 @@ def read_record(path: Path, manifest: TrajectoryManifest) -> ShardRecord:
         )
     shard = path.with_suffix(".safetensors")
     try:
-        found = shard.stat().st_size
-    except FileNotFoundError:
+        about = shard.stat()
+    except OSError:
         raise InputError(f"{shard.name}: missing, though its sidecar is there") from None
+    found = about.st_size if stat.S_ISREG(about.st_mode) else -1
     if found != record.num_bytes:
         raise InputError(f"{shard.name}: {found} bytes, its sidecar says {record.num_bytes}: truncated or overwritten")
     return record
+
+
+def _check_kinds(record: ShardRecord, path: Path) -> None:
+    """Raises InputError for values that whoever reads the record could not work with."""
+    errors = record.rounding.values() if isinstance(record.rounding, dict) else [None]
+    by = record.written_by.items() if isinstance(record.written_by, dict) else [(None, None)]
+    right = all(isinstance(error, dict) and set(error) == {"rms", "max"} for error in errors)
+    right = right and all(isinstance(text, str) for pair in by for text in pair)
+    if not right or not isinstance(record.sha256, str) or not isinstance(record.manifest, str):
+        raise InputError(f"{path.name}: rounding, written_by, sha256 or manifest are not what a sidecar has")
+    for error in errors:
+        for name, value in (error or {}).items():
+            number(f"{path.name}: {name}", value, 0)
 
 
 def map_shard(path: Path, layout: dict[str, TensorLayout]) -> dict[str, NDArray[Any]]:
@@ -148,8 +166,8 @@ def read_header(path: Path, layout: dict[str, TensorLayout]) -> dict[str, int]:
 
     The format: https://github.com/huggingface/safetensors#format
     """
-    file_size = path.stat().st_size
-    with path.open("rb") as file:
+    with regular_file(path) as file:
+        file_size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= header_size <= min(file_size - 8, _MAX_HEADER_BYTES):

@@ -130,19 +130,21 @@ def as_table(store: TrajectoryStore) -> str:
 
 def label_counts(store: TrajectoryStore) -> str:
     """How often the classes occur."""
-    counts = np.zeros(store.manifest.num_classes, dtype=np.int64)
+    counts: Counter[int] = Counter()
     for shard in store.shards:
-        counts += np.bincount(store.manifest.number_of(np.arange(shard.first, shard.end)), minlength=len(counts))
+        counts.update(store.manifest.number_of(np.arange(shard.first, shard.end)).tolist())
+    classes = store.manifest.num_classes
     how = store.manifest.labels if isinstance(store.manifest.labels, str) else "given"
-    return f"{how}; {np.count_nonzero(counts)} of {len(counts)} classes, {counts.min()} to {counts.max()} of each"
+    fewest = min(counts.values()) if len(counts) == classes else 0
+    return f"{how}; {len(counts)} of {classes} classes, {fewest} to {max(counts.values())} of each"
 
 
 def rounding(store: TrajectoryStore) -> list[tuple[str, str]]:
     """Per tensor, the error of storing it in a narrow dtype, over all shards."""
     result = []
     for name in sorted({name for shard in store.shards for name in shard.rounding}):
-        errors = [(shard.count, shard.rounding[name]) for shard in store.shards]
-        rms = (sum(count * error["rms"] ** 2 for count, error in errors) / store.count) ** 0.5
+        errors = [(shard.count, shard.rounding[name]) for shard in store.shards if name in shard.rounding]
+        rms = (sum(count * error["rms"] ** 2 for count, error in errors) / sum(count for count, _ in errors)) ** 0.5
         result.append((name, f"rms {rms:.2e}, largest {max(error['max'] for _, error in errors):.2e}"))
     return result
 

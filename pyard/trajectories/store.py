@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from pyard.conditions import ClassConditions, Conditions, PromptTable, load_conditions
 from pyard.errors import InputError
-from pyard.storage.files import file_sha256, read_json, to_bytes, write_atomically
-from pyard.trajectories.manifest import TrajectoryManifest
+from pyard.storage.files import file_sha256, to_bytes, write_atomically
+from pyard.storage.reading import read_json
+from pyard.trajectories.manifest import MOST_SAMPLES, MOST_SHARDS, TrajectoryManifest
 from pyard.trajectories.shard import ForeignShardError, ShardRecord, map_shard, read_record, shard_name, shard_range
 
 
@@ -62,6 +63,11 @@ class TrajectoryStore:
         requested = read_request(path)
         if requested is None:
             raise InputError(f"{path / 'request.json'}: missing; the command that wrote the store restores it")
+        if -(-requested // manifest.shard_size) > MOST_SHARDS:
+            raise InputError(
+                f"{path / 'request.json'}: {requested} trajectories were asked for, in shards of {manifest.shard_size}; a "
+                f"store has at most {MOST_SHARDS}. Delete it and give the command that wrote the store again"
+            )
         shards, problems = list_shards(path, manifest)
         return cls(path, manifest, requested, shards, problems)
 
@@ -157,8 +163,8 @@ def read_request(path: Path) -> int | None:
         return None
     request = read_json(file)
     count = request.get("count") if isinstance(request, dict) else None
-    if type(count) is not int or count < 1:
-        raise InputError(f'{file}: expected {{"count": N}}, found {request!r}; delete it and give the command again')
+    if type(count) is not int or not 1 <= count <= MOST_SAMPLES:
+        raise InputError(f'{file}: expected {{"count": N}}, found {request!r:.60}; delete it and give the command again')
     return count
 
 

@@ -74,7 +74,7 @@ BAD_FILES: dict[str, tuple[str, str | bytes, str]] = {
     "a number": ("a.jsonl", '{"prompt": 1}', "line 1: the prompt is a int; expected a text"),
     "negative list": ("a.jsonl", '{"prompt": "a", "negative_prompt": []}', "the negative_prompt is a list"),
     "empty prompt": ("a.jsonl", '{"prompt": ""}', "line 1: an empty prompt"),
-    "lone surrogate": ("a.jsonl", '{"prompt": "\\ud83d"}', "line 1: the prompt has a lone surrogate"),
+    "lone surrogate": ("a.jsonl", '{"prompt": "\\ud83d"}', "line 1: not valid JSON \\(it has a lone surrogate"),
     "no caption": ("metadata.jsonl", '{"file_name": "0.png"}', "none of text, prompt, caption among the keys file_name"),
     "latin-1": ("a.txt", "a\nF\xfcchse".encode("latin-1"), "line 2: not UTF-8"),
     "UTF-16": ("a.txt", "a circle".encode("utf-16"), "line 1: not UTF-8"),

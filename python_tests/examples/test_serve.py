@@ -59,7 +59,8 @@ def grey_student() -> Student:
 @contextmanager
 def running(student: OnnxStudent, **limits: Any) -> Iterator[int]:
     """The service on a port of the loopback."""
-    server = uvicorn.Server(uvicorn.Config(serve.make_app(student, **limits), port=0, log_level="warning"))
+    config = uvicorn.Config(serve.make_app(student, **limits), port=0, log_level="warning", http=serve.ImpatientProtocol)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -181,6 +182,75 @@ def test_limits_that_are_none_are_refused(path: Path) -> None:
     for limits in (dict(max_batch=0), dict(max_queue=0), dict(max_wait=-1.0)):
         with pytest.raises(InputError, match="expected at least 1, 1 and 0"):
             serve.make_app(OnnxStudent(path), **limits)
+
+
+def closed_after(port: int, *pieces: bytes, pause: float = 0.0) -> tuple[float, bytes]:
+    """Seconds until the service closes a connection that sends these pieces and then waits; and what it answered."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        begun, answer = time.monotonic(), b""
+        for piece in pieces:
+            try:
+                connection.sendall(piece)
+            except OSError:
+                break
+            time.sleep(pause)
+        while True:
+            try:
+                piece = connection.recv(4096)
+            except ConnectionResetError:
+                piece = b""
+            if not piece:
+                return time.monotonic() - begun, answer
+            answer += piece
+
+
+def test_half_a_request_is_not_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve.ImpatientProtocol, "seconds", 0.5)
+    whole = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    with running(OnnxStudent(path)) as port:
+        for pieces in ((), (whole[:20],), (whole[:-2],)):
+            assert 0.4 < closed_after(port, *pieces)[0] < 20, pieces
+        body = b"POST /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
+        assert closed_after(port, body, b"half of the body")[0] < 20
+        # Neither a byte now and then nor a request before it buys more time.
+        assert closed_after(port, *[whole[i : i + 1] for i in range(20)], pause=0.1)[0] < 20
+        seconds, answer = closed_after(port, whole, whole[:20])
+        assert seconds < 20
+        assert b"200 OK" in answer
+        assert get(port, "/healthz")[0] == 200
+
+
+def test_an_answer_may_take_longer_than_a_request(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve.ImpatientProtocol, "seconds", 0.2)
+    Held.allowed.clear()
+    with running(Held(path)) as port, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(get, port, "/image?label=0")
+        time.sleep(1)
+        Held.allowed.set()
+        assert answer.result()[0] == 200
+
+
+def run_script(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(EXAMPLE), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+
+
+def test_a_busy_port_and_a_missing_model_are_one_line(path: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        busy = run_script(str(path), "--port", str(port))
+    assert busy.stderr == (
+        f"serve.py: error: cannot listen on 127.0.0.1 port {port} (Address already in use); choose another --port or --host\n"
+    )
+    for words, message in (
+        ((str(tmp_path / "none.onnx"),), "none.onnx: no such file"),
+        ((str(path), "--port", "70000"), "cannot listen on 127.0.0.1 port 70000"),
+        ((str(path), "--patience", "nan"), "--patience is nan"),
+    ):
+        done = run_script(*words)
+        assert (done.returncode, done.stderr.count("\n"), done.stdout) == (1, 1, "")
+        assert message in done.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGTERM")

@@ -177,7 +177,7 @@ def test_weights_that_are_missing_or_cut_off_are_one_line(tmp_path: Path) -> Non
     weights = tmp_path / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     for _ in range(2):
-        with pytest.raises(InputError, match="no AutoencoderKL that diffusers can read") as refused:
+        with pytest.raises(InputError, match=r"cannot read this AutoencoderKL|cannot be read") as refused:
             LatentCodec(tmp_path).check((2, 4, 4))
         assert "\n" not in str(refused.value)
         weights.unlink(missing_ok=True)

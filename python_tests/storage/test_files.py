@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from pyard.errors import InputError
-from pyard.storage.files import new_file, read_json, write_atomically, write_text
+from pyard.storage.files import new_file, write_atomically, write_text
 from pyard.storage.folders import appearing_folder, new_folder
+from pyard.storage.reading import read_json
 
 
 def names(folder: Path) -> list[str]:

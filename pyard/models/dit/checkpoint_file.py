@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -15,7 +13,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from pyard.errors import InputError
-from pyard.storage.files import read_json, stand_in
+from pyard.storage.files import stand_in
+from pyard.storage.pickles import ForeignObjectError, read_pickle
+from pyard.storage.reading import DAMAGE, parse_json, read_object, regular_file
+from pyard.storage.tensor_files import read_with_metadata, require_finite
 
 Tensors = dict[str, torch.Tensor]
 Weights = Literal["ema", "model"]
@@ -81,12 +82,12 @@ def read_checkpoint(path: Path, *, weights: Weights | None = None) -> Checkpoint
     """
     if weights not in (None, "ema", "model"):
         raise InputError(f"weights is {weights!r}; expected 'ema' or 'model'")
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{path}: no such file; expected a .pt or .safetensors checkpoint")
     content, args = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
     found = list(_weights_in(content, "", _DEPTH))
     if not found:
-        return Checkpoint(_clean(content), _settings_of(content, args, path))
+        return Checkpoint(_clean(content, path), _settings_of(content, args, path))
     kinds = sorted({one.weights for one in found})
     if weights is not None and weights not in kinds:
         raise InputError(f"{path} has the weights {_listed(found)}; there is no {weights!r} among them")
@@ -96,7 +97,7 @@ def read_checkpoint(path: Path, *, weights: Weights | None = None) -> Checkpoint
             f"{path} has several networks ({_listed(chosen)}), and nothing says which is the teacher; save "
             "that one's tensors alone"
         )
-    return Checkpoint(_clean(chosen[0].tensors), _settings_of(content, args, path))
+    return Checkpoint(_clean(chosen[0].tensors, path), _settings_of(content, args, path))
 
 
 def _weights_in(content: Mapping[Any, Any], label: str, depth: int) -> Iterator[_Found]:
@@ -113,8 +114,9 @@ def _listed(found: list[_Found]) -> str:
     return ", ".join(one.label.strip(".") or "without a name" for one in found)
 
 
-def _clean(content: Mapping[Any, Any]) -> Tensors:
+def _clean(content: Mapping[Any, Any], path: Path) -> Tensors:
     tensors = {_WRAPPED.sub("", str(key)): value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    require_finite(tensors, path)
     # Copies are aligned; in the file's own buffer they are not, and BLAS rounds by alignment.
     return {key: value.to(torch.float32, copy=True) if value.is_floating_point() else value for key, value in tensors.items()}
 
@@ -131,14 +133,13 @@ def _settings_of(content: Mapping[Any, Any], args: dict[str, Any], path: Path) -
     folders = [path.parent, path.parent.parent] if path.parent.name == "checkpoints" else [path.parent]
     for folder in folders:
         if (folder / "args.json").is_file():
-            found = read_json(folder / "args.json")
-            return found if isinstance(found, dict) else {}
+            return read_object(folder / "args.json", "the settings of a training script")
     return {}
 
 
 def _is_safetensors(path: Path) -> bool:
     """By its first bytes: the length of a JSON header, and the header. A cut-off file of that name is one, too."""
-    with path.open("rb") as file:
+    with regular_file(path) as file:
         start = file.read(512)
     if len(start) > 8 and start[8:9] == b"{" and 0 < int.from_bytes(start[:8], "little") < path.stat().st_size:
         return True
@@ -146,52 +147,27 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    # Here, since a machine that only computes with models may have no safetensors.
-    from safetensors import SafetensorError, safe_open
-
+    content, metadata = read_with_metadata(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
-        raise InputError(f"{path} cannot be read ({error}); it is cut off or no safetensors file") from None
-    try:
-        args = json.loads(metadata.get("args", "{}"))
-    except ValueError:
+        args = parse_json(metadata.get("args", "{}"), path)
+    except InputError:
         args = {}
-    return content, args if isinstance(args, dict) else {}
+    return dict(content), args if isinstance(args, dict) else {}
 
 
 def _read_pickle(path: Path) -> tuple[Mapping[Any, Any], dict[str, Any]]:
-    with path.open("rb") as file:
+    with regular_file(path) as file:
         start = file.read(512)
     what = _what_else(path, start)
     if what is not None:
         raise InputError(f"{path} is no PyTorch checkpoint: {what}")
     try:
-        # DiT's and SiT's training scripts store their arguments, a Namespace: a bag of attributes that runs no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if found is None:
-            raise InputError(f"{path} cannot be read as a PyTorch checkpoint: {_first_line(error)}") from None
+        content = read_pickle(path)
+    except ForeignObjectError as error:
         text = _HOW_TO_CONVERT.format(
-            path=path, reason=f"an object of type {found[1]}", target=path.with_suffix(".safetensors")
+            path=path, reason=f"an object of type {error.kind}", target=path.with_suffix(".safetensors")
         )
         raise InputError(text.strip()) from None
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        IndexError,
-        AssertionError,
-    ) as error:
-        raise InputError(f"{path} cannot be read as a PyTorch checkpoint: {_first_line(error)}") from None
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds a {type(content).__name__}; expected a dictionary of tensors")
     return content, {}
@@ -211,7 +187,7 @@ def _what_else(path: Path, start: bytes) -> str | None:
         try:
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
-        except zipfile.BadZipFile:
+        except DAMAGE:
             return None  # cut off: torch says so
         if any(name.endswith("constants.pkl") for name in names):
             return "it is a TorchScript program, which pyard does not run; save its state_dict()"
@@ -223,9 +199,3 @@ def _what_else(path: Path, start: bytes) -> str | None:
     if not start.startswith(b"\x80") and b"ustar" not in start[:300]:
         return f"it begins with {bytes(start[:8])!r}, which neither torch.save nor safetensors writes"
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    # torch's own advice is to unpickle what it refuses.
-    return re.split(r"\n|\. In PyTorch|Re-running|Weights only load failed", text)[0].strip()[:300] or type(error).__name__

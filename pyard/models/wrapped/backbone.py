@@ -9,6 +9,7 @@ import abc
 import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -18,6 +19,7 @@ from pyard.conditions import Condition
 from pyard.errors import InputError
 from pyard.models.backbone import AttentionShape, Backbone, Denoiser
 from pyard.models.history import History
+from pyard.models.pretrained import check_config
 from pyard.models.wrapped.attention import Place, remember
 from pyard.models.wrapped.config import WrappedConfig
 from pyard.models.wrapped.current_pass import CurrentPass
@@ -235,10 +237,12 @@ class WrappedBackbone(Backbone):
         import diffusers
 
         kind = getattr(diffusers, cls.transformer_name)
+        check_config(settings, Path(cls.transformer_name), {})
         try:
             return kind.from_config(dict(settings))
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{cls.transformer_name}: diffusers cannot build it: {' '.join(str(error).split())}") from None
+        except Exception as error:  # whatever sizes do to a class that is not ours
+            found = " ".join(str(error).split())[:300]
+            raise InputError(f"{cls.transformer_name}: diffusers cannot build it: {found or type(error).__name__}") from None
 
 
 def _cast(condition: Condition, dtype: torch.dtype) -> Condition:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,11 @@ import torch
 from torch import nn
 
 from pyard.errors import InputError
-from pyard.storage.files import read_json
+from pyard.models.pretrained import check_config, read_pretrained
+from pyard.storage.numbers import whole_number
+from pyard.storage.pickles import require_sound
+from pyard.storage.reading import read_object, reading
+from pyard.storage.tensor_files import read_safetensors, require_finite
 
 _NAME = "diffusion_pytorch_model"
 # What checkpoints put in front of a transformer's own names.
@@ -45,13 +50,8 @@ def read_transformer(
     folder = folder if replacement is None else _with_config(replacement)
     found = _config(folder).get("_class_name")
     if found != kind.__name__:
-        raise InputError(f"{folder} holds a {found}; expected a {kind.__name__}")
-    try:
-        return kind.from_pretrained(
-            str(folder), torch_dtype=dtype, variant=variant or only_variant(folder, _NAME), local_files_only=True
-        ).eval()
-    except (OSError, ValueError, RuntimeError, NotImplementedError, TypeError, KeyError) as error:
-        raise InputError(f"{folder}: diffusers cannot read it: {' '.join(str(error).split())[:400]}") from None
+        raise InputError(f"{folder} holds a {found!s:.60}; expected a {kind.__name__}")
+    return read_pretrained(kind, folder, torch_dtype=dtype, variant=variant or only_variant(folder, _NAME)).eval()
 
 
 def only_variant(folder: Path, name: str) -> str | None:
@@ -82,12 +82,17 @@ def add_stock_lora(transformer: Any, pipeline: type[Any], path: Path) -> None:
     if not hasattr(pipeline, "lora_state_dict"):
         raise InputError(f"lora {path}: {pipeline.__name__} reads no LoRA files; expected an adapter folder of PEFT")
     before = {name: id(module) for name, module in transformer.named_modules()}
+    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+        if file.suffix == ".safetensors":
+            require_finite(read_safetensors(file), file)
+        else:
+            require_sound(file)
     try:
         where = {"weight_name": path.name} if path.is_file() else {}
         found = pipeline.lora_state_dict(str(path.parent if path.is_file() else path), local_files_only=True, **where)
         state = found[0] if isinstance(found, tuple) else found
         pipeline.load_lora_into_transformer(state, transformer=transformer)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+    except Exception as error:  # as in read_pretrained
         raise InputError(f"lora {path}: {pipeline.__name__} cannot read it: {' '.join(str(error).split())[:300]}") from None
     if before == {name: id(module) for name, module in transformer.named_modules()}:
         raise InputError(f"lora {path}: none of its layers is one of this {type(transformer).__name__}")
@@ -97,17 +102,17 @@ def add_stock_lora(transformer: Any, pipeline: type[Any], path: Path) -> None:
 
 def _add_peft_adapter(transformer: Any, path: Path) -> None:
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-    from safetensors.torch import load_file
 
     from pyard.models.lora import merge_adapters
 
+    file = path / "adapter_model.safetensors"
+    tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in read_safetensors(file).items()}
+    require_finite(tensors, file)
+    _check_ranks(path / "adapter_config.json", tensors)
     try:
         inject_adapter_in_model(LoraConfig.from_pretrained(str(path)), transformer)
-        tensors = {
-            name.removeprefix("base_model.model."): t for name, t in load_file(path / "adapter_model.safetensors").items()
-        }
         result = set_peft_model_state_dict(transformer, tensors)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+    except Exception as error:  # as in read_pretrained
         raise InputError(f"lora {path}: PEFT cannot read it: {' '.join(str(error).split())[:300]}") from None
     if result.unexpected_keys:
         raise InputError(f"lora {path}: {result.unexpected_keys[0]} is no layer of this {type(transformer).__name__}")
@@ -115,14 +120,14 @@ def _add_peft_adapter(transformer: Any, path: Path) -> None:
 
 
 def _from_single_file(kind: type[Any], file: Path, folder: Path, dtype: torch.dtype) -> Any:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from accelerate import init_empty_weights
 
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"transformer {file}: no safetensors file ({error})") from None
-    transformer: nn.Module = kind.from_config(kind.load_config(str(folder)))
+    tensors = read_safetensors(file)
+    require_finite(tensors, file)
+    config = _config(folder)
+    check_config(config, folder / "config.json", {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    with reading(folder, f"no configuration of a {kind.__name__}", RuntimeError), init_empty_weights(include_buffers=False):
+        transformer: nn.Module = kind.from_config(config)
     wanted = transformer.state_dict()
     for prefix in _PREFIXES:
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -131,14 +136,14 @@ def _from_single_file(kind: type[Any], file: Path, folder: Path, dtype: torch.dt
             if differing:
                 sizes = f"{tuple(own[differing[0]].shape)}, expected {tuple(wanted[differing[0]].shape)}"
                 raise InputError(f"transformer {file}: {differing[0]} is {sizes}; it is of another size than {folder}")
-            transformer.load_state_dict({name: own[name] for name in wanted})
+            transformer.load_state_dict({name: own[name].clone() for name in wanted}, assign=True)
             return transformer.to(dtype).eval()
     if not hasattr(kind, "from_single_file"):
         missing = sorted(wanted.keys() - tensors.keys())
         raise InputError(f"transformer {file}: it lacks {len(missing)} tensors of a {kind.__name__}, such as {missing[0]}")
     try:
         return kind.from_single_file(str(file), config=str(folder), torch_dtype=dtype, local_files_only=True).eval()
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # as in read_pretrained
         found = " ".join(str(error).split())[:300]
         raise InputError(f"transformer {file}: diffusers cannot read it as a {kind.__name__}: {found}") from None
 
@@ -148,8 +153,17 @@ def _with_config(folder: Path) -> Path:
     return folder / "transformer" if (folder / "model_index.json").is_file() else folder
 
 
+def _check_ranks(file: Path, tensors: Mapping[str, Any]) -> None:
+    """Raises InputError if an adapter asks for a higher rank than its tensors have, before additions of it are made."""
+    config = read_object(file, "the configuration of a PEFT adapter")
+    patterns = config.get("rank_pattern")
+    ranks = [config.get("r", 8), *(patterns.values() if isinstance(patterns, dict) else ())]
+    most = max((min(tensor.shape) for tensor in tensors.values() if tensor.ndim > 1), default=0)
+    for rank in ranks:
+        whole_number(f"{file}: a rank", rank, 1, max(most, 1))
+
+
 def _config(folder: Path) -> dict[str, Any]:
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").exists():
         raise InputError(f"{folder}: expected the folder of a diffusers transformer; there is no config.json")
-    found = read_json(folder / "config.json")
-    return found if isinstance(found, dict) else {}
+    return read_object(folder / "config.json", "the configuration of a diffusers transformer")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pyard.errors import InputError
+from pyard.storage.numbers import number, whole_number
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,24 @@ class WrappedConfig:
     heads_setting: ClassVar[str] = "num_attention_heads"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.transformer, Mapping):
+            raise InputError(
+                f"transformer: its configuration is a {type(self.transformer).__name__}; expected settings by name"
+            )
         settings = {key: value for key, value in self.transformer.items() if not key.startswith("_")}
         object.__setattr__(self, "transformer", _plain(settings))
-        object.__setattr__(self, "sample_shape", tuple(self.sample_shape))
         missing = [name for name in (*self.depth_settings, self.heads_setting) if name not in settings]
         if missing:
             raise InputError(f"transformer: its configuration has no {', '.join(missing)}")
+        shape = tuple(whole_number("transformer: a size of sample_shape", size, 1, 2**20) for size in self.sample_shape)
+        if not 1 <= len(shape) <= 6:
+            raise InputError(f"transformer: sample_shape is {shape}; expected [C, h, w]")
+        object.__setattr__(self, "sample_shape", shape)
+        number("transformer: time_scale", self.time_scale, -1e6, 1e6)
+        whole_number("transformer: pixels", self.pixels, 1, 2**12)
+        # Before any block is made: diffusers believes whatever it is told.
+        for name in (*self.depth_settings, self.heads_setting):
+            whole_number(f"transformer: {name}", settings[name], 0, 10**4)
 
     @property
     def depth(self) -> int:

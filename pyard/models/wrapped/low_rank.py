@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from pyard.errors import InputError
+from pyard.storage.tensor_files import read_safetensors
 
 # Larger matrices are decomposed by random projection.
 _WHOLE_SVD = 512
@@ -101,17 +102,14 @@ def stored_factors(file: Path, places: Mapping[str, str]) -> dict[str, Factors]:
         file: of a student.
         places: prefix of a name in the file, to that of the same layers in the transformer.
     """
-    from safetensors import safe_open
-
     pattern = re.compile(r"(.+)\.lora_([AB])(?:\.\w+)?\.weight")
     sides: dict[str, dict[str, torch.Tensor]] = {}
-    with safe_open(file, framework="pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118 (no mapping)
-            match = pattern.fullmatch(key)
-            place = next((place for place in places if key.startswith(place)), None)
-            if match is not None and place is not None:
-                layer = places[place] + match[1][len(place) :]
-                sides.setdefault(layer, {})[match[2]] = tensors.get_tensor(key)
+    for key, tensor in read_safetensors(file).items():
+        match = pattern.fullmatch(key)
+        place = next((place for place in places if key.startswith(place)), None)
+        if match is not None and place is not None:
+            layer = places[place] + match[1][len(place) :]
+            sides.setdefault(layer, {})[match[2]] = tensor
     return {layer: Factors(pair["A"], pair["B"]) for layer, pair in sides.items() if pair.keys() == {"A", "B"}}
 
 

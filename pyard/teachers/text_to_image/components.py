@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from pyard.errors import InputError
+from pyard.models.pretrained import check_files, read_pretrained
 from pyard.storage.files import file_sha256
-from pyard.teachers.text_to_image.families import INDEX_NAME, PipelineFamily, component_class, read_object
+from pyard.storage.reading import read_object
+from pyard.teachers.text_to_image.families import INDEX_NAME, PipelineFamily, component_class
 
 # How transformers names weights: whole and the index of shards, safetensors before pickles.
 _STEMS = (("model", "safetensors"), ("pytorch_model", "bin"))
@@ -45,17 +47,18 @@ class Component:
         import transformers
 
         kind: Any = getattr(transformers, self.kind, None)
-        if not hasattr(kind, "from_pretrained"):
+        # A class that looks for another one would ask on the terminal whether to run the folder's own code.
+        if self.kind.startswith("Auto") or not hasattr(kind, "from_pretrained"):
             raise InputError(f"{self.folder}: transformers {transformers.__version__} has no class {self.kind}; upgrade it")
+        if not self.is_tokenizer:
+            return read_pretrained(kind, self.folder, dtype=dtype, variant=self.variant).eval().requires_grad_(False)
+        check_files(self.folder)
         try:
-            if self.is_tokenizer:
-                return kind.from_pretrained(str(self.folder), local_files_only=True)
-            encoder = kind.from_pretrained(str(self.folder), local_files_only=True, dtype=dtype, variant=self.variant)
+            return kind.from_pretrained(str(self.folder), local_files_only=True)
         # Whatever a damaged file does to libraries that are not ours, and one that they want and that is missing.
         except Exception as error:
             found = " ".join(str(error).split())[:400]
             raise InputError(f"{self.folder}: transformers cannot read this {self.kind}: {found}") from None
-        return encoder.eval().requires_grad_(False)
 
     def files(self) -> list[Path]:
         """What decides its results: all of a tokenizer, configuration and weights of an encoder."""

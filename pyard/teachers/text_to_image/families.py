@@ -15,7 +15,8 @@ import torch
 
 from pyard.errors import InputError
 from pyard.models.codec import AUTOENCODERS
-from pyard.storage.files import read_json
+from pyard.storage.numbers import whole_number
+from pyard.storage.reading import read_object, reading
 from pyard.teachers.text_to_image import encoding
 
 INDEX_NAME = "model_index.json"
@@ -58,10 +59,7 @@ class PipelineConfigs:
 
     def number(self, name: str) -> int:
         """A whole number of the transformer's configuration."""
-        found = self.transformer.get(name)
-        if not isinstance(found, int):
-            raise InputError(f"the transformer's configuration has no {name} (found {found!r}); expected a whole number")
-        return found
+        return whole_number(f"the transformer's configuration: {name}", self.transformer.get(name), 1, 2**16)
 
     @property
     def vae_factor(self) -> int:
@@ -71,7 +69,8 @@ class PipelineConfigs:
         kind = AUTOENCODERS.get(str(self.vae.get("_class_name")))
         if kind is None:
             raise InputError(f"the VAE is a {self.vae.get('_class_name')}; expected one of {', '.join(AUTOENCODERS)}")
-        return kind.factor(self.vae)
+        with reading("the VAE's configuration"):
+            return whole_number("the VAE's factor", kind.factor(self.vae), 1, 2**10)
 
 
 @dataclass(frozen=True)
@@ -236,11 +235,3 @@ def component_class(index: Mapping[str, Any], name: str, folder: Path) -> tuple[
     if not (isinstance(found, list) and len(found) == 2 and all(isinstance(part, str) for part in found)):
         raise InputError(f"{folder / INDEX_NAME}: {name} is {found!r:.60}; expected the names of a library and a class")
     return found[0], found[1]
-
-
-def read_object(file: Path, what: str) -> dict[str, Any]:
-    """The object in a JSON file; an InputError that names `what` was expected if it is none."""
-    found = read_json(file)
-    if not isinstance(found, dict):
-        raise InputError(f"{file}: found {found!r:.60}; expected {what}")
-    return found

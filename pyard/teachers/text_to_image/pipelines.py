@@ -8,8 +8,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from pyard.errors import InputError
+from pyard.storage.reading import read_object
 from pyard.teachers.text_to_image import encoding
-from pyard.teachers.text_to_image.families import INDEX_NAME, PipelineFamily, read_object
+from pyard.teachers.text_to_image.families import INDEX_NAME, PipelineFamily
 
 
 def _components(*needed: str, optional: tuple[str, ...] = ()) -> Mapping[str, bool]:

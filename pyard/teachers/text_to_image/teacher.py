@@ -29,6 +29,7 @@ from pyard.models.fingerprint import fingerprint_of
 from pyard.models.student_config import TextSource
 from pyard.models.wrapped.backbone import WrappedBackbone
 from pyard.models.wrapped.checkpoint import add_stock_lora, read_transformer
+from pyard.storage.reading import read_object
 from pyard.teachers.network_teacher import NetworkTeacher
 from pyard.teachers.text_to_image.families import INDEX_NAME, PipelineConfigs, PipelineFamily
 from pyard.teachers.text_to_image.pipelines import pipeline_family
@@ -203,8 +204,8 @@ def is_pipeline_folder(path: Path) -> bool:
     if not file.is_file():
         return False
     try:
-        return json.loads(file.read_text(encoding="utf-8")).get("_class_name") != "DiTPipeline"
-    except (ValueError, AttributeError):
+        return read_object(file).get("_class_name") != "DiTPipeline"
+    except InputError:
         return False
 
 

@@ -14,7 +14,8 @@ import torch
 
 from pyard.conditions.prompts import Encoded
 from pyard.errors import InputError
-from pyard.storage.files import read_json
+from pyard.models.pretrained import check_config
+from pyard.storage.reading import read_object, reading
 from pyard.teachers.text_to_image.components import text_components
 from pyard.teachers.text_to_image.families import PipelineFamily
 from pyard.teachers.text_to_image.pipelines import pipeline_family
@@ -180,8 +181,10 @@ class PipelineTextEncoder:
         pipeline = kind(**{name: components.get(name) for name in names if name != "self"})
         if self.family.backbone == "sd3" and components and "text_encoder_3" not in components:
             # Without T5 the pipeline fills its tokens with zeros of the width that the transformer expects.
-            config = transformer or read_json(self.folder / "transformer" / "config.json")
-            with torch.device("meta"):
+            file = self.folder / "transformer" / "config.json"
+            config = transformer or read_object(file, "the configuration of a transformer")
+            check_config(config, file, {})
+            with reading(file, "no SD3Transformer2DModel", RuntimeError), torch.device("meta"):
                 pipeline.transformer = diffusers.SD3Transformer2DModel.from_config(dict(config))
         return pipeline
 

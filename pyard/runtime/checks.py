@@ -1,0 +1,65 @@
+"""What an ONNX file says of itself, compared with its graph before anything is computed; numpy alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyard.errors import InputError
+from pyard.storage.numbers import number, whole_number
+
+if TYPE_CHECKING:
+    from pyard.runtime.onnx_student import OnnxStudentInfo
+
+_MOST_STEPS = 1000
+_MOST_SIDE = 2**20
+_INPUTS = {"sampler": {"noise"}, "step": {"latent", "step"}}
+_OUTPUTS = {"sampler": {"sample"}, "step": {"prediction"}}
+
+
+def check_info(info: OnnxStudentInfo, session: Any, path: Path) -> None:
+    """Raises InputError if a file's metadata are not those of its graph, or of no student at all."""
+    where = f"{path}: its metadata"
+    if info.form not in _INPUTS:
+        raise InputError(f"{where}: form is {info.form!r:.60}; expected {' or '.join(_INPUTS)}. Export the student again")
+    for name, value, low, high in (
+        ("num_steps", info.num_steps, 1, _MOST_STEPS),
+        ("history_layers", info.history_layers, 0, 10**5),
+        ("num_classes", info.num_classes, 1, 2**53),
+        ("num_conditions", info.num_conditions, 1, 2**53),
+    ):
+        if value is not None or name in ("num_steps", "history_layers"):
+            whole_number(f"{where}: {name}", value, low, high)
+    if not 1 <= len(info.sample_shape) <= 6 or len(info.times) != info.num_steps + 1:
+        raise InputError(f"{where}: sample_shape {info.sample_shape} and {len(info.times)} times for {info.num_steps} steps")
+    for size in (*info.sample_shape, *info.output_shape):
+        whole_number(f"{where}: a size", size, 1, _MOST_SIDE)
+    for time in info.times:
+        number(f"{where}: a time", time)
+    if not isinstance(info.pictures, bool) or not isinstance(info.parity, dict):
+        raise InputError(f"{where}: pictures or parity are of the wrong kind; export the student again")
+    texts = (info.precision, info.pyard_version, info.weights_sha256, info.teacher_fingerprint)
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{where}: precision, version or fingerprints are no texts; export the student again")
+    inputs = {tensor.name: tensor.shape for tensor in session.get_inputs()}
+    outputs = {tensor.name for tensor in session.get_outputs()}
+    wanted = _INPUTS[info.form] | {tensor.name for tensor in info.conditions}
+    if not wanted <= inputs.keys() or not _OUTPUTS[info.form] <= outputs:
+        raise InputError(
+            f"{path}: its graph takes {', '.join(inputs)} and gives {', '.join(outputs)}; a student of the form {info.form} "
+            f"takes {', '.join(sorted(wanted))}"
+        )
+    start = inputs["noise" if info.form == "sampler" else "latent"]
+    if len(start) != len(info.sample_shape) + 1 or any(
+        isinstance(there, int) and there != said for there, said in zip(start[1:], info.sample_shape, strict=True)
+    ):
+        raise InputError(f"{path}: its graph takes noise of {start[1:]}, its metadata say {list(info.sample_shape)}")
+
+
+def require_finite(samples: NDArray[Any], path: Path) -> None:
+    """Raises InputError if a student drew something that is no picture."""
+    if samples.dtype != np.uint8 and not np.isfinite(samples).all():
+        raise InputError(f"{path} drew NaN or infinity: its weights are damaged, or its precision is too low for them")
