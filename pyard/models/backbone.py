@@ -161,7 +161,8 @@ class Backbone(nn.Module, abc.ABC):
 
     def last_linear(self, head: nn.Module) -> nn.Linear:
         """The last linear layer of a head, which the adversarial stage weighs its gradients at."""
-        linears = [module for module in head.modules() if isinstance(module, nn.Linear)]
+        # Not the matrices of a low-rank addition, which stand behind the layer that they are added to.
+        linears = [m for name, m in head.named_modules() if isinstance(m, nn.Linear) and "lora_" not in name]
         if not linears:
             raise InputError(f"adversarial: the head of {type(self).__name__} has no linear layer; override last_linear")
         return linears[-1]

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from pyard.errors import InputError
 from pyard.storage.files import write_text
 from pyard.storage.folders import new_folder
+from pyard.storage.trained import load_trained, shareable, sharing, tensors_of
 
 
 @runtime_checkable
@@ -29,13 +30,29 @@ class Stateful(Protocol):
 
 
 def ema_of(model: torch.nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average whose decay warms up, min(decay, (1 + n) / (10 + n)): short runs forget their start."""
+    """An exponential moving average whose decay warms up, min(decay, (1 + n) / (10 + n)): short runs forget their start.
 
-    def update(averaged: Any, current: Any, count: Any) -> None:
-        n = int(count)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+    It averages what is trained, and shares with the model what is frozen (and, where anything is, the buffers).
+    """
+    with sharing(shareable(model)):
+        return _TrainedAverage(model, decay)
 
-    return AveragedModel(model, multi_avg_fn=update)
+
+class _TrainedAverage(AveragedModel):
+    def __init__(self, model: torch.nn.Module, decay: float):
+        super().__init__(model)
+        self.decay = decay
+
+    def update_parameters(self, model: torch.nn.Module) -> None:
+        pairs = [pair for pair in zip(self.module.parameters(), model.parameters(), strict=True) if pair[0].requires_grad]
+        averaged, current = ([parameter.detach() for parameter in side] for side in zip(*pairs, strict=True))
+        n = int(self.n_averaged)
+        if n == 0:
+            for mine, theirs in zip(averaged, current, strict=True):
+                mine.copy_(theirs)
+        else:
+            torch._foreach_lerp_(averaged, current, 1 - min(self.decay, (1 + n) / (10 + n)))
+        self.n_averaged += 1
 
 
 class Checkpoints:
@@ -139,20 +156,7 @@ class Checkpoints:
         for name, part in parts.items():
             if isinstance(part, torch.nn.Module):
                 module = part.module if isinstance(part, AveragedModel) else part
-                module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+                load_trained(module, load_file(folder / f"{name}.safetensors"))
             else:
                 # On the CPU first: the device it was saved from may be another, or another process's.
                 part.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True, map_location="cpu"))
-
-
-def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A module's state, or that of what an EMA averages, on the CPU."""
-    module = module.module if isinstance(module, AveragedModel) else module
-    tensors: dict[str, torch.Tensor] = {}
-    addresses: set[int] = set()
-    for name, tensor in module.state_dict().items():
-        kept = tensor.detach().cpu().contiguous()
-        # safetensors refuses a weight that has two names, such as T5's embedding.
-        tensors[name] = kept.clone() if kept.data_ptr() in addresses else kept
-        addresses.add(kept.data_ptr())
-    return tensors
