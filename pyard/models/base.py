@@ -65,6 +65,8 @@ def _moved(config: StudentConfig, base: str | Path | None) -> StudentConfig:
     assert config.text is not None
     if place.exists() and not (place / "model_index.json").is_file():
         return dataclasses.replace(config, base=dataclasses.replace(config.base, transformer=str(place.resolve())))
+    if place.exists() and not (place / "transformer").is_dir():
+        return config  # a copy of the text encoders alone
     return dataclasses.replace(config, text=dataclasses.replace(config.text, folder=str(place.resolve())))
 
 

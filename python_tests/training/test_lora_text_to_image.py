@@ -14,6 +14,7 @@ from tiny_pipelines import tiny_pipeline
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from training_runs import assert_same_run, signal_at, start, train_in, wait
 
+import pyard
 from pyard.errors import InputError
 from pyard.models.lora import add_lora
 from pyard.models.student import Student
@@ -154,6 +155,10 @@ def test_the_folder_names_its_base_and_is_put_together_again(folder: Path, tmp_p
     whole = Student.from_pretrained(tmp_path / "whole")
     assert whole.config.base is None
     assert relative_error(predictions(whole), drawn) < 2e-2  # sums are rounded to bfloat16
+    pyard.ARDPipeline.from_pretrained(folder / "run").save_pretrained(str(tmp_path / "pipeline"))
+    alone = Student.from_pretrained(tmp_path / "pipeline")
+    assert alone.config.base is None
+    assert torch.equal(predictions(alone), predictions(whole))
     early = consolidate(folder / "run", tmp_path / "early", step=4, weights="model")
     assert torch.equal(predictions(Student.from_pretrained(tmp_path / "early")), predictions(early))
     assert relative_error(predictions(early), drawn) > 1e-4
@@ -172,6 +177,11 @@ def test_a_base_that_is_elsewhere_gone_or_changed(folder: Path, tmp_path: Path) 
     assert torch.equal(predictions(moved), drawn)
     assert moved.config.text is not None
     assert moved.config.text.folder == str(place.resolve())
+    here, there = (
+        pyard.sample(path, prompts=["a dog"], seed=0, latents=True, pipeline=pipeline)
+        for path, pipeline in ((folder / "run", None), (tmp_path / "student", place))
+    )
+    assert torch.equal(torch.as_tensor(here), torch.as_tensor(there))
     file = place / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     name = next(iter(sorted(tensors)))
