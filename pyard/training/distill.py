@@ -316,7 +316,6 @@ def _student(
             sample_shapes=[store.manifest.sample_shape for store in stores],
             share=config.lora_rank is not None,
             text=teacher.text_source() if isinstance(teacher, PipelineTeacher) else None,
-            share=config.lora_rank is not None,
         )
     if earlier.config.teacher_fingerprint != teacher.fingerprint:
         raise InputError(
