@@ -25,6 +25,7 @@ from pyard.trajectories.store import read_manifest
 if TYPE_CHECKING:
     from pyard.models.backbone import Backbone
     from pyard.models.codec import Codec
+    from pyard.models.student_config import StudentConfig
     from pyard.teachers.network_teacher import NetworkTeacher
     from pyard.training.processes import Processes
     from pyard.trajectories import TrajectoryManifest
@@ -34,6 +35,7 @@ Trajectories = str | Path | TrajectoryStore
 # The seed of trajectories that are measured on is this far from the one of those that are trained on.
 _HELD_OUT_SEED = 1 << 32
 _REAL = 3  # the draws of the real data, as a part of their seed
+_ADDITIONS = 4  # those of the start of low-rank additions
 
 
 def train(
@@ -143,7 +145,7 @@ def _run(
     from pyard.training.loop import train_stage
     from pyard.training.processes import seed_of
     from pyard.training.regression import Regression
-    from pyard.training.sharded import whole_student
+    from pyard.training.sharded import save_sharded
     from pyard.training.watch import Watcher
 
     if config.batch_size % (processes.world * config.gradient_accumulation):
@@ -155,7 +157,10 @@ def _run(
         with processes.main_first():  # the built-in teacher is trained on first use
             teacher = _load(teacher, trajectories, config, network)
     network = type(teacher.network.trunk)
-    earlier = None if config.student is None else Student.from_pretrained(config.student, network=network)
+    home = teacher.device
+    teacher.to(processes.device)
+    shared = teacher.network if isinstance(teacher, PipelineTeacher) else None
+    earlier = None if config.student is None else Student.from_pretrained(config.student, network=network, base=shared)
     if earlier is not None:
         config = config.like(earlier.config)
     config = config.resolved(teacher.network.config.depth)
@@ -166,8 +171,6 @@ def _run(
             f"{config.out} holds a run on {counts[0]} trajectories, but num_trajectories is "
             f"{config.num_trajectories}; use another --out, or remove it"
         )
-    home = teacher.device
-    teacher.to(processes.device)
     stores = _open_stores(teacher, trajectories, config)  # each process writes its part of a new one, and waits for the others
     if isinstance(teacher, PipelineTeacher):
         table = stores[0].conditions
@@ -181,8 +184,13 @@ def _run(
     theirs = stores[0].manifest
     trained_on = {name: getattr(theirs, name) for name in ("cfg_scale", "cfg_channels", "cfg_interval", "solver")}
     student.config = dataclasses.replace(student.config, **trained_on)
-    if config.lora_rank is not None:
-        add_lora(student, config.lora_rank)
+    if config.lora_rank is not None and student.lora is None:
+        heads = config.lora_heads or ("lora" if _fits_stock(student.config) else "whole")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(config.seed, _ADDITIONS))  # the same in all processes
+            add_lora(student, config.lora_rank, heads)
+        if isinstance(teacher, PipelineTeacher) and earlier is None:
+            student.config = dataclasses.replace(student.config, base=teacher.base_source(config.lora_rank, heads))
     # A store that has grown since the run began is read as far as it went then.
     read = [store.count if i >= len(counts) else min(store.count, counts[i]) for i, store in enumerate(stores)]
     manifests = [{**store.manifest.to_json(), "count": count} for store, count in zip(stores, read, strict=True)]
@@ -235,13 +243,18 @@ def _run(
     _refuse_diverged(averages, config)
     for i, decay in enumerate(config.ema_decays):
         name = "student" if i == 0 else f"student-ema-{decay:g}"
-        merge_lora(averages[i])
-        result = whole_student(averages[i], processes) if processes.sharded else averages[i]
+        if processes.sharded:
+            save_sharded(averages[i], config.out / name, processes)
+            continue
+        if averages[i].config.base is None:
+            merge_lora(averages[i])
         with processes.main_first():
-            if processes.is_main and result is not None:
-                result.save_pretrained(config.out / name)
+            if processes.is_main:
+                averages[i].save_pretrained(config.out / name)
     return (
-        Student.from_pretrained(config.out, network=network).to(processes.device) if processes.sharded else averages[0].eval()
+        Student.from_pretrained(config.out, network=network, base=shared).to(processes.device)
+        if processes.sharded
+        else averages[0].eval()
     )
 
 
@@ -320,7 +333,13 @@ def _student(
             f"student {config.student} and the trajectories {store.path} have other grids; give those it learnt from"
         )
     earlier.trained_shape(store.manifest.sample_shape)
+    earlier.conditions = earlier.conditions or teacher.conditions  # prompts are the trajectories', not the student's
     return earlier
+
+
+def _fits_stock(student: StudentConfig) -> bool:
+    """Whether a stock pipeline could draw with the student, if nothing but its linear layers were changed."""
+    return student.text is not None and not student.history_layers and student.output == "jump" and student.heads == "shared"
 
 
 def _real_source(

@@ -61,8 +61,8 @@ class PixArt(WrappedBackbone):
     def unembed(self, tokens: torch.Tensor, sample_shape: tuple[int, ...]) -> torch.Tensor:
         return unpatchify_channels_last(tokens, sample_shape, self.patch)
 
-    def for_student(self, head: nn.Module, memo: dict[int, Any] | None = None) -> tuple[Self, nn.Module]:
-        trunk, head = super().for_student(head, memo)
+    def for_student(self, head: nn.Module) -> tuple[Self, nn.Module]:
+        trunk, head = super().for_student(head)
         channels = self.config.sample_shape[0]
         if int(self.transformer.out_channels) != channels:
             head.proj_out = without_variance(head.proj_out, self.patch**2, channels)  # type: ignore[arg-type]

@@ -64,8 +64,9 @@ class ZImage(WrappedBackbone):
         return image
 
     def last_linear(self, head: nn.Module) -> nn.Linear:
-        layer: nn.Linear = head.get_submodule("final_layer.linear")  # type: ignore[assignment]
-        return layer
+        layer: Any = head.get_submodule("final_layer.linear")
+        plain: nn.Linear = layer.get_base_layer() if hasattr(layer, "lora_A") else layer
+        return plain
 
     def unembed(self, tokens: torch.Tensor, sample_shape: tuple[int, ...]) -> torch.Tensor:
         return -unpatchify_channels_last(tokens[:, : self.count_tokens(sample_shape)], sample_shape, self.patch)

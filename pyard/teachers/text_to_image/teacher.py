@@ -25,8 +25,8 @@ from pyard.errors import InputError
 from pyard.models.backbone import Denoiser
 from pyard.models.codec import LatentCodec
 from pyard.models.families import FAMILIES, import_network
-from pyard.models.fingerprint import fingerprint_of
-from pyard.models.student_config import TextSource
+from pyard.models.fingerprint import fingerprint_of, weights_digest
+from pyard.models.student_config import BaseSource, LoraHeads, TextSource
 from pyard.models.wrapped.backbone import WrappedBackbone
 from pyard.models.wrapped.checkpoint import add_stock_lora, read_transformer
 from pyard.teachers.network_teacher import NetworkTeacher
@@ -67,6 +67,7 @@ class PipelineTeacher(NetworkTeacher):
         scheduler: the pipeline's, or the deterministic one in its place.
         text_encoder: of its prompts.
         conditions: a `PromptTable`, after `with_prompts`.
+        origin: what was given to `load_pipeline` of `transformer`, `lora` and `variant`.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class PipelineTeacher(NetworkTeacher):
         super().__init__(network, process_of(scheduler), codec=codec, conditions=conditions or NoPrompts())
         self.folder, self.family, self.scheduler, self.text_encoder = folder, family, scheduler, text_encoder
         self.configs = PipelineConfigs.read(folder)
+        self.origin: Mapping[str, str] = {}
         self.guidance, self.cfg_normalization = family.guidance, family.cfg_normalization
 
     @property
@@ -162,6 +164,14 @@ class PipelineTeacher(NetworkTeacher):
             self.text_encoder.max_sequence_length,
             dict(constants),
         )
+
+    def base_source(self, rank: int, heads: LoraHeads) -> BaseSource:
+        """Where a student that is trained by LoRA finds this teacher's weights.
+
+        Args:
+            rank, heads: of its additions.
+        """
+        return BaseSource(weights_digest(self.network), self.precision, rank, heads, **self.origin)
 
     def constants(self, embedded_guidance: float | None) -> dict[str, float]:
         """What every prompt is conditioned on beside its text.
@@ -256,7 +266,12 @@ def load_pipeline(
         pixels=configs.vae_factor,
     )
     codec = LatentCodec(vae) if vae is not None else LatentCodec.beside(folder)
-    return PipelineTeacher(folder, family, network, scheduler, encoder, codec=codec)
+    teacher = PipelineTeacher(folder, family, network, scheduler, encoder, codec=codec)
+    paths = {"transformer": transformer, "lora": lora}
+    teacher.origin = {name: str(path.resolve()) for name, path in paths.items() if path is not None}
+    if variant is not None:
+        teacher.origin = {**teacher.origin, "variant": variant}
+    return teacher
 
 
 def _scheduler(folder: Path) -> Any:
