@@ -70,7 +70,7 @@ class _Assembly:
         self.config = self.trunk.config
         self.dtype = dtype
         biased = student.history_bias is not None and remembered_layers(student) > 0
-        self.parts, self.traced_constants = trace(self.config, dtype, opset, biased)
+        self.parts, self.traced_constants = trace(self.trunk, dtype, opset, biased)
         self.nodes: list[ir.Node] = []
         self.constants: dict[str, ir.Value] = {}
         self.onnx_dtype = ir.DataType.FLOAT if dtype == torch.float32 else ir.DataType.FLOAT16
