@@ -64,8 +64,7 @@ class ConditionInputs:
         if self._table is not None:
             self.inputs = _of_table(self._table)
         elif self._examples:
-            free = {} if student.config.text is None else PromptTable.free_sizes
-            self.inputs = _of_examples(self._examples, free)
+            self.inputs = _of_examples(self._examples, PromptTable.free_sizes if student.config.text is not None else {})
         else:
             raise InputError(
                 "this student has no table of conditions; give export_onnx examples=[…], conditions to trace it with"
