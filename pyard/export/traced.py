@@ -17,9 +17,10 @@ import onnx_ir as ir
 import torch
 
 from pyard.errors import InputError
-from pyard.export.assembly import IR_VERSION, Form
+from pyard.export.assembly import Form
 from pyard.export.condition_inputs import TRACED_BATCH, ConditionInputs
 from pyard.export.decoder import Decoder
+from pyard.export.files import IR_VERSION
 from pyard.export.parts import quiet_exporter, without_paths
 from pyard.export.traced_student import TracedSampler, TracedStep, TracedStudent, still_seen
 from pyard.models.backbone import AttentionShape
