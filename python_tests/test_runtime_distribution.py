@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from factories import digits_student
 
 import pyard
 from pyard.export import export_onnx
-from pyard.models.student import Student
 from pyard.runtime import OnnxStudent
 
 ROOT = Path(__file__).parents[1]
@@ -98,11 +98,8 @@ def wheels(sources: Path, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> Path:
-    """A student of the built-in teacher. Untrained, it draws digits already: its jumps are the teacher's own steps."""
-    teacher = pyard.load_teacher("digits")
-    student = Student.from_teacher(teacher, pyard.TimeGrid.build(teacher.schedule, 4), history_layers=2)
     file = tmp_path_factory.mktemp("digits") / "digits.onnx"
-    export_onnx(student.eval(), file)
+    export_onnx(digits_student(), file)
     return file
 
 

@@ -11,7 +11,7 @@ const browser = await puppeteer.launch({
 const found = { errors: [], requests: [], drawn: [] };
 try {
   const page = await browser.newPage();
-  await page.setViewport({ width: 1000, height: 520, deviceScaleFactor: 1 });
+  await page.setViewport({ width: 960, height: 560, deviceScaleFactor: 1 });
   page.on('pageerror', (error) => found.errors.push(String(error)));
   page.on('console', (message) => message.type() === 'error' && found.errors.push(message.text()));
   page.on('request', (request) => found.requests.push(request.url()));

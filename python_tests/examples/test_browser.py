@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,15 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from factories import tiny_student
+from factories import digits_student, tiny_student
 from filelock import FileLock
 from models.autoencoders import plain_vae
 
-import pyard
 from pyard.diffusion.noise import normal_quantile, standard_normal
 from pyard.export import export_onnx
 from pyard.models.codec import LatentCodec
-from pyard.models.student import Student
 from pyard.runtime import OnnxStudent
 
 PAGE = Path(__file__).parents[2] / "examples" / "browser"
@@ -78,11 +75,8 @@ console.log(Buffer.from(given.map(normalQuantile).buffer).toString('hex'));"""
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> Path:
-    """A student of the built-in teacher. Untrained, it draws digits already: its jumps are the teacher's own steps."""
-    teacher = pyard.load_teacher("digits")
-    student = Student.from_teacher(teacher, pyard.TimeGrid.build(teacher.schedule, 4), history_layers=2)
     file = tmp_path_factory.mktemp("browser") / "digits.onnx"
-    export_onnx(student.eval(), file, form="step")
+    export_onnx(digits_student(), file, form="step")
     return file
 
 
@@ -157,9 +151,9 @@ def predictions(drawn: dict[str, Any]) -> list[np.ndarray]:
 
 @pytest.mark.slow
 def test_pixels_are_those_of_python(digits: Path, packages: Path, tmp_path: Path):
-    shot = os.environ.get("PYARD_SCREENSHOT", str(tmp_path / "page.png"))  # docs/images/browser.png was written this way
+    shot = tmp_path / "page.png"
     with served(digits) as url:
-        found = browse(packages, url, draws=DRAWS, screenshot=shot)
+        found = browse(packages, url, draws=DRAWS, screenshot=str(shot))
     assert found["isolated"], "without it there are no threads"
     assert "4 steps, fp32" in found["about"]
     assert [caption.split("\n")[0] for caption in found["captions"]] == [f"step {step} of 4" for step in (1, 2, 3, 4)]
@@ -174,7 +168,20 @@ def test_pixels_are_those_of_python(digits: Path, packages: Path, tmp_path: Path
             shown = np.reshape(canvas, (8, 8, 4))
             assert np.abs(shown[..., :3] - (other[0, 0].clip(-1, 1)[..., None] + 1) * 127.5).max() <= 0.6
             assert (shown[..., 3] == 255).all()
-    assert Path(shot).stat().st_size > 10_000
+    assert shot.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_webgpu_draws_the_same(digits: Path, packages: Path):
+    """On Chromium's software renderer, where there is no GPU."""
+    with served(digits) as url:
+        found = browse(packages, url, draws=DRAWS[:1], provider="webgpu")
+    if "webgpu" not in found["providers"]:
+        pytest.skip("this Chromium has no WebGPU")
+    assert any("ort.webgpu" in request for request in found["requests"])
+    expected = OnnxStudent(digits, threads=1).stream([3], seed=0)
+    for one, other in zip(predictions(found["drawn"][0]), expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-3)
 
 
 @pytest.mark.slow
