@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import time
@@ -29,6 +28,7 @@ from pyard.runtime import OnnxStudent
 from pyard.sampling.draw import sample
 from pyard.storage.files import file_sha256
 from pyard.storage.log import read_log
+from pyard.storage.reading import read_object
 from pyard.storage.typed import checked
 from pyard.teachers.digits import digits_teacher, teach
 from pyard.training import train
@@ -189,8 +189,8 @@ def _evaluate(rows: list[Candidate], num_classes: int, count: int, progress: boo
 def _earlier_evaluation(path: Path, evaluated: dict[str, str]) -> Evaluation | None:
     """The evaluation that an earlier run stored, if it was of the same weights."""
     try:
-        evaluation = Evaluation.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
+        evaluation = Evaluation.from_json(read_object(path, finite=False))
+    except (ValueError, LookupError, TypeError, AttributeError):
         return None
     return evaluation if evaluation.settings.get("evaluated") == evaluated else None
 

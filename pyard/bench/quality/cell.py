@@ -23,7 +23,7 @@ from pyard.bench.quality.plan import Budget, Cell
 from pyard.bench.quality.subjects import TEACHER_STEPS, Subject, load_subject
 from pyard.cost.flops import without_weights
 from pyard.diffusion.noise import standard_normal
-from pyard.estimate.recipe_cost import stage_flops
+from pyard.estimate.update_cost import stage_flops
 from pyard.evaluation.evaluate_students import DEFAULT_SEED
 from pyard.evaluation.features import Classifier
 from pyard.evaluation.frechet import GaussianStatistics, frechet_distance
@@ -33,8 +33,10 @@ from pyard.models.folder import WEIGHTS_NAME
 from pyard.models.student import Student
 from pyard.models.student_config import StudentConfig
 from pyard.sampling.exposure_bias import exposure_bias
+from pyard.storage.arrays import read_npz
 from pyard.storage.checkpoints import Checkpoints
 from pyard.storage.files import file_sha256, new_file, write_text
+from pyard.storage.reading import read_object
 from pyard.teachers.guidance import endpoints
 from pyard.training import TrainConfig, train
 from pyard.trajectories import TrajectoryReader, TrajectoryStore, generate_trajectories
@@ -101,10 +103,10 @@ class Workshop:
         """What a file has of this teacher and so many; None if it has not."""
         if not path.exists():
             return None
-        with np.load(path) as file:
-            if str(file.get("teacher", "")) != self.subject.teacher.fingerprint or len(file["ends"]) != self.budget.samples:
-                return None
-            return {name: file[name] for name in ("ends", "reference")}
+        found = read_npz(path)
+        if str(found.get("teacher", "")) != self.subject.teacher.fingerprint or len(found["ends"]) != self.budget.samples:
+            return None
+        return {name: found[name] for name in ("ends", "reference")}
 
     def _endpoints(self, seed: int) -> np.ndarray:
         teacher, drawn = self.subject.teacher, []
@@ -239,12 +241,13 @@ def training_flops(workshop: Workshop, settings: dict[str, Any], student: Studen
     config = TrainConfig.of({"teacher": "", "out": Path(), **settings})
     network = workshop.subject.teacher.network
     ghost = without_weights(network)
-    return stage_flops(config, network, Student(student, *ghost.trunk.for_student(ghost.head)))
+    made = Student(student, *ghost.trunk.for_student(ghost.head)).requires_grad_(True)
+    return stage_flops(config, network, made)
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
     """A cell's numbers, if it is done."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return read_object(path, "the numbers of a cell", finite=False) if path.exists() else None
 
 
 def train_settings(cell: Cell, budget: Budget, workshop: Workshop) -> dict[str, Any]:

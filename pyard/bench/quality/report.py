@@ -22,6 +22,7 @@ from pyard.bench.quality.intervals import Interval, degradation_ratio
 from pyard.bench.quality.plan import AUTHORS_CODE, MAIN, Budget, Plan, Setting, corner
 from pyard.models.folder import load_config
 from pyard.models.student_config import StudentConfig
+from pyard.storage.arrays import read_npy
 from pyard.storage.files import write_text
 from pyard.version import __version__
 
@@ -92,7 +93,7 @@ def _ratio(workshop: Workshop, rows: Sequence[dict[str, Any]]) -> Interval | Non
     features = workshop.subject.features
     ends = features.features(workshop.teacher_samples()["ends"])
     drawn = [
-        [np.load(workshop.folder / setting.name / f"seed-{seed}" / "features.npy").astype(np.float64) for setting in pair]
+        [read_npy(workshop.folder / setting.name / f"seed-{seed}" / "features.npy").astype(np.float64) for setting in pair]
         for seed in seeds
     ]
     return degradation_ratio(workshop.references["data"], ends, drawn)

@@ -1,0 +1,1 @@
+../../../pyard/storage/reading.py
