@@ -118,6 +118,8 @@ def evaluate(
     _check_files(features, reference, samples_npz, out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sources = list(students) if isinstance(students, list) else [students]
+    if not sources:
+        raise InputError("evaluate: students is an empty list; expected at least one folder or ONNX file")
     if samples_npz is not None and len(sources) != 1:
         raise InputError(f"evaluate: samples_npz takes the samples of one student; found {len(sources)}")
     names = [str(source) if isinstance(source, str | Path) else type(source).__name__ for source in sources]

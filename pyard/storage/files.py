@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ def new_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         yield temporary
+        usual_mode(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -49,6 +51,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Make `path` appear with a text in UTF-8 whole or not at all; see `new_file`."""
     write_atomically(path, text.encode())
+
+
+def usual_mode(path: Path) -> None:
+    """Give a file the mode that `open` would have given it; safetensors makes its files for their owner alone."""
+    if stat.S_IMODE(path.stat().st_mode) == 0o600:
+        mask = os.umask(0o077)  # there is no other way to ask for it
+        os.umask(mask)
+        path.chmod(0o666 & ~mask)
 
 
 def sync_directory(path: Path) -> None:

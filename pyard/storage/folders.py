@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pyard.errors import InputError
-from pyard.storage.files import sync_directory
+from pyard.storage.files import sync_directory, usual_mode
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
@@ -81,6 +81,7 @@ def sync_tree(path: Path) -> None:
         if entry.is_dir():
             folders.append(entry)
         elif entry.is_file():
+            usual_mode(entry)
             with open(entry, "rb") as handle:
                 os.fsync(handle.fileno())
     for folder in folders:

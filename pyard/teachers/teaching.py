@@ -108,9 +108,20 @@ def taught_once(
     """
     out = Path(out)
     working = out.with_name(out.name + ".training")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists():  # it appears whole, so nobody need be waited for, and the folder above may be read-only
+        _check_same_settings(out, config)
+        return load(out)
     # Processes of one run, or two runs on a machine, want the same teacher: one trains, the others wait and load.
-    with FileLock(out.with_name(out.name + ".lock")):
+    lock = FileLock(out.with_name(out.name + ".lock"))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        held = lock.acquire()
+    except OSError as error:
+        raise InputError(
+            f"{out.parent}: nothing can be written there ({error.strerror}), and the teacher {out.name} is not there; choose "
+            "another out, or another cache folder: PYARD_CACHE=DIR"
+        ) from None
+    with held:
         if out.exists():
             _check_same_settings(out, config)
             return load(out)

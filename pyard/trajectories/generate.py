@@ -146,6 +146,9 @@ def generate_trajectories(
         raise InputError(f"trajectories: {', '.join(_given(of_pipeline))} is for a teacher given by its folder")
     if count < 1:
         raise InputError(f"trajectories: count is {count}; expected at least 1")
+    for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
+        if value is not None and value < 1:
+            raise InputError(f"trajectories: {name} is {value}; expected at least 1, or None for the default")
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise InputError(f"trajectories: {out} is a file; expected a folder, or nothing")

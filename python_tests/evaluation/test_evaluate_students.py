@@ -77,6 +77,8 @@ def test_wrong_input_is_named(teacher: NetworkTeacher, student: Student) -> None
     other = tiny_teacher(in_channels=1, num_classes=7)
     with pytest.raises(pyard.InputError, match=r"10 classes; the teacher draws .* of 7"):
         pyard.evaluate(student, other, progress=False)
+    with pytest.raises(pyard.InputError, match="students is an empty list"):
+        pyard.evaluate([], progress=False)
 
 
 @pytest.fixture

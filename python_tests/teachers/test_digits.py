@@ -90,3 +90,10 @@ def test_the_built_in_teacher_is_trained_once_into_the_cache(tmp_path: Path, mon
     assert first.fingerprint == second.fingerprint
     assert folders[0] == folders[1]
     assert folders[0].parent == tmp_path
+
+
+def test_a_cache_that_nothing_can_be_written_to_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PYARD_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(InputError, match=r"nothing can be written there \(Not a directory\).*PYARD_CACHE"):
+        load_teacher("digits")

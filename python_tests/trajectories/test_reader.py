@@ -225,3 +225,24 @@ TrajectoryReader(store, 4, target="state", backend="native", num_threads=5000)
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert finished.returncode == 1  # not aborted
     assert "of 5000 reader threads could be started" in finished.stderr
+
+
+@pytest.mark.parametrize("backend", ["python", "auto"])
+def test_numbers_of_no_sample_are_refused(backend: Any, tmp_path: Path) -> None:
+    reader = TrajectoryReader(write(tmp_path / "s", 8), 4, target="state", backend=backend)
+    wrong: list[tuple[list[Any], str]] = [([-1], "sample -1; expected 0 to 7"), ([0, 8], "sample 8"), ([0.5], "whole numbers")]
+    for numbers, message in wrong:
+        with pytest.raises(InputError, match=message):
+            reader.gather(np.array(numbers))
+    assert len(reader.gather(np.array([], dtype=np.int64)).condition["label"]) == 0
+
+
+@pytest.mark.parametrize("backend", ["python", "auto"])
+def test_a_reader_goes_on_when_its_store_is_extended(backend: Any, tmp_path: Path) -> None:
+    store = write(tmp_path / "s", 12)
+    reader = TrajectoryReader(store, 4, target="state", backend=backend)
+    before = TrajectoryReader(store, 4, target="state", backend="python").gather(np.arange(12))
+    write(tmp_path / "s", 40)
+    after = reader.gather(np.arange(12))
+    assert torch.equal(after.history, before.history)
+    assert torch.equal(after.condition["label"], before.condition["label"])
