@@ -209,10 +209,10 @@ def test_the_corpus(reader: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("reader", READERS)
 def test_a_little_fuzzing(reader: str) -> None:
-    fuzz(reader, 25)
+    fuzz(reader, 10)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 def test_fuzzing(reader: str) -> None:
-    fuzz(reader, 600)
+    fuzz(reader, 250)

@@ -97,10 +97,9 @@ def read_picture(file: Path, size: int, channels: int) -> np.ndarray:
     """
     from PIL import Image
 
-    libraries = (Image.DecompressionBombError, SyntaxError)
     with (
         regular_file(file) as opened,
-        reading(file, "expected a picture", *libraries),
+        reading(file, "", Image.DecompressionBombError, SyntaxError, what="as a picture"),
         Image.open(opened, "r", _FORMATS) as picture,
     ):
         low, high = sorted(picture.size)

@@ -14,12 +14,12 @@ from typing import Any
 
 from pyard.errors import InputError
 from pyard.storage.pickles import require_sound
-from pyard.storage.reading import as_object, read_json, read_object, require_regular
+from pyard.storage.reading import read_object, require_regular
 from pyard.storage.tensor_files import require_finite, tensor_shapes
 
 _CONFIG_NAME = "config.json"
 # What counts blocks, of which each has a tensor of its own.
-_COUNTS = re.compile(r"(?:^|_)(?:layers|depth|blocks|layers_per_block)$|^n_\w*layers$")
+_COUNTS = re.compile(r"(?:^|_)(?<!window_)(?:layers|depth|blocks|layers_per_block)$")
 # What is squared in a table of positions, and what else sets the length of a table; limits far beyond any model there is.
 _SIDES = re.compile(r"(?:^|_)(?:sample_size|image_size|input_size|pos_embed_max_size|resolution)$")
 _MOST_BY_NAME = ((_SIDES, 2**12), (re.compile(r"axes_lens"), 2**16), (re.compile(r"axes_dims"), 2**12),
@@ -69,7 +69,7 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
     tensors: dict[str, tuple[int, ...]] = {}
     for file in folder.glob("*.safetensors"):
         tensors |= tensor_shapes(file)
-    for file in folder.glob("*.bin"):
+    for file in () if tensors else folder.glob("*.bin"):  # which are read where there are no safetensors
         require_sound(file)
     check_config(config, folder / _CONFIG_NAME, tensors)
     return config
@@ -81,12 +81,11 @@ def check_files(folder: Path) -> None:
         if file.is_dir():
             continue
         require_regular(file)
-        if file.name.endswith(".json"):
-            found = read_json(file, finite=False)
-            names = as_object(found, file).get("weight_map") if ".index." in file.name else None
-            if names is not None and not isinstance(names, dict):
+        if ".index." in file.name and file.suffix == ".json":
+            names = read_object(file, "an index of weights").get("weight_map")
+            if not isinstance(names, dict):
                 raise InputError(f"{file}: expected an index of weights with a weight_map")
-            for name in {str(name) for name in (names or {}).values()}:
+            for name in {str(name) for name in names.values()}:
                 if Path(name).name != name:
                     raise InputError(f"{file}: names {name!r:.80}; expected a file of its own folder")
 
@@ -107,7 +106,7 @@ def check_config(config: Mapping[str, Any], path: Path, tensors: Mapping[str, tu
         if isinstance(value, int) and abs(value) > most:
             there = f"; there are {len(tensors)} tensors" if most == len(tensors) else ""
             raise InputError(f"{path}: {name} is {str(value)[:40]}; expected at most {most}{there}")
-        if isinstance(value, float) and not abs(value) < 1e30:
+        if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{path}: {name} is {value}; expected a finite number")
     numbers = sum(math.prod(shape) for shape in tensors.values())
     most_numbers = _SMALL_TABLE + numbers if tensors else _LARGEST_TABLE

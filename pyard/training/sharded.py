@@ -141,6 +141,7 @@ class ShardedCheckpoints(Checkpoints):
     def _read(self, folder: Path, parts: Mapping[str, Stateful]) -> None:
         super()._read(folder, {name: part for name, part in parts.items() if not self._is_sharded(part)})
         tensors = self._sharded(parts)
+        require_names(folder / _SHARDS / ".metadata", _OF_SHARDS)
         with _plain_errors():
             load_shards(tensors, checkpoint_id=folder / _SHARDS)
         for name, part in parts.items():

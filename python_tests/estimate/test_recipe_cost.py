@@ -303,7 +303,7 @@ def test_wrong_questions(tmp_path, capsys):
     ):  # fmt: skip
         assert main(["estimate", recipe, *flags]) == 2
         assert message in capsys.readouterr().err
-    for content, message in (("teacher: [", "cannot be read"), ("- 1", "holds a list"), ("techer: digits", "techer")):
+    for content, message in (("teacher: [", "not valid YAML"), ("- 1", "found a list"), ("techer: digits", "techer")):
         (tmp_path / "recipe.yaml").write_text(content)
         assert main(["estimate", str(tmp_path / "recipe.yaml")]) == 2
         assert message in capsys.readouterr().err
