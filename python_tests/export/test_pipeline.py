@@ -37,20 +37,10 @@ PROMPTS = [
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder of a student whose teacher is built as scenes-text is, in pixel space, but tiny and random."""
     place = tmp_path_factory.mktemp("run")
-    small = dict(
-        hidden_size=48, depth=2, num_heads=2, text_hidden_size=32, text_depth=1, patch_size=4, batch_size=1, max_steps=1
-    )
-    rates = dict(
-        batch_size=1,
-        max_steps=1,
-        learning_rate=1e-3,
-        matrix_learning_rate=0.02,
-        caption_dropout=0.1,
-        time_mean=0.3,
-        ema_decay=0.9,
-    )
-    network = new_network(ScenesTextConfig(**small, **rates, seed=0, size=16, cells=2, jitter=0.5))
-    randomise(network, 1).save_pretrained(place / "teacher")
+    sizes = dict(hidden_size=48, depth=2, num_heads=2, text_hidden_size=32, text_depth=1, patch_size=4, size=16, cells=2)
+    rates = dict(learning_rate=1e-3, matrix_learning_rate=0.02, caption_dropout=0.1, time_mean=0.3, ema_decay=0.9)
+    config = ScenesTextConfig(**sizes, **rates, max_steps=1, batch_size=1, seed=0, jitter=0.5)
+    randomise(new_network(config), 1).save_pretrained(place / "teacher")
     teacher = load_teacher(str(place / "teacher"))
     settings = dict(history_layers=1, heads="per_step", output="jump", history_bias=0.3, text=teacher.text_source())
     student = Student.from_teacher(teacher, teacher.grid(2, 4, teacher.shape_of(None, None)), **settings)
@@ -148,6 +138,8 @@ def test_embeddings_in_place_of_prompts(exported: Path) -> None:
     condition = pipeline.encode(PROMPTS)
     drawn = pipeline.sample(PROMPTS, seed=2)
     np.testing.assert_array_equal(pipeline.sample(condition=condition, seed=2), drawn)
+    images = pipeline.sample(PROMPTS, seed=2, output_type="pil")
+    np.testing.assert_array_equal(np.stack([np.asarray(image) for image in images]), drawn)
     # Half precision, as another program may have stored them, and no mask where there is no padding.
     half = {"tokens": condition["tokens"][:1, : condition["mask"][0].sum()].astype(np.float16)}
     assert np.abs(pipeline.sample(condition=half, seed=2).astype(int) - drawn[:1]).max() <= 3
@@ -262,6 +254,35 @@ def test_half_precision_keeps_the_layer_that_outgrows_it(run: Path, tmp_path: Pa
             kinds = {i.name: i.type.tensor_type.elem_type for i in session.graph.input}
             assert kinds["past_key_values.0.key"] == onnx.TensorProto.FLOAT16
             assert kinds["latent"] == onnx.TensorProto.FLOAT
+
+
+@pytest.mark.slow
+def test_several_sizes_over_one_file_of_weights_from_embeddings_alone(tmp_path: Path) -> None:
+    shapes = ((4, 8, 8), (4, 6, 12))
+    student, (condition, _) = tiny_text_student("sd3", tmp_path / "pipeline", sample_shapes=shapes)
+    student.codec = pyard.models.codec.LatentCodec(tmp_path / "pipeline" / "vae")
+    export_pipeline(student, tmp_path / "onnx", form="sampler", text_encoders="none")
+    names = sorted(path.relative_to(tmp_path / "onnx").as_posix() for path in (tmp_path / "onnx").rglob("*.*"))
+    assert names == [
+        *("config.json", "transformer/model.onnx", "transformer/model_24x48.onnx", "transformer/weights.data"),
+        *("vae_decoder/model.onnx", "vae_decoder/model_24x48.onnx", "vae_decoder/weights.data"),
+    ]
+    held = 4 * sum(weight.numel() for weight in student.parameters())
+    assert (tmp_path / "onnx" / "transformer" / "weights.data").stat().st_size < 1.2 * held
+    pipeline = OnnxPipeline.from_folder(tmp_path / "onnx")
+    arrays = {name: tensor.numpy() for name, tensor in condition.items()}
+    for size, shape in (({}, shapes[0]), ({"width": 48}, shapes[1])):
+        noise = pyard.diffusion.noise.standard_normal(0, np.arange(1), shape)
+        with torch.inference_mode():
+            *_, expected = student.rollout(torch.from_numpy(noise), condition)
+        assert relative_error(pipeline.latents(arrays, noise, **size), expected.numpy()) < 1e-4
+        assert pipeline.sample(condition=arrays, **size).shape == (1, 4 * shape[1], 4 * shape[2], 3)
+    with pytest.raises(InputError, match="was exported without text encoders"):
+        pipeline.sample(PROMPTS)
+    with pytest.raises(InputError, match="has the form sampler alone"):
+        pipeline.stream(condition=arrays)
+    with pytest.raises(InputError, match="this student draws 32 x 32, 24 x 48 pixels"):
+        pipeline.sample(condition=arrays, height=24, width=32)
 
 
 @pytest.mark.slow

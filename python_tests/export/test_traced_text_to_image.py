@@ -23,9 +23,9 @@ def tiny_text_student(name: str, folder: Path, **settings: Any) -> tuple[Student
     """A student of a tiny pipeline, and a condition for each of `TEXTS`."""
     teacher = load_pipeline(tiny_pipeline(name, folder))
     shape = teacher.shape_of(32, 32)
-    settings = {"history_layers": 2, "heads": "per_step", "history_bias": 0.7, **settings}
+    settings = {"history_layers": 2, "heads": "per_step", "history_bias": 0.7, "sample_shapes": (shape,), **settings}
     grid = teacher.grid(2, 4, shape)
-    student = Student.from_teacher(teacher, grid, sample_shapes=(shape,), text=teacher.text_source(), **settings)
+    student = Student.from_teacher(teacher, grid, text=teacher.text_source(), **settings)
     with torch.no_grad():
         for parameter in student.heads.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
