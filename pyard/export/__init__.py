@@ -106,7 +106,7 @@ def export(
     model = Student.from_pretrained(folder, network=network)
     place = folder / "student" if (folder / "student").is_dir() else folder
     if model.config.text is not None:
-        from pyard.export.pipeline import export_folder  # which writes transformers with export_onnx
+        from pyard.export.pipeline import export_folder, own_text_encoders  # which writes transformers with export_onnx
 
         chosen = {"calibration": calibration != 64, "external_data": external_data is not None, "method": method != "auto"}
         export_folder(
@@ -117,7 +117,7 @@ def export(
             opset=opset,
             precision=precision,
             vae=vae,
-            text_encoders=text_encoders,
+            text_encoders=own_text_encoders(folder) if str(text_encoders) == "own" else text_encoders,
             parity_bound=parity_bound,
         )
         return

@@ -30,7 +30,7 @@ from pyard.export.condition_inputs import ConditionInputs
 from pyard.export.decoder import Decoder, decoder_model, load_decoder
 from pyard.export.files import LARGEST_SINGLE_FILE, config_path, kept_in_float32, save_model, weight_bytes
 from pyard.export.half import halve
-from pyard.export.pipeline_parity import PARITY_PROMPTS, check_pipeline, measure_pipeline
+from pyard.export.pipeline_parity import PARITY_PROMPTS, check_pipeline, measure_pipeline, random_conditions
 from pyard.export.quantise import quantise_weights
 from pyard.export.shared_weights import SharedWeights
 from pyard.export.text_encoders import TextEncoders
@@ -49,14 +49,6 @@ _OWNED = (
     *(f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")),
 )
 _GRAPHS = {"sampler": "model", "step": "step"}  # forms to names of files
-# What a transformer of each family takes: settings with the width of tokens and of the pooled embedding.
-_WIDTHS = {
-    "pixart": ("caption_channels", None),
-    "sd3": ("joint_attention_dim", "pooled_projection_dim"),
-    "flux": ("joint_attention_dim", "pooled_projection_dim"),
-    "qwen_image": ("joint_attention_dim", None),
-    "z_image": ("cap_feat_dim", None),
-}
 
 
 @dataclass(frozen=True)
@@ -166,35 +158,26 @@ def export_folder(student: Student, folder: Path, *, unused: Sequence[str], prec
     print(f"{folder}/: {megabytes:.1f} MB, {student.num_steps} steps; error against PyTorch: {errors}")
 
 
+def own_text_encoders(folder: Path) -> str | Path:
+    """The folder that a student was read from, if it is a pipeline's with text encoders in it, or else `own`."""
+    return folder if (folder / "model_index.json").is_file() and (folder / "tokenizer").is_dir() else "own"
+
+
 def _texts(student: Student, source: str | Path) -> tuple[TextEncoders | None, list[Condition]]:
     """The text encoders, and the conditions of `PARITY_PROMPTS`, random ones where there are no encoders."""
     text = student.config.text
     assert text is not None
     settings = student.config.network.transformer  # type: ignore[attr-defined]
     if str(source) == "none":
-        return None, _random_conditions(student)
-    encoder = text_encoder_of(student, folder=None if str(source) == "own" else source)
+        return None, random_conditions(student)
+    place = Path(text.folder if str(source) == "own" else source)
+    if not place.is_dir():
+        raise InputError(
+            f"the text encoders of this student are those of the pipeline in {place}, which is not there; give another copy of "
+            "it: --text_encoders PATH, or --text_encoders none"
+        )
+    encoder = text_encoder_of(student, folder=place)
     return TextEncoders(encoder, settings), [encode_prompts(encoder, [prompt], text.constants) for prompt in PARITY_PROMPTS]
-
-
-def _random_conditions(student: Student) -> list[Condition]:
-    config = student.config
-    assert config.text is not None
-    generator = torch.Generator().manual_seed(0)
-    settings = config.network.transformer  # type: ignore[attr-defined]
-    width, pooled = (None if name is None else int(settings[name]) for name in _WIDTHS[config.family])
-    assert width is not None
-    conditions = []
-    for length in (5, 12, 29):
-        tensors = {
-            "tokens": torch.randn(1, length, width, generator=generator),
-            "mask": torch.ones(1, length, dtype=torch.bool),
-        }
-        if pooled is not None:
-            tensors["pooled"] = torch.randn(1, pooled, generator=generator)
-        constants = {name: torch.tensor([value]) for name, value in config.text.constants.items()}
-        conditions.append(Condition({**tensors, **constants}))
-    return conditions
 
 
 def _write_transformer(building: Path, student: Student, conditions: Sequence[Condition], request: _Request) -> float:

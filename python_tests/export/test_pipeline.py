@@ -17,7 +17,7 @@ from tiny_pipelines import randomise
 import pyard
 from pyard.cli.command_line import main
 from pyard.errors import InputError
-from pyard.export.pipeline import export_pipeline
+from pyard.export.pipeline import export_pipeline, own_text_encoders
 from pyard.models.student import Student
 from pyard.runtime import OnnxPipeline
 from pyard.runtime.onnx_pipeline import to_pictures
@@ -225,6 +225,8 @@ def test_the_wrong_kind_of_target_is_refused_in_one_line(run: Path, tmp_path: Pa
         assert message in error
         assert error.count("\n") == 1
     assert not (tmp_path / "x").exists()
+    # A saved ARDPipeline has its own text encoders.
+    assert (own_text_encoders(run), own_text_encoders(run / "teacher")) == ("own", run / "teacher")
     with pytest.raises(InputError, match="draws from classes or numbers"):
         export_pipeline(tiny_student(1, history_layers=0), tmp_path / "x")
 
