@@ -47,10 +47,10 @@ class StudentModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return self.student(history, condition)
 
     def save_pretrained(self, save_directory: str | Path, **unused: Any) -> None:
-        """Write the student's folder, without its VAE, which is a component of its own."""
+        """Write the student's folder, with all weights, and without its VAE, which is a component of its own."""
         codec, self.student.codec = self.student.codec, None
         try:
-            self.student.save_pretrained(save_directory)
+            self.student.save_pretrained(save_directory, merge=True)
         finally:
             self.student.codec = codec
 
@@ -128,8 +128,8 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
         Args:
             pretrained_model_name_or_path: the folder, or its name on the Hugging Face hub.
             network: class of the backbone of a student that is made of none of pyard's families, or "package.module:Class".
-            pipeline: of a text-to-image student's run folder: the diffusers pipeline that its text encoders are read from;
-                None: its teacher's, where it was in training.
+            pipeline: of a text-to-image student's run folder: the diffusers pipeline that its text encoders are read from,
+                and the frozen weights of one trained by LoRA; None: its teacher's, where it was in training.
             kwargs: of `diffusers.DiffusionPipeline.from_pretrained`; for a run or student's folder, `dtype` alone.
 
         Raises:
@@ -139,7 +139,7 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
         names = ("revision", "token", "cache_dir", "local_files_only", "force_download")
         path = local_folder(pretrained_model_name_or_path, **{name: kwargs[name] for name in names if name in kwargs})
         if not (path / cls.config_name).is_file():
-            student = _cast(Student.from_pretrained(path, network=network), kwargs)
+            student = _cast(Student.from_pretrained(path, network=network, base=pipeline), kwargs)
             if student.config.text is None:
                 return cls(student)
             encoder = text_encoder_of(student, folder=pipeline)

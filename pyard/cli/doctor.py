@@ -200,7 +200,7 @@ def _examine_operators(report: Report) -> None:
         _examine_cuda_kernels(report, library)
         _run_self_test(report)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for operator in backend.KERNELS:
+    for operator in dict.fromkeys([*backend.KERNELS, *backend.OPERATORS]):
         taken = {device: backend.has_kernel(operator, device) for device in devices}
         report.operators[operator] = {device: "native" if native else "reference" for device, native in taken.items()}
 

@@ -155,18 +155,14 @@ class Backbone(nn.Module, abc.ABC):
         if tuple(sample_shape) != tuple(self.config.sample_shape):
             raise InputError(f"samples of shape {tuple(sample_shape)}; this network takes {tuple(self.config.sample_shape)}")
 
-    def for_student(self, head: nn.Module, memo: dict[int, Any] | None = None) -> tuple[Backbone, nn.Module]:
-        """Copies of the backbone and a head for a student, whose output has as many channels as its input.
-
-        Args:
-            head: the teacher's.
-            memo: of `copy.deepcopy`, for the backbone: parameters that stand for others over the same memory, by their ids.
-        """
-        return copy.deepcopy(self, memo), copy.deepcopy(head)
+    def for_student(self, head: nn.Module) -> tuple[Backbone, nn.Module]:
+        """Copies of the backbone and a head for a student, whose output has as many channels as its input."""
+        return copy.deepcopy(self), copy.deepcopy(head)
 
     def last_linear(self, head: nn.Module) -> nn.Linear:
         """The last linear layer of a head, which the adversarial stage weighs its gradients at."""
-        linears = [module for module in head.modules() if isinstance(module, nn.Linear)]
+        # Not the matrices of a low-rank addition, which stand behind the layer that they are added to.
+        linears = [m for name, m in head.named_modules() if isinstance(m, nn.Linear) and "lora_" not in name]
         if not linears:
             raise InputError(f"adversarial: the head of {type(self).__name__} has no linear layer; override last_linear")
         return linears[-1]

@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
 from pyard.errors import InputError
+from pyard.models.student_config import LoraHeads
+from pyard.storage.trained import sharing
 
 if TYPE_CHECKING:
     from pyard.models.student import Student
 
 
-def add_lora(student: Student, rank: int) -> None:
-    """Freeze a student's blocks and embeddings and add trainable matrices of this rank to every linear layer of its blocks.
+@dataclass(frozen=True)
+class LoraSettings:
+    """What `add_lora` did to a student.
 
-    The additions start at zero, so the student computes what it did. Heads and the history's bias, which are new to a student
-    and small, are trained in full.
+    Args:
+        rank: of the additions; alpha is the rank too, so that they enter with weight 1.
+        heads: what is trained of the output layers: the `whole` of them, low-rank additions to their linear layers (`lora`),
+            or nothing (`frozen`). The latter two leave a student that a stock LoRA can express.
+    """
+
+    rank: int
+    heads: LoraHeads = "whole"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"lora_rank is {self.rank}; expected at least 1")
+        if self.heads not in get_args(LoraHeads):
+            raise InputError(f"lora_heads is {self.heads!r}; expected one of {', '.join(get_args(LoraHeads))}")
+
+
+def add_lora(student: Student, rank: int, heads: LoraHeads = "whole") -> None:
+    """Freeze a student's blocks and embeddings and add trainable matrices of this rank to the linear layers of its blocks.
+
+    The additions start at zero, so the student computes what it did. What is trained is float32, whatever the frozen weights
+    are: the additions, the output layers as `heads` says, and the history's bias.
 
     Args:
         student: changed in place.
-        rank: of the additions; alpha is the rank too, so that they enter with weight 1.
+        rank, heads: as in `LoraSettings`.
 
     Raises:
         InputError: PEFT is not installed, a rank below 1, or blocks without linear layers.
@@ -29,35 +53,51 @@ def add_lora(student: Student, rank: int) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise InputError("lora_rank needs PEFT; install it with: pip install 'peft>=0.17'") from None
-    if rank < 1:
-        raise InputError(f"lora_rank is {rank}; expected at least 1")
+    settings = LoraSettings(rank, heads)
     targets = student.trunk.lora_targets()
     if not targets:
         raise InputError(f"lora_rank: the blocks of {type(student.trunk).__name__} have no linear layers")
     student.trunk.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), student.trunk)
-    # Over a base in bfloat16, too: the updates of what is trained would vanish in it.
+    student.heads.requires_grad_(heads == "whole")
+    if heads == "lora":
+        layers = [name for name, layer in student.heads.named_modules() if isinstance(layer, nn.Linear)]
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), student.heads)
     for parameter in student.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    student.lora = settings
 
 
 def merge_lora(student: Student) -> None:
     """Add the low-rank matrices to the weights they belong to: the student is a plain one again, all of it trainable.
 
+    Weights that are shared with a teacher or another student are left as they are: the sums are new tensors.
+
     Args:
         student: changed in place; left alone if it has no additions.
     """
     merge_adapters(student.trunk)
+    merge_adapters(student.heads)
     student.requires_grad_(True)
+    student.lora = None
+
+
+def merged(student: Student) -> Student:
+    """A whole student without additions, which shares with this one all that has none."""
+    with sharing([*student.parameters(), *student.buffers()]):
+        whole = copy.deepcopy(student)
+    merge_lora(whole)
+    return whole
 
 
 def merge_adapters(module: nn.Module) -> None:
     """Add the low-rank matrices of PEFT's layers to their weights, and put plain layers back, in place."""
-    layers = {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
+    layers: dict[str, Any] = {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
     for name, layer in layers.items():
-        base = layer.get_base_layer()
-        base.weight.data = base.weight.data.clone()  # its memory may be the teacher's, too
+        plain = layer.get_base_layer()
+        for own, parameter in list(plain.named_parameters(recurse=False)):
+            setattr(plain, own, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
         layer.merge()
         parent, _, own = name.rpartition(".")
-        setattr(module.get_submodule(parent), own, layer.get_base_layer())
+        setattr(module.get_submodule(parent), own, plain)

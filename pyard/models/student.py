@@ -8,6 +8,7 @@ same few lines with another number of steps.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,13 +22,16 @@ from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.time_grid import Target, TimeGrid
 from pyard.errors import InputError
 from pyard.models.backbone import Backbone, Denoiser, StepHeads
+from pyard.models.base import read_base
 from pyard.models.codec import Codec, LatentCodec
 from pyard.models.families import backbone_class
 from pyard.models.folder import load_folder, save_folder
 from pyard.models.history import History, HistoryCache, PreallocatedCache
 from pyard.models.hub import local_folder, push_folder
+from pyard.models.lora import LoraSettings, add_lora, merged
 from pyard.models.student_config import Heads, Output, StudentConfig, TextSource
 from pyard.ops.masks import Mask
+from pyard.storage.trained import load_trained, sharing, tensors_of
 
 
 class Source(Protocol):
@@ -63,6 +67,7 @@ class Student(nn.Module):
     Attributes:
         codec: the VAE that turns its samples into images, if the teacher had one.
         conditions: what it can be asked for; None: it takes conditions as tensors alone.
+        lora: low-rank additions that it has (`pyard.models.lora.add_lora`); None: none.
     """
 
     embed_times: torch.Tensor
@@ -76,6 +81,7 @@ class Student(nn.Module):
         self.register_buffer("embed_times", torch.tensor(config.grid.embed_times, device="cpu"), persistent=False)
         self.codec: Codec | None = None
         self.conditions: Conditions | None = None
+        self.lora: LoraSettings | None = None
         if self.trunk.num_classes is not None:
             classes = self.trunk.num_classes
             self.conditions = ClassConditions(classes, config.class_names, has_null=self.trunk.has_null_class)
@@ -248,13 +254,11 @@ class Student(nn.Module):
             teacher: a teacher with a network, such as `load_teacher` returns.
             grid: where it jumps; `embed_times` are set for the target (`TimeGrid.for_target`).
             history_layers, mask, window, target, output, heads, history_bias, sample_shapes, text: as in `StudentConfig`.
-            share: leave the backbone's weights in the teacher's memory, frozen, and copy the head alone: for LoRA.
+            share: the trunk's weights are the teacher's own tensors, for `add_lora` to freeze; False: copies.
         """
         network = teacher.network
-        if share:
-            memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in network.trunk.parameters()}
-            trunk, head = network.trunk.for_student(network.head, memo)
-        else:
+        shared = [*network.trunk.parameters(), *network.trunk.buffers()] if share else []
+        with sharing(shared):
             trunk, head = network.trunk.for_student(network.head)
         config = StudentConfig(
             network=trunk.config,
@@ -277,8 +281,27 @@ class Student(nn.Module):
         student.codec, student.conditions = teacher.codec, student.conditions or teacher.conditions
         return student
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write `config.json`, `model.safetensors` and, with a codec, `vae/`; an interrupted write leaves the old folder."""
+    def save_pretrained(self, path: str | Path, *, merge: bool = False) -> None:
+        """Write `config.json`, `model.safetensors` and, with a codec, `vae/`; an interrupted write leaves the old folder.
+
+        Low-rank additions are added to the weights, unless the student names a base (`StudentConfig.base`): then only what was
+        trained is written, and `from_pretrained` reads the base from where it is.
+
+        Args:
+            path: the folder.
+            merge: write all weights, additions included, of a student that names a base, too.
+        """
+        if self.lora is None:
+            self.write_folder(path, self.state_dict())
+        elif self.config.base is not None and not merge:
+            self.write_folder(path, tensors_of(self))
+        else:
+            whole = merged(self)
+            whole.config = dataclasses.replace(self.config, base=None)
+            whole.write_folder(path, whole.state_dict())
+
+    def write_folder(self, path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
+        """Write a folder of this student with these tensors, such as trained ones that were gathered from shards."""
 
         def beside(folder: Path) -> None:
             if self.codec is not None:
@@ -286,7 +309,7 @@ class Student(nn.Module):
             if self.conditions is not None and self.config.text is None:  # which finds any prompt's embedding itself
                 save_conditions(self.conditions, folder)
 
-        save_folder(Path(path), self.config.to_json(), self.state_dict(), kind="Student", beside=beside)
+        save_folder(Path(path), self.config.to_json(), tensors, kind="Student", beside=beside)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Upload the student's folder to the Hugging Face hub; returns the address of the commit.
@@ -299,16 +322,24 @@ class Student(nn.Module):
         return push_folder(self.save_pretrained, repo_id, private=private, token=token)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, network: type[Backbone] | str | None = None) -> Student:
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        network: type[Backbone] | str | None = None,
+        base: str | Path | Denoiser | None = None,
+    ) -> Student:
         """Read a student's folder, or a run's or a pipeline's folder with one in `student/`.
 
         Args:
             path: the folder, or `owner/name` of one on the Hugging Face hub.
             network: class of the backbone of a student that is made of none of pyard's families, or "package.module:Class" to
                 import it from (`docs/own-teacher.md`).
+            base: of a LoRA student, where its base is now: the pipeline's folder, or a transformer (folder or file); or the
+                teacher's network, whose weights are then shared; None: where it was in training.
 
         Raises:
-            InputError: no student there, or files that do not fit.
+            InputError: no student there, files that do not fit, or a base that is not there or has changed.
         """
         path = local_folder(path)
         folder = path / "student" if (path / "student").is_dir() else path
@@ -316,9 +347,15 @@ class Student(nn.Module):
         backbone = backbone_class(str(loaded.get("family", "dit")), network, folder)
         config = StudentConfig.from_json(loaded, backbone)
         try:
-            with backbone.without_weights():
-                student = cls(config, backbone(config.network))
-            student.load_state_dict(tensors, assign=True)
+            if config.base is not None:
+                config, trunk, head = read_base(config, backbone, base, folder)
+                student = cls(config, trunk, head)
+                add_lora(student, config.base.rank, config.base.heads)  # type: ignore[union-attr]
+                load_trained(student, tensors)
+            else:
+                with backbone.without_weights():
+                    student = cls(config, backbone(config.network))
+                student.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
             raise InputError(f"{folder}: the weights do not fit config.json: {error}") from None
         student.codec = LatentCodec.beside(folder, path)

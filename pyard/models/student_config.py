@@ -17,6 +17,7 @@ from pyard.storage.typed import conform
 
 Output = Literal["direct", "jump"]
 Heads = Literal["per_step", "shared"]
+LoraHeads = Literal["whole", "lora", "frozen"]
 
 # Of the teacher's settings, those that neither the grid nor the schedule has.
 _OF_THE_TRAJECTORIES = ("cfg_scale", "cfg_channels", "cfg_interval", "solver")
@@ -39,6 +40,35 @@ class TextSource:
     folder: str
     max_sequence_length: int | None = None
     constants: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The keyword arguments that make an equal one."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """The frozen weights that a LoRA student stands on; its folder holds the trained ones alone.
+
+    They are those of the transformer of `TextSource.folder`, unless a fine-tuned one took its place.
+
+    Args:
+        fingerprint: sha256 of their values, see `pyard.models.fingerprint.weights_digest`.
+        dtype: that they were read in: float32 | bfloat16 | float16.
+        rank: of the additions.
+        heads: what was trained of the output layers: whole | lora | frozen.
+        transformer: a fine-tuned one in the place of the folder's: folder or single file.
+        lora: a LoRA that was added to the transformer before.
+        variant: of the transformer's weights, such as `fp16`.
+    """
+
+    fingerprint: str
+    dtype: str
+    rank: int
+    heads: LoraHeads = "whole"
+    transformer: str | None = None
+    lora: str | None = None
+    variant: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The keyword arguments that make an equal one."""
@@ -72,6 +102,8 @@ class StudentConfig:
         family: name of the backbone's family (`pyard.models.families`), or `package.module:Class` of the user's own.
         sample_shapes: [C, ...] of the samples that it was trained on; None: those of `network.sample_shape` alone.
         text: of a student that draws from prompts, where its texts are encoded; None: it is given numbers or tensors.
+        base: of a student trained by LoRA over a text-to-image pipeline, the frozen weights, which its folder does not hold;
+            None: its folder holds all weights.
         cfg_scale: guidance weight of the trajectories that it was trained on; None: unknown, and so are the next three.
         cfg_channels: channels that were guided in them; None: all.
         cfg_interval: lowest and highest teacher time that was guided in them; None: all.
@@ -93,6 +125,7 @@ class StudentConfig:
     family: str = "dit"
     sample_shapes: tuple[tuple[int, ...], ...] | None = None
     text: TextSource | None = None
+    base: BaseSource | None = None
     cfg_scale: float | None = None
     cfg_channels: int | None = None
     cfg_interval: tuple[float, float] | None = None
@@ -130,7 +163,7 @@ class StudentConfig:
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dictionary that `from_json` turns back into an equal configuration."""
         flat = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("sample_shapes", "text"):
+        for name in ("sample_shapes", "text", "base"):
             if flat[name] is None:
                 del flat[name]  # as in students of earlier versions
         for name in _OF_THE_TRAJECTORIES:
@@ -155,6 +188,8 @@ class StudentConfig:
             }
             if config.get("text") is not None:
                 nested["text"] = TextSource(**config["text"])
+            if config.get("base") is not None:
+                nested["base"] = BaseSource(**config["base"])
             return cls(**{key: value for key, value in {**config, **nested}.items() if key != "teacher_steps"})  # the grid's
         except (KeyError, TypeError) as error:
             raise InputError(f"student: its config.json does not fit this version of pyard: {error}") from None

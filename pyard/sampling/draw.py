@@ -89,7 +89,7 @@ def sample(
     if isinstance(student, str | Path):
         from pyard.models.student import Student
 
-        student = Student.from_pretrained(student, network=network)
+        student = Student.from_pretrained(student, network=network, base=pipeline)
     if sum(value is not None for value in (labels, prompts, condition)) != 1:
         raise InputError("sample: expected labels, prompts or condition, one of the three")
     if labels is not None:
@@ -213,7 +213,7 @@ def sample_to_file(
 
     if out.suffix not in (".npz", ".png"):
         raise InputError(f"--out {out}: expected a name that ends in .npz or .png")
-    model = Student.from_pretrained(student, network=network)
+    model = Student.from_pretrained(student, network=network, base=pipeline)
     shape = model.sample_shape if model.codec is None else model.codec.image_shape(model.sample_shape)
     if out.suffix == ".png" and len(shape) != 3:
         raise InputError(f"--out {out}: samples of shape {shape} are no pictures; expected a name that ends in .npz")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,8 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from pyard.errors import InputError
 from pyard.storage.files import write_text
 from pyard.storage.folders import new_folder
-
-_Module = TypeVar("_Module", bound=torch.nn.Module)
+from pyard.storage.trained import load_trained, shareable, sharing, tensors_of
 
 
 @runtime_checkable
@@ -32,44 +30,28 @@ class Stateful(Protocol):
 
 
 def ema_of(model: torch.nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average whose decay warms up, min(decay, (1 + n) / (10 + n)): short runs forget their start."""
+    """An exponential moving average whose decay warms up, min(decay, (1 + n) / (10 + n)): short runs forget their start.
 
-    def update(averaged: Any, current: Any, count: Any) -> None:
-        n = int(count)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
-
-    if all(parameter.requires_grad for parameter in model.parameters()):
-        return AveragedModel(model, multi_avg_fn=update)
-    return _TrainedAverage(model, update)
-
-
-def shared_copy(module: _Module) -> _Module:
-    """A copy of a module whose frozen parameters lie in the memory of the original's; what is trained is copied."""
-    memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        if not parameter.requires_grad:
-            memo[id(parameter)] = torch.nn.Parameter(parameter.detach(), requires_grad=False)
-    return copy.deepcopy(module, memo)
+    It averages what is trained, and shares with the model what is frozen (and, where anything is, the buffers).
+    """
+    with sharing(shareable(model)):
+        return _TrainedAverage(model, decay)
 
 
 class _TrainedAverage(AveragedModel):
-    """An average of what is trained; frozen parameters are those of the model itself."""
+    def __init__(self, model: torch.nn.Module, decay: float):
+        super().__init__(model)
+        self.decay = decay
 
-    def __init__(self, model: torch.nn.Module, update: Callable[[Any, Any, Any], None]):
-        torch.nn.Module.__init__(self)
-        self.module = shared_copy(model)
-        self.register_buffer("n_averaged", torch.zeros((), dtype=torch.long))
-        self._update = update
-
-    @torch.no_grad()
     def update_parameters(self, model: torch.nn.Module) -> None:
-        """Average the trained parameters in."""
-        pairs = zip(self.module.parameters(), model.parameters(), strict=True)
-        mine, theirs = zip(*((a, b) for a, b in pairs if b.requires_grad), strict=True)
-        if self.n_averaged == 0:
-            torch._foreach_copy_(mine, theirs)
+        pairs = [pair for pair in zip(self.module.parameters(), model.parameters(), strict=True) if pair[0].requires_grad]
+        averaged, current = ([parameter.detach() for parameter in side] for side in zip(*pairs, strict=True))
+        n = int(self.n_averaged)
+        if n == 0:
+            for mine, theirs in zip(averaged, current, strict=True):
+                mine.copy_(theirs)
         else:
-            self._update(mine, theirs, self.n_averaged)
+            torch._foreach_lerp_(averaged, current, 1 - min(self.decay, (1 + n) / (10 + n)))
         self.n_averaged += 1
 
 
@@ -178,31 +160,3 @@ class Checkpoints:
             else:
                 # On the CPU first: the device it was saved from may be another, or another process's.
                 part.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True, map_location="cpu"))
-
-
-def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A module's state, or that of what an EMA averages, on the CPU; without parameters that are frozen."""
-    module = module.module if isinstance(module, AveragedModel) else module
-    tensors: dict[str, torch.Tensor] = {}
-    addresses: set[int] = set()
-    frozen = _frozen(module)
-    for name, tensor in module.state_dict().items():
-        if name in frozen:
-            continue
-        kept = tensor.detach().cpu().contiguous()
-        # safetensors refuses a weight that has two names, such as T5's embedding.
-        tensors[name] = kept.clone() if kept.data_ptr() in addresses else kept
-        addresses.add(kept.data_ptr())
-    return tensors
-
-
-def load_trained(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """The reverse of `tensors_of`; a RuntimeError names what does not fit."""
-    result = module.load_state_dict(tensors, strict=False)
-    missing = set(result.missing_keys) - _frozen(module)
-    if missing or result.unexpected_keys:
-        raise RuntimeError(f"missing {sorted(missing)[:3]}, unexpected {result.unexpected_keys[:3]}")
-
-
-def _frozen(module: torch.nn.Module) -> set[str]:
-    return {name for name, parameter in module.named_parameters() if not parameter.requires_grad}

@@ -60,7 +60,7 @@ def convert_student(
     """
     path = local_folder(source)
     folder = path / "student" if (path / "student").is_dir() else path
-    student = Student.from_pretrained(path)
+    student = Student.from_pretrained(path, base=pipeline)
     text = _check(student.config, source)
     _check_out(out)
     merge_lora(student)

@@ -84,7 +84,7 @@ def check_ranges(config: TrainConfig) -> None:
         )
     if config.stage == "adversarial" and isinstance(config.trajectories, list) and len(config.trajectories) > 1:
         raise InputError("training: the adversarial stage takes one store of trajectories, of the real data's shape")
-    if config.lora_rank is not None and (config.parallel == "fsdp" or config.stage == "adversarial"):
-        raise InputError("training: lora_rank goes with parallel 'ddp' and the regression stage only")
+    if config.lora_heads is not None and config.lora_rank is None:
+        raise InputError(f"training: lora_heads is {config.lora_heads!r}, but lora_rank is none; give both, or neither")
     if config.warmup_steps and config.lr_schedule == "constant":
         raise InputError("training: lr_schedule 'constant' has no warm-up; use 'constant_with_warmup', or warmup_steps 0")

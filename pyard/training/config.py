@@ -15,6 +15,7 @@ from pyard.diffusion.time_grid import Target
 from pyard.errors import InputError
 from pyard.models.student_config import (
     Heads,
+    LoraHeads,
     Output,
     StudentConfig,
     default_history_bias,
@@ -74,8 +75,12 @@ class TrainConfig:
         heads: an output head `per_step`, or one `shared`.
         history_bias: start value of a learned bias on the attention to earlier steps; none: no bias; auto: -4 for `jump`
             outputs, so that they start nearly as that sampler with a history, too, and none for `direct` ones.
-        lora_rank: train low-rank additions to the blocks (PEFT) and the heads, not all weights; the result has them added in.
-            none: train everything.
+        lora_rank: train low-rank additions to the blocks (PEFT) and the heads, not all weights. The folder of a text-to-image
+            student then holds what was trained and names its base; that of another has the additions added in. none: train
+            everything.
+        lora_heads: with lora_rank, what is trained of the heads: `whole`, low-rank additions (`lora`), or nothing (`frozen`). A
+            stock LoRA can express the latter two. none: `lora` where a stock pipeline could draw with the student
+            (text-to-image, history_layers 0, `jump`, a `shared` head), else `whole`.
 
         num_trajectories: how many to generate if there is no store.
         teacher_steps: steps of the teacher's solver in those; none: 25, or about as many as a text-to-image pipeline takes.
@@ -152,6 +157,7 @@ class TrainConfig:
     heads: Heads = "per_step"
     history_bias: float | Literal["auto"] | None = "auto"
     lora_rank: int | None = None
+    lora_heads: LoraHeads | None = None
 
     num_trajectories: int = 8192
     teacher_steps: int | None = None
@@ -275,7 +281,10 @@ class TrainConfig:
     def like(self, student: StudentConfig) -> TrainConfig:
         """The configuration with what a student that is there already decides."""
         names = ("history_layers", "mask", "window", "target", "output", "heads", "history_bias")
-        return dataclasses.replace(self, num_steps=student.grid.num_steps, **{name: getattr(student, name) for name in names})
+        decided: dict[str, Any] = {name: getattr(student, name) for name in names}
+        if student.base is not None:
+            decided |= {"lora_rank": student.base.rank, "lora_heads": student.base.heads}
+        return dataclasses.replace(self, num_steps=student.grid.num_steps, **decided)
 
     def to_yaml(self) -> str:
         """YAML that `pyard train --config` reads back as the same configuration."""

@@ -77,7 +77,8 @@ def train_stage(
             **counts,
             "reader": reader.state_dict(),
             "student": student.config.to_json(),
-            "lora_rank": config.lora_rank,
+            "lora_rank": None if student.lora is None else student.lora.rank,
+            "lora_heads": None if student.lora is None else student.lora.heads,
         }
         if processes.sharded:
             checkpoints.save(step, stage.parts, state)

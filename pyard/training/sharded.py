@@ -34,17 +34,19 @@ from torch.optim.swa_utils import AveragedModel
 
 from pyard.conditions import load_conditions
 from pyard.errors import InputError
+from pyard.models.backbone import Backbone
+from pyard.models.base import read_base
 from pyard.models.codec import LatentCodec
 from pyard.models.families import backbone_class
 from pyard.models.lora import add_lora, merge_lora
 from pyard.models.student import Student
-from pyard.models.student_config import StudentConfig
-from pyard.storage.checkpoints import Checkpoints, Stateful, load_trained
-from pyard.teachers import is_text_to_image, load_teacher
-from pyard.training.config import IDENTITY_NAME, SETTINGS_NAME
+from pyard.models.student_config import LoraHeads, StudentConfig
+from pyard.storage.checkpoints import Checkpoints, Stateful
+from pyard.storage.trained import load_trained, trained_names
+from pyard.teachers import load_teacher
+from pyard.training.config import SETTINGS_NAME
 
 if TYPE_CHECKING:
-    from pyard.teachers.network_teacher import NetworkTeacher
     from pyard.training.processes import Processes
 
 _SHARDS = "shards"  # the part of a checkpoint that all processes write
@@ -63,15 +65,23 @@ def shard(student: Student, processes: Processes) -> None:
         raise RuntimeError(f"parameters that fully_shard left whole: {plain}")
 
 
-def whole_student(student: Student, processes: Processes) -> Student | None:
-    """The student in one piece, on rank 0; None on the others. All processes must call it."""
-    tensors = get_model_state_dict(student, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if not processes.is_main:
-        return None
-    whole = Student(student.config, type(student.trunk)(student.config.network))
-    whole.load_state_dict(tensors)
-    whole.codec, whole.conditions = student.codec, student.conditions
-    return whole.eval()
+def save_sharded(student: Student, path: Path, processes: Processes) -> None:
+    """Write the folder of a student in shards, by rank 0. All processes must call it."""
+    names_base = student.config.base is not None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=names_base)
+    tensors: dict[str, Any] = get_model_state_dict(student, options=options)
+    with processes.main_first():
+        if not processes.is_main:
+            return
+        if names_base:
+            student.write_folder(path, {name: tensors[name] for name in trained_names(student)})
+            return
+        whole = Student(student.config, type(student.trunk)(student.config.network))
+        if student.lora is not None:
+            add_lora(whole, student.lora.rank, student.lora.heads)
+        whole.load_state_dict(tensors)
+        whole.codec, whole.conditions = student.codec, student.conditions
+        whole.save_pretrained(path)
 
 
 class ShardedCheckpoints(Checkpoints):
@@ -124,13 +134,15 @@ class ShardedCheckpoints(Checkpoints):
             if isinstance(part, torch.optim.Optimizer):
                 set_optimizer_state_dict(self.model, part, optim_state_dict=tensors[name])
             else:
-                set_model_state_dict(_module(part), tensors[name])
+                module = _module(part)
+                is_whole = len(tensors[name]) == len(module.state_dict())
+                set_model_state_dict(module, tensors[name], options=StateDictOptions(strict=is_whole))
 
     def _sharded(self, parts: Mapping[str, Stateful]) -> dict[str, Any]:
         return {
             name: get_optimizer_state_dict(self.model, part)
             if isinstance(part, torch.optim.Optimizer)
-            else get_model_state_dict(_module(part))
+            else _trained_state(_module(part))
             for name, part in parts.items()
             if self._is_sharded(part)
         }
@@ -167,9 +179,8 @@ def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str =
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     backbone = backbone_class(str(state["student"].get("family", "dit")), network, folder)
     student_config = StudentConfig.from_json(state["student"], backbone)
-    student = Student(student_config, backbone(student_config.network))
-    if state["lora_rank"] is not None:
-        add_lora(student, state["lora_rank"])
+    settings = yaml.safe_load((run / SETTINGS_NAME).read_text(encoding="utf-8")) if (run / SETTINGS_NAME).exists() else {}
+    student = _student_of(student_config, state, backbone, settings, folder)
     names = [file.stem for file in folder.glob("*.safetensors")]
     if (folder / _SHARDS).is_dir():
         entries = FileSystemReader(folder / _SHARDS).read_metadata().state_dict_metadata
@@ -181,17 +192,16 @@ def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str =
     if (folder / f"{weights}.safetensors").exists():
         tensors = load_file(folder / f"{weights}.safetensors")
     else:
-        tensors = {name: torch.empty_like(tensor) for name, tensor in student.state_dict().items()}
+        own = student.state_dict()
+        tensors = {name: torch.empty_like(own[name]) for name in trained_names(student)}
         try:
             with _plain_errors():
                 load_shards({weights: tensors}, checkpoint_id=folder / _SHARDS, no_dist=True)
         except RuntimeError as error:
             raise InputError(f"checkpoint {folder} cannot be read ({error}); choose another --step of {steps}") from error
-    settings = yaml.safe_load((run / SETTINGS_NAME).read_text(encoding="utf-8")) if (run / SETTINGS_NAME).exists() else {}
-    if state["lora_rank"] is not None and student.state_dict().keys() - tensors.keys():
-        _share_base(student, settings, state["lora_rank"], run, network)
     load_trained(student, tensors)
-    merge_lora(student)
+    if student_config.base is None:
+        merge_lora(student)
     origins = (run / "student", *(Path(settings.get(of) or run) for of in ("student", "teacher")))
     student.codec = LatentCodec.beside(*origins)
     student.conditions = student.conditions or load_conditions(*origins)
@@ -199,26 +209,30 @@ def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str =
     return student.eval()
 
 
-def _share_base(student: Student, settings: Mapping[str, Any], rank: int, run: Path, network: Any) -> None:
-    """Give a student with low-rank additions the frozen weights of its teacher, which its checkpoints do without."""
-    teacher = teacher_of_run(settings, run, network)
-    if teacher.fingerprint != student.config.teacher_fingerprint:
-        raise InputError(f"{run}: its teacher {settings.get('teacher')} has changed since; put it back as it was")
-    made = Student.from_teacher(teacher, student.config.grid, history_layers=student.config.history_layers, share=True)
-    student.trunk = made.trunk
-    add_lora(student, rank)
-
-
-def teacher_of_run(settings: Mapping[str, Any], run: Path, network: Any) -> NetworkTeacher:
-    """The teacher of a run's settings, in the precision of its trajectories."""
-    given = {name: settings.get(name) for name in ("variant", "transformer", "lora") if settings.get(name) is not None}
-    source = settings.get("teacher")
-    if not source:
-        raise InputError(f"{run}: its settings name no teacher, whose weights its checkpoints do without")
-    if is_text_to_image(source):
-        manifest = json.loads((run / IDENTITY_NAME).read_text(encoding="utf-8"))["manifest"]
-        given["dtype"] = (manifest[0] if isinstance(manifest, list) else manifest)["precision"]
-    return load_teacher(source, network=network, **given)
+def _student_of(
+    config: StudentConfig, state: dict[str, Any], backbone: type[Backbone], settings: dict[str, Any], folder: Path
+) -> Student:
+    """A student that the weights of a checkpoint fit; with low-rank additions, it has the frozen weights below them."""
+    if state["lora_rank"] is None:
+        return Student(config, backbone(config.network))
+    heads: LoraHeads = state.get("lora_heads") or "whole"
+    if config.base is not None:
+        config, trunk, head = read_base(config, backbone, None, folder)
+        student = Student(config, trunk, head)
+    elif settings.get("student"):
+        student = Student.from_pretrained(settings["student"], network=backbone)
+    elif settings.get("teacher"):
+        teacher = load_teacher(settings["teacher"], network=backbone)
+        if teacher.fingerprint != config.teacher_fingerprint:
+            raise InputError(f"checkpoint {folder}: the teacher {settings['teacher']} is not the one that it was trained from")
+        student = Student(config, *teacher.network.trunk.for_student(teacher.network.head))
+    else:
+        raise InputError(
+            f"checkpoint {folder} holds what was trained alone, and {SETTINGS_NAME} names no teacher to add it to; write the "
+            "teacher to a folder, and its path into that file"
+        )
+    add_lora(student, state["lora_rank"], heads)
+    return student
 
 
 @contextmanager
@@ -229,6 +243,11 @@ def _plain_errors() -> Iterator[None]:
     except CheckpointException as failed:
         rank, (cause, _) = next(iter(failed.failures.items()))
         raise RuntimeError(f"process {rank}: {cause}") from failed
+
+
+def _trained_state(module: nn.Module) -> dict[str, Any]:
+    state: dict[str, Any] = get_model_state_dict(module, options=StateDictOptions(ignore_frozen_params=True))
+    return {name: state[name] for name in trained_names(module)}
 
 
 def _average_of(entry: str, student: Student) -> str:

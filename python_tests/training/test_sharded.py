@@ -101,6 +101,25 @@ def test_equal_to_ddp_and_consolidated(folder, capsys):
         consolidate(folder / "fsdp", folder / "x", step=4)
 
 
+def test_low_rank_additions_are_equal_to_ddp_in_both_stages(folder):
+    settings = {**FSDP, "max_steps": 6, "save_every": 3, "lora_rank": 2}
+    assert set(wait(start(folder, "ddp", 2, **{**settings, "parallel": "ddp"}))) == {0}
+    assert set(wait(start(folder, "fsdp", 2, **settings))) == {0}
+    assert_near(folder / "ddp", folder / "fsdp", ["loss", "grad_norm"], 1e-4)
+    whole = consolidate(folder / "fsdp", folder / "whole").state_dict()
+    result = load_file(folder / "fsdp" / "student" / "model.safetensors")
+    assert all(torch.equal(whole[key], result[key]) for key in result)
+    settings = {**student_and_real_data(folder), "max_steps": 4, "lora_rank": 2, "lora_heads": "lora"}
+    settings["adversarial"]["warmup_steps"] = 1
+    assert set(wait(start(folder, "gan-ddp", 2, **settings))) == {0}
+    assert set(wait(start(folder, "gan-fsdp", 2, **{**settings, "parallel": "fsdp"}))) == {0}
+    assert_near(folder / "gan-ddp", folder / "gan-fsdp", ["loss", "grad_norm", "generator", "generator_weight"], 5e-3)
+    first, last = (load_file(folder / name / "student" / "model.safetensors") for name in ("first", "gan-fsdp"))
+    moved = torch.linalg.svdvals(last["heads.0.linear.weight"] - first["heads.0.linear.weight"])
+    assert moved[1] > 1e-5
+    assert moved[2] < 1e-2 * moved[0], "the heads move by a matrix of rank 2 as well"
+
+
 def assert_same_shards(a: Path, b: Path) -> None:
     """Bit for bit: log, result, and everything in the last checkpoints, their shards included."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save

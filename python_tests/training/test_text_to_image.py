@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from tiny_pipelines import tiny_pipeline
 from training_runs import assert_same_run, signal_at, start, train_in, wait
@@ -69,53 +68,3 @@ def test_a_killed_run_ends_as_one_that_was_not(folder: Path) -> None:
     assert not (folder / "killed" / "student").exists()
     train_in(folder, "killed", **SETTINGS)
     assert_same_run(folder / "whole", folder / "killed")
-
-
-def test_lora_leaves_the_base_in_the_teachers_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pyard.models.student import Student
-    from pyard.teachers import load_teacher
-    from pyard.training import distill, regression
-    from pyard.training.sharded import consolidate
-
-    tiny_pipeline("sd3", tmp_path / "teacher")
-    settings = dict(batch_size=4, keep="state", prompts=["a", "b c"], progress=False, height=32, width=32)
-    generate_trajectories(
-        tmp_path / "teacher", tmp_path / "store", 8, num_steps=2, teacher_steps=4, precision="bfloat16", **settings
-    )
-    before = load_teacher(tmp_path / "teacher", dtype="bfloat16")
-    digest = before.fingerprint
-    made: list[Any] = []
-    begin = regression.Regression.__init__
-
-    def kept(self: Any, *args: Any, **more: Any) -> None:
-        begin(self, *args, **more)
-        made.append(self)
-
-    monkeypatch.setattr(regression.Regression, "__init__", kept)
-    monkeypatch.setattr(distill, "load_teacher", lambda *args, **more: before)
-    sizes = {}
-    for rank in (1, 4):
-        train_in(tmp_path, f"rank-{rank}", **SETTINGS, lora_rank=rank)
-        stage = made[-1]
-        if rank == 1:
-            addresses = {p.data_ptr() for p in before.network.trunk.parameters()}
-            frozen = [p for p in stage.student.parameters() if not p.requires_grad]
-            assert frozen
-            assert all(p.data_ptr() in addresses for p in frozen)
-            assert {p.dtype for p in frozen} == {torch.bfloat16}
-            assert {p.dtype for p in stage.parameters} == {torch.float32}
-        newest = max((tmp_path / f"rank-{rank}" / "checkpoints").glob("step-*"))
-        saved = load_file(newest / "model.safetensors")
-        assert not any("base_layer" in name for name in saved)
-        sizes[rank] = sum(tensor.numel() for name, tensor in saved.items() if "lora_" in name)
-    assert sizes[4] == 4 * sizes[1] > 0
-    # Merging the result changed nothing of the teacher's, and the result is not the teacher.
-    del before.__dict__["fingerprint"]
-    assert before.fingerprint == digest
-    monkeypatch.undo()
-    result = Student.from_pretrained(tmp_path / "rank-4")
-    teacher = load_teacher(tmp_path / "teacher", dtype="bfloat16").network.trunk
-    pairs = zip(result.trunk.named_parameters(), teacher.parameters(), strict=True)
-    assert sum(not torch.equal(mine, theirs) for (_, mine), theirs in pairs) > 10
-    whole = consolidate(tmp_path / "rank-4", tmp_path / "whole")
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(whole.parameters(), result.parameters(), strict=True))

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -259,9 +259,9 @@ class Trunk(Backbone):
     def has_null_class(self) -> bool:
         return self.config.has_null_label
 
-    def for_student(self, head: nn.Module, memo: dict[int, Any] | None = None) -> tuple[Trunk, nn.Module]:
+    def for_student(self, head: nn.Module) -> tuple[Trunk, nn.Module]:
         """Copies without the variance that a teacher may predict: a student's head has C output channels."""
-        trunk, config = copy.deepcopy(self, memo), self.config
+        trunk, config = copy.deepcopy(self), self.config
         if config.out_channels == config.in_channels:
             return trunk, copy.deepcopy(head)
         trunk.config = dataclasses.replace(config, out_channels=config.in_channels)

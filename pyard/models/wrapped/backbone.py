@@ -169,8 +169,8 @@ class WrappedBackbone(Backbone):
         shallow = {**self.config.transformer, **dict.fromkeys(self.config.depth_settings, 0)}
         return take_output(self._new(shallow), self.output_places, CurrentPass())
 
-    def for_student(self, head: nn.Module, memo: dict[int, Any] | None = None) -> tuple[Self, nn.Module]:
-        return copy.deepcopy(self, memo), copy.deepcopy(head)
+    def for_student(self, head: nn.Module) -> tuple[Self, nn.Module]:
+        return copy.deepcopy(self), copy.deepcopy(head)
 
     def stock(self, head: nn.Module) -> Any:
         """The diffusers transformer with the weights of backbone and head: a copy that knows no history."""
@@ -221,6 +221,12 @@ class WrappedBackbone(Backbone):
 
     def recomputation(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
         return self.current.again()
+
+    def prepare_for_export(self, sample_shape: tuple[int, ...]) -> None:
+        """Replace, in place, what an exported graph cannot hold: complex numbers, lists of samples, lengths as Python numbers.
+
+        Results for samples of this shape stay the same up to rounding. It runs under `ExportableCalls` alone from then on.
+        """
 
     @classmethod
     def without_weights(cls) -> contextlib.AbstractContextManager[Any]:

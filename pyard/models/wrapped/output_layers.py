@@ -39,11 +39,11 @@ class LayerSlot(nn.Module):
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         layers = [getattr(head, self.name) for head in self.current.heads]
-        weight = next(layers[0].parameters(), None)
-        if weight is not None and weight.dtype != args[0].dtype:
-            # A trained head is kept in float32 above frozen blocks in bfloat16.
-            args = tuple(row.to(weight.dtype) for row in args)
-            kwargs = {name: row.to(weight.dtype) for name, row in kwargs.items()}
+        # Output layers that are trained are float32, whatever the frozen blocks below them are.
+        dtype = next((parameter.dtype for parameter in layers[0].parameters()), None)
+        if dtype is not None:
+            args = tuple(_cast(tensor, dtype) for tensor in args)
+            kwargs = {name: _cast(tensor, dtype) for name, tensor in kwargs.items()}
         if len(layers) == 1:
             output: torch.Tensor = layers[0](*args, **kwargs)
             return output
@@ -108,6 +108,10 @@ def put_output(transformer: nn.Module, places: Mapping[str, str], head: nn.Modul
 def _owner(transformer: nn.Module, path: str) -> tuple[nn.Module, str]:
     parent, _, own = path.rpartition(".")
     return transformer.get_submodule(parent), own
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def _named(layer: nn.Module, unnamed: int, names: tuple[str, ...]) -> Callable[..., Any]:
