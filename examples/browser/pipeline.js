@@ -105,6 +105,7 @@ export class Pipeline {
 export function tokenNumbers(tokenizer, settings, prompt) {
   const text = `${settings.prefix}${settings.plain ? prompt.toLowerCase().trim() : prompt}${settings.suffix}`;
   const numbers = truncated(tokenizer, text, settings.max_length);
+  if (numbers.includes(undefined)) throw new Error(`the tokenizer has no number for a part of "${text}"`);
   const padding = Array(settings.pads_to === 'max_length' ? settings.max_length - numbers.length : 0);
   const [pads, none, ones] = [padding.fill(settings.pad), padding.slice().fill(0), numbers.map(() => 1)];
   return settings.pads_left

@@ -52,7 +52,9 @@ class Handler(SimpleHTTPRequestHandler):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("student", type=Path, help="file written by python -m pyard.export --form step, or folder of a text-to-image student")
+    parser.add_argument(
+        "student", type=Path, help="file written by python -m pyard.export --form step, or folder of a text-to-image student"
+    )
     parser.add_argument("--port", type=int, default=8080, help="0 takes a free one")
     options = parser.parse_args()
     if not options.student.is_file() and not (options.student / "config.json").is_file():
