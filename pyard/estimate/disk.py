@@ -78,6 +78,14 @@ def store_bytes(manifest: TrajectoryManifest, count: int) -> int:
     return total
 
 
+def held_out_bytes(config: TrainConfig, manifest: TrajectoryManifest) -> int:
+    """Of the trajectories that a run with `evaluate_every` generates to be measured on: targets alone, in float32."""
+    if not config.evaluate_every:
+        return 0
+    like = dataclasses.replace(manifest, keep=config.target, dtype="float32")
+    return store_bytes(dataclasses.replace(like, shard_size=default_shard_size(like)), config.evaluation_trajectories)
+
+
 def checkpoints_kept(config: TrainConfig) -> int:
     """How many checkpoints there are at the end of a run."""
     written = set(range(config.save_every, config.max_steps + 1, config.save_every)) | {config.max_steps}

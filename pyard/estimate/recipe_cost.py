@@ -13,14 +13,14 @@ from pyard.cost.devices import DEVICES, known_device
 from pyard.cost.flops import teacher_flops, without_weights
 from pyard.cost.memory import pass_memory
 from pyard.errors import InputError
-from pyard.estimate.disk import checkpoints_kept, grid_of, manifest_of, sample_shape_of, store_bytes
+from pyard.estimate.disk import checkpoints_kept, grid_of, held_out_bytes, manifest_of, sample_shape_of, store_bytes
 from pyard.estimate.report import Estimate, StageCost
 from pyard.estimate.text_cost import TextCost, stored_text_cost, text_cost
 from pyard.estimate.update_cost import MemoryOfUpdates, stage_flops
 from pyard.models.folder import load_config
 from pyard.models.lora import add_lora
 from pyard.models.student import Student
-from pyard.models.student_config import StudentConfig
+from pyard.models.student_config import LoraHeads, StudentConfig
 from pyard.storage.typed import checked
 from pyard.teachers.published import TeacherOutline, outline_of
 from pyard.teachers.text_to_image.encoding import TextShape
@@ -121,6 +121,7 @@ def estimate(
     parameters = sum(p.numel() for p in student.parameters())
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     share = max(1, config.batch_size // gpus // config.gradient_accumulation)
+    layouts = LAYOUTS if gpus > 1 else {name.replace("DDP", "one GPU"): kind for name, kind in LAYOUTS.items() if not kind[0]}
     own = (config.parallel == "fsdp" and gpus > 1, config.activation_checkpointing)
     result = Estimate(
         recipe=str(recipe),
@@ -139,18 +140,11 @@ def estimate(
         # Weights, averages and AdamW's two moments, in float32, of what is trained.
         checkpoint_bytes=4 * trained * (1 + len(config.ema_decays) + 2),
         checkpoints=checkpoints_kept(config),
+        held_out_bytes=held_out_bytes(config, manifest) + (texts.num_bytes if texts and config.evaluate_every else 0),
         stages=tuple(stages),
         gpus=gpus,
-        memory={
-            (layout if gpus > 1 else layout.replace("DDP", "one GPU")): {
-                batch: memory.of(batch, gpus, *kind) for batch in MICRO_BATCHES
-            }
-            for layout, kind in LAYOUTS.items()
-            if gpus > 1 or not kind[0]
-        },
-        own_layout=next(
-            layout if gpus > 1 else layout.replace("DDP", "one GPU") for layout, kind in LAYOUTS.items() if kind == own
-        ),
+        memory={layout: memory.each(MICRO_BATCHES, gpus, *kind) for layout, kind in layouts.items()},
+        own_layout=next(layout for layout, kind in layouts.items() if kind == own),
         own_memory=memory.of(share, gpus, *own),
         teacher_memory=teacher_memory(config, manifest, teacher, texts, condition),
         device=device,
@@ -195,10 +189,16 @@ def student_of(config: TrainConfig, teacher: TeacherOutline) -> tuple[TrainConfi
         )
     made = Student(student, trunk, head).to("meta").requires_grad_(True)
     if config.lora_rank is not None:
-        add_lora(made, config.lora_rank)
+        add_lora(made, config.lora_rank, config.lora_heads or _default_lora_heads(student, teacher))
     places = [Path(place) for place in (config.teacher, store_of(config), config.student) if place is not None]
     made.conditions = made.conditions or load_conditions(*places, *(place / "student" for place in places))
     return config, made
+
+
+def _default_lora_heads(student: StudentConfig, teacher: TeacherOutline) -> LoraHeads:
+    """As training decides: additions where a stock pipeline could draw with the student, else the whole output layers."""
+    fits_stock = not student.history_layers and student.output == "jump" and student.heads == "shared"
+    return "lora" if teacher.pipeline is not None and fits_stock else "whole"
 
 
 def store_of(config: TrainConfig) -> Path | None:
