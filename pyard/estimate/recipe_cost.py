@@ -25,7 +25,8 @@ from pyard.models.student_config import StudentConfig
 from pyard.storage.typed import checked
 from pyard.teachers.published import network_of
 from pyard.training.adversarial_cost import adversarial_flops, looked_at
-from pyard.training.config import TrainConfig
+from pyard.training.agreement import agree_with_stores, agree_with_student
+from pyard.training.config import TrainConfig, known
 from pyard.trajectories.generate import DEFAULT_BATCH_SIZE, DEFAULT_CFG_SCALE, DEFAULT_TEACHER_STEPS, default_shard_size
 from pyard.trajectories.manifest import SAFETENSORS_DTYPES, TrajectoryManifest
 from pyard.trajectories.store import TrajectoryStore, shard_ranges
@@ -84,14 +85,16 @@ def estimate(
         if value is not None and value <= 0:
             raise InputError(f"estimate: {name} is {value}; expected more than 0")
     config = TrainConfig.read(recipe)
+    given = store_of(config)
+    store = TrajectoryStore.open(given) if given is not None and given.is_dir() else None
+    if store is not None:
+        config = agree_with_stores(config, [store], [store.count])
     teacher, schedule = network_of(config.teacher, network or config.network)
     config, student = student_of(config, teacher, schedule)
     condition = one_condition(config, student)
     manifest = manifest_of(config, teacher, schedule, student.num_conditions)
-    count, generated, guessed = config.num_trajectories, config.trajectories is None, config.trajectories is not None
-    given = store_of(config)
-    if given is not None and given.is_dir():
-        store = TrajectoryStore.open(given)
+    count, generated, guessed = known(config.num_trajectories), given is None, given is not None
+    if store is not None:
         manifest, count, guessed = store.manifest, store.count, False
 
     def sustained(mixed_precision: str) -> float | None:
@@ -145,22 +148,21 @@ def student_of(config: TrainConfig, network: Denoiser, schedule: NoiseSchedule) 
         folder = Path(config.student)
         earlier = load_config(folder / "student" if (folder / "student").is_dir() else folder, kind="Student")
         student = StudentConfig.from_json(earlier, type(trunk))
-        config = config.like(student)
+        config = agree_with_student(config, student).resolved(trunk.config.depth)
     else:
         config = config.resolved(trunk.config.depth)
-        assert config.history_layers is not None
         assert config.output is not None
         assert config.history_bias != "auto"
         student = StudentConfig(
             network=trunk.config,
-            grid=TimeGrid.build(schedule, config.num_steps, config.teacher_steps or DEFAULT_TEACHER_STEPS),
+            grid=TimeGrid.build(schedule, known(config.num_steps), config.teacher_steps or DEFAULT_TEACHER_STEPS),
             schedule=schedule,
-            history_layers=config.history_layers,
-            mask=config.mask,
+            history_layers=known(config.history_layers),
+            mask=known(config.mask),
             window=config.window,
-            target=config.target,
+            target=known(config.target),
             output=config.output,
-            heads=config.heads,
+            heads=known(config.heads),
             history_bias=config.history_bias,
             family=trunk.family(),
         )
@@ -192,18 +194,18 @@ def manifest_of(config: TrainConfig, network: Denoiser, schedule: NoiseSchedule,
     """The manifest that the recipe's trajectories will have, but for the teacher's fingerprint."""
     manifest = TrajectoryManifest(
         teacher_fingerprint="0" * 64,
-        solver=solver_of(schedule),
+        solver=solver_of(schedule, config.solver),
         schedule=schedule,
-        grid=TimeGrid.build(schedule, config.num_steps, config.teacher_steps or DEFAULT_TEACHER_STEPS),
+        grid=TimeGrid.build(schedule, known(config.num_steps), config.teacher_steps or DEFAULT_TEACHER_STEPS),
         cfg_scale=DEFAULT_CFG_SCALE if config.cfg_scale is None else config.cfg_scale,
         cfg_channels=config.cfg_channels,
         cfg_interval=None,
-        precision=config.trajectory_precision,
+        precision=config.trajectory_precision or "float32",
         compiled=False,
         sample_shape=network.config.sample_shape,
         num_classes=classes,
-        keep=config.trajectory_keep,
-        dtype=config.trajectory_dtype,
+        keep=known(config.trajectory_keep),
+        dtype=known(config.trajectory_dtype),
         seed=config.seed,
         labels="uniform",
         batch_size=DEFAULT_BATCH_SIZE,
@@ -230,9 +232,10 @@ def store_bytes(manifest: TrajectoryManifest, count: int) -> int:
 
 
 def trajectory_flops(config: TrainConfig, network: Denoiser, condition: Condition) -> float:
-    """Of the teacher for all trajectories: DDIM and Euler evaluate it once a step, twice with guidance."""
-    passes = (config.teacher_steps or DEFAULT_TEACHER_STEPS) * (1 if config.cfg_scale == 1 else 2)
-    return config.num_trajectories * passes * teacher_flops(network, condition)
+    """Of the teacher for all trajectories: once a step (Heun: twice, but for the last), and with guidance twice as often."""
+    steps = config.teacher_steps or DEFAULT_TEACHER_STEPS
+    passes = (2 * steps - 1 if config.solver == "heun" else steps) * (1 if config.cfg_scale == 1 else 2)
+    return known(config.num_trajectories) * passes * teacher_flops(network, condition)
 
 
 def stage_flops(config: TrainConfig, network: Denoiser, student: Student) -> float:
