@@ -24,7 +24,8 @@ from pyard.models.student_config import LoraHeads, StudentConfig
 from pyard.storage.typed import checked
 from pyard.teachers.published import TeacherOutline, outline_of
 from pyard.teachers.text_to_image.encoding import TextShape
-from pyard.training.config import TrainConfig
+from pyard.training.agreement import agree_with_stores, agree_with_student
+from pyard.training.config import TrainConfig, known
 from pyard.trajectories.manifest import TrajectoryManifest
 from pyard.trajectories.store import TrajectoryStore
 
@@ -86,20 +87,20 @@ def estimate(
         if value is not None and value <= 0:
             raise InputError(f"estimate: {name} is {value}; expected more than 0")
     config = TrainConfig.read(recipe)
+    given = store_of(config)
+    store = TrajectoryStore.open(given) if given is not None and given.is_dir() else None
+    if store is not None:
+        config = agree_with_stores(config, [store], [store.count])
     teacher = outline_of(config.teacher, network or config.network)
     config, student = student_of(config, teacher)
     text = text_shape(teacher, text_tokens)
     condition = one_condition(config, teacher, student, text)
-    texts = (
-        None if text is None or teacher.pipeline is None else text_cost(config, teacher.pipeline, text, config.num_trajectories)
-    )
+    count, generated, guessed = known(config.num_trajectories), given is None, given is not None and store is None
+    texts = None if text is None or teacher.pipeline is None else text_cost(config, teacher.pipeline, text, count)
     manifest = manifest_of(config, teacher, student.num_conditions if texts is None else texts.prompts)
-    count, generated, guessed = config.num_trajectories, config.trajectories is None, config.trajectories is not None
-    given = store_of(config)
-    if given is not None and given.is_dir():
-        store = TrajectoryStore.open(given)
-        manifest, count, guessed = store.manifest, store.count, False
-        table = load_conditions(given)
+    if store is not None:
+        manifest = store.manifest
+        table = load_conditions(store.path)
         if isinstance(table, PromptTable) and text is not None:
             texts = stored_text_cost(table, text)
 
@@ -167,22 +168,21 @@ def student_of(config: TrainConfig, teacher: TeacherOutline) -> tuple[TrainConfi
         folder = Path(config.student)
         earlier = load_config(folder / "student" if (folder / "student").is_dir() else folder, kind="Student")
         student = StudentConfig.from_json(earlier, type(trunk))
-        config = config.like(student)
+        config = agree_with_student(config, student).resolved(trunk.config.depth)
     else:
         config = config.resolved(trunk.config.depth)
-        assert config.history_layers is not None
         assert config.output is not None
         assert config.history_bias != "auto"
         student = StudentConfig(
             network=trunk.config,
             grid=grid_of(config, teacher),
             schedule=teacher.schedule,
-            history_layers=config.history_layers,
-            mask=config.mask,
+            history_layers=known(config.history_layers),
+            mask=known(config.mask),
             window=config.window,
-            target=config.target,
+            target=known(config.target),
             output=config.output,
-            heads=config.heads,
+            heads=known(config.heads),
             history_bias=config.history_bias,
             family=trunk.family(),
             sample_shapes=(sample_shape_of(config, teacher),),
