@@ -22,6 +22,7 @@ from pyard.models.backbone import Denoiser
 from pyard.models.folder import load_config
 from pyard.models.student import Student
 from pyard.models.student_config import StudentConfig
+from pyard.storage.files import write_text
 from pyard.storage.typed import checked
 from pyard.teachers.published import network_of
 from pyard.training.adversarial_cost import adversarial_flops, looked_at
@@ -134,7 +135,7 @@ def estimate(
     )
     print(result)
     if out is not None:
-        out.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
+        write_text(out, json.dumps(result.to_json(), indent=2) + "\n")
     return result
 
 
