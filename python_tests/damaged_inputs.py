@@ -103,7 +103,9 @@ def build(base: Path) -> None:
     shutil.copytree(base / "run", base / "stopped")
     shutil.copytree(base / "run/store", base / "store/store")
     student_and_real_data(base / "run")
-    train_in(base / "stopped", "run", max_steps=4, save_every=2, lr_schedule="constant")
+    stopped = train_in(base / "stopped", "run", max_steps=4, save_every=2)
+    for last in (stopped / "student", stopped / "checkpoints/step-0000004"):
+        shutil.rmtree(last)
     (base / "recipe/recipe.yaml").write_text(RECIPE)
     for i in range(3):
         Image.fromarray(rng.integers(0, 255, (12, 10 + i, 3), dtype=np.uint8)).save(base / f"pictures/{i}.png")

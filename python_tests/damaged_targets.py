@@ -238,10 +238,7 @@ _TEXT = (
 
 _STORE = ("store/*.json", "store/shards/*")
 _RUN = ("run/*.json*", "run/*.yaml", "run/checkpoints/*/*")
-_RESUME = (
-    "train --config FOLDER/run/settings.yaml --teacher FOLDER/teacher --trajectories FOLDER/store --out FOLDER/run "
-    "--max_steps 5"
-)
+_RESUME = "train --config FOLDER/run/settings.yaml --teacher FOLDER/teacher --trajectories FOLDER/store --out FOLDER/run"
 _CERTAIN = tuple(
     {damage.name for damages in (ANY_FILE, JSON_FILE, SAFETENSORS, PICKLE, YAML_FILE) for damage in damages if damage.certain}
 )

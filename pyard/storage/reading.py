@@ -150,7 +150,10 @@ def parse_json(text: bytes | str, path: Path | str, *, finite: bool = True) -> A
     Raises:
         InputError: no JSON, a key that appears twice, half a character, or values nested deeper than `MAX_DEPTH`.
     """
-    text = decode(text, path) if isinstance(text, bytes) else text
+    try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not valid JSON (not UTF-8: {error.reason} at byte {error.start})") from None
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_not_finite if finite else None)
         if "\\u" in text and not _has_whole_characters(value):

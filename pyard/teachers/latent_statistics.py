@@ -9,6 +9,7 @@ import torch
 
 from pyard.errors import InputError
 from pyard.models.dit.checkpoint_file import Tensors
+from pyard.storage.pickles import read_pickle
 
 
 class LatentStatistics(NamedTuple):
@@ -38,6 +39,20 @@ class LatentStatistics(NamedTuple):
         if variance.shape != (channels,) or not bool((variance > 0).all()):
             raise InputError(f"{path}: bn.running_var is no variance of {channels} channels")
         return cls._checked(mean.tolist(), torch.sqrt(variance).tolist(), channels, path)
+
+    @classmethod
+    def beside(cls, path: Path, channels: int) -> LatentStatistics | None:
+        """Those in `latents_stats.pt` beside a checkpoint of LightningDiT, which normalises latents by it, if there is one."""
+        file = path.with_name("latents_stats.pt")
+        if not file.is_file():
+            return None
+        try:
+            found = read_pickle(file)
+            mean, std = (found[name].double().flatten().tolist() for name in ("mean", "std"))
+        except Exception as error:  # whatever torch raises for what is no such file
+            what = str(error).strip().splitlines()[:1]
+            raise InputError(f"{file}: expected the mean and std of {channels} channels ({' '.join(what)[:200]})") from None
+        return cls._checked(mean, std, channels, file)
 
     @classmethod
     def from_json(cls, config: Any, path: Path) -> LatentStatistics | None:

@@ -191,8 +191,11 @@ def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str =
     steps = checkpoints.steps()
     if not steps or (step is not None and step not in steps):
         raise InputError(f"{run}: checkpoints of steps {steps}; expected {'any' if step is None else step}")
-    folder = checkpoints.folder(steps[-1] if step is None else step)
-    state = read_object(folder / "state.json", "the state of a run")
+    step = steps[-1] if step is None else step
+    folder = checkpoints.folder(step)
+    if (damage := checkpoints.damage(step)) is not None:
+        raise InputError(f"checkpoint {folder} is damaged ({damage}); choose another --step of {steps}")
+    state = checkpoints.state(step)
     about = as_object(state.get("student"), folder / "state.json", "a student's configuration under 'student'")
     backbone = backbone_class(str(about.get("family", "dit")), network, folder)
     student_config = StudentConfig.from_json(about, backbone)

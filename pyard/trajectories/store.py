@@ -19,8 +19,11 @@ from pyard.conditions import ClassConditions, Conditions, PromptTable, load_cond
 from pyard.errors import InputError
 from pyard.storage.files import file_sha256, to_bytes, write_atomically
 from pyard.storage.reading import read_json
-from pyard.trajectories.manifest import MOST_SAMPLES, MOST_SHARDS, TrajectoryManifest
+from pyard.trajectories.manifest import MOST_SHARDS, TrajectoryManifest
 from pyard.trajectories.shard import ForeignShardError, ShardRecord, map_shard, read_record, shard_name, shard_range
+
+# Shards are named by numbers of ten digits.
+MAX_COUNT = 10**10 - 1
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ def read_request(path: Path) -> int | None:
         return None
     request = read_json(file)
     count = request.get("count") if isinstance(request, dict) else None
-    if type(count) is not int or not 1 <= count <= MOST_SAMPLES:
+    if type(count) is not int or not 1 <= count <= MAX_COUNT:
         raise InputError(f'{file}: expected {{"count": N}}, found {request!r:.60}; delete it and give the command again')
     return count
 

@@ -70,7 +70,7 @@ def test_files_that_are_too_large_are_not_read(tmp_path: Path) -> None:
         ('{"a": 1, "a": 2}', "a key appears twice"),
         ('["\\ud800"]', "lone surrogate"),
         ("1" * 5000, "not valid JSON"),
-        (b"\xff\xfe{\0}\0", "line 1: not UTF-8"),
+        (b"\xff\xfe{\0}\0", "not valid JSON .not UTF-8"),
     ],
 )
 def test_json_that_is_none(text: str | bytes, message: str) -> None:
