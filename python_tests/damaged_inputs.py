@@ -35,7 +35,6 @@ adversarial:
   r1: 0.1
 lr_schedule: cosine
 ema_decay: [0.9, 0.99]
-keep: both
 """
 
 

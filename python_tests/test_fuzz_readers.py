@@ -108,7 +108,7 @@ def student(path: Path) -> None:
 
 
 def scheduler(path: Path) -> None:
-    if path.name != "scheduler_config.json":
+    if path.name != "scheduler_config.json" and path.exists():
         path = path.rename(path.with_name("scheduler_config.json"))
     load_schedule(path.parent)
 
