@@ -98,7 +98,9 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
     if here in above:
         return
     for entry in os.scandir(folder):
-        if entry.is_dir():
+        with reading(entry.path):  # a link to itself
+            is_folder = entry.is_dir()
+        if is_folder:
             yield from _walk(Path(entry.path), (*above, here))
         else:
             yield Path(entry.path)

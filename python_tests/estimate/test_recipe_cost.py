@@ -284,7 +284,7 @@ def test_what_is_missing_of_a_backbone_of_ones_own_is_named(own_folder, capsys):
     assert main(["estimate", "recipe.yaml", "--network", NETWORK]) == 2
     assert "no table of conditions was found; expected one in conditions/" in capsys.readouterr().err
     assert main(["estimate", "recipe.yaml", "--network", "pyard.models.dit.network:Trunk"]) == 2
-    assert "config.json does not fit Trunk" in capsys.readouterr().err
+    assert "it does not fit Trunk" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
