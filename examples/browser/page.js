@@ -1,4 +1,5 @@
-// The page: loads the student that the server offers (or ?student=URL, or a chosen file), and draws what is clicked.
+// The page: loads the student that the server offers (?student=: a file, or the folder of a pipeline, which ends in a slash) or a chosen
+// file, and draws what is asked for.
 
 import { Student, toImage } from './student.js';
 
@@ -6,9 +7,10 @@ const LIBRARY = './node_modules/onnxruntime-web/dist/';
 const MAX_BUTTONS = 20;
 const $ = (id) => document.getElementById(id);
 
-let bytes; // of the student's file
-let student;
-let chosen = 0; // class
+const place = new URLSearchParams(location.search).get('student') ?? 'student.onnx';
+let chosenFile; // in place of what the server offers
+let student; // or a pipeline
+let label = 0;
 let latest = 0; // number of the latest drawing: earlier ones stop
 
 async function available() {
@@ -25,27 +27,42 @@ async function library(provider) {
   return ort;
 }
 
-async function fetchStudent(url) {
+async function read(url) {
   const answer = await fetch(url);
   if (!answer.ok) throw new Error(`${url}: ${answer.status} ${answer.statusText}`);
   return new Uint8Array(await answer.arrayBuffer());
 }
 
-async function open(name) {
-  student = await Student.load(await library($('provider').value), bytes, $('provider').value);
+async function open() {
+  const provider = $('provider').value;
+  const ort = await library(provider);
+  let name = place;
+  let size;
+  if (!chosenFile && place.endsWith('/')) {
+    const { Pipeline } = await import('./pipeline.js');
+    student = await Pipeline.load(ort, (file) => read(place + file), provider);
+    size = student.bytes;
+  } else {
+    const bytes = chosenFile ? new Uint8Array(await chosenFile.arrayBuffer()) : await read(place);
+    student = await Student.load(ort, bytes, provider);
+    [name, size] = [chosenFile?.name ?? place, bytes.length];
+  }
   const { info } = student;
   $('about').textContent =
-    `${name}: ${info.num_steps} steps, ${info.precision}, ${(bytes.length / 1e6).toFixed(1)} MB, ` +
-    `samples of [${info.sample_shape.join(', ')}]`;
-  if (info.num_classes === null) throw new Error(`this page draws classes; the student takes ${conditionNames(info)}`);
-  showClasses(info.num_classes);
+    `${name}: ${info.num_steps} steps, ${info.precision}, ${(size / 1e6).toFixed(1)} MB, samples of [${info.sample_shape.join(', ')}]`;
+  const prompts = Boolean(student.encode);
+  if (!prompts && info.num_classes === null) {
+    const names = info.conditions.map(({ name }) => name).join(', ');
+    throw new Error(`this file takes ${names}; to draw from prompts, export the student as a folder: --onnx FOLDER/`);
+  }
+  $('prompt-form').hidden = !prompts;
+  $('classes').hidden = prompts;
+  if (!prompts) showClasses(info.num_classes);
   $('controls').hidden = false;
 }
 
-const conditionNames = (info) => info.conditions.map(({ name }) => name).join(', ');
-
 function showClasses(count) {
-  chosen = Math.min(chosen, count - 1);
+  label = Math.min(label, count - 1);
   const numbers = [...Array(count).keys()];
   if (count <= MAX_BUTTONS) {
     $('classes').replaceChildren(...numbers.map((number) => {
@@ -54,15 +71,15 @@ function showClasses(count) {
       return button;
     }));
   } else {
-    const input = Object.assign(document.createElement('input'), { type: 'number', min: 0, max: count - 1, value: chosen });
+    const input = Object.assign(document.createElement('input'), { type: 'number', min: 0, max: count - 1, value: label });
     input.onchange = () => choose(Math.max(0, Math.min(count - 1, Math.round(input.valueAsNumber) || 0)));
     $('classes').replaceChildren(`Class, 0 to ${count - 1}`, input);
   }
 }
 
 function choose(number) {
-  chosen = number;
-  return show(draw);
+  label = number;
+  draw();
 }
 
 function seed() {
@@ -71,15 +88,24 @@ function seed() {
   return BigInt(text);
 }
 
-async function draw() {
+// A drawing that has begun stops after the step that runs, and what was asked for meanwhile is left out, but for the latest.
+function draw() {
   const mine = ++latest;
+  return next(() => mine === latest && drawAs(mine));
+}
+
+async function drawAs(mine) {
   for (const [number, button] of [...$('classes').querySelectorAll('button')].entries()) {
-    button.setAttribute('aria-pressed', number === chosen);
+    button.setAttribute('aria-pressed', number === label);
   }
+  const what = student.encode ? { prompt: $('prompt').value } : { label };
+  const begin = performance.now();
+  const condition = student.encode ? await student.encode(what.prompt) : student.label(label);
+  $('timing').textContent = student.encode ? `Prompt encoded in ${(performance.now() - begin).toFixed(1)} ms.` : '';
   const count = student.info.form === 'sampler' ? 1 : student.info.num_steps;
   const figures = Array.from({ length: count }, (_, step) => figure(step, count));
   const predictions = [];
-  for await (const { step, picture, milliseconds } of student.draw(student.label(chosen), seed())) {
+  for await (const { step, picture, milliseconds } of student.draw(condition, seed())) {
     if (mine !== latest) return;
     if (step === 0) $('steps').replaceChildren(...figures);
     const image = toImage(picture);
@@ -91,7 +117,7 @@ async function draw() {
     predictions.push(picture);
     await new Promise(requestAnimationFrame); // let the browser paint before the next step
   }
-  self.drawn = { label: chosen, seed: $('seed').value, predictions }; // for tests, and for the curious
+  self.drawn = { ...what, seed: $('seed').value, predictions }; // for tests, and for the curious
 }
 
 function figure(step, count) {
@@ -102,39 +128,43 @@ function figure(step, count) {
   return element;
 }
 
-// Whatever goes wrong is said on the page.
-async function show(action) {
-  $('message').textContent = '';
-  try {
-    await action();
-  } catch (error) {
-    console.error(error);
-    $('message').textContent = error.message ?? String(error);
-  }
+// One thing after the other; whatever goes wrong is said on the page.
+let queue = Promise.resolve();
+function next(action) {
+  queue = queue.then(async () => {
+    $('message').textContent = '';
+    try {
+      await action();
+    } catch (error) {
+      console.error(error);
+      $('message').textContent = error.message ?? String(error);
+    }
+  });
+  return queue;
 }
 
-const reopen = (name) => show(async () => {
-  await open(name);
-  await draw();
-});
+function reopen() {
+  const mine = ++latest;
+  return next(async () => {
+    await open();
+    await drawAs(mine);
+  });
+}
 
-let name = new URLSearchParams(location.search).get('student') ?? 'student.onnx';
-$('seed').onchange = () => show(draw);
-$('next-seed').onclick = () => show(() => {
-  $('seed').value = BigInt.asUintN(64, seed() + 1n);
-  return draw();
-});
-$('provider').onchange = () => reopen(name);
-$('file').onchange = () => show(async () => {
-  const [file] = $('file').files;
-  bytes = new Uint8Array(await file.arrayBuffer());
-  name = file.name;
-  await reopen(name);
-});
+$('prompt-form').onsubmit = (event) => {
+  event.preventDefault();
+  draw();
+};
+$('seed').onchange = draw;
+$('next-seed').onclick = () => {
+  next(() => { $('seed').value = BigInt.asUintN(64, seed() + 1n); });
+  draw();
+};
+$('provider').onchange = reopen;
+$('file').onchange = () => {
+  [chosenFile] = $('file').files;
+  reopen();
+};
 
-await show(async () => {
-  const { found } = await available();
-  $('provider').replaceChildren(...found.map(([value, text]) => new Option(text, value)));
-  bytes = await fetchStudent(name);
-  await reopen(name);
-});
+$('provider').replaceChildren(...(await available()).found.map(([value, text]) => new Option(text, value)));
+await reopen();

@@ -18,7 +18,7 @@ LIBRARY = PAGE / "node_modules" / "onnxruntime-web" / "dist"
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Files of the page, and the student as /student.onnx."""
+    """Files of the page, and the student as /student.onnx, or as /student/ if it is a folder."""
 
     extensions_map = {**SimpleHTTPRequestHandler.extensions_map, ".mjs": "text/javascript", ".wasm": "application/wasm"}  # noqa: RUF012
 
@@ -28,7 +28,12 @@ class Handler(SimpleHTTPRequestHandler):
 
     def translate_path(self, path: str) -> str:
         """Where a requested file lies."""
-        return str(self.student) if path.split("?")[0] == "/student.onnx" else super().translate_path(path)
+        below = path.split("?")[0].removeprefix("/student/")
+        if below == "/student.onnx" and self.student.is_file():
+            return str(self.student)
+        if self.student.is_dir() and not below.startswith("/") and ".." not in below.split("/"):
+            return str(self.student / below)
+        return super().translate_path(path)
 
     def end_headers(self) -> None:
         """Threads share memory, which browsers allow to pages that are isolated from other origins alone."""
@@ -47,15 +52,18 @@ class Handler(SimpleHTTPRequestHandler):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("student", type=Path, help="file written by python -m pyard.export --form step")
+    parser.add_argument(
+        "student", type=Path, help="file written by python -m pyard.export --form step, or folder of a text-to-image student"
+    )
     parser.add_argument("--port", type=int, default=8080, help="0 takes a free one")
     options = parser.parse_args()
-    if not options.student.is_file():
+    if not options.student.is_file() and not (options.student / "config.json").is_file():
         sys.exit(f"{options.student}: no such file; expected one written by python -m pyard.export --form step --onnx FILE")
     if not LIBRARY.is_dir():
         sys.exit(f"{LIBRARY} is missing: run npm ci --prefix {PAGE}")
     server = ThreadingHTTPServer(("127.0.0.1", options.port), functools.partial(Handler, student=options.student.resolve()))
-    print(f"http://localhost:{server.server_address[1]}/", flush=True)
+    query = "?student=student/" if options.student.is_dir() else ""
+    print(f"http://localhost:{server.server_address[1]}/{query}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
 

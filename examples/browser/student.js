@@ -43,9 +43,13 @@ function* fields(bytes) {
 export class Student {
   // ort: the module onnxruntime-web; bytes: Uint8Array of the file; provider: 'wasm' or 'webgpu'.
   static async load(ort, bytes, provider) {
-    const info = readMetadata(bytes);
+    readMetadata(bytes); // says what is no student before onnxruntime does
     const session = await ort.InferenceSession.create(bytes, { executionProviders: [provider], logSeverityLevel: 3 });
-    return new Student(ort, session, info);
+    return Student.of(ort, bytes, session);
+  }
+
+  static of(ort, bytes, session) {
+    return new Student(ort, session, readMetadata(bytes));
   }
 
   constructor(ort, session, info) {
@@ -53,7 +57,6 @@ export class Student {
     this.session = session;
     this.info = info;
     this.past = session.inputMetadata.filter(({ name }) => name.startsWith('past'));
-    this.waiting = Promise.resolve();
   }
 
   noise(seed) {
@@ -70,7 +73,7 @@ export class Student {
     return { label: new this.ort.Tensor('int64', BigInt64Array.of(BigInt(number)), [1]) };
   }
 
-  // Draw one sample. Yields the S predictions of a file of the form `step`, coarse ones first, as they come; the sample alone of the
+  // Draw one sample; one at a time, since onnxruntime-web runs one call at a time. Yields the S predictions of a file of the form `step`, coarse ones first, as they come; the sample alone of the
   // form `sampler`. A prediction is { step, picture, milliseconds }, the picture a tensor: float32 [1, C, H, W] from -1 to 1, or uint8
   // [1, H, W, 3] of a file with a decoder.
   async *draw(condition, seed) {
@@ -97,15 +100,10 @@ export class Student {
     return new this.ort.Tensor(type, data, [1, shape[1], 0, shape[3]]);
   }
 
-  // A session runs one call at a time; a second one waits for the first.
-  run(inputs) {
-    const done = this.waiting.then(async () => {
-      const begin = performance.now();
-      const outputs = await this.session.run(inputs);
-      return { outputs, milliseconds: performance.now() - begin };
-    });
-    this.waiting = done.catch(() => {});
-    return done;
+  async run(inputs) {
+    const begin = performance.now();
+    const outputs = await this.session.run(inputs);
+    return { outputs, milliseconds: performance.now() - begin };
   }
 }
 

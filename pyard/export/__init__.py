@@ -29,18 +29,22 @@ from pyard.export.files import (
     check_target,
     config_path,
     config_text,
+    data_files,
     describe,
     new_files,
     save_model,
     weight_bytes,
     write_metadata,
 )
-from pyard.export.quantise import quantise
+from pyard.export.half import halve
+from pyard.export.quantise import quantise, typical_inputs
 from pyard.export.traced import trace_student
 from pyard.models.backbone import Backbone
 from pyard.models.dit.network import Trunk
 from pyard.models.student import Student
+from pyard.models.wrapped.backbone import WrappedBackbone
 from pyard.runtime import OnnxStudent
+from pyard.storage.disk import require_room
 from pyard.storage.typed import checked
 
 if TYPE_CHECKING:
@@ -53,6 +57,7 @@ Method = Literal["auto", "assembled", "traced"]
 PARITY_BOUND = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.25, "int8-static": 0.25}  # of the largest value of the sample
 PRECISIONS_OF_PIPELINES = ("fp32", "fp16", "int8")
 PARITY_BATCH_SIZES = (1, 3)
+RANGE_SAMPLES = 4  # that say which layers outgrow fp16
 OPSETS = (20, 21, 22, 23)
 FORMS = ("sampler", "step")
 METHODS = get_args(Method)
@@ -93,7 +98,7 @@ def export(
             the folder of another diffusers autoencoder; `none`: the file draws latents.
         text_encoders: of a text-to-image student: `own`, those of the pipeline that it was made from; the folder of another
             copy of it; `none`: the folder draws from embeddings alone.
-        external_data: weights in a second file, FILE.data; none: where one file cannot hold them (2 GB).
+        external_data: weights in a second file, FILE.HASH.data; none: where one file cannot hold them (2 GB).
         method: `assembled`, for pyard's DiT; `traced`, for any network; `auto`, the first one where it fits.
         parity_bound: largest error against PyTorch, relative to the largest value of a sample, with which the file is written;
             none: 1e-4 for fp32, 0.02 for fp16, 0.25 for int8, and a level more of 255 for pictures.
@@ -103,7 +108,7 @@ def export(
     model = Student.from_pretrained(folder, network=network)
     place = folder / "student" if (folder / "student").is_dir() else folder
     if model.config.text is not None:
-        from pyard.export.pipeline import export_folder  # which writes transformers with export_onnx
+        from pyard.export.pipeline import export_folder, own_text_encoders  # which writes transformers with export_onnx
 
         chosen = {"calibration": calibration != 64, "external_data": external_data is not None, "method": method != "auto"}
         export_folder(
@@ -114,7 +119,7 @@ def export(
             opset=opset,
             precision=precision,
             vae=vae,
-            text_encoders=text_encoders,
+            text_encoders=own_text_encoders(folder) if str(text_encoders) == "own" else text_encoders,
             parity_bound=parity_bound,
         )
         return
@@ -132,7 +137,7 @@ def export(
     settings["parity_bound"] = parity_bound
     parity = export_onnx(model, onnx, **settings, external_data=external_data)
     errors = ", ".join(f"{error:.1e} at batch {size}" for size, error in parity.items())
-    files = [file for file in (onnx, onnx.with_name(f"{onnx.name}.data")) if file.exists()]
+    files = [onnx, *data_files(onnx)]
     megabytes = sum(file.stat().st_size for file in files) / 1e6
     steps = f"one of {model.num_steps} steps a call" if form == "step" else f"{model.num_steps} steps in one graph"
     print(f"{' + '.join(map(str, files))}: {megabytes:.1f} MB, {steps}; error against PyTorch {errors}")
@@ -174,7 +179,7 @@ def export_onnx(
         calibration: samples whose trajectories calibrate `int8-static`.
         vae: whose decoder is appended, so that samples are uint8 [B, height, width, 3]: `own`, the student's, if it has one; a
             diffusers autoencoder (`pyard.models.codec.LatentCodec`), or its folder; `none` or None: samples are latents.
-        external_data: weights in a second file, `<path>.data`; None: where one file cannot hold them (2 GB).
+        external_data: weights in a second file, `<path>.<hash>.data`; None: where one file cannot hold them (2 GB).
         method: `assembled`, of parts that are traced once, for pyard's DiT: fast to export and to run; `traced` as a whole, for
             any backbone; `auto`, the first one where it fits.
         parity_bound: largest relative error with which the file is written; None: `PARITY_BOUND` of the precision, and one
@@ -209,11 +214,13 @@ def export_onnx(
     if not isinstance(student, Student):
         student = Student.from_pretrained(student, network=network)
     student = copy.deepcopy(student).to("cpu", torch.float32).eval().requires_grad_(False)
-    if precision == "fp16":
+    # The transformers of diffusers outgrow fp16 in some layers, which stay in float32 in a graph that is narrowed afterwards.
+    narrowed = precision == "fp16" and isinstance(student.trunk, WrappedBackbone)
+    if precision == "fp16" and not narrowed:
         check_half_range(student)
     decoder = load_decoder(vae, student)
     inputs = ConditionInputs(student, examples)
-    dtype = torch.float16 if precision == "fp16" else torch.float32
+    dtype = torch.float16 if precision == "fp16" and not narrowed else torch.float32
     if method == "assembled" or (method == "auto" and isinstance(student.trunk, Trunk)):
         model = assemble(student, form, opset, dtype, decoder)
     else:
@@ -221,8 +228,12 @@ def export_onnx(
     external = weight_bytes(model) > LARGEST_SINGLE_FILE if external_data is None else external_data
     facts = describe(student, form=form, precision=precision, opset=opset, pictures=decoder is not None, parity={})
     facts["conditions"] = [item.to_json() for item in inputs.inputs]
-    with new_files(path) as building:
-        if precision.startswith("int8"):
+    size = (2 if precision.startswith("int8") or narrowed else 1) * weight_bytes(
+        model
+    )  # quantisation reads a copy from the disk
+    require_room(path.parent, size, f"export to {path.name}")
+    with new_files(path, size) as building:
+        if precision.startswith("int8") or narrowed:
             with TemporaryDirectory(dir=building.parent) as folder:
                 source = Path(folder) / path.name
                 save_model(model, source, external_data=external)
@@ -232,7 +243,11 @@ def export_onnx(
                 def draw(seed: int, index: NDArray[Any]) -> dict[str, NDArray[Any]]:
                     return as_arrays(inputs.draw(seed, index))
 
-                quantise(source, building, calibration=samples, external_data=external, draw=draw)
+                if narrowed:
+                    ranges = typical_inputs(OnnxStudent(source, providers=["CPUExecutionProvider"]), RANGE_SAMPLES, draw)
+                    facts["kept_in_float32"] = halve(source, building, ranges, external_data=external)
+                else:
+                    quantise(source, building, calibration=samples, external_data=external, draw=draw)
         else:
             save_model(model, building, external_data=external)
         del model

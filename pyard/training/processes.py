@@ -50,9 +50,13 @@ class Processes:
     Args:
         mixed_precision: no | bf16 | fp16.
         parallel: `ddp`, or `fsdp` on several processes.
+        is_finished: whether nothing is left to train, which one process can read whatever it was trained by.
+
+    Attributes:
+        reopens: whether this one process cannot train and is there to read a result.
     """
 
-    def __init__(self, mixed_precision: str = "no", parallel: str = "ddp"):
+    def __init__(self, mixed_precision: str = "no", parallel: str = "ddp", *, is_finished: bool = False):
         from accelerate import PartialState
 
         # Without `cpu`, Accelerate runs processes without a GPU side by side, each as if it were alone.
@@ -69,12 +73,14 @@ class Processes:
         self.device: torch.device = state.device
         if mixed_precision == "fp16" and self.device.type == "cpu":
             raise InputError("training: mixed_precision 'fp16' needs a GPU; use 'bf16' or 'no'")
-        if parallel == "fsdp" and (self.world == 1 or mixed_precision == "fp16"):
+        self.reopens = parallel == "fsdp" and self.world == 1 and is_finished
+        if parallel == "fsdp" and not self.reopens and (self.world == 1 or mixed_precision == "fp16"):
             raise InputError(
                 f"training: parallel 'fsdp' on {self.world} processes in {mixed_precision}; expected several processes "
-                "(torchrun), and 'bf16' or 'no', for its loss scaling knows no shards"
+                "(torchrun), and 'bf16' or 'no', for its loss scaling knows no shards; of a run that has not ended, `pyard "
+                "consolidate` turns a checkpoint into a student"
             )
-        self.sharded = parallel == "fsdp"
+        self.sharded = parallel == "fsdp" and not self.reopens
         self._dtype = _DTYPES.get(mixed_precision)
         # Rank 0 may compute trajectories for hours; in training, a wait that long is a hang that has to be noticed.
         self._patient = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if self.world > 1 else None
@@ -183,39 +189,48 @@ class Asked:
         elif not self.status:
             self.status = PREEMPTED_STATUS
 
+    def end(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal and end at once.
+
+        It is noted because the exception can be lost: Python drops one that is raised in a destructor or a callback, and other
+        libraries catch them while they are imported. `preemption` asks again before the first update.
+        """
+        if number == signal.SIGINT:
+            self.status = INTERRUPTED_STATUS
+            raise KeyboardInterrupt
+        self.status = PREEMPTED_STATUS
+        raise Preempted(None)
+
 
 @contextmanager
 def preemption() -> Iterator[Asked]:
     """Notes SIGTERM, SIGUSR1 and SIGINT while the block runs; nothing where Python forbids handlers (threads)."""
     asked = Asked()
-    with _handling(asked.hear, (*PREEMPTING, signal.SIGINT)):
+    with _handling(asked.hear) as earlier:
+        for handler in earlier:
+            asked.status = asked.status or getattr(getattr(handler, "__self__", None), "status", 0)
         yield asked
 
 
 @contextmanager
 def ends_at_once() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 raise `Preempted` in the block: for work whose files survive a kill at any moment.
+    """SIGTERM and SIGUSR1 raise `Preempted`, Ctrl-C KeyboardInterrupt: for work whose files survive a kill at any moment.
 
     Whatever rank they reach ends alone; launchers then end the others, and clusters signal all.
     """
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise Preempted(None)
-
-    with _handling(end):
+    with _handling(Asked().end):
         yield
 
 
 @contextmanager
-def _handling(
-    handler: Callable[[int, FrameType | None], None], numbers: Sequence[signal.Signals] = PREEMPTING
-) -> Iterator[None]:
+def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[list[Any]]:
+    """Handle the signals that end a run; yields who handled them before."""
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield []
         return
-    earlier = {number: signal.signal(number, handler) for number in numbers}
+    earlier = {number: signal.signal(number, handler) for number in (*PREEMPTING, signal.SIGINT)}
     try:
-        yield
+        yield list(earlier.values())
     finally:
         for number, before in earlier.items():
             signal.signal(number, before)

@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from pyard.conditions import PromptTable
-from pyard.data.pictures import tiles
+from pyard.data.pictures import save_picture, tiles
 from pyard.diffusion.noise import standard_normal
 from pyard.errors import InputError
 from pyard.models.codec import LatentCodec
@@ -28,6 +28,7 @@ from pyard.models.student import Student
 from pyard.sampling.exposure_bias import exposure_bias
 from pyard.storage.files import write_text
 from pyard.storage.log import TrainingLog
+from pyard.training.checks import DEFAULTS
 from pyard.training.config import TrainConfig
 from pyard.training.regression import Measured
 from pyard.trajectories import TrajectoryBatch, TrajectoryReader, TrajectoryStore
@@ -91,6 +92,11 @@ class Watcher:
         if self.config.evaluate_every and (step % self.config.evaluate_every == 0 or last):
             self._evaluate(step)
 
+    def flush(self) -> None:
+        """Make the curves so far durable, before a checkpoint appears."""
+        if self.curves is not None:
+            self.curves.flush()
+
     def finish(self) -> None:
         """Close the trackers' files."""
         for tracker in self.trackers:
@@ -131,9 +137,7 @@ class Watcher:
         columns = (_GRID_SAMPLES if self.grids is None else _GRID_PROMPTS) // 2
         picture = tiles(pictures.numpy(), columns=columns)  # [rows, columns, 3]
         if self.grids is not None:
-            from PIL import Image
-
-            Image.fromarray(picture).save(self.grids / f"step-{step:07d}.png")
+            save_picture(picture, self.grids / f"step-{step:07d}.png")
         for tracker in self.trackers:
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"samples": picture[None]}, step=step, **options)
@@ -165,7 +169,7 @@ def _first_of_each_prompt(table: PromptTable) -> np.ndarray:
 def in_order(store: TrajectoryStore, config: TrainConfig) -> Iterable[TrajectoryBatch]:
     """All trajectories of a store once, in their order, in batches of the training's size."""
     size = min(config.batch_size, store.count)
-    reader = TrajectoryReader(store, size, target=config.target)
+    reader = TrajectoryReader(store, size, target=config.target or DEFAULTS["target"])
     for first in range(0, store.count, size):
         yield reader.gather(np.arange(first, min(first + size, store.count)))
 

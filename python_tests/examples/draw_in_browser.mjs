@@ -1,5 +1,5 @@
-// Drives the page in a headless Chromium: node draw_in_browser.mjs '{"puppeteer": FILE, "chromium": FILE, "url": URL, "draws": [[label,
-// seed]], "provider": "wasm", "screenshot": FILE}'; prints what the page drew as one line of JSON.
+// Drives the page in a headless Chromium: node draw_in_browser.mjs '{"puppeteer": FILE, "chromium": FILE, "url": URL, "draws": [[label or
+// prompt, seed]], "provider": "wasm", "screenshot": FILE}'; prints what the page drew as one line of JSON.
 
 const wanted = JSON.parse(process.argv[2]);
 const { default: puppeteer } = await import(wanted.puppeteer);
@@ -25,16 +25,22 @@ try {
     await page.select('#provider', wanted.provider);
     await settled();
   }
-  for (const [label, seed] of wanted.draws) {
+  for (const [what, seed] of wanted.draws) {
     await page.evaluate((text) => {
       delete self.drawn;
       document.getElementById('seed').value = text;
     }, seed);
-    await page.evaluate((number) => [...document.querySelectorAll('#classes button')][number].click(), label);
+    await page.evaluate((asked) => {
+      if (typeof asked === 'number') {
+        document.querySelectorAll('#classes button')[asked].click();
+      } else {
+        document.getElementById('prompt').value = asked;
+        document.querySelector('#prompt-form button').click();
+      }
+    }, what);
     await settled();
     found.drawn.push(await page.evaluate(() => ({
-      label: self.drawn.label,
-      seed: self.drawn.seed,
+      ...self.drawn,
       predictions: self.drawn.predictions.map(({ dims, data }) => ({ dims, data: [...data] })),
       canvases: [...document.querySelectorAll('canvas')].map((canvas) => [
         ...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data]),

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,17 @@ import pytest
 from factories import digits_student, tiny_student
 from filelock import FileLock
 from models.autoencoders import plain_vae
+from tiny_tokenizers import clip_tokenizer, qwen_tokenizer, t5_tokenizer
 
+import pyard
 from pyard.diffusion.noise import normal_quantile, standard_normal
 from pyard.export import export_onnx
+from pyard.export.pipeline import export_pipeline
 from pyard.models.codec import LatentCodec
-from pyard.runtime import OnnxStudent
+from pyard.models.student import Student
+from pyard.runtime import OnnxPipeline, OnnxStudent
+from pyard.runtime.prompts import PromptEncoder
+from pyard.teachers import load_teacher
 
 PAGE = Path(__file__).parents[2] / "examples" / "browser"
 DRIVER = Path(__file__).with_name("draw_in_browser.mjs")
@@ -105,7 +111,7 @@ def packages() -> Path:
         pytest.skip("no npm or no Chromium: install Debian's npm and chromium")
     folder = PAGE / "node_modules"
     with FileLock(PAGE / "npm.lock"):
-        if not (folder / "puppeteer-core").is_dir():
+        if not ((folder / "puppeteer-core").is_dir() and (folder / "@huggingface/tokenizers").is_dir()):
             done = subprocess.run(
                 [npm, "ci", "--ignore-scripts", "--prefix", str(PAGE)], capture_output=True, text=True, check=False
             )
@@ -138,7 +144,8 @@ def browse(packages: Path, url: str, **wanted: Any) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     assert found["errors"] == []
-    assert all(request.startswith((url, "data:", "blob:")) for request in found["requests"]), "it works offline"
+    origin = url.split("?")[0]
+    assert all(request.startswith((origin, "data:", "blob:")) for request in found["requests"]), "it works offline"
     return found
 
 
@@ -198,3 +205,61 @@ def test_pictures_of_a_decoder_and_a_sampler(packages: Path, tmp_path: Path):
         assert np.abs(predictions(drawn)[-1][0] - expected.astype(int)).max() <= 1
         assert len(drawn["predictions"]) == (2 if form == "step" else 1)
         assert np.abs(np.reshape(drawn["canvases"][-1], (*expected.shape[:2], 4))[..., :3] - expected.astype(int)).max() <= 1
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    """A student of the built-in text-to-image teacher, untrained as in `digits_student`."""
+    teacher = load_teacher("scenes-text")
+    settings = dict(history_layers=2, heads="per_step", output="jump", text=teacher.text_source())
+    student = Student.from_teacher(teacher, teacher.grid(3, 6, teacher.shape_of(None, None)), **settings)
+    folder = tmp_path_factory.mktemp("scenes") / "scenes"
+    export_pipeline(student.eval(), folder, form="step")
+    return folder
+
+
+def scenes_tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(Path(pyard.__file__).parent / "teachers/data/scenes-text/tokenizer")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [scenes_tokenizer, t5_tokenizer, clip_tokenizer, qwen_tokenizer])
+def test_prompts_become_the_token_numbers_of_python(make: Callable[[], Any], packages: Path, tmp_path: Path):
+    make().save_pretrained(tmp_path / "tokenizer")
+    # Known words, none, unknown ones, too many, and other letters.
+    prompts = ["A red circle above a blue square.", "", "  two unheard-of things ", "a red circle, a Green square " * 9]
+    prompts.append("héllo")
+    usual = {"tokenizer": "tokenizer", "plain": False, "prefix": "", "suffix": "", "max_length": 9, "pads_to": "longest"}
+    usual |= {"pad": 0, "pads_left": False}
+    changes = [{}, {"plain": True, "max_length": 40}, {"pads_to": "max_length", "prefix": "a ", "suffix": " square", "pad": 3}]
+    changes += [{"pads_to": "max_length", "pads_left": True, "max_length": 200}]
+    cases = [({**usual, **change}, prompt) for change in changes for prompt in prompts]
+    code = f"""
+import {{ readFileSync }} from 'node:fs';
+import {{ Tokenizer }} from {json.dumps((packages / "@huggingface/tokenizers/dist/tokenizers.min.mjs").as_uri())};
+import {{ tokenNumbers }} from {json.dumps((PAGE / "pipeline.js").as_uri())};
+const read = (name) => JSON.parse(readFileSync({json.dumps(str(tmp_path))} + '/tokenizer/' + name));
+const tokenizer = new Tokenizer(read('tokenizer.json'), read('tokenizer_config.json'));
+console.log(JSON.stringify({json.dumps(cases)}.map(([settings, prompt]) => tokenNumbers(tokenizer, settings, prompt))));"""
+    for found, (settings, prompt) in zip(json.loads(javascript(code)), cases, strict=True):
+        ids, mask = PromptEncoder(tmp_path, {}, None)._tokenize(settings, [prompt])
+        assert (found["ids"], found["given"]) == (ids[0].tolist(), mask[0].tolist()), (settings, prompt)
+
+
+@pytest.mark.slow
+def test_pictures_of_prompts_are_those_of_python(scenes: Path, packages: Path):
+    draws = [["a red circle above a blue square", "0"], ["Two green triangles.", "5"], ["a large yellow circle", "6"]]
+    with served(scenes) as url:
+        found = browse(packages, url, draws=draws)
+    assert "3 steps, fp32" in found["about"]
+    pipeline = OnnxPipeline(scenes, ["CPUExecutionProvider"], 1)
+    for drawn, (prompt, seed) in zip(found["drawn"], draws, strict=True):
+        assert (drawn["prompt"], drawn["seed"]) == (prompt, seed)
+        expected = list(pipeline.stream([prompt], seed=int(seed)))
+        latents = pipeline.latents(pipeline.encode(prompt), standard_normal(int(seed), [0], pipeline.sizes[0].sample_shape))
+        assert expected[-1].std() > 10
+        np.testing.assert_allclose(predictions(drawn)[-1], latents, rtol=0, atol=1e-3)
+        for canvas, picture in zip(drawn["canvases"], expected, strict=True):
+            assert np.abs(np.reshape(canvas, (*picture.shape[1:3], 4))[..., :3] - picture[0].astype(int)).max() <= 1

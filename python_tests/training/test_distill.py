@@ -114,16 +114,8 @@ def test_a_run_goes_on_with_the_trajectories_that_it_began_with(store, tmp_path)
 def test_store_of_another_teacher_or_grid_is_refused(store, tmp_path):
     with pytest.raises(InputError, match="made by teacher"):
         train(tiny_teacher(seed=3), store, out=tmp_path / "run", num_steps=3, max_steps=1, **SETTINGS)
-    with pytest.raises(InputError, match="have 3 steps, but num_steps is 4"):
+    with pytest.raises(InputError, match=r"num_steps is 4, but 3 in the trajectories in .*store"):
         train(tiny_teacher(), store, out=tmp_path / "run", num_steps=4, max_steps=1, **SETTINGS)
-
-
-def test_damaged_checkpoint_is_named(store, tmp_path):
-    out = run(tmp_path, "run")
-    weights = out / "checkpoints" / "step-0000012" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(InputError, match="step-0000012 cannot be read"):
-        run(tmp_path, "run")
 
 
 def test_a_loss_that_explodes_stops_the_run(store, tmp_path):
