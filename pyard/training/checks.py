@@ -68,7 +68,7 @@ def check_ranges(config: TrainConfig) -> None:
         if getattr(config, name) is not None and getattr(config, name) < least:
             raise InputError(f"training: {name} is {getattr(config, name)}; expected at least {least}, or none")
     if config.steps_per_update is not None:
-        _check_steps(config, config.steps_per_update)
+        _check_steps(config, config.steps_per_update, num_steps)
     if config.weight_decay < 0:
         raise InputError(f"training: weight_decay is {config.weight_decay}; expected at least 0")
     if not all(0 <= beta < 1 for beta in config.adam_betas):
@@ -101,10 +101,10 @@ def check_ranges(config: TrainConfig) -> None:
         raise InputError("training: lr_schedule 'constant' has no warm-up; use 'constant_with_warmup', or warmup_steps 0")
 
 
-def _check_steps(config: TrainConfig, steps: int) -> None:
-    if not 1 <= steps <= config.num_steps:
+def _check_steps(config: TrainConfig, steps: int, num_steps: int | None) -> None:
+    if not 1 <= steps <= (num_steps or steps):
         raise InputError(
-            f"training: steps_per_update is {steps}; expected 1 to {config.num_steps} (num_steps), or none for all of them"
+            f"training: steps_per_update is {steps}; expected 1 to {num_steps or 'num_steps'}, or none for all of them"
         )
     if config.stage == "adversarial":
         raise InputError(
