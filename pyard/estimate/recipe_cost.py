@@ -152,6 +152,7 @@ def estimate(
         device=device,
         capacity=None if sheet is None else sheet.memory,
         share=share,
+        steps_per_update=config.steps_per_update,
     )
     print(result)
     if out is not None:
