@@ -41,7 +41,9 @@ def trajectory() -> Figure:
     for i in range(S):
         for j in range(i + 1):
             begin, end = (coarse[j], curve(coarse[j])), (coarse[i + 1], curve(coarse[i + 1]))
-            style: dict[str, Any] = dict(color=STUDENT, linewidth=1.6) if i == j else dict(color=STUDENT, linewidth=0.7, linestyle=(0, (4, 3)))
+            style: dict[str, Any] = (
+                dict(color=STUDENT, linewidth=1.6) if i == j else dict(color=STUDENT, linewidth=0.7, linestyle=(0, (4, 3)))
+            )
             bend = -0.25 if i == j else -0.35
             arrow = FancyArrowPatch(
                 begin,
