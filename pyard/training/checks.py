@@ -85,7 +85,7 @@ def check_ranges(config: TrainConfig) -> None:
             f"pip install {config.trackers}, or --trackers none"
         )
     if config.stage == "adversarial" and config.student is None:
-        raise InputError("training: stage is 'adversarial' and student is none; that stage starts from a student")
+        raise InputError("training: stage is 'adversarial' and student is None; that stage starts from a student")
     if config.stage == "regression" and config.adversarial != AdversarialConfig():
         raise InputError("training: adversarial has settings, but stage is 'regression'; expected 'adversarial' and a student")
     if config.stage == "adversarial" and (config.gradient_accumulation > 1 or config.rollout_probability):
