@@ -20,7 +20,7 @@ FUZZ_SOURCES := $(addprefix csrc/trajectory/,fuzz_shard.cpp shard.cpp json.cpp)
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE_SOURCES)) $(wildcard examples/*.cpp examples/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-t2i web wheels test lint fuzz sanitize torch-headers oldest-torch gpu-carry format clean
+.PHONY: help install demo demo-t2i web wheels docs test lint fuzz sanitize torch-headers oldest-torch gpu-carry format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /: /' | sort
@@ -57,6 +57,11 @@ wheels: $(INSTALLED) ## Build the wheels of pyard-distill and pyard-runtime in d
 	@if [ "$$(uname)" = Linux ]; then PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
 		-w dist build/wheels/pyard_distill-*.whl; else cp build/wheels/pyard_distill-*.whl dist; fi
 	@ls -l dist
+
+docs: $(INSTALLED) ## Build the documentation as a site, in build/site
+	@$(RUN) mkdocs --version > /dev/null 2>&1 || $(RUN) pip install -q -c $(PINS) 'mkdocs-material>=9.7' 'mkdocstrings[python]>=1.0'
+	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build -q --strict
+	@echo "build/site/index.html"
 
 test: $(INSTALLED) ## Run the tests, a process for each core (PYTEST_FLAGS="-m slow" for the long ones)
 	@$(RUN) pytest -n auto $(PYTEST_FLAGS)
@@ -125,7 +130,9 @@ gpu-carry: oldest-torch ## Build what is carried to a GPU machine into build/gpu
 		> /dev/null
 	@PATH="$(abspath $(VENV))/bin:$$PATH" && $(HOPPER) cmake --build $(OLDEST) --target pyard_gpu_sanitize $(if $(GPU_PYTHON),pyard_trajectory) \
 		> $(OLDEST)/build.log || { grep -v 'ptxas info' $(OLDEST)/build.log | tail -n 40; exit 1; }
-	@rm -rf $(CARRY) && mkdir -p $(CARRY) && cp $(OLDEST)/libpyard_ops.so $(OLDEST)/pyard_gpu_sanitize $(CARRY)
+	@rm -rf $(CARRY) && mkdir -p $(CARRY)
+	@$(RUN) pip install -q --no-deps --no-compile --target $(CARRY)/site diffusers
+	@cp $(OLDEST)/libpyard_ops.so $(OLDEST)/pyard_gpu_sanitize $(CARRY)
 	@$(if $(GPU_PYTHON),cp $(OLDEST)/_trajectory.so $(CARRY)/_trajectory$$($(GPU_PYTHON) -c \
 		'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))'))
 	@ls -l $(CARRY)

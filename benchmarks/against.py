@@ -84,14 +84,14 @@ def seconds(checkout: Path, threads: int, teacher: Path, scratch: Path) -> Itera
     scratch.mkdir()
     run(checkout, threads, "-m", "benchmarks.cpu_ops", "--threads", str(threads), "--rounds", "7", "--step-rounds", "3",
         "--name", "against_ops")  # fmt: skip
-    for work in json.loads((checkout / "benchmarks/results/against_ops.json").read_text())["measurements"]:
+    for work in json.loads((checkout / "benchmarks/results/against_ops.json").read_text(encoding="utf-8"))["measurements"]:
         yield work["name"], statistics.median(work["seconds"]["pyard"])
     for path in checkout.glob("benchmarks/results/against_ops.*"):
         path.unlink()
     ways = json.dumps(ONNX_WAYS)
     run(checkout, threads, "-m", "pyard", "bench", "onnx", "--models", "[DiT-S/2]", "--batch_sizes", "[1]", "--ways", ways,
         "--rounds", "3", "--threads", str(threads), "--out", str(scratch), "--progress", "false")  # fmt: skip
-    for row in json.loads((scratch / "onnx.json").read_text())["DiT-S/2"]["rows"]:
+    for row in json.loads((scratch / "onnx.json").read_text(encoding="utf-8"))["DiT-S/2"]["rows"]:
         yield f"drawing, DiT-S/2, {row['way']}", row["seconds_per_image"]
     run(checkout, threads, "-c", STORE, str(teacher), str(scratch / "store"))
     printed = run(
@@ -103,7 +103,13 @@ def seconds(checkout: Path, threads: int, teacher: Path, scratch: Path) -> Itera
 def run(checkout: Path, threads: int, *arguments: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=checkout, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, *arguments],
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
     )
     if done.returncode:
         sys.exit(f"{checkout}: {' '.join(arguments)[:200]} failed:\n{done.stderr[-2000:]}")
@@ -112,7 +118,7 @@ def run(checkout: Path, threads: int, *arguments: str) -> str:
 
 def commit(checkout: Path) -> str:
     return subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=checkout, capture_output=True, text=True, check=True
+        ["git", "rev-parse", "--short", "HEAD"], cwd=checkout, capture_output=True, text=True, encoding="utf-8", check=True
     ).stdout.strip()
 
 

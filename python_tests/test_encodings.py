@@ -79,12 +79,13 @@ def test_a_run_with_names_beyond_ascii_in_a_locale_of_ascii(tmp_path):
 import sys
 from pyard.cli.command_line import main
 from pyard.training.config import TrainConfig
+from pyard.training.identity import begun, resume_or_begin
 config = TrainConfig.read(sys.argv[1])
 config.out.mkdir(parents=True)
-config.resume_or_begin(teacher_fingerprint="x", manifest={"count": 64})
+resume_or_begin(config, teacher_fingerprint="x", manifest={"count": 64})
 assert TrainConfig.read(config.out / "settings.yaml") == config
 assert config.network == "paket:Gr\\xf6\\xdfe"
-assert config.begun()["manifest"] == {"count": 64}
+assert begun(config)["manifest"] == {"count": 64}
 sys.exit(main(["estimate", sys.argv[1], "--device", "H100"]))
 """
     # Python would choose UTF-8 by itself where the locale is C.

@@ -69,6 +69,7 @@ def test_a_wheel_of_the_archive_has_the_native_parts(unpacked: Path, tmp_path: P
         "pyard/py.typed",
         "pyard/__main__.py",
         "pyard/recipes/digits.yaml",
+        "pyard/recipes/sd35-medium-1024.yaml",
     } <= names
     assert [name for name in names if name.startswith("pyard/_trajectory.")]
     assert not [name for name in names if name.startswith(("python_tests", "benchmarks"))]

@@ -14,7 +14,11 @@ from tiny_pipelines import tiny_pipeline
 from pyard.cli.command_line import main
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "text-to-image.md").read_text(encoding="utf-8")
+WHOLE = (ROOT / "docs" / "text-to-image.md").read_text(encoding="utf-8")
+# What takes minutes is run by a test of its own.
+BEFORE, REST = WHOLE.split("## Export and serve\n")
+EXPORT, AFTER = REST.split("\n## ", 1)
+PAGE = f"{BEFORE}## {AFTER}"
 # The page's sizes, and those of the tiny pipeline.
 SMALLER = {"100000": "4", "50_000": "4", "1024": "32", "832": "24", "1216": "48", "runs/": "runs/"}
 
@@ -25,8 +29,8 @@ def small(text: str) -> str:
     return text
 
 
-def blocks(language: str) -> list[str]:
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+def blocks(language: str, page: str = PAGE) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     return [text for name, text in found if name == language]
 
 
@@ -68,6 +72,28 @@ def test_the_page_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["image"].size == (48, 24)
     saved = pyard.ARDPipeline.from_pretrained("sd35-ard")
     assert saved.text_encoder_3 is not None
+
+
+@pytest.mark.slow
+def test_the_section_on_export_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+
+    monkeypatch.chdir(folder)
+    if not (folder / "runs" / "sd35").is_dir():
+        pytest.skip("the student of the page was not trained: run the whole file")
+    (commands,) = blocks("", EXPORT)
+    name, *words = shlex.split(commands)
+    assert name == "pyard"
+    assert main(words) == 0
+    names: dict[str, Any] = {}
+    (block,) = blocks("python", EXPORT)
+    exec(block, names)
+    assert names["pictures"].shape == (2, 32, 32, 3)
+    np.testing.assert_array_equal(names["again"], names["pictures"][:1])
+    assert np.abs(names["previews"][-1].astype(int) - names["again"]).max() <= 1
+    table = {line.split("`")[1] for line in EXPORT.splitlines() if line.startswith("| `")}
+    written = {path.relative_to("sd35-onnx").as_posix() for path in Path("sd35-onnx").rglob("*.*")}
+    assert {re.sub(r"\*", "", name) for name in table} <= written
 
 
 def test_the_table_of_families_is_that_of_the_tests() -> None:

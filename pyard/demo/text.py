@@ -18,10 +18,10 @@ from pyard.conditions import PromptTable
 from pyard.conditions.prompt_file import PromptLine
 from pyard.data.captioned_scenes import SceneSetting, scene_batch
 from pyard.demo.students import train_side_by_side
-from pyard.demo.text_figures import draw_prompts
 from pyard.diffusion.noise import standard_normal
 from pyard.diffusion.scheduler_times import Visits
 from pyard.evaluation.captioned_scenes import PromptSet, TextQuality, judge, quality_table
+from pyard.evaluation.prompt_pictures import draw_prompts
 from pyard.models.student import Student
 from pyard.models.wrapped.backbone import WrappedBackbone
 from pyard.storage.files import write_text
@@ -126,7 +126,8 @@ def demo_text(
         rows, pictures = _measure(teacher.with_prompts(table), students, table, prompts, out)
     told = {"budget": asdict(budget), "cfg_scale": CFG_SCALE, "teacher_steps": TEACHER_STEPS, "seconds_per_stage": seconds}
     write_text(out / "adherence.json", json.dumps({**told, "rows": [row.to_json() for row in rows]}, indent=2) + "\n")
-    draw_prompts(_pictured(prompts, budget.pictured), pictures, rows, out / "prompts.png")
+    facts = {row.name: f"{row.passes} passes · {100 * row.by_category['all'].value:.0f} %" for row in rows}
+    draw_prompts(prompts.examples(budget.pictured), pictures, facts, out / "prompts.png")
     print(f"\n{quality_table(rows)}\n")
     print(f"Picture: {out / 'prompts.png'}. Numbers, with 95 % intervals: {out / 'adherence.json'}.")
     return rows
@@ -226,22 +227,6 @@ def stock_sampler(teacher: PipelineTeacher, student: Student, table: PromptTable
         return pictures
 
     return draw
-
-
-def _pictured(prompts: PromptSet, count: int) -> dict[int, str]:
-    """A few prompts of different categories, by their numbers; every other one of a combination that training never showed."""
-    seen = [i for i, split in enumerate(prompts.splits) if split == "train"]
-    unseen = [i for i, split in enumerate(prompts.splits) if split != "train"]
-    found: dict[int, str] = {}
-    categories: set[str] = set()
-    for number in seen:
-        category = prompts.prompts[number].category
-        if category not in categories and len(found) < count - 2:
-            categories.add(category)
-            found[number] = prompts.captions[number]
-    for number in (unseen[0], unseen[-1]):
-        found[number] = prompts.captions[number]
-    return found
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 from pyard.diffusion.solvers import solver_of
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.teachers.published import TeacherOutline
-from pyard.training.config import TrainConfig
+from pyard.training.config import TrainConfig, known
 from pyard.trajectories.generate import DEFAULT_BATCH_SIZE, DEFAULT_CFG_SCALE, DEFAULT_TEACHER_STEPS, default_shard_size
 from pyard.trajectories.manifest import SAFETENSORS_DTYPES, TrajectoryManifest
 from pyard.trajectories.store import shard_ranges
@@ -25,8 +25,8 @@ def sample_shape_of(config: TrainConfig, teacher: TeacherOutline) -> tuple[int, 
 def grid_of(config: TrainConfig, teacher: TeacherOutline) -> TimeGrid:
     """The grid of a recipe's student on its teacher's trajectory."""
     if teacher.pipeline is None:
-        return TimeGrid.build(teacher.schedule, config.num_steps, config.teacher_steps or DEFAULT_TEACHER_STEPS)
-    return teacher.pipeline.grid(config.num_steps, config.teacher_steps, sample_shape_of(config, teacher))
+        return TimeGrid.build(teacher.schedule, known(config.num_steps), config.teacher_steps or DEFAULT_TEACHER_STEPS)
+    return teacher.pipeline.grid(known(config.num_steps), config.teacher_steps, sample_shape_of(config, teacher))
 
 
 def manifest_of(config: TrainConfig, teacher: TeacherOutline, conditions: int) -> TrajectoryManifest:
@@ -41,18 +41,18 @@ def manifest_of(config: TrainConfig, teacher: TeacherOutline, conditions: int) -
     usual = DEFAULT_CFG_SCALE if pipeline is None else pipeline.cfg_scale
     manifest = TrajectoryManifest(
         teacher_fingerprint="0" * 64,
-        solver=solver_of(teacher.schedule, None if pipeline is None else pipeline.solver),
+        solver=solver_of(teacher.schedule, config.solver or (None if pipeline is None else pipeline.solver)),
         schedule=teacher.schedule,
         grid=grid_of(config, teacher),
         cfg_scale=usual if config.cfg_scale is None else config.cfg_scale,
         cfg_channels=config.cfg_channels,
         cfg_interval=None,
-        precision=config.trajectory_precision,
+        precision=config.trajectory_precision or "float32",
         compiled=False,
         sample_shape=sample_shape_of(config, teacher),
         num_classes=conditions,
-        keep=config.trajectory_keep,
-        dtype=config.trajectory_dtype,
+        keep=known(config.trajectory_keep),
+        dtype=known(config.trajectory_dtype),
         seed=config.seed,
         labels="uniform" if pipeline is None else "balanced",
         batch_size=DEFAULT_BATCH_SIZE,
@@ -76,6 +76,14 @@ def store_bytes(manifest: TrajectoryManifest, count: int) -> int:
             offset = span[1]
         total += 8 + -(-len(json.dumps(header, separators=(",", ":"))) // 8) * 8 + offset
     return total
+
+
+def held_out_bytes(config: TrainConfig, manifest: TrajectoryManifest) -> int:
+    """Of the trajectories that a run with `evaluate_every` generates to be measured on: targets alone, in float32."""
+    if not config.evaluate_every:
+        return 0
+    like = dataclasses.replace(manifest, keep=config.target, dtype="float32")
+    return store_bytes(dataclasses.replace(like, shard_size=default_shard_size(like)), config.evaluation_trajectories)
 
 
 def checkpoints_kept(config: TrainConfig) -> int:

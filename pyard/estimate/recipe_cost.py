@@ -13,18 +13,19 @@ from pyard.cost.devices import DEVICES, known_device
 from pyard.cost.flops import teacher_flops, without_weights
 from pyard.cost.memory import pass_memory
 from pyard.errors import InputError
-from pyard.estimate.disk import checkpoints_kept, grid_of, manifest_of, sample_shape_of, store_bytes
+from pyard.estimate.disk import checkpoints_kept, grid_of, held_out_bytes, manifest_of, sample_shape_of, store_bytes
 from pyard.estimate.report import Estimate, StageCost
 from pyard.estimate.text_cost import TextCost, stored_text_cost, text_cost
 from pyard.estimate.update_cost import MemoryOfUpdates, stage_flops
 from pyard.models.folder import load_config
 from pyard.models.lora import add_lora
 from pyard.models.student import Student
-from pyard.models.student_config import StudentConfig
+from pyard.models.student_config import LoraHeads, StudentConfig
 from pyard.storage.typed import checked
 from pyard.teachers.published import TeacherOutline, outline_of
 from pyard.teachers.text_to_image.encoding import TextShape
-from pyard.training.config import TrainConfig
+from pyard.training.agreement import agree_with_stores, agree_with_student
+from pyard.training.config import TrainConfig, known
 from pyard.trajectories.manifest import TrajectoryManifest
 from pyard.trajectories.store import TrajectoryStore
 
@@ -86,20 +87,20 @@ def estimate(
         if value is not None and value <= 0:
             raise InputError(f"estimate: {name} is {value}; expected more than 0")
     config = TrainConfig.read(recipe)
+    given = store_of(config)
+    store = TrajectoryStore.open(given) if given is not None and given.is_dir() else None
+    if store is not None:
+        config = agree_with_stores(config, [store], [store.count])
     teacher = outline_of(config.teacher, network or config.network)
     config, student = student_of(config, teacher)
     text = text_shape(teacher, text_tokens)
     condition = one_condition(config, teacher, student, text)
-    texts = (
-        None if text is None or teacher.pipeline is None else text_cost(config, teacher.pipeline, text, config.num_trajectories)
-    )
+    count, generated, guessed = known(config.num_trajectories), given is None, given is not None and store is None
+    texts = None if text is None or teacher.pipeline is None else text_cost(config, teacher.pipeline, text, count)
     manifest = manifest_of(config, teacher, student.num_conditions if texts is None else texts.prompts)
-    count, generated, guessed = config.num_trajectories, config.trajectories is None, config.trajectories is not None
-    given = store_of(config)
-    if given is not None and given.is_dir():
-        store = TrajectoryStore.open(given)
-        manifest, count, guessed = store.manifest, store.count, False
-        table = load_conditions(given)
+    if store is not None:
+        manifest = store.manifest
+        table = load_conditions(store.path)
         if isinstance(table, PromptTable) and text is not None:
             texts = stored_text_cost(table, text)
 
@@ -121,6 +122,7 @@ def estimate(
     parameters = sum(p.numel() for p in student.parameters())
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     share = max(1, config.batch_size // gpus // config.gradient_accumulation)
+    layouts = LAYOUTS if gpus > 1 else {name.replace("DDP", "one GPU"): kind for name, kind in LAYOUTS.items() if not kind[0]}
     own = (config.parallel == "fsdp" and gpus > 1, config.activation_checkpointing)
     result = Estimate(
         recipe=str(recipe),
@@ -139,18 +141,11 @@ def estimate(
         # Weights, averages and AdamW's two moments, in float32, of what is trained.
         checkpoint_bytes=4 * trained * (1 + len(config.ema_decays) + 2),
         checkpoints=checkpoints_kept(config),
+        held_out_bytes=held_out_bytes(config, manifest) + (texts.num_bytes if texts and config.evaluate_every else 0),
         stages=tuple(stages),
         gpus=gpus,
-        memory={
-            (layout if gpus > 1 else layout.replace("DDP", "one GPU")): {
-                batch: memory.of(batch, gpus, *kind) for batch in MICRO_BATCHES
-            }
-            for layout, kind in LAYOUTS.items()
-            if gpus > 1 or not kind[0]
-        },
-        own_layout=next(
-            layout if gpus > 1 else layout.replace("DDP", "one GPU") for layout, kind in LAYOUTS.items() if kind == own
-        ),
+        memory={layout: memory.each(MICRO_BATCHES, gpus, *kind) for layout, kind in layouts.items()},
+        own_layout=next(layout for layout, kind in layouts.items() if kind == own),
         own_memory=memory.of(share, gpus, *own),
         teacher_memory=teacher_memory(config, manifest, teacher, texts, condition),
         device=device,
@@ -173,32 +168,37 @@ def student_of(config: TrainConfig, teacher: TeacherOutline) -> tuple[TrainConfi
         folder = Path(config.student)
         earlier = load_config(folder / "student" if (folder / "student").is_dir() else folder, kind="Student")
         student = StudentConfig.from_json(earlier, type(trunk))
-        config = config.like(student)
+        config = agree_with_student(config, student).resolved(trunk.config.depth)
     else:
         config = config.resolved(trunk.config.depth)
-        assert config.history_layers is not None
         assert config.output is not None
         assert config.history_bias != "auto"
         student = StudentConfig(
             network=trunk.config,
             grid=grid_of(config, teacher),
             schedule=teacher.schedule,
-            history_layers=config.history_layers,
-            mask=config.mask,
+            history_layers=known(config.history_layers),
+            mask=known(config.mask),
             window=config.window,
-            target=config.target,
+            target=known(config.target),
             output=config.output,
-            heads=config.heads,
+            heads=known(config.heads),
             history_bias=config.history_bias,
             family=trunk.family(),
             sample_shapes=(sample_shape_of(config, teacher),),
         )
     made = Student(student, trunk, head).to("meta").requires_grad_(True)
     if config.lora_rank is not None:
-        add_lora(made, config.lora_rank)
+        add_lora(made, config.lora_rank, config.lora_heads or _default_lora_heads(student, teacher))
     places = [Path(place) for place in (config.teacher, store_of(config), config.student) if place is not None]
     made.conditions = made.conditions or load_conditions(*places, *(place / "student" for place in places))
     return config, made
+
+
+def _default_lora_heads(student: StudentConfig, teacher: TeacherOutline) -> LoraHeads:
+    """As training decides: additions where a stock pipeline could draw with the student, else the whole output layers."""
+    fits_stock = not student.history_layers and student.output == "jump" and student.heads == "shared"
+    return "lora" if teacher.pipeline is not None and fits_stock else "whole"
 
 
 def store_of(config: TrainConfig) -> Path | None:

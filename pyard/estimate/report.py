@@ -52,6 +52,7 @@ class Estimate:
         texts: of a text-to-image pipeline, its prompts.
         checkpoint_bytes: of one checkpoint, without discriminators.
         checkpoints: that there are at the end.
+        held_out_bytes: of the trajectories that training is measured on, and their copy of the prompts.
         stages: in order.
         gpus: that share the work.
         memory: bytes on each GPU by layout and micro-batch.
@@ -77,6 +78,7 @@ class Estimate:
     texts: TextCost | None
     checkpoint_bytes: int
     checkpoints: int
+    held_out_bytes: int
     stages: tuple[StageCost, ...]
     gpus: int
     memory: dict[str, dict[int, Memory]]
@@ -90,7 +92,8 @@ class Estimate:
     @property
     def disk_bytes(self) -> int:
         """Of trajectories, embedded prompts and the checkpoints that stay; the student is as large as a part of one."""
-        return self.store_bytes + (0 if self.texts is None else self.texts.num_bytes) + self.checkpoints * self.checkpoint_bytes
+        texts = 0 if self.texts is None else self.texts.num_bytes
+        return self.store_bytes + texts + self.held_out_bytes + self.checkpoints * self.checkpoint_bytes
 
     @property
     def gpu_hours(self) -> float | None:
@@ -109,6 +112,8 @@ class Estimate:
         if self.texts is not None:
             most = "" if self.texts.shape.padded or self.texts.encoded else "at most "
             parts.append(f"prompts {most}{format_bytes(self.texts.num_bytes)}")
+        if self.held_out_bytes:
+            parts.append(f"held out {format_bytes(self.held_out_bytes)}")
         parts.append(f"checkpoints {format_bytes(self.checkpoints * self.checkpoint_bytes)}")
         lines = [f"disk           {format_bytes(self.disk_bytes)}: {', '.join(parts)}"]
         if self.gpu_hours is not None:
@@ -147,12 +152,12 @@ class Estimate:
         sizes = f"S = {student.grid.num_steps} steps, N = {student.history_layers} of {depth} layers, "
         sizes += f"T = {tokens} tokens"
         trained = self.trained_parameters
-        low_rank = "" if trained == self.parameters else f", {trained / 1e6:.4g} M of them trained"
+        low_rank = "" if trained == self.parameters else f", {_count(trained)} of them trained"
         store = f"{self.trajectories} of {format_bytes(self.sample_bytes)}: {format_bytes(self.store_bytes)}, {made}"
         lines = [
             f"recipe         {self.recipe}",
-            f"teacher        {self.teacher}: {self.teacher_parameters / 1e6:.4g} M parameters",
-            f"student        {self.parameters / 1e6:.4g} M parameters{low_rank}; {sizes}",
+            f"teacher        {self.teacher}: {_count(self.teacher_parameters)} parameters",
+            f"student        {_count(self.parameters)} parameters{low_rank}; {sizes}",
             f"trajectories   {store}",
             *([] if self.texts is None else [f"prompts        {self.texts}"]),
             f"checkpoint     {format_bytes(self.checkpoint_bytes)} each",
@@ -181,6 +186,10 @@ class Estimate:
 
     def _cell(self, total: float) -> str:
         return format_bytes(total) + (" " if self.fits(total) else "*")
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.4g} B" if parameters >= 1e9 else f"{parameters / 1e6:.4g} M"
 
 
 def _with_total(memory: Memory) -> dict[str, float]:

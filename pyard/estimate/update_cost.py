@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pyard.conditions import Condition
@@ -83,10 +84,14 @@ class MemoryOfUpdates:
 
     def of(self, batch: int, gpus: int, sharded: bool, checkpointing: bool) -> Memory:
         """With a micro-batch of `batch` samples on each GPU."""
-        return update_memory(
+        return self.each((batch,), gpus, sharded, checkpointing)[batch]
+
+    def each(self, batches: Sequence[int], gpus: int, sharded: bool, checkpointing: bool) -> dict[int, Memory]:
+        """By micro-batch on each GPU."""
+        one = update_memory(
             self.student,
             self.kept,
-            batch,
+            1,
             world=gpus,
             averages=len(self.config.ema_decays),
             mixed=self.config.mixed_precision != "no",
@@ -94,3 +99,4 @@ class MemoryOfUpdates:
             sharded=sharded,
             adversarial=self.adversarial,
         )
+        return {batch: dataclasses.replace(one, activations=batch * one.activations) for batch in batches}

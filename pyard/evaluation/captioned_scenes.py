@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,6 +55,21 @@ class PromptSet:
                 splits += [split] * sizes[split]
         return cls(tuple(captions), tuple(prompts), tuple(splits))
 
+    def examples(self, count: int) -> dict[int, str]:
+        """`count` prompts of different categories, by number; the last two of combinations that training never showed."""
+        seen = [i for i, split in enumerate(self.splits) if split == "train"]
+        unseen = [i for i, split in enumerate(self.splits) if split != "train"]
+        found: dict[int, str] = {}
+        categories: set[str] = set()
+        for number in seen:
+            category = self.prompts[number].category
+            if category not in categories and len(found) < count - 2:
+                categories.add(category)
+                found[number] = self.captions[number]
+        for number in (unseen[0], unseen[-1]):
+            found[number] = self.captions[number]
+        return found
+
 
 @dataclass(frozen=True)
 class TextQuality:
@@ -81,13 +96,14 @@ class TextQuality:
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dictionary; proportions with their 95 % intervals."""
 
-        def told(found: dict[str, Proportion]) -> dict[str, Any]:
-            return {
-                name: {"share": p.value, "interval": list(p.interval), "yes": p.yes, "total": p.total}
-                for name, p in found.items()
-            }
+        return {**asdict(self), "by_category": shares(self.by_category), "by_split": shares(self.by_split)}
 
-        return {**asdict(self), "by_category": told(self.by_category), "by_split": told(self.by_split)}
+
+def shares(found: Mapping[str, Proportion]) -> dict[str, Any]:
+    """Proportions with their 95 % intervals, JSON-able."""
+    return {
+        name: {"share": p.value, "interval": list(p.interval), "yes": p.yes, "total": p.total} for name, p in found.items()
+    }  # fmt: skip
 
 
 def judge(
@@ -100,6 +116,7 @@ def judge(
     teacher: np.ndarray | None,
     setting: SceneSetting | None = None,
     features: ObjectCounter | None = None,
+    followed: np.ndarray | None = None,
 ) -> TextQuality:
     """Measure pictures of prompts.
 
@@ -111,9 +128,11 @@ def judge(
         teacher: its pictures from the same noise; None: these are the teacher's.
         setting: of the scenes.
         features: that the Fréchet distance is taken in; None: of `object_counter`.
+        followed: what `follow_prompts` said of the pictures, bool [n]; None: it is asked.
     """
     features = features or object_counter(setting)
-    followed = follow_prompts(pictures, prompts.prompts, setting)
+    if followed is None:
+        followed = follow_prompts(pictures, prompts.prompts, setting)
     splits = np.array(prompts.splits)
     seen = splits == "train"
     kept = [prompt for prompt, is_seen in zip(prompts.prompts, seen, strict=True) if is_seen]

@@ -35,11 +35,13 @@ from pyard.export.files import (
     weight_bytes,
     write_metadata,
 )
-from pyard.export.quantise import quantise
+from pyard.export.half import halve
+from pyard.export.quantise import quantise, typical_inputs
 from pyard.export.traced import trace_student
 from pyard.models.backbone import Backbone
 from pyard.models.dit.network import Trunk
 from pyard.models.student import Student
+from pyard.models.wrapped.backbone import WrappedBackbone
 from pyard.runtime import OnnxStudent
 from pyard.storage.typed import checked
 
@@ -53,6 +55,7 @@ Method = Literal["auto", "assembled", "traced"]
 PARITY_BOUND = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.25, "int8-static": 0.25}  # of the largest value of the sample
 PRECISIONS_OF_PIPELINES = ("fp32", "fp16", "int8")
 PARITY_BATCH_SIZES = (1, 3)
+RANGE_SAMPLES = 4  # that say which layers outgrow fp16
 OPSETS = (20, 21, 22, 23)
 FORMS = ("sampler", "step")
 METHODS = get_args(Method)
@@ -103,7 +106,7 @@ def export(
     model = Student.from_pretrained(folder, network=network)
     place = folder / "student" if (folder / "student").is_dir() else folder
     if model.config.text is not None:
-        from pyard.export.pipeline import export_folder  # which writes transformers with export_onnx
+        from pyard.export.pipeline import export_folder, own_text_encoders  # which writes transformers with export_onnx
 
         chosen = {"calibration": calibration != 64, "external_data": external_data is not None, "method": method != "auto"}
         export_folder(
@@ -114,7 +117,7 @@ def export(
             opset=opset,
             precision=precision,
             vae=vae,
-            text_encoders=text_encoders,
+            text_encoders=own_text_encoders(folder) if str(text_encoders) == "own" else text_encoders,
             parity_bound=parity_bound,
         )
         return
@@ -209,11 +212,13 @@ def export_onnx(
     if not isinstance(student, Student):
         student = Student.from_pretrained(student, network=network)
     student = copy.deepcopy(student).to("cpu", torch.float32).eval().requires_grad_(False)
-    if precision == "fp16":
+    # The transformers of diffusers outgrow fp16 in some layers, which stay in float32 in a graph that is narrowed afterwards.
+    narrowed = precision == "fp16" and isinstance(student.trunk, WrappedBackbone)
+    if precision == "fp16" and not narrowed:
         check_half_range(student)
     decoder = load_decoder(vae, student)
     inputs = ConditionInputs(student, examples)
-    dtype = torch.float16 if precision == "fp16" else torch.float32
+    dtype = torch.float16 if precision == "fp16" and not narrowed else torch.float32
     if method == "assembled" or (method == "auto" and isinstance(student.trunk, Trunk)):
         model = assemble(student, form, opset, dtype, decoder)
     else:
@@ -222,7 +227,7 @@ def export_onnx(
     facts = describe(student, form=form, precision=precision, opset=opset, pictures=decoder is not None, parity={})
     facts["conditions"] = [item.to_json() for item in inputs.inputs]
     with new_files(path) as building:
-        if precision.startswith("int8"):
+        if precision.startswith("int8") or narrowed:
             with TemporaryDirectory(dir=building.parent) as folder:
                 source = Path(folder) / path.name
                 save_model(model, source, external_data=external)
@@ -232,7 +237,11 @@ def export_onnx(
                 def draw(seed: int, index: NDArray[Any]) -> dict[str, NDArray[Any]]:
                     return as_arrays(inputs.draw(seed, index))
 
-                quantise(source, building, calibration=samples, external_data=external, draw=draw)
+                if narrowed:
+                    ranges = typical_inputs(OnnxStudent(source, providers=["CPUExecutionProvider"]), RANGE_SAMPLES, draw)
+                    facts["kept_in_float32"] = halve(source, building, ranges, external_data=external)
+                else:
+                    quantise(source, building, calibration=samples, external_data=external, draw=draw)
         else:
             save_model(model, building, external_data=external)
         del model

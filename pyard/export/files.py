@@ -45,6 +45,13 @@ def write_metadata(path: Path, metadata: dict[str, Any]) -> None:
     path.write_bytes(model.SerializeToString())
 
 
+def kept_in_float32(path: Path) -> list[str]:
+    """The layers of a student's file in half precision that stay in float32."""
+    properties = {item.key: item.value for item in onnx.load(path, load_external_data=False).metadata_props}
+    layers: list[str] = json.loads(properties[METADATA_KEY]).get("kept_in_float32", [])
+    return layers
+
+
 def describe(student: Student, **facts: Any) -> dict[str, Any]:
     """pyard's metadata of a student: grid, classes or number of conditions, sizes, hashes, version, and further `facts`."""
     digest = hashlib.sha256()

@@ -10,27 +10,34 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 
 from pyard.conditions import Condition
+from pyard.diffusion.noise import standard_normal
 from pyard.errors import InputError
 from pyard.export import OPSETS, PARITY_BOUND, PRECISIONS_OF_PIPELINES, ExportError, export_onnx
 from pyard.export.assembly import Form
 from pyard.export.condition_inputs import ConditionInputs
 from pyard.export.decoder import Decoder, decoder_model, load_decoder
-from pyard.export.files import LARGEST_SINGLE_FILE, config_path, save_model, weight_bytes
-from pyard.export.pipeline_parity import PARITY_PROMPTS, check_pipeline, measure_pipeline
+from pyard.export.files import LARGEST_SINGLE_FILE, config_path, kept_in_float32, save_model, weight_bytes
+from pyard.export.half import halve
+from pyard.export.pipeline_parity import PARITY_PROMPTS, check_pipeline, measure_pipeline, random_conditions
+from pyard.export.quantise import quantise_weights
 from pyard.export.shared_weights import SharedWeights
 from pyard.export.text_encoders import TextEncoders
 from pyard.models.student import Student
 from pyard.runtime import OnnxPipeline
 from pyard.runtime.pipeline_folder import CLASS_NAME, CONFIG_NAME, FORMAT_VERSION, PictureSize
+from pyard.runtime.prompts import PromptEncoder
 from pyard.sampling.prompts import encode_prompts, text_encoder_of
 from pyard.storage.folders import new_folder
 from pyard.version import __version__
@@ -42,24 +49,17 @@ _OWNED = (
     *(f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")),
 )
 _GRAPHS = {"sampler": "model", "step": "step"}  # forms to names of files
-# What a transformer of each family takes: settings with the width of tokens and of the pooled embedding.
-_WIDTHS = {
-    "pixart": ("caption_channels", None),
-    "sd3": ("joint_attention_dim", "pooled_projection_dim"),
-    "flux": ("joint_attention_dim", "pooled_projection_dim"),
-    "qwen_image": ("joint_attention_dim", None),
-    "z_image": ("cap_feat_dim", None),
-}
 
 
 @dataclass(frozen=True)
 class _Request:
-    """Arguments of `export_pipeline` that its parts need."""
+    """Arguments of `export_pipeline` that its parts need, and what they find."""
 
     forms: tuple[Form, ...]
     opset: int
     precision: str
     parity_bound: float | None
+    kept: dict[str, list[str]] = field(default_factory=dict)  # by component, layers that fp16 cannot hold
 
 
 def export_pipeline(
@@ -123,7 +123,7 @@ def export_pipeline(
     with new_folder(folder, owned=_OWNED) as building:
         parity = {"transformer": _write_transformer(building, student, conditions, request)}
         if decoder is not None:
-            _write_decoder(building, student, decoder, request)
+            _write_decoder(building, student, decoder, conditions, request)
         if encoders is not None:
             _write_text_encoders(building, encoders, request)
         config = _config(student, decoder, encoders, conditions, request)
@@ -151,7 +151,16 @@ def export_folder(student: Student, folder: Path, *, unused: Sequence[str], prec
     parity = export_pipeline(student, folder, precision=precision, **settings)  # type: ignore[arg-type]
     megabytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
     errors = ", ".join(f"{name} {error:.1e}" for name, error in parity.items())
+    kept = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["kept_in_float32"]
+    for component, layers in kept.items():
+        if layers:
+            print(f"{component}: too large for fp16, so in float32: {', '.join(layers)}")
     print(f"{folder}/: {megabytes:.1f} MB, {student.num_steps} steps; error against PyTorch: {errors}")
+
+
+def own_text_encoders(folder: Path) -> str | Path:
+    """The folder that a student was read from, if it is a pipeline's with text encoders in it, or else `own`."""
+    return folder if (folder / "model_index.json").is_file() and (folder / "tokenizer").is_dir() else "own"
 
 
 def _texts(student: Student, source: str | Path) -> tuple[TextEncoders | None, list[Condition]]:
@@ -160,29 +169,15 @@ def _texts(student: Student, source: str | Path) -> tuple[TextEncoders | None, l
     assert text is not None
     settings = student.config.network.transformer  # type: ignore[attr-defined]
     if str(source) == "none":
-        return None, _random_conditions(student)
-    encoder = text_encoder_of(student, folder=None if str(source) == "own" else source)
+        return None, random_conditions(student)
+    place = Path(text.folder if str(source) == "own" else source)
+    if not place.is_dir():
+        raise InputError(
+            f"the text encoders of this student are those of the pipeline in {place}, which is not there; give another copy of "
+            "it: --text_encoders PATH, or --text_encoders none"
+        )
+    encoder = text_encoder_of(student, folder=place)
     return TextEncoders(encoder, settings), [encode_prompts(encoder, [prompt], text.constants) for prompt in PARITY_PROMPTS]
-
-
-def _random_conditions(student: Student) -> list[Condition]:
-    config = student.config
-    assert config.text is not None
-    generator = torch.Generator().manual_seed(0)
-    settings = config.network.transformer  # type: ignore[attr-defined]
-    width, pooled = (None if name is None else int(settings[name]) for name in _WIDTHS[config.family])
-    assert width is not None
-    conditions = []
-    for length in (5, 12, 29):
-        tensors = {
-            "tokens": torch.randn(1, length, width, generator=generator),
-            "mask": torch.ones(1, length, dtype=torch.bool),
-        }
-        if pooled is not None:
-            tensors["pooled"] = torch.randn(1, pooled, generator=generator)
-        constants = {name: torch.tensor([value]) for name, value in config.text.constants.items()}
-        conditions.append(Condition({**tensors, **constants}))
-    return conditions
 
 
 def _write_transformer(building: Path, student: Student, conditions: Sequence[Condition], request: _Request) -> float:
@@ -203,22 +198,36 @@ def _write_transformer(building: Path, student: Student, conditions: Sequence[Co
                 examples=conditions,
             )
             config_path(path).unlink()
+            if request.precision == "fp16":
+                layers = {*request.kept.get("transformer", []), *kept_in_float32(path)}
+                request.kept["transformer"] = sorted(layers)
             weights.move(path)
             worst = max(worst, *errors.values())
     return worst
 
 
-def _write_decoder(building: Path, student: Student, decoder: Decoder, request: _Request) -> None:
+def _write_decoder(
+    building: Path, student: Student, decoder: Decoder, conditions: Sequence[Condition], request: _Request
+) -> None:
     folder = building / "vae_decoder"
     folder.mkdir()
     paths = []
     for shape in student.sample_shapes:
         paths.append(building / _graph(student, shape, "vae_decoder", "model"))
-        _save(decoder_model(decoder, shape, request.opset), paths[-1])
+        feeds = _latents(student, shape, conditions) if request.precision == "fp16" else []
+        _save(decoder_model(decoder, shape, request.opset), paths[-1], request, feeds)
     if len(paths) > 1:
         weights = SharedWeights(folder / "weights.data")
         for path in paths:
             weights.move(path)
+
+
+def _latents(student: Student, shape: tuple[int, ...], conditions: Sequence[Condition]) -> list[dict[str, NDArray[Any]]]:
+    """What the decoder is fed with: samples, and the predictions before them, which `stream` shows."""
+    condition = Condition.cat(list(conditions))
+    noise = torch.from_numpy(standard_normal(0, np.arange(condition.batch_size), shape))
+    with torch.inference_mode():
+        return [{"latent": prediction.numpy()} for prediction in student.rollout(noise, condition)]
 
 
 def _write_text_encoders(building: Path, encoders: TextEncoders, request: _Request) -> None:
@@ -226,11 +235,31 @@ def _write_text_encoders(building: Path, encoders: TextEncoders, request: _Reque
     for settings in encoders.layout.encoders:
         path = building / settings.name / "model.onnx"
         path.parent.mkdir()
-        _save(encoders.trace(settings.name, request.opset), path)
+        prompts = PromptEncoder(building, encoders.layout.to_json(), lambda name: None)
+        feeds = [prompts.inputs(dataclasses.asdict(settings), [text]) for text in PARITY_PROMPTS]
+        _save(encoders.trace(settings.name, request.opset), path, request, feeds, quantised=True)
 
 
-def _save(model: ir.Model, path: Path) -> None:
-    save_model(model, path, external_data=weight_bytes(model) > LARGEST_SINGLE_FILE)
+def _save(
+    model: ir.Model,
+    path: Path,
+    request: _Request,
+    feeds: Sequence[Mapping[str, NDArray[Any]]],
+    *,
+    quantised: bool = False,
+) -> None:
+    """Write a component in the precision that was asked for; int8 of those that are `quantised`."""
+    external = weight_bytes(model) > LARGEST_SINGLE_FILE
+    if request.precision == "fp32" or (request.precision == "int8" and not quantised):
+        save_model(model, path, external_data=external)
+    else:
+        with TemporaryDirectory(dir=path.parent) as place:
+            source = Path(place) / path.name
+            save_model(model, source, external_data=external)
+            if request.precision == "int8":
+                quantise_weights(source, path, external_data=external)
+            else:
+                request.kept[path.parent.name] = halve(source, path, feeds, external_data=external)
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -279,6 +308,7 @@ def _config(
         "format_version": FORMAT_VERSION,
         "pyard_version": __version__,
         "precision": request.precision,
+        "kept_in_float32": request.kept,
         "opset": request.opset,
         "num_steps": student.num_steps,
         "grid": config.grid.to_json(),

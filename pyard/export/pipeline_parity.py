@@ -27,6 +27,14 @@ PARITY_PROMPTS = (
     "three small yellow triangles to the left of a large white star, and below them a blue circle",
 )
 _SEED = 1
+# What a transformer of each family takes: settings with the width of tokens and of the pooled embedding.
+_WIDTHS = {
+    "pixart": ("caption_channels", None),
+    "sd3": ("joint_attention_dim", "pooled_projection_dim"),
+    "flux": ("joint_attention_dim", "pooled_projection_dim"),
+    "qwen_image": ("joint_attention_dim", None),
+    "z_image": ("cap_feat_dim", None),
+}
 
 
 def measure_pipeline(
@@ -82,3 +90,24 @@ def check_pipeline(parity: Mapping[str, float], bound: float, precision: str, fo
                 f"{precision}; expected at most {allowed:.6g}. Use --precision fp32, or, if that error is acceptable, "
                 "--parity-bound"
             )
+
+
+def random_conditions(student: Student) -> list[Condition]:
+    """Conditions of the shapes that a text-to-image student takes, where there is no text encoder."""
+    config = student.config
+    assert config.text is not None
+    generator = torch.Generator().manual_seed(0)
+    settings = config.network.transformer  # type: ignore[attr-defined]
+    width, pooled = (None if name is None else int(settings[name]) for name in _WIDTHS[config.family])
+    assert width is not None
+    conditions = []
+    for length in (5, 12, 29):
+        tensors = {
+            "tokens": torch.randn(1, length, width, generator=generator),
+            "mask": torch.ones(1, length, dtype=torch.bool),
+        }
+        if pooled is not None:
+            tensors["pooled"] = torch.randn(1, pooled, generator=generator)
+        constants = {name: torch.tensor([value]) for name, value in config.text.constants.items()}
+        conditions.append(Condition({**tensors, **constants}))
+    return conditions

@@ -75,17 +75,33 @@ def quantise(source: Path, target: Path, *, calibration: int | None, external_da
             )
 
 
+def quantise_weights(source: Path, target: Path, *, external_data: bool) -> None:
+    """Write a copy of a text encoder with 8-bit weights; ranges of the activations are measured in every call."""
+    with _quiet():
+        quantize_dynamic(
+            source,
+            target,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            reduce_range=True,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=external_data,
+            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT, "MatMulConstBOnly": True},
+        )
+
+
 class _Trajectories(CalibrationDataReader):
     """What a student's graph is fed with while it draws samples."""
 
     def __init__(self, student: OnnxStudent, count: int, draw: Draw):
-        self.inputs = _inputs(student, count, draw)
+        self.inputs = typical_inputs(student, count, draw)
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         return next(self.inputs, None)
 
 
-def _inputs(student: OnnxStudent, count: int, draw: Draw) -> Iterator[dict[str, np.ndarray]]:
+def typical_inputs(student: OnnxStudent, count: int, draw: Draw) -> Iterator[dict[str, np.ndarray]]:
+    """What a student's graph is fed with while it draws `count` samples."""
     for start in range(0, count, CALIBRATION_BATCH):
         index = np.arange(start, min(start + CALIBRATION_BATCH, count))
         condition = draw(CALIBRATION_SEED, index)

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 _SMALLEST = 1024  # bytes; less stays in the graph
-_ALIGNMENT = 4096  # a page: onnxruntime maps the file into memory
+_ALIGNMENT, _LARGE, _PAGE = 64, 2**20, 4096  # bytes: large weights begin a page, which onnxruntime maps into memory
 
 
 class SharedWeights:
@@ -44,7 +44,7 @@ class SharedWeights:
                 shape = tuple(int(size) for size in tensor.shape.numpy())
                 key = (tensor.dtype.name, shape, hashlib.sha256(content).digest())
                 if key not in self._places:
-                    file.write(bytes(-file.tell() % _ALIGNMENT))
+                    file.write(bytes(-file.tell() % (_PAGE if len(content) >= _LARGE else _ALIGNMENT)))
                     self._places[key] = (file.tell(), len(content))
                     file.write(content)
                 offset, length = self._places[key]

@@ -67,6 +67,8 @@ def trace_student(
     _expand_masks(graph)
     program.optimize()
     model: ir.Model = program.model
+    _split_gemms(model.graph)
+    _transpose_weights(model.graph)
     _shape_outputs(model.graph, student, network.shapes, form)
     model.graph.name = f"pyard_{form}"
     without_paths(model)
@@ -168,6 +170,29 @@ def _name_weights(graph: ir.Graph, network: TracedStudent) -> None:
     for name, parameter in network.named_parameters():
         if id(parameter) in names and name in graph.initializers:
             graph.initializers[name].name = names[id(parameter)]
+
+
+def _split_gemms(graph: ir.Graph) -> None:
+    """Replace Gemm by a product and a sum: onnxruntime's quantiser does it once for each user of a weight, in place."""
+    for node in list(graph):
+        kinds = {name: attribute.value for name, attribute in node.attributes.items()}
+        plain = (kinds.get("alpha", 1.0), kinds.get("beta", 1.0), kinds.get("transA", 0)) == (1.0, 1.0, 0)
+        if node.op_type != "Gemm" or not plain or len(node.inputs) < 3:
+            continue
+        x, weight, bias = node.inputs[:3]
+        nodes = []
+        if kinds.get("transB", 0):
+            nodes.append(ir.Node("", "Transpose", [weight], [ir.AttrInt64s("perm", [1, 0])], name=f"{node.name}.transpose"))
+            weight = nodes[-1].outputs[0]
+        product = ir.Node("", "MatMul", [x, weight], name=str(node.name))
+        total = ir.Node("", "Add", [product.outputs[0], bias], name=f"{node.name}.bias")
+        for added in (*nodes, product, total):
+            added.outputs[0].name = f"{added.name}:0"
+            added.outputs[0].type = node.outputs[0].type
+            graph.insert_before(node, added)
+        product.outputs[0].shape = total.outputs[0].shape = node.outputs[0].shape
+        ir.convenience.replace_all_uses_with(node.outputs[0], total.outputs[0], replace_graph_outputs=True)
+        graph.remove(node, safe=True)
 
 
 def _transpose_weights(graph: ir.Graph) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # A family is a folder of pyard/models and a row here; students' and teachers' folders keep its name.
 FAMILIES = {
     "dit": "pyard.models.dit.network:Trunk",
+    "lightning_dit": "pyard.models.lightning_dit.network:LightningDiT",
     "pixart": "pyard.models.pixart.network:PixArt",
     "sd3": "pyard.models.sd3.network:SD3",
     "flux": "pyard.models.flux.network:Flux",

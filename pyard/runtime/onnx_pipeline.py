@@ -9,7 +9,7 @@ import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
@@ -111,7 +111,8 @@ class OnnxPipeline:
         batch_size: int | None = None,
         noise: NDArray[np.float32] | None = None,
         condition: Mapping[str, NDArray[Any]] | None = None,
-    ) -> NDArray[np.uint8]:
+        output_type: Literal["np", "pil"] = "np",
+    ) -> Any:
         """Draw a picture of each prompt, or of each row of a condition.
 
         Picture i starts from the noise of `(seed, i)`, as in `pyard.sample`, whatever the batch size.
@@ -124,12 +125,14 @@ class OnnxPipeline:
             noise: float32 [n, C, h, w] to start from instead of the seed's.
             condition: instead of prompts, `tokens` float32 [n, tokens, D], `mask` bool [n, tokens] (missing: all are text),
                 and, by family, `pooled` float32 [n, E], as `encode` gives them.
+            output_type: `np`, an array; `pil`, a list of Pillow's images.
 
         Returns:
-            uint8 [n, H, W, 3].
+            uint8 [n, H, W, 3], or n images.
 
         Raises:
-            InputError: not one of prompts and condition; a size that the student did not learn; wrong shapes.
+            InputError: not one of prompts and condition; a size that the student did not learn; wrong shapes; `pil` where
+                Pillow is not installed.
         """
         tensors, count = self._condition(prompts, condition)
         size = self._size(height, width)
@@ -143,7 +146,8 @@ class OnnxPipeline:
             index = np.arange(start, min(start + rows, count))
             begin = self._noise(noise, seed, index, size, count)
             pictures.append(self._decode(size, student.sample_on_device(begin, part)))
-        return np.concatenate(pictures)
+        drawn = np.concatenate(pictures)
+        return drawn if output_type == "np" else as_images(drawn)
 
     def latents(
         self, condition: Arrays, noise: NDArray[np.float32], *, height: int | None = None, width: int | None = None
@@ -280,6 +284,15 @@ class OnnxPipeline:
             for name, about in files.items()
             if name == place or (name.rpartition("/")[0] == folder and not name.endswith(".onnx"))
         }
+
+
+def as_images(pictures: NDArray[np.uint8]) -> list[Any]:  # [n, H, W, C]
+    """Pictures as Pillow's images."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise InputError("output_type='pil' needs Pillow: pip install pillow, or use output_type='np'") from None
+    return [Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture) for picture in pictures]
 
 
 def to_pictures(samples: NDArray[np.float32]) -> NDArray[np.uint8]:  # [n, C, H, W] -> [n, H, W, C]

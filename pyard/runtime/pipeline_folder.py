@@ -64,7 +64,7 @@ def check_tensors(given: Arrays, expected: Sequence[Mapping[str, Any]]) -> dict[
             raise InputError(f"condition: {name} is missing; expected {shapes}")
         # Free sizes are the batch and, of tokens and mask, the number of tokens.
         wanted = [sizes[min(dim, 1)] if size is None else size for dim, size in enumerate(item["shape"])]
-        kinds = "fb" if item["dtype"] == "float32" else "b" if item["dtype"] == "bool" else "iu"
+        kinds = {"float32": "f", "bool": "biu"}.get(item["dtype"], "iu")
         if list(array.shape) != wanted or array.dtype.kind not in kinds:
             raise InputError(f"condition[{name!r}]: found {array.dtype} {list(array.shape)}; expected {item['dtype']} {wanted}")
         arrays[name] = np.ascontiguousarray(array, dtype=item["dtype"])

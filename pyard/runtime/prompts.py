@@ -42,10 +42,10 @@ class PromptEncoder:
         found: dict[tuple[str, str], NDArray[Any]] = {}
         mask: NDArray[Any] = np.ones((len(texts), 1), dtype=bool)
         for settings in self._layout["encoders"]:
-            ids, given = self._tokenize(settings, texts)
+            inputs = self.inputs(settings, texts)
+            given = inputs["attention_mask"]
             session = self._open(settings["name"])
             names = {tensor.name for tensor in session.get_inputs()}
-            inputs = {"input_ids": ids, "attention_mask": given}
             outputs = session.run(list(settings["outputs"]), {n: a for n, a in inputs.items() if n in names})
             found |= {(settings["name"], output): array for output, array in zip(settings["outputs"], outputs, strict=True)}
             mask = given.astype(bool)
@@ -70,8 +70,8 @@ class PromptEncoder:
             return np.zeros((count, *row), dtype=np.float32)
         return np.concatenate([found[name, "tokens"] for name in row], axis=2, dtype=np.float32)
 
-    def _tokenize(self, settings: Mapping[str, Any], texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Numbers of tokens and mask, int64 [B, n] each."""
+    def inputs(self, settings: Mapping[str, Any], texts: Sequence[str]) -> Arrays:
+        """input_ids and attention_mask of one text encoder, int64 [B, n] each; `settings` are its entry in the layout."""
         texts = [text.lower().strip() for text in texts] if settings["plain"] else list(texts)
         whole = [f"{settings['prefix']}{text}{settings['suffix']}" for text in texts]
         rows = [encoded.ids for encoded in self._tokenizer(settings).encode_batch(whole)]
@@ -81,7 +81,7 @@ class PromptEncoder:
         for i, row in enumerate(rows):
             place = slice(longest - len(row), None) if settings["pads_left"] else slice(0, len(row))
             ids[i, place], mask[i, place] = row, 1
-        return ids, mask
+        return {"input_ids": ids, "attention_mask": mask}
 
     def _tokenizer(self, settings: Mapping[str, Any]) -> Any:
         name = settings["tokenizer"]

@@ -71,6 +71,9 @@ def family_of(tensors: Tensors, args: Mapping[str, Any], path: Path, given: str 
 
 def _shown(tensors: Tensors, args: Mapping[str, Any]) -> tuple[Family | None, str]:
     lightning = next((name for name in tensors if _LIGHTNING.match(name)), None)
+    modulation = tensors.get("blocks.0.adaLN_modulation.1.weight")
+    if lightning is None and modulation is not None and modulation.ndim == 2 and modulation.shape[0] == 4 * modulation.shape[1]:
+        lightning = "blocks.0.adaLN_modulation.1.weight without shifts"
     if lightning is not None:
         return "lightningdit", f"the tensor {lightning}"
     repa = next((name for name in tensors if _PROJECTORS.match(name) or name in _STATISTICS), None)
@@ -89,11 +92,19 @@ def _named(name: str) -> str | None:
 
 def without_training_parts(tensors: Tensors, path: Path) -> tuple[Tensors, LatentStatistics | None]:
     """Tensors without what REPA and REPA-E add for training, and the latter's latent statistics."""
-    qk_norm = next((name for name in tensors if _QK_NORM.match(name)), None)
-    if qk_norm is not None:
-        raise InputError(f"{path} ({qk_norm}) normalises queries and keys (--qk-norm), which pyard's DiT does not")
     kept = {name: tensor for name, tensor in tensors.items() if not _PROJECTORS.match(name) and name not in _STATISTICS}
     return kept, LatentStatistics.in_tensors(tensors, path)
+
+
+def without_sections(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by name, where they are in the sections of LightningDiT's YAML files, too."""
+    sections = [args.get(name) for name in ("data", "model", "transport", "sample")]
+    return {**args, **{name: value for section in sections if isinstance(section, Mapping) for name, value in section.items()}}
+
+
+def has_qk_norm(tensors: Tensors) -> bool:
+    """Whether queries and keys are normalised (REPA's `--qk-norm`, LightningDiT's `use_qknorm`), as pyard's DiT does not."""
+    return any(_QK_NORM.match(name) for name in tensors)
 
 
 def schedule_in(args: Mapping[str, Any], family: Family, path: Path) -> NoiseSchedule:
@@ -121,10 +132,12 @@ def schedule_in(args: Mapping[str, Any], family: Family, path: Path) -> NoiseSch
         prediction = known("prediction", {"v": "velocity"}, "v")
         kind = known("path_type", {"linear": "linear", "cosine": "gvp"}, "linear")
         return NoiseSchedule(kind="flow", prediction=prediction, path=kind)
+    # LightningDiT shifts the times of its sampler, which run from noise to data.
+    shift = 1 / number(f"{path}: timestep_shift", args.get("timestep_shift") or 1.0, 1e-6, 1e6)
     kind = known("path_type", {"Linear": "linear", "GVP": "gvp", "VP": "vp"}, "Linear")
     prediction = known("prediction", {"velocity": "velocity", "noise": "eps", "score": "score"}, "velocity")
     # SiT samples from its time sample_eps on where the network says nothing at pure noise (transport/transport.py).
     away = args.get("sample_eps") if args.get("train_eps") is not None else None
     away = 1e-3 if away is None else number(f"{path}: sample_eps", away, 0, 0.5)
     start = 1.0 if prediction == "velocity" or kind == "vp" else 1.0 - away
-    return NoiseSchedule(kind="flow", prediction=prediction, path=kind, start=start)
+    return NoiseSchedule(kind="flow", prediction=prediction, path=kind, start=start, shift=shift)

@@ -1,15 +1,18 @@
-"""Checkpoints with DiT's tensor names as teachers: DiT's, SiT's, REPA's and REPA-E's; DiT's and SiT's in both directions."""
+"""Checkpoints with DiT's tensor names as teachers: DiT's, SiT's, REPA's, LightningDiT's; DiT's and SiT's in both directions."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.errors import InputError
+from pyard.models.backbone import Denoiser
 from pyard.models.dit.checkpoint_file import Tensors, Weights, read_checkpoint
+from pyard.models.dit.config import DiTConfig
 from pyard.models.dit.network import DiT, dit_trunk
 from pyard.models.dit.tensor_names import (
     join_checkpoint,
@@ -19,9 +22,24 @@ from pyard.models.dit.tensor_names import (
     with_zero_variance,
     write_checkpoint,
 )
+from pyard.models.lightning_dit.network import LightningDiT
+from pyard.models.lightning_dit.tensor_names import read_lightning_config, split_lightning
 from pyard.teachers import Family
-from pyard.teachers.checkpoint_family import family_of, refuse_other_networks, schedule_in, without_training_parts
+from pyard.teachers.checkpoint_family import (
+    family_of,
+    has_qk_norm,
+    refuse_other_networks,
+    schedule_in,
+    without_sections,
+    without_training_parts,
+)
+from pyard.teachers.latent_statistics import LatentStatistics
 from pyard.teachers.network_teacher import NetworkTeacher
+
+_Config = TypeVar("_Config", bound=DiTConfig)
+
+# Families whose time runs from 0, noise, to 1, data.
+_NOISE_FIRST = ("sit", "lightningdit")
 
 # What the two papers' code trains with. DiT (Peebles & Xie 2023): eps, 1000 linear betas, respaced with both ends. SiT
 # (Ma et al. 2024), its default: the velocity of a linear path.
@@ -37,22 +55,23 @@ def load_checkpoint(
     schedule: NoiseSchedule | None = None,
     weights: Weights | None = None,
 ) -> NetworkTeacher:
-    """Read the `.pt` or `.safetensors` of DiT, SiT, REPA or REPA-E.
+    """Read the `.pt` or `.safetensors` of DiT, SiT, REPA, REPA-E or LightningDiT.
 
     SiT's time runs from 0, noise, to 1, data, and its velocity points there. pyard's flows run from 1, noise, to 0, data: the
     network is told 1 - t, and the sign of a velocity is turned in the last layer's weights. REPA (Yu et al. 2025) has SiT's
-    network and pyard's time and sign; its projectors, which only its training uses, are dropped.
+    network and pyard's time and sign; its projectors, which only its training uses, are dropped. LightningDiT (Yao et al. 2025)
+    has SiT's time and sign.
 
     Args:
         path: plain tensors, or a training checkpoint; `pyard.models.dit.checkpoint_file` says which are known.
-        family: `dit`, `sit` or `repa` (REPA-E as well), whose tensors have the same names; none: from the file.
+        family: `dit`, `sit`, `repa` (REPA-E as well) or `lightningdit`, whose tensors have the same names; none: from the file.
         num_heads: H; needed for widths other than the published ones.
         num_classes: needed if the label table has no row for "no class" and the file's settings do not say so.
         schedule: how it was trained; none: as the file's settings say, else as its family's code does by default.
         weights: `ema` or `model`, of a file that has both; none: `ema`.
 
     Returns:
-        The teacher; REPA-E's has `latent_statistics`.
+        The teacher; REPA-E's has `latent_statistics`, and so has LightningDiT's if its `latents_stats.pt` lies beside it.
 
     Raises:
         InputError: a file that cannot be read, another network, or one whose family or number of heads is not known.
@@ -62,25 +81,36 @@ def load_checkpoint(
     tensors, args = checkpoint.tensors, checkpoint.args
     refuse_other_networks(tensors, path)
     family = family_of(tensors, args, path, family)
-    if family == "lightningdit":
-        raise InputError(
-            f"{path} is a LightningDiT (RMSNorm, SwiGLU, rotary embeddings), a network that pyard does not have; "
-            "docs/own-teacher.md says how to teach with it"
-        )
     tensors, statistics = without_training_parts(tensors, path)
-    config = read_config(tensors, num_heads=num_heads, num_classes=num_classes, args=args)
-    trunk, heads = split_checkpoint(tensors, config)
-    if len(heads) != 1:
-        raise InputError(f"{path} has {len(heads)} output heads: it is an ARD student; read it with pyard.load_ard_student")
-    head, trained = heads[0], schedule_in(args, family, path)
-    if family == "sit":
-        config = dataclasses.replace(config, time_scale=-1.0, time_offset=1.0)
-        head = _negated(head) if trained.prediction == "velocity" else head
-    with torch.device("meta"):
-        network = DiT(config)
+    if family == "lightningdit":
+        args = without_sections(args)
+    trained = schedule_in(args, family, path)
+    network: Denoiser
+    if family == "lightningdit" or has_qk_norm(tensors):
+        sizes = _timed(read_lightning_config(tensors, num_heads=num_heads, num_classes=num_classes, args=args), family)
+        trunk, head = split_lightning(tensors)
+        if family == "lightningdit":
+            statistics = LatentStatistics.beside(path, sizes.in_channels)
+        with torch.device("meta"):
+            network = Denoiser(LightningDiT(sizes))
+    else:
+        config = _timed(read_config(tensors, num_heads=num_heads, num_classes=num_classes, args=args), family)
+        trunk, heads = split_checkpoint(tensors, config)
+        if len(heads) != 1:
+            raise InputError(f"{path} has {len(heads)} output heads: it is an ARD student; read it with pyard.load_ard_student")
+        head = heads[0]
+        with torch.device("meta"):
+            network = DiT(config)
+    if family in _NOISE_FIRST and trained.prediction == "velocity":
+        head = _negated(head)
     load_tensors(network.trunk, trunk, path, assign=True)
     load_tensors(network.head, head, path, assign=True)
     return NetworkTeacher(network, schedule or trained, latent_statistics=statistics)
+
+
+def _timed(config: _Config, family: Family) -> _Config:
+    """Sizes of a network whose time runs as its family's."""
+    return dataclasses.replace(config, time_scale=-1.0, time_offset=1.0) if family in _NOISE_FIRST else config
 
 
 def save_checkpoint(teacher: NetworkTeacher, path: str | Path) -> None:

@@ -40,6 +40,20 @@ class LatentStatistics(NamedTuple):
         return cls._checked(mean.tolist(), torch.sqrt(variance).tolist(), channels, path)
 
     @classmethod
+    def beside(cls, path: Path, channels: int) -> LatentStatistics | None:
+        """Those in `latents_stats.pt` beside a checkpoint of LightningDiT, which normalises latents by it, if there is one."""
+        file = path.with_name("latents_stats.pt")
+        if not file.is_file():
+            return None
+        try:
+            found = torch.load(file, map_location="cpu", weights_only=True)
+            mean, std = (found[name].double().flatten().tolist() for name in ("mean", "std"))
+        except Exception as error:  # whatever torch raises for what is no such file
+            what = str(error).strip().splitlines()[:1]
+            raise InputError(f"{file}: expected the mean and std of {channels} channels ({' '.join(what)[:200]})") from None
+        return cls._checked(mean, std, channels, file)
+
+    @classmethod
     def from_json(cls, config: Any, path: Path) -> LatentStatistics | None:
         """From `_asdict` as JSON keeps it, or None of None."""
         if config is None:

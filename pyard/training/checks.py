@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyard.errors import InputError
 from pyard.ops.masks import check_mask
@@ -11,6 +11,12 @@ from pyard.training.adversarial_config import AdversarialConfig
 
 if TYPE_CHECKING:
     from pyard.training.config import TrainConfig
+
+# What a run has that is given neither a value nor a store or student that decides it.
+DEFAULTS: dict[str, Any] = {
+    "num_steps": 4, "num_trajectories": 8192, "mask": "causal", "target": "state", "heads": "per_step",
+    "trajectory_dtype": "float32", "trajectory_keep": "both",
+}  # fmt: skip
 
 
 def check_ranges(config: TrainConfig) -> None:
@@ -25,7 +31,7 @@ def check_ranges(config: TrainConfig) -> None:
         **dict.fromkeys(("warmup_steps", "evaluate_every", "rollout_start", "seed"), 0),
     }
     for name, least in at_least.items():
-        if getattr(config, name) < least:
+        if getattr(config, name) is not None and getattr(config, name) < least:
             raise InputError(f"training: {name} is {getattr(config, name)}; expected at least {least}")
     for name in ("keep_every", "peak_tflops", "huber_c"):
         if getattr(config, name) is not None and not getattr(config, name) > 0:
@@ -39,18 +45,23 @@ def check_ranges(config: TrainConfig) -> None:
         raise InputError(f"training: ema_decay is {config.ema_decay}; expected decays that differ")
     if not 0 <= config.rollout_probability <= 1:
         raise InputError(f"training: rollout_probability is {config.rollout_probability}; expected 0 to 1")
-    if not isinstance(config.step_weights, str) and (
-        len(config.step_weights) != config.num_steps or min(config.step_weights) < 0 or sum(config.step_weights) <= 0
-    ):
+    # Stores and a student that are given decide what is not: it is checked when they are known.
+    is_open = config.trajectories is not None or config.student is not None
+    num_steps = config.num_steps or (None if is_open else DEFAULTS["num_steps"])
+    if not isinstance(config.step_weights, str):
+        count = len(config.step_weights)
+        if count != (num_steps or count) or not count or min(config.step_weights) < 0 or sum(config.step_weights) <= 0:
+            raise InputError(
+                f"training: step_weights is {list(config.step_weights)}; expected {num_steps or count or 'some'} numbers "
+                "(num_steps), none of them negative and not all 0"
+            )
+    target = config.target or (None if is_open else DEFAULTS["target"])
+    if target is not None and config.trajectory_keep not in (None, target, "both"):
         raise InputError(
-            f"training: step_weights is {list(config.step_weights)}; expected {config.num_steps} numbers (num_steps), none of "
-            "them negative and not all 0"
+            f"training: trajectory_keep is {config.trajectory_keep!r}, but target is {target!r}; keep that, or both"
         )
-    if config.trajectory_keep not in (config.target, "both"):
-        raise InputError(
-            f"training: trajectory_keep is {config.trajectory_keep!r}, but target is {config.target!r}; keep that, or both"
-        )
-    check_mask(config.mask, config.window)
+    if config.mask is not None or not is_open:
+        check_mask(config.mask or DEFAULTS["mask"], config.window)
     if config.output == "jump" and config.target == "denoised":
         raise InputError("training: output 'jump' starts from a state, so it needs target 'state', not 'denoised'")
     for name, least in (("history_layers", 0), ("lora_rank", 1)):
@@ -60,9 +71,10 @@ def check_ranges(config: TrainConfig) -> None:
         raise InputError(f"training: weight_decay is {config.weight_decay}; expected at least 0")
     if not all(0 <= beta < 1 for beta in config.adam_betas):
         raise InputError(f"training: adam_betas is {config.adam_betas}; expected two numbers from 0 to 1, 1 excluded")
-    if config.trajectories is None and config.batch_size > config.num_trajectories:
+    to_generate = config.num_trajectories or DEFAULTS["num_trajectories"]
+    if config.trajectories is None and config.batch_size > to_generate:
         raise InputError(
-            f"training: batch_size is {config.batch_size}, more than the {config.num_trajectories} trajectories to be "
+            f"training: batch_size is {config.batch_size}, more than the {to_generate} trajectories to be "
             "generated (num_trajectories); expected at most as many"
         )
     if config.trackers in ("tensorboard", "wandb") and importlib.util.find_spec(config.trackers) is None:
@@ -70,11 +82,8 @@ def check_ranges(config: TrainConfig) -> None:
             f"training: trackers is {config.trackers!r}, which is not installed: "
             f"pip install {config.trackers}, or --trackers none"
         )
-    if (config.stage == "adversarial") != (config.student is not None):
-        raise InputError(
-            f"training: stage is {config.stage!r} and student is {config.student!r}; the adversarial stage, and no other, "
-            "starts from a student"
-        )
+    if config.stage == "adversarial" and config.student is None:
+        raise InputError("training: stage is 'adversarial' and student is none; that stage starts from a student")
     if config.stage == "regression" and config.adversarial != AdversarialConfig():
         raise InputError("training: adversarial has settings, but stage is 'regression'; expected 'adversarial' and a student")
     if config.stage == "adversarial" and (config.gradient_accumulation > 1 or config.rollout_probability):

@@ -7,46 +7,36 @@ import difflib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
+from pyard.diffusion.solvers import Solver
 from pyard.diffusion.time_grid import Target
 from pyard.errors import InputError
 from pyard.models.student_config import (
     Heads,
     LoraHeads,
     Output,
-    StudentConfig,
     default_history_bias,
     default_history_layers,
     default_output,
 )
 from pyard.ops.masks import Mask
-from pyard.storage.files import write_text
 from pyard.storage.typed import conform, read_settings
 from pyard.training.adversarial_config import AdversarialConfig
-from pyard.training.checks import check_ranges
+from pyard.training.checks import DEFAULTS, check_ranges
 from pyard.trajectories.manifest import DType, Keep, Precision
+
+T = TypeVar("T")
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SETTINGS_NAME = "settings.yaml"
-IDENTITY_NAME = "train.json"
 
 LRSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Loss = Literal["mse", "pseudo_huber"]
 Stage = Literal["regression", "adversarial"]
 Parallel = Literal["ddp", "fsdp"]
-
-# Two runs that differ in these alone compute the same, to rounding: a run may resume with others.
-_NOT_OF_THE_RESULT = (
-    "teacher", "trajectories", "out", "student", "network", "save_every", "keep_last", "keep_every",
-    "log_every", "evaluate_every",
-    "evaluation_trajectories", "max_skipped_in_a_row", "trackers", "peak_tflops", "progress",
-    "gradient_accumulation", "activation_checkpointing", "compile",
-    "num_trajectories", "teacher_steps", "cfg_scale", "cfg_channels", "trajectory_dtype", "trajectory_keep",
-    "trajectory_precision", "prompts", "height", "width", "embedded_guidance", "variant", "transformer", "lora",
-)  # fmt: skip  # the last two lines are in the manifest of the trajectories, which is compared
 
 
 @dataclass(frozen=True)
@@ -59,20 +49,22 @@ class TrainConfig:
         trajectories: a store that `generate_trajectories` wrote with this teacher, or a list of stores, one for each sample
             shape: every batch is of one store; none: generated in `out`/trajectories.
 
-        stage: `regression`, or `adversarial`: go on from `student` with discriminators beside the regression.
-        student: run folder or student's folder that the adversarial stage starts from; it decides all about the student.
+        stage: `regression`, or `adversarial`: go on from `student`, with discriminators beside the regression.
+        student: run folder or student's folder to start from, in either stage; it decides all about the student, and what is
+            given of that must agree.
         network: package.module:Class of the backbone of a teacher that is made of none of pyard's.
 
-        num_steps: S, network passes of the student; the grid of a given store must have as many.
+        num_steps: S, network passes of the student; none: as many as a given store has jumps, else 4.
         history_layers: N, how many of the lowest attentions see earlier steps; 0 is step distillation; none: a quarter of
             the teacher's layers, rounded up.
-        mask: which earlier steps they see: diagonal | window | anchor | causal.
+        mask: which earlier steps they see: diagonal | window | anchor | causal; none: causal, or a given student's.
         window: steps seen with the `window` mask, own one included.
-        target: what a step predicts: the ODE `state`, or the teacher's `denoised` prediction (the authors' code).
+        target: what a step predicts: the ODE `state`, or the teacher's `denoised` prediction (the authors' code); none:
+            `state`, or what a given store keeps alone.
         output: `direct` as in the authors' code, or `jump` (needs `state` targets): start as the teacher's own unguided
             sampler; none: `jump` for `state` targets and three steps or more, else `direct`. `docs/quality.md` has what each
             choice costs.
-        heads: an output head `per_step`, or one `shared`.
+        heads: an output head `per_step`, or one `shared`; none: `per_step`, or a given student's.
         history_bias: start value of a learned bias on the attention to earlier steps; none: no bias; auto: -4 for `jump`
             outputs, so that they start nearly as that sampler with a history, too, and none for `direct` ones.
         lora_rank: train low-rank additions to the blocks (PEFT) and the heads, not all weights. The folder of a text-to-image
@@ -82,13 +74,15 @@ class TrainConfig:
             stock LoRA can express the latter two. none: `lora` where a stock pipeline could draw with the student
             (text-to-image, history_layers 0, `jump`, a `shared` head), else `whole`.
 
-        num_trajectories: how many to generate if there is no store.
+        num_trajectories: how many to generate if there is no store; none: 8192. If there is one, what is given of these
+            settings must agree with it, and what is not comes from it.
         teacher_steps: steps of the teacher's solver in those; none: 25, or about as many as a text-to-image pipeline takes.
+        solver: the teacher's in those: ddim | euler | heun | dpm++2m; none: ddim or euler, or a text-to-image pipeline's.
         cfg_scale: guidance weight in those; 1 is none; none: 1.5, or a text-to-image pipeline's own.
         cfg_channels: guide only the first so many channels in those, as DiT's public code does with 3 of 4; none: all.
-        trajectory_dtype: how those are stored: float32 | float16 | bfloat16.
-        trajectory_keep: what is stored of those: state | denoised | both.
-        trajectory_precision: what the teacher computes in: float32 | bfloat16.
+        trajectory_dtype: how those are stored: float32 | float16 | bfloat16; none: float32.
+        trajectory_keep: what is stored of those: state | denoised | both; none: both.
+        trajectory_precision: what the teacher computes in: float32 | bfloat16; none: float32.
 
         prompts: of a text-to-image pipeline, in those: a `.txt` or `.jsonl` file, or a folder with `metadata.jsonl`.
         height: of a text-to-image pipeline's pictures in those, in pixels; none: its own.
@@ -98,7 +92,7 @@ class TrainConfig:
         transformer: a fine-tuned transformer in place of the pipeline's, folder or single file.
         lora: a LoRA that is added to the pipeline's transformer.
 
-        max_steps: updates.
+        max_steps: updates. With `constant` and `constant_with_warmup`, a run goes on to more of them than it was begun with.
         batch_size: trajectories an update, over all processes and accumulated micro-batches.
         gradient_accumulation: micro-batches that a process's share of an update is cut into; saves memory, not time.
         learning_rate: of AdamW.
@@ -148,24 +142,25 @@ class TrainConfig:
     student: str | None = None
     network: str | None = None
 
-    num_steps: int = 4
+    num_steps: int | None = None
     history_layers: int | None = None
-    mask: Mask = "causal"
+    mask: Mask | None = None
     window: int | None = None
-    target: Target = "state"
+    target: Target | None = None
     output: Output | None = None
-    heads: Heads = "per_step"
+    heads: Heads | None = None
     history_bias: float | Literal["auto"] | None = "auto"
     lora_rank: int | None = None
     lora_heads: LoraHeads | None = None
 
-    num_trajectories: int = 8192
+    num_trajectories: int | None = None
     teacher_steps: int | None = None
+    solver: Solver | None = None
     cfg_scale: float | None = None
     cfg_channels: int | None = None
-    trajectory_dtype: DType = "float32"
-    trajectory_keep: Keep = "both"
-    trajectory_precision: Precision = "float32"
+    trajectory_dtype: DType | None = None
+    trajectory_keep: Keep | None = None
+    trajectory_precision: Precision | None = None
 
     prompts: str | None = None
     height: int | None = None
@@ -270,66 +265,25 @@ class TrainConfig:
     def resolved(self, teacher_depth: int) -> TrainConfig:
         """The configuration with what it leaves open decided, for a teacher of so many layers."""
         layers = default_history_layers(teacher_depth) if self.history_layers is None else self.history_layers
-        output = self.output or default_output(self.target, self.num_steps)
+        decided = {name: value for name, value in DEFAULTS.items() if getattr(self, name) is None}
+        steps, target = self.num_steps or DEFAULTS["num_steps"], self.target or DEFAULTS["target"]
+        output = self.output or default_output(target, steps)
         bias = self.history_bias
         if bias == "auto":
             bias = default_history_bias(output, layers)
         if layers > teacher_depth:
             raise InputError(f"training: history_layers is {layers}; the teacher has {teacher_depth} layers")
-        return dataclasses.replace(self, history_layers=layers, output=output, history_bias=bias)
-
-    def like(self, student: StudentConfig) -> TrainConfig:
-        """The configuration with what a student that is there already decides."""
-        names = ("history_layers", "mask", "window", "target", "output", "heads", "history_bias")
-        decided: dict[str, Any] = {name: getattr(student, name) for name in names}
-        if student.base is not None:
-            decided |= {"lora_rank": student.base.rank, "lora_heads": student.base.heads}
-        return dataclasses.replace(self, num_steps=student.grid.num_steps, **decided)
+        return dataclasses.replace(self, **decided, history_layers=layers, output=output, history_bias=bias)
 
     def to_yaml(self) -> str:
         """YAML that `pyard train --config` reads back as the same configuration."""
         return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(self), default=str)), sort_keys=False)
 
-    def resume_or_begin(self, **inputs: Any) -> None:
-        """Store the configuration in the run folder; refuse a folder whose run computes something else.
 
-        Args:
-            inputs: what tells teacher, trajectories and other inputs from others, wherever they lie; JSON-able.
-
-        Raises:
-            InputError: names every setting that differs.
-        """
-        settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in _NOT_OF_THE_RESULT}
-        if self.stage == "regression":
-            settings.pop("adversarial")
-        else:
-            settings["adversarial"].pop("real_cache")
-        mine = {**settings, **inputs}
-        mine = json.loads(json.dumps(mine))
-        theirs = self.begun()
-        if theirs is not None:
-            differing = [
-                f"{key}: {theirs.get(key)!r} there, {mine.get(key)!r} now"
-                for key in sorted({*mine, *theirs})
-                if mine.get(key) != theirs.get(key)
-            ]
-            if differing:
-                raise InputError(
-                    f"{self.out} holds a run with other settings ({'; '.join(differing)}); use another --out, or remove it"
-                )
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_text(self.out / SETTINGS_NAME, self.to_yaml())
-        write_text(self.out / IDENTITY_NAME, json.dumps(mine, indent=2) + "\n")
-
-    def begun(self) -> dict[str, Any] | None:
-        """What the run in `out` was begun with: its settings and inputs; None if there is none."""
-        file = self.out / IDENTITY_NAME
-        if not file.exists():
-            return None
-        try:
-            return dict(json.loads(file.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise InputError(f"{file} is not JSON ({error}); use another --out") from None
+def known(value: T | None) -> T:
+    """A setting of a resolved configuration, which is not None."""
+    assert value is not None
+    return value
 
 
 def recipe_file(name: str | Path) -> Path:

@@ -17,17 +17,22 @@ from pyard.models.lora import add_lora, merge_lora
 from pyard.models.student import Student
 from pyard.teachers import is_text_to_image
 from pyard.teachers.text_to_image.teacher import PipelineTeacher
-from pyard.training.config import TrainConfig
+from pyard.training import identity
+from pyard.training.agreement import agree_with_pipeline, agree_with_stores, agree_with_student, check_target
+from pyard.training.config import TrainConfig, known
 from pyard.training.inputs import (
     Trajectories,
+    check_teacher,
     encoded_real_data,
     first_student,
     fits_stock,
+    given_stores,
     manifests_of,
     names_of,
+    new_store,
     open_held_out,
-    open_stores,
     open_teacher,
+    read_counts,
 )
 from pyard.trajectories import TrajectoryReader
 from pyard.trajectories.buckets import BatchReader, BucketReader
@@ -96,7 +101,7 @@ def train(
     # Importing accelerate and diffusers takes seconds, which `pyard train --help` need not wait for.
     from pyard.training.processes import Processes, ends_at_once, own_random_state
 
-    processes = Processes(config.mixed_precision, config.parallel)
+    processes = Processes(config.mixed_precision, config.parallel, is_finished=identity.is_finished(config))
     with own_random_state(processes.device), ends_at_once():
         return _run(config, given_teacher, given_store, processes, backbone)
 
@@ -146,25 +151,37 @@ def _run(
             f"training: batch_size {config.batch_size} is no multiple of {processes.world} processes times "
             f"gradient_accumulation {config.gradient_accumulation}"
         )
+    begun = identity.begun(config)  # what it was begun with, before hours go into something else
+    counts = [] if begun is None else [manifest["count"] for manifest in manifests_of(begun)]
+    stores, is_given = [] if trajectories is None else given_stores(trajectories), trajectories is not None
+    if is_given:
+        config = agree_with_stores(config, stores, read_counts(stores, counts))
     if isinstance(teacher, str | Path):
         with processes.main_first():  # the built-in teacher is trained on first use
-            teacher = open_teacher(teacher, trajectories, config, network)
+            teacher = open_teacher(teacher, config, network)
+    elif wrong := [name for name in ("variant", "transformer", "lora") if getattr(config, name) is not None]:
+        raise InputError(f"training: {wrong[0]} is for a teacher given by its folder")
     network = type(teacher.network.trunk)
     home = teacher.device
     teacher.to(processes.device)
     shared = teacher.network if isinstance(teacher, PipelineTeacher) else None
     earlier = None if config.student is None else Student.from_pretrained(config.student, network=network, base=shared)
     if earlier is not None:
-        config = config.like(earlier.config)
+        config = agree_with_student(config, earlier.config)
     config = config.resolved(teacher.network.config.depth)
-    begun = config.begun()  # what it was begun with, before hours go into something else
-    counts = [] if begun is None else [manifest["count"] for manifest in manifests_of(begun)]
-    if counts and trajectories is None and counts[0] < config.num_trajectories:
-        raise InputError(
-            f"{config.out} holds a run on {counts[0]} trajectories, but num_trajectories is "
-            f"{config.num_trajectories}; use another --out, or remove it"
-        )
-    stores = open_stores(teacher, trajectories, config)  # each process writes its part of a new one, and waits for the others
+    if is_given:
+        check_teacher(teacher, stores)
+        check_target(known(config.target), stores)
+    else:
+        if counts and counts[0] < known(config.num_trajectories):
+            raise InputError(
+                f"{config.out} holds a run on {counts[0]} trajectories, but num_trajectories is "
+                f"{config.num_trajectories}; use another --out, or remove it"
+            )
+        stores = [new_store(teacher, config)]
+        config = dataclasses.replace(config, num_trajectories=None)
+        config = agree_with_stores(config, stores, read_counts(stores, counts))
+    config = agree_with_pipeline(config, stores, teacher, given=is_given)
     if isinstance(teacher, PipelineTeacher):
         table = stores[0].conditions
         assert isinstance(table, PromptTable)
@@ -184,24 +201,27 @@ def _run(
             add_lora(student, config.lora_rank, heads)
         if isinstance(teacher, PipelineTeacher) and earlier is None:
             student.config = dataclasses.replace(student.config, base=teacher.base_source(config.lora_rank, heads))
-    # A store that has grown since the run began is read as far as it went then.
-    read = [store.count if i >= len(counts) else min(store.count, counts[i]) for i, store in enumerate(stores)]
+    read = read_counts(stores, counts)
     manifests = [{**store.manifest.to_json(), "count": count} for store, count in zip(stores, read, strict=True)]
     inputs = {"teacher_fingerprint": teacher.fingerprint, "manifest": manifests[0] if len(manifests) == 1 else manifests}
+    if earlier is not None:
+        inputs["student_fingerprint"] = weights_digest(student)
     stage: Regression
     if config.stage == "adversarial":
         shape = stores[0].manifest.sample_shape
         source = encoded_real_data(config, shape, student, student.codec or teacher.codec, processes)
         data = RealData.load(source, shape, student.num_conditions)
-        inputs |= {"real_fingerprint": data.fingerprint(), "student_fingerprint": weights_digest(student)}
+        inputs["real_fingerprint"] = data.fingerprint()
     with processes.main_first():
         if processes.is_main:
-            config.resume_or_begin(**inputs)
+            identity.resume_or_begin(config, **inputs)
+    if processes.reopens:
+        return Student.from_pretrained(config.out, network=network, base=shared).to(processes.device)
     readers = [
         TrajectoryReader(
             store,
             config.batch_size // processes.world,
-            target=config.target,
+            target=known(config.target),
             seed=config.seed,
             rank=processes.rank,
             world_size=processes.world,

@@ -10,7 +10,7 @@ from pyard.errors import InputError
 from pyard.models.student import Student
 from pyard.teachers import is_text_to_image, load_teacher
 from pyard.teachers.text_to_image.teacher import PipelineTeacher
-from pyard.training.config import TrainConfig
+from pyard.training.config import TrainConfig, known
 from pyard.trajectories import TrajectoryStore, generate_trajectories
 from pyard.trajectories.buckets import check_buckets
 from pyard.trajectories.store import read_manifest
@@ -29,22 +29,12 @@ Trajectories = str | Path | TrajectoryStore
 _HELD_OUT_SEED = 1 << 32
 
 
-def open_teacher(
-    teacher: str | Path, trajectories: Any, config: TrainConfig, network: type[Backbone] | str | None
-) -> NetworkTeacher:
-    """The teacher by its path; a text-to-image pipeline in the precision of the trajectories that it made."""
-    if not is_text_to_image(teacher):
-        return load_teacher(teacher, network=network)
-    given = trajectories[0] if isinstance(trajectories, list | tuple) and trajectories else trajectories
-    precision = config.trajectory_precision
-    if isinstance(given, TrajectoryStore):
-        precision = given.manifest.precision
-    elif isinstance(given, str | Path) and (manifest := read_manifest(Path(given))) is not None:
-        precision = manifest.precision
+def open_teacher(teacher: str | Path, config: TrainConfig, network: type[Backbone] | str | None) -> NetworkTeacher:
+    """The teacher by its path; a text-to-image pipeline in the precision of the trajectories."""
     return load_teacher(
         teacher,
         network=network,
-        dtype=precision,
+        dtype=config.trajectory_precision if is_text_to_image(teacher) else None,
         variant=config.variant,
         transformer=config.transformer,
         lora=config.lora,
@@ -57,49 +47,53 @@ def manifests_of(begun: dict[str, Any]) -> list[dict[str, Any]]:
     return found if isinstance(found, list) else [found]
 
 
-def open_stores(
-    teacher: NetworkTeacher, trajectories: Trajectories | Sequence[Trajectories] | None, config: TrainConfig
-) -> list[TrajectoryStore]:
-    """The stores to train on: the given ones, checked against teacher and S, or a new one in the run folder."""
-    if trajectories is None:
-        new = generate_trajectories(
-            teacher,
-            config.out / "trajectories",
-            config.num_trajectories,
-            num_steps=config.num_steps,
-            teacher_steps=config.teacher_steps,
-            cfg_scale=config.cfg_scale,
-            cfg_channels=config.cfg_channels,
-            keep=config.trajectory_keep,
-            dtype=config.trajectory_dtype,
-            precision=config.trajectory_precision,
-            prompts=config.prompts,
-            height=config.height,
-            width=config.width,
-            embedded_guidance=config.embedded_guidance,
-            seed=config.seed,
-            progress=config.progress,
-        )
-        return [new]
+def read_counts(stores: Sequence[TrajectoryStore], begun_with: Sequence[int]) -> list[int]:
+    """How many trajectories of each store are read: one that has grown since the run began is read as far as it went then."""
+    return [min(store.count, *begun_with[i : i + 1]) if begun_with[i:] else store.count for i, store in enumerate(stores)]
+
+
+def given_stores(trajectories: Trajectories | Sequence[Trajectories]) -> list[TrajectoryStore]:
+    """The stores that are given to train on."""
     given = [trajectories] if isinstance(trajectories, str | Path | TrajectoryStore) else list(trajectories)
     if not given:
         raise InputError("train: trajectories is an empty list; expected at least one store")
-    stores = [_open_store(teacher, one, config) for one in given]
+    stores = [one if isinstance(one, TrajectoryStore) else TrajectoryStore.open(one) for one in given]
     check_buckets(stores)
     return stores
 
 
-def _open_store(teacher: NetworkTeacher, trajectories: Trajectories, config: TrainConfig) -> TrajectoryStore:
-    store = trajectories if isinstance(trajectories, TrajectoryStore) else TrajectoryStore.open(trajectories)
-    theirs = store.manifest
-    if theirs.teacher_fingerprint != teacher.fingerprint:
-        raise InputError(
-            f"the trajectories were made by teacher {theirs.teacher_fingerprint[:12]}, but this is teacher "
-            f"{teacher.fingerprint[:12]}; generate trajectories with this teacher"
-        )
-    if theirs.grid.num_steps != config.num_steps:
-        raise InputError(f"the trajectories have {theirs.grid.num_steps} steps, but num_steps is {config.num_steps}")
-    return store
+def check_teacher(teacher: NetworkTeacher, stores: Sequence[TrajectoryStore]) -> None:
+    """Raises InputError if another teacher made the stores."""
+    for store in stores:
+        made_by = store.manifest.teacher_fingerprint
+        if made_by != teacher.fingerprint:
+            raise InputError(
+                f"the trajectories {store.path} were made by teacher {made_by[:12]}, but this is teacher "
+                f"{teacher.fingerprint[:12]}; generate trajectories with this teacher"
+            )
+
+
+def new_store(teacher: NetworkTeacher, config: TrainConfig) -> TrajectoryStore:
+    """The store in the run folder; each process writes its part of it, and waits for the others."""
+    return generate_trajectories(
+        teacher,
+        config.out / "trajectories",
+        known(config.num_trajectories),
+        num_steps=known(config.num_steps),
+        teacher_steps=config.teacher_steps,
+        cfg_scale=config.cfg_scale,
+        cfg_channels=config.cfg_channels,
+        solver=config.solver,
+        keep=known(config.trajectory_keep),
+        dtype=known(config.trajectory_dtype),
+        precision=config.trajectory_precision,
+        prompts=config.prompts,
+        height=config.height,
+        width=config.width,
+        embedded_guidance=config.embedded_guidance,
+        seed=config.seed,
+        progress=config.progress,
+    )
 
 
 def open_held_out(
@@ -126,7 +120,7 @@ def _like(teacher: NetworkTeacher, config: TrainConfig, manifest: TrajectoryMani
         cfg_interval=manifest.cfg_interval,
         solver=None if manifest.solver == "unknown" else manifest.solver,
         precision=manifest.precision,
-        keep=config.target,
+        keep=known(config.target),
         seed=(manifest.seed + _HELD_OUT_SEED) % 2**64,
         labels=manifest.labels if isinstance(manifest.labels, str) else list(manifest.labels),
         batch_size=begun.batch_size if begun else min(manifest.batch_size, config.evaluation_trajectories),
@@ -142,17 +136,16 @@ def first_student(
     """The student that training starts from: that of an earlier stage, or the teacher with a history."""
     store = stores[0]
     if earlier is None:
-        assert config.history_layers is not None
         assert config.history_bias != "auto"
         return Student.from_teacher(
             teacher,
             store.manifest.grid,
-            history_layers=config.history_layers,
-            mask=config.mask,
+            history_layers=known(config.history_layers),
+            mask=known(config.mask),
             window=config.window,
-            target=config.target,
+            target=known(config.target),
             output=config.output,
-            heads=config.heads,
+            heads=known(config.heads),
             history_bias=config.history_bias,
             sample_shapes=[store.manifest.sample_shape for store in stores],
             share=config.lora_rank is not None,
@@ -167,7 +160,8 @@ def first_student(
         raise InputError(
             f"student {config.student} and the trajectories {store.path} have other grids; give those it learnt from"
         )
-    earlier.trained_shape(store.manifest.sample_shape)
+    for store in stores:
+        earlier.trained_shape(store.manifest.sample_shape)
     earlier.conditions = earlier.conditions or teacher.conditions  # prompts are the trajectories', not the student's
     return earlier
 

@@ -50,9 +50,13 @@ class Processes:
     Args:
         mixed_precision: no | bf16 | fp16.
         parallel: `ddp`, or `fsdp` on several processes.
+        is_finished: whether nothing is left to train, which one process can read whatever it was trained by.
+
+    Attributes:
+        reopens: whether this one process cannot train and is there to read a result.
     """
 
-    def __init__(self, mixed_precision: str = "no", parallel: str = "ddp"):
+    def __init__(self, mixed_precision: str = "no", parallel: str = "ddp", *, is_finished: bool = False):
         from accelerate import PartialState
 
         # Without `cpu`, Accelerate runs processes without a GPU side by side, each as if it were alone.
@@ -69,12 +73,14 @@ class Processes:
         self.device: torch.device = state.device
         if mixed_precision == "fp16" and self.device.type == "cpu":
             raise InputError("training: mixed_precision 'fp16' needs a GPU; use 'bf16' or 'no'")
-        if parallel == "fsdp" and (self.world == 1 or mixed_precision == "fp16"):
+        self.reopens = parallel == "fsdp" and self.world == 1 and is_finished
+        if parallel == "fsdp" and not self.reopens and (self.world == 1 or mixed_precision == "fp16"):
             raise InputError(
                 f"training: parallel 'fsdp' on {self.world} processes in {mixed_precision}; expected several processes "
-                "(torchrun), and 'bf16' or 'no', for its loss scaling knows no shards"
+                "(torchrun), and 'bf16' or 'no', for its loss scaling knows no shards; of a run that has not ended, `pyard "
+                "consolidate` turns a checkpoint into a student"
             )
-        self.sharded = parallel == "fsdp"
+        self.sharded = parallel == "fsdp" and not self.reopens
         self._dtype = _DTYPES.get(mixed_precision)
         # Rank 0 may compute trajectories for hours; in training, a wait that long is a hang that has to be noticed.
         self._patient = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if self.world > 1 else None

@@ -28,6 +28,7 @@ from pyard.models.student import Student
 from pyard.sampling.exposure_bias import exposure_bias
 from pyard.storage.files import write_text
 from pyard.storage.log import TrainingLog
+from pyard.training.checks import DEFAULTS
 from pyard.training.config import TrainConfig
 from pyard.training.regression import Measured
 from pyard.trajectories import TrajectoryBatch, TrajectoryReader, TrajectoryStore
@@ -165,7 +166,7 @@ def _first_of_each_prompt(table: PromptTable) -> np.ndarray:
 def in_order(store: TrajectoryStore, config: TrainConfig) -> Iterable[TrajectoryBatch]:
     """All trajectories of a store once, in their order, in batches of the training's size."""
     size = min(config.batch_size, store.count)
-    reader = TrajectoryReader(store, size, target=config.target)
+    reader = TrajectoryReader(store, size, target=config.target or DEFAULTS["target"])
     for first in range(0, store.count, size):
         yield reader.gather(np.arange(first, min(first + size, store.count)))
 

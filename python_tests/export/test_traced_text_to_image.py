@@ -1,5 +1,6 @@
 """Every family's transformer, traced, equals PyTorch at other batch sizes and prompt lengths than it was traced at."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,15 @@ def tiny_text_student(name: str, folder: Path, **settings: Any) -> tuple[Student
     """A student of a tiny pipeline, and a condition for each of `TEXTS`."""
     teacher = load_pipeline(tiny_pipeline(name, folder))
     shape = teacher.shape_of(32, 32)
-    settings = {"history_layers": 2, "heads": "per_step", "history_bias": 0.7, **settings}
+    settings = {"history_layers": 2, "heads": "per_step", "history_bias": 0.7, "sample_shapes": (shape,), **settings}
     grid = teacher.grid(2, 4, shape)
-    student = Student.from_teacher(teacher, grid, sample_shapes=(shape,), text=teacher.text_source(), **settings)
+    constants = teacher.constants(None)
+    text = dataclasses.replace(teacher.text_source(), constants=constants)  # as a teacher says that was given prompts
+    student = Student.from_teacher(teacher, grid, text=text, **settings)
     with torch.no_grad():
         for parameter in student.heads.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
-    constants = teacher.constants(None)
-    conditions = [encode_prompts(teacher.text_encoder, [text], constants) for text in TEXTS]
+    conditions = [encode_prompts(teacher.text_encoder, [prompt], constants) for prompt in TEXTS]
     student.conditions = student.codec = None
     return student.eval(), conditions
 

@@ -182,9 +182,6 @@ def test_settings_that_pyard_does_not_know_are_refused(args, message, tmp_path: 
     ("s_embedder.proj.weight", "DDT or a DiT-DH of RAE"),
     ("sideblocks.0.norm1.weight", "MDT or MDTv2"),
     ("en_inblocks.0.attn.qkv.weight", "MDT or MDTv2"),
-    ("blocks.0.attn.q_norm.weight", "normalises queries and keys"),
-    ("blocks.0.mlp.w12.weight", "is a LightningDiT"),
-    ("feat_rope.freqs_cos", "is a LightningDiT"),
 ])  # fmt: skip
 def test_other_networks_are_refused_by_name(extra, message, tmp_path: Path):
     with pytest.raises(InputError, match=message):

@@ -18,9 +18,12 @@ import torch
 from tqdm import tqdm
 
 from pyard.bench.machine import cores
-from pyard.bench.quality.cell import Workshop, open_workshop, read_result, run_cell
-from pyard.bench.quality.plan import SUBJECTS, Budget, Cell, Plan, Scale, full_plan, quick_plan
+from pyard.bench.quality.cell import open_workshop, read_result, run_cell
+from pyard.bench.quality.plan import SUBJECTS, TEXT, Budget, Cell, Plan, Scale, full_plan, quick_plan
 from pyard.bench.quality.report import write_report
+from pyard.bench.quality.schedule import Errand, Schedule, base_of, needs_of, tasks_of
+from pyard.bench.quality.text_report import write_text_report
+from pyard.bench.quality.workshop import Workshop
 from pyard.errors import InputError
 from pyard.storage.log import read_log
 from pyard.storage.typed import checked
@@ -45,7 +48,8 @@ def bench_quality(
 ) -> None:
     """Train students that differ in one thing at a time, and say how much it matters.
 
-    On `--scale cpu`: the built-in digits, and two Gaussian mixtures whose score is exact, so that every error is the student's.
+    On `--scale cpu`: the built-in digits, two Gaussian mixtures whose score is exact, so that every error is the student's, and
+    captioned scenes (`scenes-text`), a text-to-image teacher whose prompts can be read back out of the pixels.
     On `--scale gpu`: drawn scenes of 32 x 32 pixels. The main table has step distillation and ARD as in the authors'
     code (denoised targets, direct outputs), as in the paper's text (state targets, direct outputs) and in the strong setting
     (state targets, jump outputs), several seeds each; then come masks, steps, heads, losses, rollouts and the adversarial
@@ -58,11 +62,12 @@ def bench_quality(
 
     Args:
         out: folder of teachers, trajectories and students.
-        results: folder of `quality-SCALE.json`, the tables `quality-SCALE.md` and the figures; none: `benchmarks/results` for
-            the whole benchmark, else `out`.
+        results: folder of `quality-SCALE.json`, the tables `quality-SCALE.md` and the figures, and of
+            `quality-scenes-text.*`; none: `benchmarks/results` for a whole table, else `out`.
         quick: a minute's run with next to no training: it shows that everything works, and nothing else.
         scale: cpu | gpu.
-        subjects: of digits, mixture-2d, mixture-16 (cpu), scenes (gpu); the first has the one-factor tables. none: all.
+        subjects: of digits, mixture-2d, mixture-16, scenes-text (cpu), scenes (gpu); the first of classes has the one-factor
+            tables. none: all.
         seeds: of the main table.
         only: train only settings of this name, `*` standing for anything (`state-jump-*`), and those that they go on from; the
             report has what is there.
@@ -87,13 +92,18 @@ def bench_quality(
     out.mkdir(parents=True, exist_ok=True)
     plan = quick_plan(subjects) if quick else full_plan(subjects, seeds)
     cells = chosen_cells(plan, only)
-    if results is None:
-        whole = not quick and only is None and subjects == list(SUBJECTS[scale]) and seeds == _SEEDS
-        results = Path("benchmarks/results") if whole else out
     gpus = torch.cuda.device_count()
     failures = _train_all(plan, cells, out, quick, workers or gpus or cores(), gpus, progress)
+    whole = not quick and only is None and seeds == _SEEDS
+    classes = plan.of([subject for subject in subjects if subject != TEXT])
     with one_thread():  # as the students were measured: the classifiers that features come from are trained on the spot
-        write_report(plan, out, results, f"quality-{'quick' if quick else scale}", quick)
+        if any(cell.subject != TEXT for cell in cells):
+            all_of_them = whole and set(SUBJECTS[scale]) - {TEXT} <= set(subjects)
+            folder = results or (Path("benchmarks/results") if all_of_them else out)
+            write_report(classes, out, folder, f"quality-{'quick' if quick else scale}", quick)
+        if any(cell.subject == TEXT for cell in cells):
+            folder = results or (Path("benchmarks/results") if whole else out)
+            write_text_report(plan.of([TEXT]), out, folder, f"quality-{TEXT}{'-quick' if quick else ''}", quick)
     if failures:
         raise InputError(f"bench quality: {len(failures)} students failed: " + "; ".join(failures))
 
@@ -110,43 +120,39 @@ def chosen_cells(plan: Plan, only: str | None) -> list[Cell]:
     if not names:
         settings = ", ".join(dict.fromkeys(cell.setting.name for cell in plan.cells))
         raise InputError(f"bench quality: no setting is called {only!r}; there are {settings}")
-    names |= {base for cell in plan.cells if cell.name in names and (base := _base(cell)) is not None}
+    names |= {base for cell in plan.cells if cell.name in names and (base := base_of(cell)) is not None}
     return [cell for cell in plan.cells if cell.name in names]
 
 
 def _train_all(plan: Plan, cells: list[Cell], out: Path, quick: bool, workers: int, gpus: int, progress: bool) -> list[str]:
     """Make all cells, each after the one it goes on from; returns the messages of those that failed."""
     failures: list[str] = []
-    names = {cell.name for cell in cells}
-    order = {cell.name: place for place, cell in enumerate(cells)}
+    tasks = tasks_of(cells)
+    schedule = Schedule(needs_of(tasks))
     with (
         _pool(workers, gpus) as pool,
         tqdm(total=sum(_updates(plan, cell) for cell in cells), desc="students", unit="update", disable=not progress) as bar,
     ):
-        # Whatever must be there first has a name: a subject, or the cell that another goes on from.
-        pending: dict[Future[Any], str] = {
-            pool.submit(_prepare, subject, budget, out, quick): subject for subject, budget in plan.budgets.items()
-        }
-        waiting = {cell.name: base if (base := _base(cell)) in names else cell.subject for cell in cells}
-        ready: list[Cell] = []
-        while pending:
+        pending: dict[Future[Any], str] = {}
+        while True:
+            # Only as many as there are workers, so that what becomes ready first does not overtake the plan's order.
+            while len(pending) < workers and (taken := schedule.take()) is not None:
+                task = tasks[taken]
+                work = _run_errand if isinstance(task, Errand) else _make
+                pending[pool.submit(work, plan.budgets[task.subject], task, out, quick)] = taken  # type: ignore[arg-type]
+            if not pending:
+                break
             done, _ = wait(pending, timeout=2.0, return_when=FIRST_COMPLETED)
             for future in done:
                 name = pending.pop(future)
                 error = future.exception()
-                if error is not None:
-                    failures.append(f"{name}: {error}")
-                    bar.write("".join(traceback.format_exception(error)))
                 if error is None:
-                    ready += [cell for cell in cells if waiting.get(cell.name) == name]
-            # In the plan's order, whatever became ready first: only as many as there are workers.
-            ready.sort(key=lambda cell: order[cell.name])
-            while ready and len(pending) < workers:
-                cell = ready.pop(0)
-                del waiting[cell.name]
-                pending[pool.submit(_make, plan.budgets[cell.subject], cell, out, quick)] = cell.name
+                    schedule.done(name)
+                    continue
+                failures.append(f"{name}: {error}")
+                bar.write("".join(traceback.format_exception(error)))
             bar.update(sum(_updates_done(plan, cell, out) for cell in cells) - bar.n)
-    return failures + [f"{name}: not tried, {base} failed" for name, base in waiting.items()]
+    return failures + [f"{name}: not tried, {cause} failed" for name, cause in schedule.left.items()]
 
 
 @contextmanager
@@ -203,8 +209,8 @@ def _workshop(subject: str, budget: Budget, out: Path, quick: bool) -> Workshop:
     return _WORKSHOPS[subject]
 
 
-def _prepare(subject: str, budget: Budget, out: Path, quick: bool) -> None:
-    _workshop(subject, budget, out, quick).teacher_samples()
+def _run_errand(budget: Budget, errand: Errand, out: Path, quick: bool) -> None:
+    getattr(_workshop(errand.subject, budget, out, quick), errand.method)(*errand.arguments)
 
 
 def _make(budget: Budget, cell: Cell, out: Path, quick: bool) -> dict[str, Any]:
@@ -214,11 +220,6 @@ def _make(budget: Budget, cell: Cell, out: Path, quick: bool) -> dict[str, Any]:
         os._exit(
             ended.code if isinstance(ended.code, int) else PREEMPTED_STATUS
         )  # else the pool would hand this process the next student
-
-
-def _base(cell: Cell) -> str | None:
-    base = cell.setting.base
-    return None if base is None else f"{cell.subject}/{base}/seed-{cell.seed}"
 
 
 def _updates(plan: Plan, cell: Cell) -> int:

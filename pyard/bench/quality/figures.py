@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyard.bench.quality.cell import Workshop, draw
 from pyard.bench.quality.plan import AUTHORS_CODE, ENDS, FAMILIES, PAPERS_TEXT, STRONG, Plan, adversarial, corner
+from pyard.bench.quality.workshop import Workshop
 from pyard.data.pictures import tiles
 from pyard.models.student import Student
 
@@ -151,7 +151,7 @@ def _samples(workshop: Workshop, rows: Sequence[Row]) -> Figure:
     for title, setting in wanted.items():
         folder = workshop.folder / setting.name / "seed-0" / "run"
         if any(row["setting"] == setting.name and row["seed"] == 0 for row in rows):
-            pictured[title] = draw(workshop, Student.from_pretrained(folder), _PICTURED)
+            pictured[title] = workshop.draw(Student.from_pretrained(folder), _PICTURED)
     figure = Figure(figsize=(11, 0.5 * len(pictured)), dpi=130, layout="constrained", facecolor="white")
     axes = figure.subplots(len(pictured), 1, squeeze=False)[:, 0]
     for axis, (title, samples) in zip(axes, pictured.items(), strict=True):

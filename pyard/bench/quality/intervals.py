@@ -1,4 +1,4 @@
-"""Bootstrap intervals of the degradation ratio, the paper's headline.
+"""Bootstrap intervals: of the degradation ratio, the paper's headline, and of a change in how many prompts are followed.
 
 n samples · F features
 """
@@ -69,6 +69,33 @@ def degradation_ratio(
     tail = 100 * (1 - _LEVEL) / 2
     low, high = np.percentile(drawn, [tail, 100 - tail])
     return Interval(value, float(low), float(high), resamples)
+
+
+def paired_difference(
+    ours: Sequence[np.ndarray],  # [n], for every seed
+    theirs: Sequence[np.ndarray],  # [n], of the same seeds
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """How much larger the mean of `ours` is, where both have the same seeds and samples.
+
+    Seeds and samples are resampled together, as in `degradation_ratio`; of one seed, the samples alone.
+
+    Args:
+        ours, theirs: numbers or answers, by seed and sample.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+    """
+    differences = np.stack(ours).astype(np.float64) - np.stack(theirs)  # [seeds, n]
+    random = np.random.default_rng(seed)
+    seeds, n = differences.shape
+    drawn = [
+        differences[random.integers(seeds, size=seeds)].mean(axis=0)[random.integers(n, size=n)].mean()
+        for _ in range(resamples)
+    ]
+    tail = 100 * (1 - _LEVEL) / 2
+    low, high = np.percentile(drawn, [tail, 100 - tail])
+    return Interval(float(differences.mean()), float(low), float(high), resamples)
 
 
 def _ratio(data: np.ndarray, teacher: np.ndarray, students: Sequence[Sequence[np.ndarray]], rows: np.ndarray) -> float:

@@ -19,6 +19,7 @@ NUM_STEPS = 4
 AUTHORS_CODE = {"target": "denoised", "output": "direct"}
 PAPERS_TEXT = {"target": "state", "output": "direct"}
 STRONG = {"target": "state", "output": "jump"}  # starts as the teacher's own sampler of S steps
+TEXT = "scenes-text"  # the subject of prompts; the others are of classes
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Setting:
         factor: what it varies: the name of a table.
         updates: as a multiple of the budget's.
         base: name of the setting whose student it goes on from (the adversarial stage).
+        guided: whether its trajectories are of the teacher with the subject's guidance.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Setting:
     factor: str
     updates: float = 1.0
     base: str | None = None
+    guided: bool = True
 
     @property
     def num_steps(self) -> int:
@@ -77,7 +80,7 @@ class Setting:
     def but_for_its_history(self) -> tuple[Any, ...]:
         """Equal for two settings that differ in their history alone."""
         own = ("mask", "window", "history_bias")
-        return self.updates, self.base, sorted((k, str(v)) for k, v in self.train.items() if k not in own)
+        return self.updates, self.base, self.guided, sorted((k, str(v)) for k, v in self.train.items() if k not in own)
 
     def history_layers(self, depth: int) -> int:
         """N for a teacher of L layers."""
@@ -231,6 +234,18 @@ def not_judged(base: Setting) -> Setting:
     )  # fmt: skip
 
 
+def one_factor_of_text() -> Iterator[Setting]:
+    """Students of prompts that differ in one thing from state/jump with a history in a quarter of the layers."""
+    start = corner(STRONG, "L/4")
+    for steps in (2, 1):
+        yield varied(STRONG, "0", "one thing at a time", f"S{steps}", f"S = {steps}", num_steps=steps)
+    yield varied(STRONG, "L/4", "one thing at a time", "lora", "LoRA of rank 16", lora_rank=16)
+    unguided = varied(STRONG, "L/4", "one thing at a time", "unguided", "trajectories without guidance")
+    yield replace(unguided, guided=False)
+    for stage in (adversarial, not_judged):
+        yield replace(stage(start), factor="one thing at a time")
+
+
 @dataclass(frozen=True)
 class Plan:
     """All that a benchmark trains, and with what.
@@ -243,7 +258,16 @@ class Plan:
     budgets: dict[str, Budget]
     cells: tuple[Cell, ...]
 
+    def of(self, subjects: Sequence[str]) -> Plan:
+        """What the plan has of some subjects."""
+        budgets = {subject: budget for subject, budget in self.budgets.items() if subject in subjects}
+        return Plan(budgets, tuple(cell for cell in self.cells if cell.subject in subjects))
 
+
+QUICK_TEXT = Budget(
+    trajectories=32, updates=2, batch_size=16, samples=48, held_out=16, train={"ema_decay": 0.9},
+    adversarial={**DIGITS_DISCRIMINATORS, "warmup_steps": 1},
+)  # fmt: skip
 QUICK = Budget(
     trajectories=256, updates=40, samples=200, held_out=64, adversarial={**DIGITS_DISCRIMINATORS, "warmup_steps": 10}
 )
@@ -259,8 +283,18 @@ BUDGETS = {
         train={"mixed_precision": "bf16"},
         adversarial={"warmup_steps": 1000},
     ),
+    # docs/quality.md counts what this costs.
+    TEXT: Budget(
+        trajectories=3072,
+        updates=400,
+        learning_rate=5e-4,
+        samples=4000,
+        held_out=256,
+        train={"ema_decay": 0.99},
+        adversarial={**DIGITS_DISCRIMINATORS, "warmup_steps": 50},
+    ),
 }
-SUBJECTS: dict[Scale, tuple[str, ...]] = {"cpu": ("digits", "mixture-2d", "mixture-16"), "gpu": ("scenes",)}
+SUBJECTS: dict[Scale, tuple[str, ...]] = {"cpu": ("digits", "mixture-2d", "mixture-16", TEXT), "gpu": ("scenes",)}
 
 
 def full_plan(subjects: Sequence[str], seeds: int) -> Plan:
@@ -270,11 +304,12 @@ def full_plan(subjects: Sequence[str], seeds: int) -> Plan:
     there with twice the seeds; those of other subjects take up to two. One factor at a time is for the first subject alone.
     Scenes, for a GPU and half an hour of it, get that way from one seed.
     """
-    first, one, every = subjects[0], range(1), range(seeds)
-    cells = [Cell(subject, setting, seed) for seed in every for subject in subjects for setting in MAIN]
+    one, every = range(1), range(seeds)
+    classes = [subject for subject in subjects if subject != TEXT]
+    cells = [Cell(subject, setting, seed) for seed in every for subject in classes for setting in MAIN]
     judged = [stage(corner(AUTHORS_CODE, "L")) for stage in (adversarial, not_judged)]
-    cells += [Cell(first, setting, seed) for seed in every for setting in judged]
-    for subject in subjects:
+    cells += [Cell(first, setting, seed) for first in classes[:1] for seed in every for setting in judged]
+    for subject in classes:
         fast, large = subject == "mixture-2d", subject == "mixture-16"
         cells += [Cell(subject, setting, seed) for seed in (one if large else every) for setting in switched_off()]
         cells += [Cell(subject, setting, seed) for seed in (every if fast else one) for setting in own_rollouts()]
@@ -286,7 +321,10 @@ def full_plan(subjects: Sequence[str], seeds: int) -> Plan:
         if fast:
             cells += [Cell(subject, setting, 0) for setting in ways_for_fast_students()]
             cells += [Cell(subject, setting, seed) for seed in every for setting in longer_by_other_histories()]
-    cells += [Cell(first, setting, 0) for setting in one_factor_at_a_time()]
+    cells += [Cell(first, setting, 0) for first in classes[:1] for setting in one_factor_at_a_time()]
+    if TEXT in subjects:
+        cells += [Cell(TEXT, setting, seed) for seed in every for setting in MAIN]
+        cells += [Cell(TEXT, setting, 0) for setting in one_factor_of_text()]
     return Plan({subject: BUDGETS[subject] for subject in subjects}, tuple(cells))
 
 
@@ -294,4 +332,10 @@ def quick_plan(subjects: Sequence[str]) -> Plan:
     """Two settings and one factor with next to no budget: that everything runs, not how good it is."""
     settings = [corner(AUTHORS_CODE, "0"), corner(AUTHORS_CODE, "L"), corner(STRONG, "0"), corner(STRONG, "L")]
     settings += [varied(STRONG, "0", "S", "S2", "S = 2", num_steps=2), adversarial(corner(AUTHORS_CODE, "L"))]
-    return Plan(dict.fromkeys(subjects, QUICK), tuple(Cell(subjects[0], setting, 0) for setting in settings))
+    classes = [subject for subject in subjects if subject != TEXT]
+    cells = [Cell(first, setting, 0) for first in classes[:1] for setting in settings]
+    if TEXT in subjects:
+        of_text = [corner(AUTHORS_CODE, "0"), corner(STRONG, "0"), corner(STRONG, "L/4")]
+        of_text += [setting for setting in one_factor_of_text() if not setting.name.endswith(("S1", "further"))]
+        cells += [Cell(TEXT, setting, 0) for setting in of_text]
+    return Plan({subject: QUICK_TEXT if subject == TEXT else QUICK for subject in subjects}, tuple(cells))

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from pyard.bench.machine import processor
-from pyard.bench.quality.cell import Workshop, open_workshop, training_flops, valid_result
+from pyard.bench.quality.cell import open_workshop, training_flops, valid_result
 from pyard.bench.quality.figures import draw_figures
 from pyard.bench.quality.intervals import Interval, degradation_ratio
 from pyard.bench.quality.plan import AUTHORS_CODE, MAIN, Budget, Plan, Setting, corner
+from pyard.bench.quality.workshop import FEATURES_NAME, Workshop
 from pyard.models.folder import load_config
 from pyard.models.student_config import StudentConfig
 from pyard.storage.files import write_text
@@ -70,7 +71,7 @@ def write_report(plan: Plan, out: Path, results: Path, name: str, quick: bool) -
     teachers = {subject: workshop.measure(workshop.teacher_samples()["ends"]) for subject, workshop in workshops.items()}
     ratios = {subject: _ratio(workshop, rows) for subject, workshop in workshops.items()}
     record = {
-        "machine": _machine(),
+        "machine": machine(),
         "quick": quick,
         "features": {subject: workshop.subject.features.name for subject, workshop in workshops.items()},
         "teachers": teachers,
@@ -92,7 +93,7 @@ def _ratio(workshop: Workshop, rows: Sequence[dict[str, Any]]) -> Interval | Non
     features = workshop.subject.features
     ends = features.features(workshop.teacher_samples()["ends"])
     drawn = [
-        [np.load(workshop.folder / setting.name / f"seed-{seed}" / "features.npy").astype(np.float64) for setting in pair]
+        [np.load(workshop.folder / setting.name / f"seed-{seed}" / FEATURES_NAME).astype(np.float64) for setting in pair]
         for seed in seeds
     ]
     return degradation_ratio(workshop.references["data"], ends, drawn)
@@ -110,7 +111,7 @@ def _document(
     quick: bool,
     name: str,
 ) -> str:
-    lines = [f"`pyard bench quality`: {_sentence(record['machine'])}", ""]
+    lines = [f"`pyard bench quality`: {machine_sentence(record['machine'])}", ""]
     if quick:
         lines += ["A quick run: next to no training, numbers without a meaning.", ""]
     for subject, budget in plan.budgets.items():
@@ -224,10 +225,12 @@ def _number(value: float | None, key: str) -> str:
     return f"{value:.3f}"
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on and with."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     return {"device": device, "cores": os.cpu_count(), "torch": torch.__version__, "pyard": __version__}
 
 
-def _sentence(machine: dict[str, Any]) -> str:
+def machine_sentence(machine: dict[str, Any]) -> str:
+    """The same as a sentence."""
     return f"{machine['device']}, {machine['cores']} cores; torch {machine['torch']}, pyard {machine['pyard']}."

@@ -7,17 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
+from pyard.bench.quality.plan import TEXT
+from pyard.data.captioned_scenes import scene_batch
+from pyard.data.captioned_scenes.tokenizer import MAX_TOKENS
 from pyard.data.digits import digits_data
 from pyard.data.mixture import mixture_2d, mixture_16
 from pyard.data.scenes import scenes_data
+from pyard.evaluation.captioned_scenes import DATA_SEED
 from pyard.evaluation.features import FeatureNetwork, digits_classifier
 from pyard.evaluation.measure import balanced_labels
-from pyard.evaluation.scene_features import MixtureFeatures, scenes_classifier
-from pyard.teachers import scenes
+from pyard.evaluation.scene_features import MixtureFeatures, ObjectCounter, object_counter, scenes_classifier
+from pyard.teachers import load_teacher, scenes
 from pyard.teachers.digits import digits_teacher, teach
 from pyard.teachers.mixture_teacher import fit
 from pyard.teachers.network_teacher import NetworkTeacher
+from pyard.teachers.scenes_text import teach as teach_scenes_text
 from pyard.teachers.teaching import teaching_device
 
 # Samples of data are drawn from a seed of their own; trajectories count theirs from 0, evaluation its noise from 1000.
@@ -48,7 +54,7 @@ def load_subject(name: str, folder: Path, quick: bool = False, progress: bool = 
     """A subject; what has to be trained is trained into `folder` the first time.
 
     Args:
-        name: `digits`, `mixture-2d`, `mixture-16` or `scenes`.
+        name: `digits`, `mixture-2d`, `mixture-16`, `scenes` or `scenes-text`.
         folder: of the subject's own files.
         quick: with a teacher of next to no training.
         progress: show progress bars.
@@ -60,6 +66,8 @@ def load_subject(name: str, folder: Path, quick: bool = False, progress: bool = 
         return Subject(name, teacher, 1.5, lambda count: _first(digits_data(), count), digits_classifier())
     if name == "scenes":
         return _scenes(folder, quick, progress)
+    if name == TEXT:
+        return _scenes_text(folder, quick, progress)
     return _mixture(name, folder, quick, progress)
 
 
@@ -75,6 +83,27 @@ def _scenes(folder: Path, quick: bool, progress: bool) -> Subject:
         return scenes_data(_DATA_SEED, np.arange(count), balanced_labels(count, teacher.conditions.count))
 
     return Subject("scenes", teacher, 1.5, data, scenes_classifier())
+
+
+def _scenes_text(folder: Path, quick: bool, progress: bool) -> Subject:
+    source: str | Path = TEXT
+    if quick:
+        source = teach_scenes_text(
+            folder / "teacher", max_steps=2, hidden_size=32, depth=2, num_heads=1, text_hidden_size=32, text_depth=1,
+            batch_size=16, progress=progress,
+        )  # fmt: skip
+    teacher = load_teacher(source, max_sequence_length=MAX_TOKENS).to(teaching_device())
+    # Kept beside the students: another machine, which would train another network, goes on with this one.
+    features = folder / "features.safetensors"
+    with FileLock(features.with_name("features.lock")):
+        if not features.exists():
+            object_counter(**({"steps": 10} if quick else {})).save(features)
+
+    def data(count: int) -> tuple[np.ndarray, np.ndarray]:
+        return scene_batch(DATA_SEED, range(count)).pictures, np.arange(count)
+
+    # The guidance that benchmarks/results/scenes-teacher.json has the teacher's own adherence at.
+    return Subject(TEXT, teacher, 2.0, data, ObjectCounter.load(features))
 
 
 def _mixture(name: str, folder: Path, quick: bool, progress: bool) -> Subject:

@@ -1,27 +1,28 @@
-"""The picture of the text-to-image demo: prompts down, samplers across."""
+"""A picture of captioned scenes: prompts down, samplers across, a line of facts below each name."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from pyard.evaluation.captioned_scenes import TextQuality
 from pyard.storage.files import new_file
 
 _TILE, _GAP, _LEFT, _TOP, _MARGIN = 128, 10, 250, 76, 16  # pixels
 _INK, _QUIET = "#1d1f27", "#6b6f7b"
 
 
-def draw_prompts(prompts: dict[int, str], pictures: dict[str, np.ndarray], rows: Sequence[TextQuality], path: Path) -> None:
+def draw_prompts(
+    prompts: Mapping[int, str], pictures: Mapping[str, np.ndarray], facts: Mapping[str, str], path: Path
+) -> None:  # fmt: skip
     """Write the picture.
 
     Args:
         prompts: number of each prompt in the pictures, and its text.
         pictures: by sampler, float32 [n, 3, P, P], about -1 to 1.
-        rows: what is known of each sampler, in the order of `pictures`.
+        facts: of each sampler, a short line.
         path: the PNG.
     """
     from PIL import Image, ImageDraw, ImageFont
@@ -32,12 +33,11 @@ def draw_prompts(prompts: dict[int, str], pictures: dict[str, np.ndarray], rows:
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
     bold, plain = ImageFont.load_default(size=14), ImageFont.load_default(size=12)
-    for column, row in enumerate(rows):
+    for column, name in enumerate(pictures):
         left = _LEFT + column * (_TILE + _GAP)
-        title = "\n".join(textwrap.wrap(row.name, 17)[:2])
-        facts = f"{row.passes} passes · {100 * row.by_category['all'].value:.0f} %"
+        title = "\n".join(textwrap.wrap(name, 17)[:2])
         pen.multiline_text((left, 12), title, fill=_INK, font=bold, spacing=2)
-        pen.text((left, _TOP - 20), facts, fill=_QUIET, font=plain)
+        pen.text((left, _TOP - 20), facts[name], fill=_QUIET, font=plain)
     for line, (number, text) in enumerate(prompts.items()):
         top = _TOP + line * (_TILE + _GAP)
         wrapped = "\n".join(textwrap.wrap(text, 30))
