@@ -134,7 +134,7 @@ def served(student: Path) -> Iterator[str]:
         process.wait(60)
 
 
-def browse(packages: Path, url: str, **wanted: Any) -> dict[str, Any]:
+def browse(packages: Path, url: str, *, fails: bool = False, **wanted: Any) -> dict[str, Any]:
     puppeteer = packages / "puppeteer-core/lib/esm/puppeteer/puppeteer-core.js"
     wanted = {"puppeteer": puppeteer.as_uri(), "chromium": CHROMIUM, "url": url, **wanted}
     done = subprocess.run(
@@ -142,7 +142,7 @@ def browse(packages: Path, url: str, **wanted: Any) -> dict[str, Any]:
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
-    assert found["errors"] == []
+    assert bool(found["errors"]) == fails, found["errors"]
     origin = url.split("?")[0]
     assert all(request.startswith((origin, "data:", "blob:")) for request in found["requests"]), "it works offline"
     return found
@@ -276,3 +276,15 @@ def test_several_text_encoders_and_templates(name: str, packages: Path, tmp_path
         assert expected[-1].std() > 5
         for canvas, picture in zip(drawn["canvases"], expected, strict=True):
             assert np.abs(np.reshape(canvas, (*picture.shape[1:3], 4))[..., :3] - picture[0].astype(int)).max() <= 1
+
+
+@pytest.mark.slow
+def test_what_is_no_student_is_said_on_the_page(digits: Path, packages: Path, tmp_path: Path):
+    whole, cut, other = digits.read_bytes(), tmp_path / "cut.onnx", tmp_path / "other.onnx"
+    cut.write_bytes(whole[: len(whole) // 2])
+    other.write_text("<!doctype html>", encoding="utf-8")
+    export_onnx(tiny_student(2, history_layers=1), tmp_path / "latents.onnx", form="step")
+    messages = {cut: "this is no ONNX file", other: "this is no ", tmp_path / "latents.onnx": "export the student with --vae"}
+    for file, message in messages.items():
+        with served(file) as url:
+            assert message in browse(packages, url, draws=[], fails=True)["message"]
