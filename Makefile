@@ -20,7 +20,7 @@ FUZZ_SOURCES := $(addprefix csrc/trajectory/,fuzz_shard.cpp shard.cpp json.cpp)
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE_SOURCES)) $(wildcard examples/*.cpp examples/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-t2i web wheels docs test lint fuzz sanitize torch-headers oldest-torch gpu-carry format clean
+.PHONY: help install demo demo-t2i web wheels docs test lint fuzz crash sanitize torch-headers oldest-torch gpu-carry format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /: /' | sort
@@ -81,6 +81,10 @@ fuzz: build/fuzz_shard ## Fuzz the shard parser under AddressSanitizer for FUZZ_
 build/fuzz_shard: $(FUZZ_SOURCES) $(wildcard csrc/trajectory/*.h)
 	@mkdir -p build
 	@$(FUZZ_CXX) -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Icsrc $(FUZZ_SOURCES) -o $@
+
+CRASH_FLAGS ?= --trials 500 --jobs 2
+crash: $(INSTALLED) ## Stop commands at random moments, cut power, fill disks, start them twice: nothing may be lost (CRASH_FLAGS)
+	@$(RUN) benchmarks.crash $(CRASH_FLAGS)
 
 # A copy of the package with a library of its own; PYTHONPATH leads to it. gcc's runtimes must be loaded before Python.
 SANITIZED := build/sanitized

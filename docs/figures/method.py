@@ -41,19 +41,9 @@ def trajectory() -> Figure:
     for i in range(S):
         for j in range(i + 1):
             begin, end = (coarse[j], curve(coarse[j])), (coarse[i + 1], curve(coarse[i + 1]))
-            style: dict[str, Any] = dict(color=STUDENT, linewidth=1.6) if i == j else dict(color=STUDENT, linewidth=0.7, linestyle=(0, (4, 3)))
-            bend = -0.25 if i == j else -0.35
-            arrow = FancyArrowPatch(
-                begin,
-                end,
-                arrowstyle="-|>",
-                mutation_scale=10,
-                connectionstyle=f"arc3,rad={bend}",
-                shrinkA=5,
-                shrinkB=6,
-                **style,
-            )
-            axes.add_patch(arrow)
+            style: dict[str, Any] = {"linewidth": 1.6} if i == j else {"linewidth": 0.7, "linestyle": (0, (4, 3))}
+            style |= {"color": STUDENT, "connectionstyle": f"arc3,rad={-0.25 if i == j else -0.35}", "shrinkA": 5, "shrinkB": 6}
+            axes.add_patch(FancyArrowPatch(begin, end, arrowstyle="-|>", mutation_scale=10, **style))
     axes.annotate("noise", (0, -1), (0.0, -1.55), ha="center", color=INK)
     axes.annotate("picture", (1, 1), (1.0, 1.35), ha="center", color=INK)
     axes.plot([], [], color=STUDENT, linewidth=0.7, linestyle=(0, (4, 3)), label="what a jump also sees: its history")

@@ -22,9 +22,11 @@ from pyard.diffusion.noise import standard_normal, uniform_labels
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
 from pyard.export import export_onnx
+from pyard.export.files import data_files
 from pyard.models.backbone import Denoiser
 from pyard.models.student import Student
 from pyard.models.student_config import HISTORY_SWITCHED_OFF
+from pyard.storage.files import write_text
 from pyard.storage.typed import checked
 from pyard.teachers.network_teacher import NetworkTeacher
 from pyard.teachers.published import network_of
@@ -84,11 +86,8 @@ def bench_onnx(
     for model in models:
         rows = _bench_model(model, batch_sizes, ways, rounds, threads, progress)
         results[model] = {"machine": _machine(threads), "rows": rows}
-        out.mkdir(parents=True, exist_ok=True)
-        file.write_text(
-            json.dumps({name: results[name] for name in MODELS if name in results}, indent=1) + "\n", encoding="utf-8"
-        )
-        file.with_suffix(".md").write_text(table(results), encoding="utf-8")
+        write_text(file, json.dumps({name: results[name] for name in MODELS if name in results}, indent=1) + "\n")
+        write_text(file.with_suffix(".md"), table(results))
     print(table(results))
 
 
@@ -206,7 +205,7 @@ def _file(student: Student, way: str, folder: Path) -> Path:
 
 def _size(path: Path) -> int:
     if path.is_file():
-        return path.stat().st_size + (data.stat().st_size if (data := path.with_name(f"{path.name}.data")).exists() else 0)
+        return sum(file.stat().st_size for file in (path, *data_files(path)))
     return (path / "model.safetensors").stat().st_size
 
 

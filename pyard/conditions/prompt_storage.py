@@ -250,7 +250,7 @@ def whole_shards(folder: Path, settings: TableSettings, num_texts: int) -> list[
 
     names: list[str] = []
     for path in sorted((folder / SHARDS).glob("*")):
-        if not _SHARD_NAME.fullmatch(path.name.removesuffix(".tmp")):
+        if not _SHARD_NAME.fullmatch(".".join(path.name.split(".")[:2])):
             continue
         whole = path.suffix != ".tmp"
         if whole:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pyard.errors import InputError
+from pyard.storage.files import new_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,9 +47,23 @@ def tiles(samples: np.ndarray, columns: int | None = None, pixel: int | None = N
 
 def save_tiles(samples: np.ndarray, path: Path, columns: int | None = None) -> None:
     """Write `tiles` of samples [n, C, H, W] as a PNG."""
+    save_picture(tiles(samples, columns), path)
+
+
+def save_picture(picture: np.ndarray | Image.Image, path: Path) -> None:
+    """Write a picture, uint8 [height, width, 3], in the format of the name's ending; see `new_file`.
+
+    Raises:
+        InputError: an ending that stands for no format; the disk is full.
+    """
     from PIL import Image
 
-    Image.fromarray(tiles(samples, columns)).save(path)
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise InputError(f"{path}: cannot write pictures of this kind; expected a name that ends in .png, or .jpg")
+    with new_file(path) as partial:
+        image.save(partial, format=kind)
 
 
 def centre_crop(picture: Image.Image, size: int) -> np.ndarray:

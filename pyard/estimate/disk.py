@@ -82,7 +82,7 @@ def held_out_bytes(config: TrainConfig, manifest: TrajectoryManifest) -> int:
     """Of the trajectories that a run with `evaluate_every` generates to be measured on: targets alone, in float32."""
     if not config.evaluate_every:
         return 0
-    like = dataclasses.replace(manifest, keep=config.target, dtype="float32")
+    like = dataclasses.replace(manifest, keep=known(config.target), dtype="float32")
     return store_bytes(dataclasses.replace(like, shard_size=default_shard_size(like)), config.evaluation_trajectories)
 
 

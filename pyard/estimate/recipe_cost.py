@@ -21,6 +21,7 @@ from pyard.models.folder import load_config
 from pyard.models.lora import add_lora
 from pyard.models.student import Student
 from pyard.models.student_config import LoraHeads, StudentConfig
+from pyard.storage.files import write_text
 from pyard.storage.typed import checked
 from pyard.teachers.published import TeacherOutline, outline_of
 from pyard.teachers.text_to_image.encoding import TextShape
@@ -154,7 +155,7 @@ def estimate(
     )
     print(result)
     if out is not None:
-        out.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
+        write_text(out, json.dumps(result.to_json(), indent=2) + "\n")
     return result
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -15,6 +15,7 @@ from numpy.lib import format as npy
 
 from pyard.data.pictures import PICTURE_SUFFIXES, picture_files, read_picture
 from pyard.errors import InputError
+from pyard.storage.files import new_file
 
 _IMAGES, _LABELS, _SETTINGS = "arr_0.npy", "arr_1.npy", "settings.npy"
 
@@ -91,14 +92,15 @@ class SampleFile:
         if path.suffix != ".npz":
             raise InputError(f"{path}: expected a name that ends in .npz")
         self._path, self._labels, self._settings = path, labels, settings
-        self._partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._written = 0
         self._shape: tuple[int, ...] = ()
 
     def __enter__(self) -> SampleFile:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._archive = zipfile.ZipFile(self._partial, "w", zipfile.ZIP_STORED, allowZip64=True)
-        self._images = self._archive.open(_IMAGES, "w", force_zip64=True)
+        with ExitStack() as stack:
+            partial = stack.enter_context(new_file(self._path))
+            self._archive = zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True)
+            self._images = self._archive.open(_IMAGES, "w", force_zip64=True)
+            self._stack = stack.pop_all()
         return self
 
     def write(self, images: np.ndarray) -> None:
@@ -114,16 +116,21 @@ class SampleFile:
         self._images.write(rows.data)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            self._images.close()
-            if kind is None:
+        with self._stack:
+            try:
+                if error is not None:
+                    raise error
+                self._images.close()
                 if self._written != len(self._labels):
                     raise InputError(f"{self._path}: {self._written} images for {len(self._labels)} labels")
                 for name, array in ((_LABELS, self._labels), (_SETTINGS, np.array(json.dumps(self._settings)))):
                     with self._archive.open(name, "w") as stream:
                         npy.write_array(stream, array, allow_pickle=False)
-            self._archive.close()
-            if kind is None:
-                self._partial.replace(self._path)
-        finally:
-            self._partial.unlink(missing_ok=True)
+                self._archive.close()
+            except BaseException:
+                # An archive that is given up would write its end when it is collected.
+                file, self._archive.fp = self._archive.fp, None
+                if file is not None:
+                    with suppress(OSError):
+                        file.close()
+                raise

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pyard.data.pictures import save_picture
 from pyard.evaluation.pixels import to_bytes
 
 if TYPE_CHECKING:
@@ -43,8 +44,7 @@ def save_sheet(path: Path, prompts: Sequence[str], columns: Mapping[str, Sequenc
         draw.text((left, _GAP), shown, fill="black", font=font)
         for row, picture in enumerate(pictures):
             sheet.paste(picture, (left, _HEADER + row * (high + _GAP)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    save_picture(sheet, path)
 
 
 def _tile(picture: np.ndarray) -> Image.Image:  # [C, H, W]

@@ -29,6 +29,7 @@ from pyard.export.files import (
     check_target,
     config_path,
     config_text,
+    data_files,
     describe,
     new_files,
     save_model,
@@ -43,6 +44,7 @@ from pyard.models.dit.network import Trunk
 from pyard.models.student import Student
 from pyard.models.wrapped.backbone import WrappedBackbone
 from pyard.runtime import OnnxStudent
+from pyard.storage.disk import require_room
 from pyard.storage.typed import checked
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ def export(
             the folder of another diffusers autoencoder; `none`: the file draws latents.
         text_encoders: of a text-to-image student: `own`, those of the pipeline that it was made from; the folder of another
             copy of it; `none`: the folder draws from embeddings alone.
-        external_data: weights in a second file, FILE.data; none: where one file cannot hold them (2 GB).
+        external_data: weights in a second file, FILE.HASH.data; none: where one file cannot hold them (2 GB).
         method: `assembled`, for pyard's DiT; `traced`, for any network; `auto`, the first one where it fits.
         parity_bound: largest error against PyTorch, relative to the largest value of a sample, with which the file is written;
             none: 1e-4 for fp32, 0.02 for fp16, 0.25 for int8, and a level more of 255 for pictures.
@@ -135,7 +137,7 @@ def export(
     settings["parity_bound"] = parity_bound
     parity = export_onnx(model, onnx, **settings, external_data=external_data)
     errors = ", ".join(f"{error:.1e} at batch {size}" for size, error in parity.items())
-    files = [file for file in (onnx, onnx.with_name(f"{onnx.name}.data")) if file.exists()]
+    files = [onnx, *data_files(onnx)]
     megabytes = sum(file.stat().st_size for file in files) / 1e6
     steps = f"one of {model.num_steps} steps a call" if form == "step" else f"{model.num_steps} steps in one graph"
     print(f"{' + '.join(map(str, files))}: {megabytes:.1f} MB, {steps}; error against PyTorch {errors}")
@@ -177,7 +179,7 @@ def export_onnx(
         calibration: samples whose trajectories calibrate `int8-static`.
         vae: whose decoder is appended, so that samples are uint8 [B, height, width, 3]: `own`, the student's, if it has one; a
             diffusers autoencoder (`pyard.models.codec.LatentCodec`), or its folder; `none` or None: samples are latents.
-        external_data: weights in a second file, `<path>.data`; None: where one file cannot hold them (2 GB).
+        external_data: weights in a second file, `<path>.<hash>.data`; None: where one file cannot hold them (2 GB).
         method: `assembled`, of parts that are traced once, for pyard's DiT: fast to export and to run; `traced` as a whole, for
             any backbone; `auto`, the first one where it fits.
         parity_bound: largest relative error with which the file is written; None: `PARITY_BOUND` of the precision, and one
@@ -226,7 +228,11 @@ def export_onnx(
     external = weight_bytes(model) > LARGEST_SINGLE_FILE if external_data is None else external_data
     facts = describe(student, form=form, precision=precision, opset=opset, pictures=decoder is not None, parity={})
     facts["conditions"] = [item.to_json() for item in inputs.inputs]
-    with new_files(path) as building:
+    size = (2 if precision.startswith("int8") or narrowed else 1) * weight_bytes(
+        model
+    )  # quantisation reads a copy from the disk
+    require_room(path.parent, size, f"export to {path.name}")
+    with new_files(path, size) as building:
         if precision.startswith("int8") or narrowed:
             with TemporaryDirectory(dir=building.parent) as folder:
                 source = Path(folder) / path.name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +13,13 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from pyard.errors import InputError
 from pyard.models.student import Student
 from pyard.runtime.onnx_student import FORMAT_VERSION, METADATA_KEY
+from pyard.storage.files import file_sha256, sync_directory
+from pyard.storage.folders import building_folder
 from pyard.version import __version__
 
 # Version of the file format that newer operators need; 10 is enough for opset 22 and read by every onnxruntime since 1.18.
@@ -31,7 +34,7 @@ def weight_bytes(model: ir.Model) -> int:
 
 
 def save_model(model: ir.Model, path: Path, *, external_data: bool) -> None:
-    """Write a model, its weights in `<name>.data` beside it if `external_data`."""
+    """Write a model, its weights in `<name>.data` beside it (`new_files` puts a hash into that name) if `external_data`."""
     ir.save(model, path, external_data=f"{path.name}.data" if external_data else None)
 
 
@@ -83,9 +86,11 @@ def config_text(student: Student) -> str:
 
 
 def check_target(path: Path) -> None:
-    """Refuse a path that is a folder, and one beside which another program's file would be overwritten."""
+    """Refuse a path that is a folder, and one where, or beside which, another program's file would be overwritten."""
     if path.is_dir():
         raise InputError(f"{path} is a folder; expected the name of a file, such as {path / 'student.onnx'}")
+    if path.is_file() and path.stat().st_size and not _is_model(path):
+        raise InputError(f"{path} is a file, but no ONNX model, and would be overwritten; export to another name")
     config = config_path(path)
     if not config.exists():
         return
@@ -97,26 +102,76 @@ def check_target(path: Path) -> None:
         raise InputError(f"{config} belongs to something else and would be overwritten; export to another name")
 
 
+def _is_model(path: Path) -> bool:
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (OSError, ValueError, DecodeError):
+        return False
+    return model.ir_version > 0 and bool(model.graph.node)
+
+
 @contextmanager
-def new_files(path: Path) -> Iterator[Path]:
+def new_files(path: Path, size: int | None = None) -> Iterator[Path]:
     """A file of the same name in a temporary folder; if the block ends well, all files there move beside `path`.
 
-    The model itself comes last. External data that an earlier export left for a model of this name are removed.
+    External data get the name `<name>.<hash>.data`, and the model itself comes last: a kill at any moment leaves the former
+    model with the former data, or the new one with its own. Then the data go that the former model named.
+
+    Args:
+        path: the file.
+        size: bytes that will be written, where they are known; for the message on a full disk.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = path.parent / f".{path.name}.{os.getpid()}.new"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
+    with building_folder(path, size) as folder:
         building = folder / path.name
         yield building
-        others = sorted(file for file in folder.iterdir() if file != building)
+        named = _name_data(building)
+        former = external_data(path) - named if path.exists() else set()
+        others = [file for file in folder.iterdir() if file.is_file() and file != building]
         for file in (*others, building):
-            with file.open("rb") as handle:
+            with file.open("rb+") as handle:
                 os.fsync(handle.fileno())
+        for file in others:
             file.replace(path.parent / file.name)
-        data = path.with_name(f"{path.name}.data")
-        if data.name not in [file.name for file in others]:
-            data.unlink(missing_ok=True)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        sync_directory(path.parent)
+        building.replace(path)
+        sync_directory(path.parent)
+        for name in former:
+            (path.parent / name).unlink(missing_ok=True)
+
+
+def data_files(path: Path) -> list[Path]:
+    """The files beside an exported one that hold its weights."""
+    return sorted(path.parent / name for name in external_data(path))
+
+
+def external_data(path: Path) -> set[str]:
+    """The files that a model's weights are in by its own words: of these, the ones that an export may have named.
+
+    That is `<name>.data`, and `<name>.<hash>.data`. Empty, if the file is no model.
+    """
+    ours = re.compile(rf"{re.escape(path.name)}(\.[0-9a-f]{{16}})?\.data")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (OSError, ValueError, DecodeError):
+        return set()
+    return {entry.value for entry in _locations(model) if ours.fullmatch(entry.value)}
+
+
+def _locations(model: onnx.ModelProto) -> list[onnx.StringStringEntryProto]:
+    tensors = onnx.external_data_helper._get_all_tensors(model)
+    return [entry for tensor in tensors for entry in tensor.external_data if entry.key == "location"]
+
+
+def _name_data(path: Path) -> set[str]:
+    """Name the data of a model by what is in them, and the names in the model after them; returns the names."""
+    written = external_data(path)
+    if not written:
+        return written
+    names = {name: f"{path.name}.{file_sha256(path.with_name(name))[:16]}.data" for name in written}
+    model = onnx.load(path, load_external_data=False)
+    for entry in _locations(model):
+        entry.value = names[entry.value]
+    for name, new in names.items():
+        path.with_name(name).rename(path.with_name(new))
+    path.write_bytes(model.SerializeToString())
+    return set(names.values())

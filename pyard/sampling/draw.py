@@ -23,6 +23,7 @@ from pyard.sampling.inference import (
     plain_rollout,
 )
 from pyard.sampling.prompts import condition_of_prompts, shape_of_pixels, texts_of
+from pyard.storage.files import new_file
 from pyard.storage.typed import checked
 
 if TYPE_CHECKING:
@@ -242,9 +243,9 @@ def sample_to_file(
         width=width,
         pipeline=pipeline,
     ).numpy()
-    out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npz":
-        np.savez(out, samples=samples, **({"prompts": texts} if numbers is None else {"labels": numbers}))
+        with new_file(out, samples.nbytes) as partial, partial.open("wb") as file:
+            np.savez(file, samples=samples, **({"prompts": texts} if numbers is None else {"labels": numbers}))
     else:
         from pyard.data.pictures import save_tiles
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,9 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
 
 from pyard.errors import InputError
-from pyard.storage.files import write_text
+from pyard.storage.disk import DiskFullError, did_not_fit, require_room
+from pyard.storage.files import file_sha256, read_json, sync_directory, write_text
 from pyard.storage.folders import new_folder
-from pyard.storage.trained import load_trained, shareable, sharing, tensors_of
+from pyard.storage.trained import load_trained, shareable, sharing, tensors_of, trained_names
+from pyard.storage.units import format_bytes
+
+STATE_NAME = "state.json"
 
 
 @runtime_checkable
@@ -59,6 +65,7 @@ class Checkpoints:
     """The folder `checkpoints/` of a run: `step-0000500/` with everything that the run must remember.
 
     Modules are kept as safetensors, an EMA as the safetensors of what it averages, everything else as torch saves it.
+    `state.json` has the sha256 of every file, and of itself.
 
     Args:
         path: the folder; made when first needed.
@@ -88,19 +95,78 @@ class Checkpoints:
             InputError: it cannot be written; earlier checkpoints are as they were.
         """
         try:
-            with new_folder(self.folder(step)) as folder:
+            with new_folder(self.folder(step), size=checkpoint_bytes(parts.values())) as folder:
                 self._write(folder, parts)
                 counts = {name: int(part.n_averaged) for name, part in parts.items() if isinstance(part, AveragedModel)}
-                write_text(folder / "state.json", json.dumps({"step": step, "averaged": counts, **(state or {})}))
+                about = {"step": step, "averaged": counts, **(state or {}), "files": _hashes(folder)}
+                write_text(folder / STATE_NAME, json.dumps({**about, "sha256": _digest(about)}))
         except Exception as error:
             raise self.unwritable(step, error) from error
         self.drop_old()
+
+    def newest(self) -> int:
+        """The newest step whose checkpoint is as it was written, 0 if there are none; damaged ones after it are set aside.
+
+        Raises:
+            InputError: all are damaged.
+        """
+        damaged: list[tuple[int, str]] = []
+        for step in reversed(self.steps()):
+            found = self.damage(step)
+            if found is None:
+                for number, what in damaged:
+                    aside = self.path / f"damaged-{self.folder(number).name}"
+                    shutil.rmtree(aside, ignore_errors=True)
+                    self.folder(number).rename(aside)
+                    sync_directory(self.path)
+                    warnings.warn(
+                        f"checkpoint {self.folder(number)} is damaged ({what}): it is {aside.name} now, and training goes on "
+                        f"from step {step}",
+                        stacklevel=2,
+                    )
+                return step
+            damaged.append((step, found))
+        if damaged:
+            step, what = damaged[0]
+            raise InputError(
+                f"checkpoint {self.folder(step)} is damaged ({what}), and there is none before it that is not; restore it, or "
+                f"remove {self.path} to start over"
+            )
+        return 0
+
+    def damage(self, step: int) -> str | None:
+        """What is wrong with the files of a checkpoint; None: nothing, or it is of a pyard that kept no hashes."""
+        folder = self.folder(step)
+        try:
+            state = self.state(step)
+            found = _hashes(folder) if "files" in state else {}
+        except (OSError, InputError) as error:
+            return str(error)
+        for name, wanted in state.get("files", {}).items():
+            if found.get(name) != wanted:
+                return f"{name} is missing" if name not in found else f"{name} is not the file that was written"
+        return None
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What `state.json` of a checkpoint says.
+
+        Raises:
+            InputError: it is missing, was changed, or is another step's.
+        """
+        file = self.folder(step) / STATE_NAME
+        state = read_json(file)
+        if not isinstance(state, dict) or state.get("step") != step:
+            raise InputError(f"{file}: not the state of step {step}")
+        wanted = state.pop("sha256", None)
+        if wanted is not None and wanted != _digest(state):
+            raise InputError(f"{file}: changed after it was written")
+        return state
 
     def load(self, step: int, parts: Mapping[str, Stateful]) -> dict[str, Any]:
         """Restore every part that `save` was given; returns the `state` it was given."""
         folder = self.folder(step)
         try:
-            state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            state = self.state(step)
             self._read(folder, parts)
             for name, part in parts.items():
                 if isinstance(part, AveragedModel):
@@ -112,6 +178,25 @@ class Checkpoints:
                 f"checkpoint {folder} cannot be read ({error}); remove that folder to go on from the one before"
             ) from error
         return state
+
+    def require_room(self, parts: Mapping[str, Stateful], more: int) -> None:
+        """Check the disk before hours of training.
+
+        Args:
+            parts: as `save` will be given.
+            more: checkpoints that are still to come.
+
+        Raises:
+            InputError: those that will be there at once do not fit.
+        """
+        # A new one is written before an old one goes.
+        at_once = min(more, max(1, self.keep_last + 1 - len(self.steps())))
+        require_room(
+            self.path,
+            at_once * checkpoint_bytes(parts.values()),
+            f"training: {at_once} more checkpoint{'s' * (at_once > 1)}",
+            "or keep fewer with --keep_last",
+        )
 
     def drop_old(self) -> None:
         """Remove the checkpoints that are neither among the newest nor a multiple of `keep_every`."""
@@ -137,11 +222,14 @@ class Checkpoints:
         steps = self.steps()
         intact = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
         free = shutil.disk_usage(self.path).free if self.path.exists() else 0
-        # safetensors and torch wrap the system's error, and torch drops its number; what is left on the disk still tells.
-        full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left" in str(error)
-        why = "the disk is full" if full or free < 2**20 else str(error).splitlines()[0]
+        if isinstance(error, DiskFullError):
+            why = error.reason
+        elif did_not_fit(error):
+            why = f"the disk is full: {format_bytes(free)} free"
+        else:
+            why = str(error).splitlines()[0]
         return InputError(
-            f"the checkpoint of step {step} cannot be written to {self.path}: {why} ({free / 2**20:.1f} MiB free); "
+            f"the checkpoint of step {step} cannot be written to {self.path}: {why}; "
             f"{intact}: free some room, or keep fewer with --keep_last, and give the same command again"
         )
 
@@ -160,3 +248,28 @@ class Checkpoints:
             else:
                 # On the CPU first: the device it was saved from may be another, or another process's.
                 part.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True, map_location="cpu"))
+
+
+def checkpoint_bytes(parts: Iterable[Stateful]) -> int:
+    """About what a checkpoint of these takes on the disk; an optimizer counts as AdamW's, two numbers for a weight."""
+    total = 0
+    for part in parts:
+        if isinstance(part, torch.nn.Module):
+            module = part.module if isinstance(part, AveragedModel) else part
+            state = module.state_dict()
+            total += sum(state[name].numel() * state[name].element_size() for name in trained_names(module))
+        elif isinstance(part, torch.optim.Optimizer):
+            weights = [weight for group in part.param_groups for weight in group["params"]]
+            total += 2 * sum(weight.numel() * weight.element_size() for weight in weights)
+    return total
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file of a checkpoint but its state, by path in it."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != STATE_NAME)
+    with ThreadPoolExecutor(4) as threads:
+        return dict(zip((file.relative_to(folder).as_posix() for file in files), threads.map(file_sha256, files), strict=True))
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

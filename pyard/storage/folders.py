@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import glob
 import os
-import re
 import shutil
-import socket
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pyard.errors import InputError
-from pyard.storage.files import sync_directory
+from pyard.storage.disk import DiskFullError, did_not_fit, missing_room
+from pyard.storage.files import is_left_over, make_folder, sync_directory, this_process
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 @contextmanager
-def new_folder(path: Path, owned: Collection[str] = ()) -> Iterator[Path]:
+def new_folder(path: Path, owned: Collection[str] = (), size: int | None = None) -> Iterator[Path]:
     """A temporary folder that becomes `path` if the block ends without an exception.
 
     A folder that is not there appears by one rename. In one that is there, what the block wrote is replaced, what it did not
@@ -30,34 +31,69 @@ def new_folder(path: Path, owned: Collection[str] = ()) -> Iterator[Path]:
     Args:
         path: the folder.
         owned: names in it that this kind of folder may have.
+        size: bytes that will be written, where they are known; for the message on a full disk.
 
     Raises:
-        InputError: `path` is a file or a link.
+        InputError: `path` is a file or a link; the disk is full.
     """
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         kind = "a link" if path.is_symlink() else "a file"
         raise InputError(f"{path} is {kind}; expected a folder, or nothing. Remove it, or choose another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_left_overs(path)
-    building = path.parent / f".{path.name}.{socket.gethostname()}-{os.getpid()}.new"
-    building.mkdir()
-    try:
+    with building_folder(path, size) as building:
         yield building
         sync_tree(building)
-        if path.exists():
-            _replace(path, building, owned)
-        else:
-            building.rename(path)
-        sync_directory(path.parent)
+        with _alone_in(path.parent):
+            if path.exists():
+                _replace(path, building, owned)
+            else:
+                building.rename(path)
+            sync_directory(path.parent)
+
+
+@contextmanager
+def building_folder(path: Path, size: int | None = None) -> Iterator[Path]:
+    """A folder beside `path` in which something is built, and which goes when the block ends, however it ends.
+
+    Raises:
+        InputError: the disk is full.
+    """
+    make_folder(path.parent)
+    _remove_left_overs(path)
+    building = path.parent / f".{path.name}.{this_process()}.new"
+    try:
+        building.mkdir()
+        yield building
+    except BaseException as error:
+        if did_not_fit(error):
+            raise DiskFullError(path, missing_room(building, size)) from error
+        raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
 @contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Of several processes that replace something in a folder, one at a time; where the file system has such locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # and the lock goes with it
+
+
+@contextmanager
 def appearing_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` if the block ends without an exception and nobody was faster."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent))
+    make_folder(path.parent)
+    _remove_left_overs(path)
+    building = Path(tempfile.mkdtemp(prefix=f".{path.name}.{this_process()}-", suffix=".new", dir=path.parent))
     try:
         yield building
         sync_tree(building)
@@ -68,8 +104,18 @@ def appearing_folder(path: Path) -> Iterator[Path]:
             if not path.is_dir():
                 raise
         sync_directory(path.parent)
+    except BaseException as error:
+        if did_not_fit(error):
+            raise DiskFullError(path, missing_room(building, None)) from error
+        raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _remove_left_overs(path: Path) -> None:
+    for entry in path.parent.glob(f".{glob.escape(path.name)}.*.new"):
+        if is_left_over(entry.name, path):
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def sync_tree(path: Path) -> None:
@@ -136,25 +182,6 @@ def _exchange(one: Path, other: Path) -> None:
     if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), str(other))
-
-
-def _remove_left_overs(path: Path) -> None:
-    """What processes of this machine that were killed while they wrote this folder have left."""
-    host = re.escape(socket.gethostname())
-    for entry in path.parent.glob(f".{path.name}.*.new"):
-        match = re.fullmatch(rf"\.{re.escape(path.name)}\.{host}-(\d+)\.new", entry.name)
-        if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
-            shutil.rmtree(entry, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _remove(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,13 @@ class TrainingLog:
         """Append a line."""
         self._file.write(json.dumps(values) + "\n")
 
+    def flush(self) -> None:
+        """Make the lines so far durable: a checkpoint that survives a power cut must not have lost its log."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, its lines durable."""
+        self.flush()
         self._file.close()
 
 

@@ -22,7 +22,8 @@ from pyard.errors import InputError
 from pyard.models.dit.config import DiTConfig
 from pyard.models.dit.network import DiT
 from pyard.storage.checkpoints import Checkpoints, Stateful, ema_of
-from pyard.storage.files import write_text
+from pyard.storage.files import sync_directory, write_text
+from pyard.storage.folders import sync_tree
 
 _SETTINGS_NAME = "teach.json"
 _WARM_UP_STEPS = 100
@@ -112,8 +113,9 @@ def taught_once(
     with FileLock(out.with_name(out.name + ".lock")):
         if out.exists():
             _check_same_settings(out, config)
+            shutil.rmtree(working, ignore_errors=True)  # a kill may have come while it went
             return load(out)
-        if working.exists():
+        if (working / "checkpoints").exists() or (working / _SETTINGS_NAME).exists():
             _check_same_settings(working, config)
         else:
             _write_settings(working, config)
@@ -121,7 +123,9 @@ def taught_once(
         # The settings go in first, then the folder appears under its name: a teacher without settings is never seen.
         teacher.save_pretrained(working / "teacher")
         _write_settings(working / "teacher", config)
+        sync_tree(working / "teacher")
         (working / "teacher").rename(out)
+        sync_directory(out.parent)
         shutil.rmtree(working)
         return teacher
 
@@ -212,9 +216,11 @@ def minimise(
     peaks = {name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in optimizers.items()}
     checkpoints = Checkpoints(working / "checkpoints")
     parts: dict[str, Stateful] = {"model": network, "ema": ema, **optimizers}
-    begin = max(checkpoints.steps(), default=0)
+    checkpoints.drop_unfinished()
+    begin = checkpoints.newest()
     if begin:
         checkpoints.load(begin, parts)
+    checkpoints.require_room(parts, (config.max_steps - 1 - begin) // save_every)
 
     bar = tqdm(total=config.max_steps, initial=begin, desc="training the teacher", unit="step", disable=not progress)
     for step in range(begin + 1, config.max_steps + 1):
@@ -239,7 +245,6 @@ def minimise(
 
 
 def _write_settings(folder: Path, config: TrainingSettings) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / _SETTINGS_NAME, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pyard.errors import InputError
 from pyard.models.fingerprint import weights_digest
 from pyard.models.lora import add_lora, merge_lora
 from pyard.models.student import Student
+from pyard.storage.lock import only_one
 from pyard.teachers import is_text_to_image
 from pyard.teachers.text_to_image.teacher import PipelineTeacher
 from pyard.training import identity
@@ -77,8 +79,8 @@ def train(
         The student with its averaged weights, in evaluation mode.
 
     Raises:
-        InputError: settings that do not fit each other, the store or the run in `out`; updates that are not finite; out of
-            memory; a disk that is full.
+        InputError: settings that do not fit each other, the store or the run in `out`, which another process may be training
+            in; updates that are not finite; out of memory; a disk that is full.
         Preempted: (a SystemExit) a signal asked the run to end.
     """
     given_teacher, given_store = teacher, trajectories
@@ -102,7 +104,10 @@ def train(
     from pyard.training.processes import Processes, ends_at_once, own_random_state
 
     processes = Processes(config.mixed_precision, config.parallel, is_finished=identity.is_finished(config))
-    with own_random_state(processes.device), ends_at_once():
+    with own_random_state(processes.device), ends_at_once(), contextlib.ExitStack() as held:
+        with processes.main_first():
+            if processes.is_main:  # one lock for all processes of a run
+                held.enter_context(only_one(config.out, "training"))
         return _run(config, given_teacher, given_store, processes, backbone)
 
 
@@ -138,9 +143,8 @@ def _run(
     config: TrainConfig, teacher: Any, trajectories: Any, processes: Processes, network: type[Backbone] | str | None
 ) -> Student:
     from pyard.data.real_data import RealData, RealReader
-    from pyard.storage.checkpoints import Checkpoints
     from pyard.training.adversarial import Adversarial
-    from pyard.training.loop import train_stage
+    from pyard.training.loop import checkpoints_of, step_to_resume, train_stage
     from pyard.training.processes import seed_of
     from pyard.training.regression import Regression
     from pyard.training.sharded import save_sharded
@@ -244,12 +248,23 @@ def _run(
         teacher.to(home)  # the regression needs its trajectories alone: one model less on the device
         stage = Regression(config, student, processes)
     averages = stage.averages
-    begin = max(Checkpoints(config.out / "checkpoints").steps(), default=0)
+    checkpoints = checkpoints_of(student, config, processes)
+    begin = step_to_resume(checkpoints, processes)
     # Shards are gathered by all processes together, so that all have to look.
     looks = processes.is_main or processes.sharded
     watcher = Watcher(config, averages[0], held_out, begin, records=processes.is_main) if looks else None
     try:
-        train_stage(stage, student, reader, config, processes, watcher or (lambda step, measured: None))
+        train_stage(
+            stage,
+            student,
+            reader,
+            config,
+            processes,
+            watcher or (lambda step, measured: None),
+            checkpoints=checkpoints,
+            begin=begin,
+            flush=watcher.flush if watcher else lambda: None,
+        )
     finally:
         if watcher is not None:
             watcher.finish()

@@ -35,8 +35,12 @@ def train_stage(
     config: TrainConfig,
     processes: Processes,
     watch: Watch,
+    *,
+    checkpoints: Checkpoints,
+    begin: int,
+    flush: Callable[[], None] = lambda: None,
 ) -> None:
-    """Update until `max_steps` are done, from the last checkpoint on.
+    """Update until `max_steps` are done, from a checkpoint on.
 
     Args:
         stage: what an update computes.
@@ -45,23 +49,23 @@ def train_stage(
         config: settings.
         processes: who trains.
         watch: called after each update, on every process.
+        checkpoints: the run's.
+        begin: the step to go on from, 0 at the start; see `step_to_resume`.
+        flush: called before each checkpoint, for files that grow beside it.
 
     Raises:
         InputError: updates that are not finite, out of memory, a checkpoint that cannot be read or written.
         Preempted: SIGTERM, SIGUSR1 or SIGINT arrived; a checkpoint has been written.
         KeyboardInterrupt: SIGINT arrived twice.
     """
-    checkpoints = _checkpoints(student, config, processes)
-    if processes.is_main:
-        checkpoints.drop_unfinished()
-    begin = max(checkpoints.steps(), default=0)
     skipped = in_a_row = 0
     if begin:
         state = checkpoints.load(begin, stage.parts)
         reader.load_state_dict(state["reader"])
         skipped, in_a_row = state["skipped"], state["in_a_row"]
-    # Nobody may write a checkpoint of a later step before all have chosen theirs.
-    processes.wait()
+    with processes.main_first():
+        if processes.is_main:
+            checkpoints.require_room(stage.parts, -(-(config.max_steps - begin) // config.save_every))
     log = TrainingLog(config.out / "log.jsonl", begin) if processes.is_main else None
     meter = Meter(config, stage.flops, processes)
     advice = memory_advice(
@@ -72,6 +76,10 @@ def train_stage(
     )
 
     def save(step: int) -> None:
+        # What a checkpoint's run has written beside it must survive a power cut if the checkpoint does.
+        if log is not None:
+            log.flush()
+        flush()
         counts = {"skipped": skipped, "in_a_row": in_a_row}
         state: dict[str, Any] = {
             **counts,
@@ -95,6 +103,8 @@ def train_stage(
         preemption() as asked,
         advice,
     ):  # fmt: skip
+        if asked.status and begin < config.max_steps:
+            raise Preempted(begin or None, asked.status)  # heard before the first update: what is there is all there is to save
         for step in range(begin + 1, config.max_steps + 1):
             # Whatever draws from torch's generators, dropout say, draws the same after a resume.
             torch.manual_seed(seed_of(config.seed, step, processes.rank))
@@ -153,13 +163,28 @@ def train_stage(
         log.close()
 
 
-def _checkpoints(student: Student, config: TrainConfig, processes: Processes) -> Checkpoints:
+def checkpoints_of(student: Student, config: TrainConfig, processes: Processes) -> Checkpoints:
+    """The checkpoints of a run, in shards where its weights are."""
     path = config.out / "checkpoints"
     if not processes.sharded:
         return Checkpoints(path, config.keep_last, config.keep_every)
     from pyard.training.sharded import ShardedCheckpoints
 
     return ShardedCheckpoints(path, config.keep_last, config.keep_every, student, processes)
+
+
+def step_to_resume(checkpoints: Checkpoints, processes: Processes) -> int:
+    """The step of the newest checkpoint that is whole, 0 if there is none; the same on all processes.
+
+    Raises:
+        InputError: all checkpoints are damaged.
+    """
+    begin = 0
+    with processes.main_first():
+        if processes.is_main:
+            checkpoints.drop_unfinished()
+            begin = checkpoints.newest()
+    return int(processes.largest(float(begin))[0])
 
 
 @dataclass(frozen=True)

@@ -189,39 +189,48 @@ class Asked:
         elif not self.status:
             self.status = PREEMPTED_STATUS
 
+    def end(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal and end at once.
+
+        It is noted because the exception can be lost: Python drops one that is raised in a destructor or a callback, and other
+        libraries catch them while they are imported. `preemption` asks again before the first update.
+        """
+        if number == signal.SIGINT:
+            self.status = INTERRUPTED_STATUS
+            raise KeyboardInterrupt
+        self.status = PREEMPTED_STATUS
+        raise Preempted(None)
+
 
 @contextmanager
 def preemption() -> Iterator[Asked]:
     """Notes SIGTERM, SIGUSR1 and SIGINT while the block runs; nothing where Python forbids handlers (threads)."""
     asked = Asked()
-    with _handling(asked.hear, (*PREEMPTING, signal.SIGINT)):
+    with _handling(asked.hear) as earlier:
+        for handler in earlier:
+            asked.status = asked.status or getattr(getattr(handler, "__self__", None), "status", 0)
         yield asked
 
 
 @contextmanager
 def ends_at_once() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 raise `Preempted` in the block: for work whose files survive a kill at any moment.
+    """SIGTERM and SIGUSR1 raise `Preempted`, Ctrl-C KeyboardInterrupt: for work whose files survive a kill at any moment.
 
     Whatever rank they reach ends alone; launchers then end the others, and clusters signal all.
     """
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise Preempted(None)
-
-    with _handling(end):
+    with _handling(Asked().end):
         yield
 
 
 @contextmanager
-def _handling(
-    handler: Callable[[int, FrameType | None], None], numbers: Sequence[signal.Signals] = PREEMPTING
-) -> Iterator[None]:
+def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[list[Any]]:
+    """Handle the signals that end a run; yields who handled them before."""
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield []
         return
-    earlier = {number: signal.signal(number, handler) for number in numbers}
+    earlier = {number: signal.signal(number, handler) for number in (*PREEMPTING, signal.SIGINT)}
     try:
-        yield
+        yield list(earlier.values())
     finally:
         for number, before in earlier.items():
             signal.signal(number, before)

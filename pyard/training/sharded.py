@@ -5,7 +5,6 @@ Accelerate is in the way here: on a CPU it falls back to DDP without a word, and
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -175,8 +174,11 @@ def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str =
     steps = checkpoints.steps()
     if not steps or (step is not None and step not in steps):
         raise InputError(f"{run}: checkpoints of steps {steps}; expected {'any' if step is None else step}")
-    folder = checkpoints.folder(steps[-1] if step is None else step)
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    step = steps[-1] if step is None else step
+    folder = checkpoints.folder(step)
+    if (damage := checkpoints.damage(step)) is not None:
+        raise InputError(f"checkpoint {folder} is damaged ({damage}); choose another --step of {steps}")
+    state = checkpoints.state(step)
     backbone = backbone_class(str(state["student"].get("family", "dit")), network, folder)
     student_config = StudentConfig.from_json(state["student"], backbone)
     settings = yaml.safe_load((run / SETTINGS_NAME).read_text(encoding="utf-8")) if (run / SETTINGS_NAME).exists() else {}

@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from pyard.conditions import PromptTable
-from pyard.data.pictures import tiles
+from pyard.data.pictures import save_picture, tiles
 from pyard.diffusion.noise import standard_normal
 from pyard.errors import InputError
 from pyard.models.codec import LatentCodec
@@ -92,6 +92,11 @@ class Watcher:
         if self.config.evaluate_every and (step % self.config.evaluate_every == 0 or last):
             self._evaluate(step)
 
+    def flush(self) -> None:
+        """Make the curves so far durable, before a checkpoint appears."""
+        if self.curves is not None:
+            self.curves.flush()
+
     def finish(self) -> None:
         """Close the trackers' files."""
         for tracker in self.trackers:
@@ -132,9 +137,7 @@ class Watcher:
         columns = (_GRID_SAMPLES if self.grids is None else _GRID_PROMPTS) // 2
         picture = tiles(pictures.numpy(), columns=columns)  # [rows, columns, 3]
         if self.grids is not None:
-            from PIL import Image
-
-            Image.fromarray(picture).save(self.grids / f"step-{step:07d}.png")
+            save_picture(picture, self.grids / f"step-{step:07d}.png")
         for tracker in self.trackers:
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"samples": picture[None]}, step=step, **options)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,9 @@ from tqdm import tqdm
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
+from pyard.storage.disk import require_room
+from pyard.storage.files import new_file
+from pyard.storage.folders import sync_tree
 from pyard.storage.typed import checked
 from pyard.teachers import load_teacher
 from pyard.trajectories.compute import pack_shard
@@ -203,10 +205,8 @@ def export_npz(store: TrajectoryStore, out: Path, progress: bool) -> None:
     store.require_complete()
     grid, manifest = store.manifest.grid, store.manifest
     files = 1 + sum(len(needed) for kind, needed in places(grid).items() if manifest.keep in (kind, "both"))
-    out.mkdir(parents=True, exist_ok=True)
     needed_bytes = store.count * files * (4 * int(np.prod(manifest.sample_shape)) + _NPZ_OVERHEAD)
-    if needed_bytes > shutil.disk_usage(out).free:
-        raise InputError(f"convert: {out}: {needed_bytes} bytes needed, {shutil.disk_usage(out).free} free; free some")
+    require_room(out, needed_bytes, f"convert: {store.count * files} files")
     with tqdm(total=store.count, desc="exporting", unit=" trajectories", disable=not progress) as bar:
         for shard in store.shards:
             tensors = {name: as_tensor(array) for name, array in store.tensors(shard).items()}
@@ -218,7 +218,8 @@ def export_npz(store: TrajectoryStore, out: Path, progress: bool) -> None:
                         where |= dict(zip(needed, tensors[kept_kind][i], strict=True))
                 for (kind, step), tensor in where.items():
                     file = out / kind / str(step) / str(label) / name
-                    file.parent.mkdir(parents=True, exist_ok=True)
                     array = tensor.float().numpy()
-                    np.savez(file, zt=array) if kind == "zt" else np.savez(file, pred_z0=array)
+                    with new_file(file, array.nbytes, durable=False) as partial, partial.open("wb") as stream:
+                        np.savez(stream, zt=array) if kind == "zt" else np.savez(stream, pred_z0=array)
             bar.update(shard.count)
+    sync_tree(out)

@@ -20,6 +20,7 @@ from pyard.conditions.prompt_file import PromptLine, read_prompts
 from pyard.diffusion.solvers import Solver, solver_of
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
+from pyard.storage.disk import require_room
 from pyard.storage.typed import checked
 from pyard.storage.units import format_bytes, format_seconds
 from pyard.teachers import Teacher, load_teacher
@@ -27,7 +28,15 @@ from pyard.teachers.text_to_image.teacher import PipelineTeacher
 from pyard.trajectories.compute import compiled, compute_batch, device_name, drawn_ahead, pack_shard, warm_up
 from pyard.trajectories.manifest import DType, Keep, Precision, TrajectoryManifest
 from pyard.trajectories.parts import Part, wait_for_others, writing
-from pyard.trajectories.store import TrajectoryStore, read_manifest, remove_leftovers, shard_ranges, write_shard
+from pyard.trajectories.store import (
+    MAX_COUNT,
+    TrajectoryStore,
+    list_shards,
+    read_manifest,
+    remove_leftovers,
+    shard_ranges,
+    write_shard,
+)
 
 if TYPE_CHECKING:
     from pyard.models.backbone import Backbone
@@ -182,6 +191,8 @@ def generate_trajectories(
     )
     if shard_size is None and there is None:
         manifest = dataclasses.replace(manifest, shard_size=default_shard_size(manifest))
+    # Before anything is written or listed: a count with too many noughts is found at once.
+    require_room_for(manifest, out, count, mine)
     if to_encode:
         # Hours of encoding come last: everything else has been found to fit by now.
         if there is not None:
@@ -339,14 +350,29 @@ def default_shard_size(manifest: TrajectoryManifest) -> int:
     return max(1, samples // manifest.batch_size) * manifest.batch_size
 
 
+def require_room_for(manifest: TrajectoryManifest, out: Path, count: int, part: Part) -> None:
+    """Raises InputError for a count that names of shards cannot have, or whose trajectories the disk cannot hold."""
+    if count > MAX_COUNT:
+        raise InputError(f"trajectories: count is {count}; expected at most {MAX_COUNT}")
+    begun = read_manifest(out)
+    there = sum(shard.count for shard in list_shards(out, begun)[0]) if begun else 0
+    missing = max(0, count - there) // (1 if part.same_folder else part.count)
+    require_room(
+        out,
+        missing * manifest.sample_bytes,
+        f"{missing} trajectories of {format_bytes(manifest.sample_bytes)}",
+        "keep only one of state and denoised, or use dtype=bfloat16",
+    )
+
+
 def require_disk_space(store: TrajectoryStore, missing: list[tuple[int, int]]) -> None:
     """Raises InputError if the disk has less left than the missing shards will take."""
     # A header and a sidecar are about a block each.
     needed = sum((end - first) * store.manifest.sample_bytes + 8192 for first, end in missing)
-    free = shutil.disk_usage(store.path).free
-    if needed > free:
-        raise InputError(
-            f"{sum(end - first for first, end in missing)} trajectories of {format_bytes(store.manifest.sample_bytes)}: "
-            f"{format_bytes(needed)}, {format_bytes(free)} free in {store.path}; free some, choose another folder, "
-            "keep only one of state and denoised, or use dtype=bfloat16"
-        )
+    samples = sum(end - first for first, end in missing)
+    require_room(
+        store.path,
+        needed,
+        f"{samples} trajectories of {format_bytes(store.manifest.sample_bytes)}",
+        "keep only one of state and denoised, or use dtype=bfloat16",
+    )

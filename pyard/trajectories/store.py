@@ -21,6 +21,9 @@ from pyard.storage.files import file_sha256, read_json, to_bytes, write_atomical
 from pyard.trajectories.manifest import TrajectoryManifest
 from pyard.trajectories.shard import ForeignShardError, ShardRecord, map_shard, read_record, shard_name, shard_range
 
+# Shards are named by numbers of ten digits.
+MAX_COUNT = 10**10 - 1
+
 
 @dataclass(frozen=True)
 class TrajectoryStore:
@@ -157,7 +160,7 @@ def read_request(path: Path) -> int | None:
         return None
     request = read_json(file)
     count = request.get("count") if isinstance(request, dict) else None
-    if type(count) is not int or count < 1:
+    if type(count) is not int or not 1 <= count <= MAX_COUNT:
         raise InputError(f'{file}: expected {{"count": N}}, found {request!r}; delete it and give the command again')
     return count
 

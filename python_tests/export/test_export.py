@@ -18,8 +18,10 @@ import pyard
 from pyard import export
 from pyard.cli.command_line import main
 from pyard.errors import InputError
+from pyard.export.files import config_path
 from pyard.models.student import Student
 from pyard.runtime import OnnxStudent
+from pyard.storage.files import file_sha256
 
 # Each of N, target with output, heads and mask occurs; the whole product runs under -m slow.
 COVERING: list[dict[str, Any]] = [
@@ -152,18 +154,59 @@ def test_present_keys_are_only_those_that_the_mask_still_shows(tmp_path: Path) -
 def test_external_data_lie_beside_the_model_until_an_export_without_them(tmp_path: Path) -> None:
     path, student = tmp_path / "student.onnx", tiny_student(2, history_layers=1)
     export.export_onnx(student, path, external_data=True)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["student.onnx", "student.onnx.data", "student.onnx.json"]
-    assert path.stat().st_size < path.with_name("student.onnx.data").stat().st_size
+    (data,) = tmp_path.glob("*.data")
+    assert data.name == f"student.onnx.{file_sha256(data)[:16]}.data"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["student.onnx", data.name, "student.onnx.json"]
+    assert path.stat().st_size < data.stat().st_size
     expected = pyard.sample(student, [1, 2], seed=3).numpy()
     assert relative_error(OnnxStudent(path).sample([1, 2], seed=3), expected) < 1e-4
     export.export_onnx(student, path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["student.onnx", "student.onnx.json"]
 
 
+def test_a_model_and_its_data_change_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before any rename, an export leaves the former model with the former data, or the new one with its own."""
+    path, noise = tmp_path / "student.onnx", np.ones((1, 2, 8, 8), dtype=np.float32)
+    export.export_onnx(tiny_student(2, history_layers=1), path, external_data=True)
+    before = OnnxStudent(path).sample([1], noise=noise)
+    (tmp_path / "other.data").write_bytes(b"precious")
+    other = tiny_student(2, history_layers=1, seed=5)
+    replace, renames = Path.replace, []
+
+    def killed(self: Path, target: Path) -> Path:
+        if len(renames) == stop:
+            raise KeyboardInterrupt
+        renames.append(target.name)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    for last in range(3):
+        stop = last
+        renames.clear()
+        with pytest.raises(KeyboardInterrupt):
+            export.export_onnx(other, path, external_data=True)
+        assert np.array_equal(OnnxStudent(path).sample([1], noise=noise), before)
+    stop = 3
+    renames.clear()
+    export.export_onnx(other, path, external_data=True)
+    assert renames[-1] == "student.onnx"
+    assert not np.array_equal(OnnxStudent(path).sample([1], noise=noise), before)
+    assert len(list(tmp_path.glob("*.data"))) == 2
+    assert (tmp_path / "other.data").read_bytes() == b"precious"
+
+
+def test_a_file_that_is_no_model_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "student.onnx"
+    path.write_text("precious notes", encoding="utf-8")
+    with pytest.raises(InputError, match=r"student\.onnx is a file, but no ONNX model"):
+        export.export_onnx(tiny_student(1, history_layers=0), path)
+    assert path.read_text(encoding="utf-8") == "precious notes"
+
+
 def test_weights_that_one_file_cannot_hold_go_into_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "LARGEST_SINGLE_FILE", 1000)
     export.export_onnx(tiny_student(1, history_layers=0), tmp_path / "student.onnx")
-    assert (tmp_path / "student.onnx.data").exists()
+    assert len(list(tmp_path.glob("student.onnx.*.data"))) == 1
 
 
 def test_each_file_has_a_configuration_of_its_own_name(tmp_path: Path) -> None:
@@ -197,15 +240,17 @@ def test_every_kind_of_student_equals_pytorch(settings: dict[str, Any], tmp_path
 
 def test_a_deviation_fails_the_export_and_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "student.onnx"
-    path.write_text("the previous export")
     student = tiny_student(1, history_layers=0)
+    export.export_onnx(student, path)
+    config_path(path).unlink()
+    previous = path.read_bytes()
     rollout = Student.rollout
     monkeypatch.setattr(Student, "rollout", lambda *args: (prediction / 1.001 for prediction in rollout(*args)))
     with pytest.raises(InputError, match=r"0\.00(1|0999).* of the largest value; expected at most 0\.0001\. ") as refused:
         export.export_onnx(student, path)
     assert "\n" not in str(refused.value)
     assert list(tmp_path.iterdir()) == [path]
-    assert path.read_text() == "the previous export"
+    assert path.read_bytes() == previous
 
 
 def test_a_larger_error_is_accepted_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +319,7 @@ def test_command_line_writes_beside_the_student(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "error against PyTorch" in done.stdout
     assert done.stderr == ""
-    assert (tmp_path / "run" / "student" / "student.onnx.data").exists()
+    assert len(list((tmp_path / "run" / "student").glob("student.onnx.*.data"))) == 1
     exported = OnnxStudent(tmp_path / "run" / "student" / "student.onnx")
     expected = pyard.sample(student, [3], seed=2).numpy()
     assert relative_error(exported.sample([3], seed=2), expected) < 1e-4

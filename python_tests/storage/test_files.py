@@ -52,7 +52,9 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path) -> No
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(InputError, match=r"file: cannot be written \(File too large\)") as failed:
+        with pytest.raises(
+            InputError, match=r"file: cannot be written \(File too large: this process may write 1 KB"
+        ) as failed:
             write_atomically(tmp_path / "file", bytes(2000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -84,7 +86,7 @@ print("\\n".join(call.replace(str(folder), "").replace(f"{{socket.gethostname()}
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
-        "fsync /file.tmp", "rename /file.tmp", "fsync ",
+        "fsync /file.PID.tmp", "rename /file.PID.tmp", "fsync ",
         "fsync /.model.PID.new/vae/weights", "fsync /.model.PID.new", "fsync /.model.PID.new/vae",
         "rename /.model.PID.new", "fsync ",
     ]  # fmt: skip

@@ -103,7 +103,7 @@ def test_killed_saves_leave_nothing_behind(folder, monkeypatch):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_full_disk_leaves_the_previous_checkpoint_valid(folder, world):
-    settings = dict(max_steps=9, save_every=3, keep_last=4)
+    settings = dict(max_steps=9, save_every=3, keep_last=1, keep_every=3)
     assert set(wait(start(folder, "whole", world, **settings))) == {0}
     with small_disk(folder / "run", "2600k"):  # a checkpoint is 1 MB
         assert set(wait(start(folder, "run", world, **settings))) == {1}

@@ -235,9 +235,13 @@ def test_a_full_disk_is_refused_before_anything_is_computed(tmp_path: Path) -> N
     teacher = GaussianTeacher()
     free = shutil.disk_usage(tmp_path).free
     sample = 8 + 4 * 16 * (1 + 3 + 3)
-    with pytest.raises(InputError, match="free some, choose another folder"):
+    with pytest.raises(InputError, match="free some, or choose another folder"):
         write(tmp_path, 2 * free // sample, teacher, batch_size=2**20, shard_size=2**30)
     assert teacher.samples_computed == 0
+    for count, message in ((10**10 - 1, "free some"), (10**12, "expected at most 9999999999")):
+        with pytest.raises(InputError, match=message):
+            write(tmp_path / "store", count, teacher)
+    assert not (tmp_path / "store").exists()
 
 
 def test_two_writers_of_one_store_are_refused(tmp_path: Path) -> None:

@@ -113,8 +113,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def pretend_disk_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another program fills the disk after the check for space, which here it is told to pass."""
-    monkeypatch.setattr("pyard.trajectories.generate.require_disk_space", lambda *args: None)
-    monkeypatch.setattr("pyard.trajectories.authors_files.require_disk_space", lambda *args: None)
+    for module in ("generate", "authors_files", "merge"):
+        monkeypatch.setattr(f"pyard.trajectories.{module}.require_room", lambda *args: None)
 
 
 SIZES: dict = dict(batch_size=32, shard_size=256)  # shards of 116 KB
@@ -126,7 +126,7 @@ def test_a_disk_that_fills_up_in_mid_shard_is_an_error_and_a_clean_resume(
     with pytest.raises(InputError, match="free some"):
         write(small_disk / "store", 4000, **SIZES)
     pretend_disk_is_large(monkeypatch)
-    with pytest.raises(InputError, match=r"cannot be written \(No space left on device\); what was written before is kept"):
+    with pytest.raises(InputError, match=r"cannot be written \(the disk is full: .*free\); what was there before is kept"):
         write(small_disk / "store", 4000, **SIZES)
     store = TrajectoryStore.open(small_disk / "store")
     assert 0 < store.count < 4000
@@ -143,9 +143,14 @@ def test_a_disk_that_fills_up_in_mid_shard_is_an_error_and_a_clean_resume(
     assert contents(tmp_path / "store") == contents(tmp_path / "undisturbed")
 
 
-def test_a_disk_that_fills_up_while_merging_is_an_error_and_a_clean_resume(tmp_path: Path, small_disk: Path) -> None:
+def test_a_disk_that_fills_up_while_merging_is_an_error_and_a_clean_resume(
+    tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path / "large", 4000, **SIZES)
-    with pytest.raises(InputError, match=r"cannot be written \(No space left on device\)"):
+    with pytest.raises(InputError, match=r"merge: 16 shards: .* needed, .* free in"):
+        merge_trajectories([str(tmp_path / "large")], small_disk / "store", progress=False)
+    pretend_disk_is_large(monkeypatch)
+    with pytest.raises(InputError, match=r"cannot be written \(the disk is full: "):
         merge_trajectories([str(tmp_path / "large")], small_disk / "store", progress=False)
     store = TrajectoryStore.open(small_disk / "store")
     assert 0 < store.count < 4000

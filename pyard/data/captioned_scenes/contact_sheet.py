@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pyard.data.pictures import save_picture
 from pyard.errors import InputError
 
 _TILE = 192  # pixels
@@ -40,4 +41,4 @@ def save_contact_sheet(pictures: np.ndarray, captions: Sequence[str], path: str 
         sheet.paste(Image.fromarray(tile).resize((_TILE, _TILE), Image.Resampling.NEAREST), (left, top))
         lines = textwrap.wrap(text, 28)[: _TEXT_HEIGHT // 14]
         pen.multiline_text((left, top + _TILE + 1), "\n".join(lines), fill="black", font=font, spacing=0)
-    sheet.save(path)
+    save_picture(sheet, Path(path))

@@ -1,0 +1,60 @@
+"""One process, or one group, at a time in a folder; the system releases the lock when its holder ends, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+
+from pyard.errors import InputError
+from pyard.storage.files import make_folder
+
+FOLDER = ".locks"
+
+
+@contextmanager
+def only_one(folder: Path, work: str) -> Iterator[None]:
+    """Hold the lock of a folder for some kind of work while the block runs.
+
+    Args:
+        folder: is made if it is not there.
+        work: such as `training`: the lock is `.locks/training.lock`, and `.locks/training.json` says who holds it.
+
+    Raises:
+        InputError: another process holds it; the message names host, process and time.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; expected a folder, or nothing")
+    locks = folder / FOLDER
+    make_folder(locks)
+    lock, holder = filelock.FileLock(locks / f"{work}.lock", timeout=0), locks / f"{work}.json"
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise InputError(
+            f"{folder}: {_said(holder)} is at work here ({work}); wait for it, stop it, or use another folder"
+        ) from None
+    try:
+        since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+        # Only a message: it may be lost, as on a disk that is full.
+        with contextlib.suppress(OSError):
+            holder.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": since}), "utf-8")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _said(holder: Path) -> str:
+    try:
+        about = json.loads(holder.read_text("utf-8"))
+        return f"process {about['process']} of {about['host']}, since {about['since']},"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
