@@ -20,7 +20,7 @@ FUZZ_SOURCES := $(addprefix csrc/trajectory/,fuzz_shard.cpp shard.cpp json.cpp)
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE_SOURCES)) $(wildcard examples/*.cpp examples/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-t2i test lint fuzz crash sanitize torch-headers oldest-torch gpu-carry format clean
+.PHONY: help install demo demo-t2i web wheels docs test lint fuzz crash sanitize torch-headers oldest-torch gpu-carry format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /: /' | sort
@@ -32,6 +32,36 @@ demo: $(INSTALLED) ## Distil real digits into an ONNX student and draw them (min
 
 demo-t2i: $(INSTALLED) ## Distil a text-to-image teacher, and measure how well its students follow prompts (minutes on two cores)
 	@$(RUN) pyard demo --text
+
+# A file of the form `step`; if none is named, a student of `make demo`, which runs first where it has not.
+STUDENT ?= build/web/digits.onnx
+PORT ?= 8080
+BROWSER := examples/browser
+web: $(STUDENT) $(BROWSER)/node_modules/.package-lock.json ## Draw in the browser, on localhost (STUDENT=step.onnx PORT=8080; needs npm)
+	@$(PYTHON) $(BROWSER)/serve.py $(STUDENT) --port $(PORT)
+
+build/web/digits.onnx: | $(INSTALLED)
+	@test -f demo/ard/student/config.json || $(RUN) pyard demo
+	@mkdir -p $(@D)
+	@$(RUN) pyard.export --onnx $@ --student demo/ard --form step
+
+$(BROWSER)/node_modules/.package-lock.json: $(BROWSER)/package-lock.json
+	@npm ci --ignore-scripts --omit=dev --no-audit --no-fund --prefix $(BROWSER)
+	@touch $@
+
+# torch is asked for by the wheel's metadata, not copied into it. What earlier builds left in build/lib would get in, too.
+wheels: $(INSTALLED) ## Build the wheels of pyard-distill and pyard-runtime in dist/, on Linux with a manylinux tag
+	@rm -rf build/lib* build/bdist* build/wheels runtime/build
+	@PYARD_NATIVE=1 PYARD_CUDA=0 $(RUN) pip wheel -q --no-deps --no-build-isolation -w build/wheels . ./runtime
+	@mkdir -p dist && cp build/wheels/pyard_runtime-*.whl dist
+	@if [ "$$(uname)" = Linux ]; then PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+		-w dist build/wheels/pyard_distill-*.whl; else cp build/wheels/pyard_distill-*.whl dist; fi
+	@ls -l dist
+
+docs: $(INSTALLED) ## Build the documentation as a site, in build/site
+	@$(RUN) mkdocs --version > /dev/null 2>&1 || $(RUN) pip install -q -c $(PINS) 'mkdocs-material>=9.7' 'mkdocstrings[python]>=1.0'
+	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build -q --strict
+	@echo "build/site/index.html"
 
 test: $(INSTALLED) ## Run the tests, a process for each core (PYTEST_FLAGS="-m slow" for the long ones)
 	@$(RUN) pytest -n auto $(PYTEST_FLAGS)
@@ -104,7 +134,9 @@ gpu-carry: oldest-torch ## Build what is carried to a GPU machine into build/gpu
 		> /dev/null
 	@PATH="$(abspath $(VENV))/bin:$$PATH" && $(HOPPER) cmake --build $(OLDEST) --target pyard_gpu_sanitize $(if $(GPU_PYTHON),pyard_trajectory) \
 		> $(OLDEST)/build.log || { grep -v 'ptxas info' $(OLDEST)/build.log | tail -n 40; exit 1; }
-	@rm -rf $(CARRY) && mkdir -p $(CARRY) && cp $(OLDEST)/libpyard_ops.so $(OLDEST)/pyard_gpu_sanitize $(CARRY)
+	@rm -rf $(CARRY) && mkdir -p $(CARRY)
+	@$(RUN) pip install -q --no-deps --no-compile --target $(CARRY)/site diffusers
+	@cp $(OLDEST)/libpyard_ops.so $(OLDEST)/pyard_gpu_sanitize $(CARRY)
 	@$(if $(GPU_PYTHON),cp $(OLDEST)/_trajectory.so $(CARRY)/_trajectory$$($(GPU_PYTHON) -c \
 		'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))'))
 	@ls -l $(CARRY)
@@ -115,14 +147,14 @@ format: $(LINTERS) ## Format Python and C++ in place
 	@$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 clean: ## Remove what was built (not .venv)
-	rm -rf build dist *.egg-info pyard/libpyard_ops.* pyard/_trajectory.* pyard/_build.json
+	rm -rf build dist *.egg-info runtime/build runtime/*.egg-info $(BROWSER)/node_modules pyard/libpyard_ops.* pyard/_trajectory.* pyard/_build.json
 	rm -f $(INSTALLED) $(LINTERS)
 
 $(INSTALLED): $(BUILD_INPUTS)
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@grep -v '^torch==' constraints.txt > $(PINS)
 	@$(VENV)/bin/python -c 'import torch' 2>/dev/null || $(RUN) pip install -c $(PINS) $(TORCH)
-	@$(RUN) pip install -q -c $(PINS) $(if $(filter pyproject.toml constraints.txt,$?),,$(REBUILD)) -e '.[test,train,lora,native]'
+	@$(RUN) pip install -q -c $(PINS) $(if $(filter pyproject.toml constraints.txt,$?),,$(REBUILD)) -e '.[test,train,lora,native,wheels]'
 	@touch $@
 
 $(LINTERS): $(INSTALLED)

@@ -28,19 +28,23 @@ from pyard.bench.machine import processor
 HERE = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 # Of two trainings the shorter one's time is taken away: loading, the first updates and the end are in both.
-UPDATES = (10, 70)
-TRAINING = """
-import json, sys, time
-import pyard
-out, store, rates, batch = sys.argv[1], sys.argv[2], [], 64
-settings = dict(num_steps=4, batch_size=batch, num_trajectories=128, save_every=1000, progress=False)
-for updates in json.loads(sys.argv[3]):
+UPDATES = (10, 60)
+TEACHER = "import sys, pyard.teachers.convert as c, pathlib; c.convert('digits', pathlib.Path(sys.argv[1]), to='dit')"
+# The digits' teacher as a file that every commit reads.
+LOADED = "import json, sys, time, pyard; teacher = pyard.load_teacher(sys.argv[1], family='dit', num_heads=4)\n"
+STORE = LOADED + "pyard.generate_trajectories(teacher, sys.argv[2], count=128, progress=False)"
+TRAINING = (
+    LOADED
+    + """
+out, store, times = sys.argv[2], sys.argv[3], []
+settings = dict(num_steps=4, batch_size=64, num_trajectories=128, save_every=1000, progress=False)
+for updates in json.loads(sys.argv[4]):
     started = time.perf_counter()
-    pyard.train("digits", store, out=f"{out}/{updates}", max_steps=updates, **settings)
-    rates.append(time.perf_counter() - started)
-print(json.dumps(rates[1] - rates[0]))
+    pyard.train(teacher, store, out=f"{out}/{updates}", max_steps=updates, **settings)
+    times.append(time.perf_counter() - started)
+print(json.dumps(times[1] - times[0]))
 """
-STORE = 'import sys, pyard; pyard.generate_trajectories("digits", sys.argv[1], count=128, progress=False)'
+)
 ONNX_WAYS = ("PyTorch eager, native operators", "ONNX fp32")
 
 
@@ -54,12 +58,15 @@ def main() -> None:
     checkouts = {"other": options.other.resolve(), "this": HERE}
     rounds: list[dict[str, dict[str, float]]] = []
     with TemporaryDirectory() as scratch:
-        for checkout in checkouts.values():  # each has a teacher of its own, in its own format, before time is measured
-            run(checkout, options.threads, "-c", STORE, f"{scratch}/{checkout.name}")
+        teacher = Path(scratch, "teacher.pt")
+        run(HERE, options.threads, "-c", TEACHER, str(teacher))
         for number in tqdm(range(options.rounds), unit="round"):
             order = list(checkouts) if number % 2 == 0 else list(reversed(checkouts))
             rounds.append(
-                {name: dict(seconds(checkouts[name], options.threads, Path(scratch, f"{number}{name}"))) for name in order}
+                {
+                    name: dict(seconds(checkouts[name], options.threads, teacher, Path(scratch, f"{number}{name}")))
+                    for name in order
+                }
             )
             record = {
                 "machine": {"processor": processor(), "threads": options.threads, "load_average": os.getloadavg()[0]},
@@ -72,7 +79,7 @@ def main() -> None:
     print((RESULTS / f"{options.name}.md").read_text(encoding="utf-8"))
 
 
-def seconds(checkout: Path, threads: int, scratch: Path) -> Iterator[tuple[str, float]]:
+def seconds(checkout: Path, threads: int, teacher: Path, scratch: Path) -> Iterator[tuple[str, float]]:
     """What each piece of work takes in a checkout, median of the calls of one process."""
     scratch.mkdir()
     run(checkout, threads, "-m", "benchmarks.cpu_ops", "--threads", str(threads), "--rounds", "7", "--step-rounds", "3",
@@ -86,14 +93,15 @@ def seconds(checkout: Path, threads: int, scratch: Path) -> Iterator[tuple[str, 
         "--rounds", "3", "--threads", str(threads), "--out", str(scratch), "--progress", "false")  # fmt: skip
     for row in json.loads((scratch / "onnx.json").read_text())["DiT-S/2"]["rows"]:
         yield f"drawing, DiT-S/2, {row['way']}", row["seconds_per_image"]
-    run(checkout, threads, "-c", STORE, str(scratch / "store"))
-    printed = run(checkout, threads, "-c", TRAINING, str(scratch / "runs"), str(scratch / "store"), json.dumps(UPDATES))
+    run(checkout, threads, "-c", STORE, str(teacher), str(scratch / "store"))
+    printed = run(
+        checkout, threads, "-c", TRAINING, str(teacher), str(scratch / "runs"), str(scratch / "store"), json.dumps(UPDATES)
+    )
     yield f"training of digits, {UPDATES[1] - UPDATES[0]} updates of 64", float(printed.splitlines()[-1])
 
 
 def run(checkout: Path, threads: int, *arguments: str) -> str:
-    places = {"PYTHONPATH": str(checkout), "PYARD_CACHE": str(checkout / "build/against_cache")}
-    environment = {**os.environ, **places, "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
         [sys.executable, *arguments], cwd=checkout, env=environment, capture_output=True, text=True, check=False
     )

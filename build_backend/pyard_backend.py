@@ -7,6 +7,7 @@ cmake and ninja only where they are not on the path; pybind11, which is headers,
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -50,6 +51,8 @@ def get_requires_for_build_editable(config_settings: ConfigSettings = None) -> l
 
 
 def _native_requirements() -> list[str]:
+    if os.environ.get("PYARD_NATIVE") == "0":
+        return []
     requirements = ["pybind11>=2.13"]
     if not _cmake_is_new_enough():
         requirements.append("cmake>=" + ".".join(map(str, MINIMUM_CMAKE)))

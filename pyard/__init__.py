@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from pyard.version import __version__
+from pyard.version import MISSING, __version__
 
 _HOMES = {
     "ARDPipeline": "pyard.pipeline",
@@ -52,7 +52,13 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'pyard' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        module = importlib.import_module(_HOMES[name])
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("pyard."):
+            raise
+        raise ModuleNotFoundError(f"pyard.{name}: {MISSING}", name=error.name) from None
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

@@ -12,6 +12,7 @@ from pyard.models.dit.config import DiTConfig
 from pyard.models.dit.network import DiT
 from pyard.models.dit.tensor_names import join_checkpoint
 from pyard.models.student import Student
+from pyard.teachers import load_teacher
 from pyard.teachers.network_teacher import NetworkTeacher
 
 
@@ -53,3 +54,9 @@ def tiny_student(num_steps: int = 4, teacher_steps: int = 12, seed: int = 1, **s
     student = Student.from_teacher(teacher, TimeGrid.build(teacher.schedule, num_steps, teacher_steps), **settings)
     randomise(student, seed)
     return student.eval()
+
+
+def digits_student(num_steps: int = 4, history_layers: int = 2) -> Student:
+    """A student of the built-in teacher. Untrained, it draws digits already: its jumps are the teacher's own steps."""
+    teacher = load_teacher("digits")
+    return Student.from_teacher(teacher, TimeGrid.build(teacher.schedule, num_steps), history_layers=history_layers).eval()

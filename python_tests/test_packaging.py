@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -51,7 +53,8 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_archive_has_what_a_build_and_a_reader_need(unpacked: Path) -> None:
     tracked = [ROOT / name for name in ("Makefile", "setup.py", "CMakeLists.txt", "constraints.txt", "README.md", "LICENSE")]
     for folder in ("csrc", "cmake", "build_backend", "docs", "recipes", "examples", "pyard"):
-        tracked += [path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+        files = (path for path in (ROOT / folder).rglob("*") if path.is_file())
+        tracked += [path for path in files if not {"__pycache__", "node_modules"} & set(path.parts)]
     expected = {path.relative_to(ROOT) for path in tracked if path.suffix not in (".so", ".dylib")}
     found = {path.relative_to(unpacked) for path in unpacked.rglob("*") if path.is_file()}
     assert expected - found - {Path("pyard/_build.json")} == set()
@@ -76,6 +79,28 @@ def test_a_wheel_of_the_archive_has_the_native_parts(unpacked: Path, tmp_path: P
         [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=True
     ).stdout
     assert Path(printed.strip()) == tmp_path / "installed/pyard/libpyard_ops.so"
+
+
+def test_a_wheel_for_an_index_has_a_manylinux_tag_and_no_torch(unpacked: Path, tmp_path: Path) -> None:
+    """What `make wheels` does: an index refuses the tag linux_x86_64."""
+    pytest.importorskip("auditwheel", reason="the extra 'wheels' is not installed: pip install -e '.[wheels]'")
+    wheel = build("build_wheel", unpacked, tmp_path)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    (options,) = re.findall(r"auditwheel repair (.*?)\s+-w dist", makefile)
+    command = [sys.executable, "-m", "auditwheel", "repair", *shlex.split(options), "-w", str(tmp_path / "dist"), str(wheel)]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (repaired,) = (tmp_path / "dist").glob("*.whl")
+    (glibc,) = re.findall(r"^pyard_distill-[\d.]+-cp\d+-cp\d+-manylinux_2_(\d+)_\w+\.whl$", repaired.name)
+    assert 17 <= int(glibc) <= int(os.confstr("CS_GNU_LIBC_VERSION").split(".")[-1])
+    names = zipfile.ZipFile(repaired).namelist()
+    assert not [name for name in names if "libtorch" in name or "libc10" in name or ".libs/" in name]
+    zipfile.ZipFile(repaired).extractall(tmp_path / "installed")
+    code = "from pyard.ops.backend import library; print(library.path)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    printed = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert Path(printed.stdout.strip()) == tmp_path / "installed/pyard/libpyard_ops.so"
 
 
 def test_without_a_compiler_the_wheel_is_plain_and_says_why(unpacked: Path, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ SECTIONS = {
     "sampling": _section("models", "sampling", 35),
     "teacher": _section("models", "teacher", 25),
     "sampling compiled": _section("models", "sampling_compiled", 40),
+    "text-to-image": _section("text_to_image", "text_to_image", 35),
     "reader": _section("data", "reader", 10),
     "trajectories": _section("data", "trajectories", 45),
 }
@@ -53,6 +54,6 @@ CALLS = {
     "A": ("ceilings", "attention", "own blocks", "rows", "attention shapes", "small", "linear and gelu", "flex"),
     "B": (
         *("ceilings", "training", "training compiled", "sampling", "teacher", "sampling compiled"),
-        *("reader", "trajectories"),
+        *("text-to-image", "reader", "trajectories"),
     ),
 }

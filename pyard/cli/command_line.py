@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from pyard.cli.flags import arguments, as_yaml, flags_of, read_flags
 from pyard.errors import InputError
 from pyard.storage.typed import hints_of
-from pyard.version import __version__
+from pyard.version import MISSING, __version__
 
 
 class Command(NamedTuple):
@@ -107,7 +107,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(name: str, command: Command, argv: Sequence[str]) -> int:
     """Parse a command's flags, call its function and turn an InputError into one line and status 2."""
-    module = importlib.import_module(command.module)
+    try:
+        module = importlib.import_module(command.module)
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("pyard."):
+            raise
+        print(f"pyard {name}: error: {MISSING}", file=sys.stderr)
+        return 2
     function = command_line_face(getattr(module, command.function))
     settings = getattr(module, command.config) if command.config else None
     target = settings or function
@@ -173,7 +179,11 @@ def print_help(name: str, function: Callable[..., Any], settings: Any) -> None:
     """The flags of a command with what docstrings say of them, those of a dataclass in its groups."""
     from argparse import RawDescriptionHelpFormatter
 
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+    try:
+        from jsonargparse import ArgumentParser, DefaultHelpFormatter
+    except ModuleNotFoundError:  # where pyard-runtime alone is installed
+        print(f"usage: pyard {name} [flags]\n\n{inspect.getdoc(function)}")
+        return
 
     class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         """Keeps the paragraphs and examples of docstrings."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import re
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
     from pyard.ops.native import NativeLibrary
 
 PACKAGES = ("torch", "numpy", "safetensors", "diffusers", "accelerate", "onnx", "onnxscript", "scikit-learn")
-DISTRIBUTION = "pyard"
+DISTRIBUTION = "pyard-distill"
+RUNTIME_DISTRIBUTION = "pyard-runtime"
+# Other projects on PyPI whose wheels have a package called pyard.
+SAME_PACKAGE = ("pyard", "py-ard")
 ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 
 
@@ -41,6 +45,7 @@ class Report:
     onnxruntime_providers: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     runtime_only: bool = False  # no package for training is installed
+    distributions: list[str] = field(default_factory=list)  # of pyard, that are installed
 
 
 def doctor(json: bool = False) -> int:
@@ -83,11 +88,24 @@ def examine() -> Report:
 
 def as_text(report: Report) -> str:
     """The report for people."""
+    shown = {name: version for name, version in report.versions.items() if version is not None or not report.runtime_only}
     lines = ["versions"]
-    lines += [f"  {name:<16} {version or 'not installed'}" for name, version in report.versions.items()]
+    lines += [f"  {name:<16} {version or 'not installed'}" for name, version in shown.items()]
+    lines += ["", f"installed as {' and '.join(report.distributions)}"] if report.distributions else []
     if report.runtime_only:
-        lines += ["", "runtime only: students in ONNX files run; training and export need torch, diffusers and accelerate"]
-    lines += ["", f"operators (backend {report.backend})"]
+        lines += ["", "runtime only: students in ONNX files run; training and export need pyard-distill, which brings torch"]
+    else:
+        lines += _about_operators(report)
+    lines += ["", "onnxruntime providers", f"  {', '.join(report.onnxruntime_providers) or 'none'}", ""]
+    if not report.problems:
+        return "\n".join([*lines, "no problems found"])
+    for problem in report.problems:
+        lines += [f"problem: {problem.what}", f"  do: {problem.remedy}"]
+    return "\n".join(lines)
+
+
+def _about_operators(report: Report) -> list[str]:
+    lines = ["", f"operators (backend {report.backend})"]
     if report.native.get("path"):
         lines.append("  built for {instruction_sets}; this processor takes {active_instruction_set}".format(**report.native))
         lines.append("  with torch {built_with_torch} headers and compiler {compiler}".format(**report.native))
@@ -100,25 +118,18 @@ def as_text(report: Report) -> str:
         places = ", ".join(f"{device}: {implementation}" for device, implementation in by_device.items())
         difference = report.self_test.get(operator)
         lines.append(f"  {operator:<{width}} {places}" + ("" if difference is None else f" (differs by {difference:.1e})"))
-    lines += [
-        "",
-        "trajectory reader",
-        f"  {report.trajectory_reader}",
-        "",
-        "onnxruntime providers",
-        f"  {', '.join(report.onnxruntime_providers) or 'none'}",
-        "",
-    ]
-    if not report.problems:
-        return "\n".join([*lines, "no problems found"])
-    for problem in report.problems:
-        lines += [f"problem: {problem.what}", f"  do: {problem.remedy}"]
-    return "\n".join(lines)
+    return [*lines, "", "trajectory reader", f"  {report.trajectory_reader}"]
 
 
 def _examine_versions(report: Report) -> None:
     report.versions = {"python": platform.python_version(), "pyard": __version__}
     report.versions.update({package: _version(package) for package in (*PACKAGES, *ONNX_RUNTIMES)})
+    report.distributions = [name for name in (DISTRIBUTION, RUNTIME_DISTRIBUTION) if _version(name) is not None]
+    for other in SAME_PACKAGE:
+        if _has_our_package(other):
+            what = f"{other} is another project whose files are in a package called pyard, too: one overwrites the other"
+            again = " ".join(report.distributions) or DISTRIBUTION
+            report.problems.append(Problem(what, f"pip uninstall -y {other}; pip install --force-reinstall --no-deps {again}"))
     # Where none of these is, only students in ONNX files are meant to run.
     report.runtime_only = all(report.versions[package] is None for package in ("torch", "diffusers", "accelerate"))
     needed = ("numpy",) if report.runtime_only else PACKAGES
@@ -134,10 +145,10 @@ def _examine_versions(report: Report) -> None:
 
 def minimum_versions() -> dict[str, str]:
     """The oldest version of each package that pyard's metadata allow; nothing where pyard is not installed."""
-    try:
-        requirements = importlib.metadata.requires(DISTRIBUTION) or []
-    except importlib.metadata.PackageNotFoundError:
-        return {}
+    requirements: list[str] = []
+    for name in (RUNTIME_DISTRIBUTION, DISTRIBUTION):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            requirements += importlib.metadata.requires(name) or []
     found = (re.match(r"([\w.-]+)(?:\[[^\]]*\])?>=([\d.]+)(?!.*\bextra\b)", one.replace(" ", "")) for one in requirements)
     return {match[1]: match[2] for match in found if match}
 
@@ -148,6 +159,14 @@ def _numbers(version: str) -> tuple[int, ...]:
     while digits and digits[-1] == 0:
         digits.pop()
     return tuple(digits)
+
+
+def _has_our_package(distribution: str) -> bool:
+    try:
+        files = importlib.metadata.files(distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return any(str(file) == "pyard/__init__.py" for file in files)
 
 
 def _version(package: str) -> str | None:
@@ -181,7 +200,7 @@ def _examine_operators(report: Report) -> None:
         _examine_cuda_kernels(report, library)
         _run_self_test(report)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for operator in backend.KERNELS:
+    for operator in dict.fromkeys([*backend.KERNELS, *backend.OPERATORS]):
         taken = {device: backend.has_kernel(operator, device) for device in devices}
         report.operators[operator] = {device: "native" if native else "reference" for device, native in taken.items()}
 

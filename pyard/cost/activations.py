@@ -7,6 +7,7 @@ autocast passes by those of the meta device.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyard import ops
 from pyard.cost.flops import without_weights
@@ -79,6 +81,47 @@ def count_kept(
             counts.append(saved.bytes())
             del result
     return Kept(*(float(more - less) for less, more in zip(*counts, strict=True)))
+
+
+def peak_live(run: Callable[[], object], *, device_type: str) -> int:
+    """The most bytes that a pass without gradients holds at once, beside the weights: what it makes and has not dropped yet.
+
+    Args:
+        run: the pass, of a module that `fake_copy` returned, on tensors made by `torch.empty` without a device.
+        device_type: see `count_kept`.
+    """
+    backend: ops.Backend = "auto" if has_kernel("block_attention", device_type) else "reference"
+    live = _Live()
+    with torch.no_grad(), _FAKE, ops.use_backend(backend), _FusedAttention(device_type), live:
+        run()
+    return live.most
+
+
+class _Live(TorchDispatchMode):
+    """Counts the storages that operators make while it is entered, and those that are gone again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = self._now = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # What goes in was made elsewhere, such as weights and tables, unless it is known.
+        given = {_key(value) for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for value in pytree.tree_leaves(result):
+            if not isinstance(value, torch.Tensor) or _key(value) in given or _key(value) in self._known:
+                continue
+            storage, key = value.untyped_storage(), _key(value)
+            self._known.add(key)
+            self._now += storage.nbytes()
+            self.most = max(self.most, self._now)
+            weakref.finalize(storage, self._gone, key, storage.nbytes())
+        return result
+
+    def _gone(self, key: int, num_bytes: int) -> None:
+        self._known.discard(key)
+        self._now -= num_bytes
 
 
 class _FusedAttention(TorchFunctionMode):

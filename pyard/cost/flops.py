@@ -60,11 +60,12 @@ def flops_per_pass(student: Student, condition: Condition | None = None) -> tupl
     condition = _one(student.require_conditions().take([0]) if condition is None else condition)
     latest = torch.empty((1, *student.sample_shape), device="meta")
     cache, counts = ghost.new_cache(1), []
-    for step in range(student.num_steps):
+    # Without a history all passes cost the same.
+    for step in range(student.num_steps if student.config.history_layers else 1):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             latest, cache = ghost.step(latest, step, condition, cache)  # type: ignore[assignment]
         counts.append(int(counter.get_total_flops()))
-    return tuple(counts)
+    return tuple(counts) if len(counts) == student.num_steps else tuple(counts) * student.num_steps
 
 
 def student_flops(student: Student, condition: Condition | None = None) -> float:
@@ -72,15 +73,34 @@ def student_flops(student: Student, condition: Condition | None = None) -> float
     return float(sum(flops_per_pass(student, condition)))
 
 
-def update_flops(student: Student, batch_size: int) -> float:
-    """An update: forward, and twice that backward. What activation checkpointing computes again does not count (MFU)."""
-    return 3.0 * batch_size * student_flops(student)
+def update_flops(student: Student, batch_size: int, condition: Condition | None = None) -> float:
+    """An update, forward and backward. What activation checkpointing computes again does not count (MFU).
+
+    Args:
+        student: on any device. Where all of it is trained, the backward pass takes twice the forward; frozen weights get no
+            gradient, so that with LoRA it takes little more than once, which is counted.
+        batch_size: B.
+        condition: of one sample; None: the first row of the student's table.
+    """
+    if all(parameter.requires_grad for parameter in student.parameters()):
+        return 3.0 * batch_size * student_flops(student, condition)
+    ghost = without_weights(student)
+    one = _one(student.require_conditions().take([0]) if condition is None else condition)
+    history = torch.empty((1, student.num_steps, *student.sample_shape), device="meta")
+    return float(batch_size * counted(lambda: ghost(history, one).float().sum().backward()))
 
 
-def teacher_flops(network: Denoiser, condition: Condition) -> float:
-    """One evaluation of a teacher for one sample, its predicted variance included; guidance takes two."""
+def teacher_flops(network: Denoiser, condition: Condition, sample_shape: tuple[int, ...] | None = None) -> float:
+    """One evaluation of a teacher for one sample, its predicted variance included; guidance takes two.
+
+    Args:
+        network: on any device.
+        condition: of one sample.
+        sample_shape: [C, ...]; None: the usual one.
+    """
     ghost, one = without_weights(network), _one(condition)
-    x, times = torch.empty((1, *network.config.sample_shape), device="meta"), torch.empty(1, device="meta")
+    x = torch.empty((1, *(sample_shape or network.config.sample_shape)), device="meta")
+    times = torch.empty(1, device="meta")
     with torch.no_grad():
         return float(counted(lambda: ghost(x, times, one)))
 

@@ -7,13 +7,15 @@ discriminator's layers
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from pyard.conditions import Condition
-from pyard.cost.activations import Kept, count_kept, fake_copy
+from pyard.cost.activations import Kept, count_kept, fake_copy, peak_live
+from pyard.cost.flops import without_weights
 from pyard.models.backbone import Denoiser
 from pyard.models.student import Student
 
@@ -75,10 +77,13 @@ def update_memory(
     sharded: bool = False,
     adversarial: AdversarialMemory | None = None,
 ) -> Memory:
-    """Memory of an update that trains all weights.
+    """Memory of an update.
+
+    Frozen weights, those below low-rank additions, are held once for the student and its averages, in their own dtype; under
+    FSDP the student and each average have shards of their own of them.
 
     Args:
-        student: on any device.
+        student: on any device; its parameters say whether they are trained.
         kept: by its forward pass, see `student_activations`.
         batch: B, samples of a micro-batch on each GPU.
         world: how many GPUs.
@@ -88,18 +93,21 @@ def update_memory(
         sharded: FSDP instead of DDP.
         adversarial: of that stage, see `adversarial_memory`; None: regression.
     """
-    parameters = _count(student)
-    blocks = [_count(block) for block in student.trunk.blocks]
-    states, cast = 4 * parameters / (world if sharded else 1), 2 * parameters if mixed else 0
-    whole = 2 * max(blocks, default=0) + parameters - sum(blocks)
+    trained, frozen = _trained(student)
+    share = world if sharded else 1
+    states = 4 * trained / share
+    cast = 2 * trained + sum(2 * p.numel() for p in frozen if p.dtype == torch.float32) if mixed else 0
+    held = sum(p.numel() * p.element_size() for p in frozen) / share
+    in_blocks = [sum(_gathered(p, mixed) for p in block.parameters()) for block in student.trunk.blocks]
+    whole = sum(_gathered(p, mixed) for p in student.parameters())
     added = adversarial or AdversarialMemory(0.0, 0.0, 0.0)
     return Memory(
         # Of a block in shards, autograd keeps the cast weights until its backward pass, unless that computes it again.
-        weights=states + (0 if sharded and checkpointing else cast),
-        averages=averages * states,
+        weights=states + held + (0 if sharded and checkpointing else cast),
+        averages=averages * (states + (held if sharded else 0)),
         optimizer=2 * states,
-        gradients=states + (4 * parameters if world > 1 and not sharded else 0),
-        gathered=float((6 if mixed else 4) * whole) if sharded else 0.0,
+        gradients=states + (4 * trained if world > 1 and not sharded else 0),
+        gathered=float(2 * max(in_blocks, default=0) + whole - sum(in_blocks)) if sharded else 0.0,
         frozen=added.frozen,
         discriminators=added.discriminators,
         activations=batch * (kept.peak(checkpointing) + added.per_sample),
@@ -110,17 +118,38 @@ def student_activations(student: Student, condition: Condition, *, mixed: bool =
     """What the parallel pass keeps of one sample.
 
     Args:
-        student: on any device; all its weights are taken to be trained.
+        student: on any device; its parameters say whether they are trained.
         condition: of one sample.
         mixed: matrices are multiplied in 16 bits.
         device_type: where the training runs: it decides which operators do, and plain ones keep more than compiled ones.
     """
-    copy = fake_copy(student).train().requires_grad_(True)
+    copy = fake_copy(student).train()
 
     def run(batch: int) -> object:
         return copy(torch.empty(batch, copy.num_steps, *copy.sample_shape), _rows(condition, batch))
 
     return count_kept(run, copy, copy.trunk.blocks, mixed=mixed, device_type=device_type)
+
+
+def pass_memory(
+    network: Denoiser, condition: Condition, sample_shape: tuple[int, ...], *, dtype: torch.dtype, device_type: str = "cuda"
+) -> tuple[float, float]:
+    """What a teacher's pass without gradients holds at most beside its weights: (bytes whatever the batch is, bytes a row).
+
+    Args:
+        network: on any device.
+        condition: of one sample.
+        sample_shape: [C, ...].
+        dtype: of the weights.
+        device_type: see `student_activations`.
+    """
+    frozen = fake_copy(without_weights(network).to(dtype)).eval().requires_grad_(False)
+
+    def run(batch: int) -> object:
+        return frozen(torch.empty(batch, *sample_shape), torch.empty(batch), _rows(condition, batch))
+
+    two, three = (peak_live(functools.partial(run, batch), device_type=device_type) for batch in (2, 3))
+    return max(0.0, two - 2 * (three - two)), float(three - two)
 
 
 def adversarial_memory(
@@ -183,6 +212,17 @@ def head_bytes(tokens: int, hidden: int, *, width: int, depth: int) -> float:
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _trained(module: nn.Module) -> tuple[int, list[nn.Parameter]]:
+    """How many numbers are trained, and the parameters that are frozen."""
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    return trained, [parameter for parameter in module.parameters() if not parameter.requires_grad]
+
+
+def _gathered(parameter: nn.Parameter, mixed: bool) -> int:
+    """Bytes of a parameter that FSDP has gathered, and of its cast."""
+    return parameter.numel() * (parameter.element_size() + (2 if mixed and parameter.dtype == torch.float32 else 0))
 
 
 def _rows(condition: Condition, batch: int) -> Condition:

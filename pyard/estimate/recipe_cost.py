@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pyard.conditions import Condition, load_conditions
-from pyard.cost.activations import Kept
+import torch
+
+from pyard.conditions import Condition, PromptTable, load_conditions
 from pyard.cost.devices import DEVICES, known_device
-from pyard.cost.flops import student_flops, teacher_flops
-from pyard.cost.memory import AdversarialMemory, Memory, adversarial_memory, student_activations, update_memory
-from pyard.diffusion.noise_schedule import NoiseSchedule
-from pyard.diffusion.solvers import solver_of
-from pyard.diffusion.time_grid import TimeGrid
+from pyard.cost.flops import teacher_flops, without_weights
+from pyard.cost.memory import pass_memory
 from pyard.errors import InputError
+from pyard.estimate.disk import checkpoints_kept, grid_of, manifest_of, sample_shape_of, store_bytes
 from pyard.estimate.report import Estimate, StageCost
-from pyard.models.backbone import Denoiser
+from pyard.estimate.text_cost import TextCost, stored_text_cost, text_cost
+from pyard.estimate.update_cost import MemoryOfUpdates, stage_flops
 from pyard.models.folder import load_config
+from pyard.models.lora import add_lora
 from pyard.models.student import Student
 from pyard.models.student_config import StudentConfig
 from pyard.storage.files import write_text
 from pyard.storage.typed import checked
-from pyard.teachers.published import network_of
-from pyard.training.adversarial_cost import adversarial_flops, looked_at
+from pyard.teachers.published import TeacherOutline, outline_of
+from pyard.teachers.text_to_image.encoding import TextShape
 from pyard.training.config import TrainConfig
-from pyard.trajectories.generate import DEFAULT_BATCH_SIZE, DEFAULT_CFG_SCALE, DEFAULT_TEACHER_STEPS, default_shard_size
-from pyard.trajectories.manifest import SAFETENSORS_DTYPES, TrajectoryManifest
-from pyard.trajectories.store import TrajectoryStore, shard_ranges
+from pyard.trajectories.manifest import TrajectoryManifest
+from pyard.trajectories.store import TrajectoryStore
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LAYOUTS = {
@@ -50,27 +48,31 @@ def estimate(
     gpus: int = 1,
     out: Path | None = None,
     network: str | None = None,
+    text_tokens: int | None = None,
 ) -> Estimate:
     """Say what a recipe costs, before anything is started and without any weights.
 
-    Disk: the trajectories' shards, exactly, and a checkpoint. Time: the floating-point operations of every stage, counted while
-    the networks run without data (`pyard describe` counts in the same way), over what a GPU sustains: `tflops` if you have
-    measured it (a training's progress bar shows it), else the data sheet's peak of `device` times `mfu`. Well-fed GPUs reach
-    0.3 to 0.5 of their peak on large transformers; small networks reach far less. Memory: weights, averages, AdamW's moments,
-    gradients (with DDP twice, for its buckets) and what the backward pass needs of the forward pass, counted in the same way,
-    for several micro-batches, with and without activation checkpointing, for DDP and FSDP. All weights are taken to be trained
-    (lora_rank is not counted). It is right to about a quarter; 0.5 GB of CUDA's own come on top.
+    Disk: the trajectories' shards, exactly, embedded prompts, and checkpoints. Time: the floating-point operations of every
+    stage, counted while the networks run without data (`pyard describe` counts in the same way), over what a GPU sustains:
+    `tflops` if you have measured it (a training's progress bar shows it), else the data sheet's peak of `device` times `mfu`.
+    Well-fed GPUs reach 0.3 to 0.5 of their peak on large transformers; small networks reach far less. Memory: weights,
+    averages, AdamW's moments, gradients (with DDP twice, for its buckets) and what the backward pass needs of the forward
+    pass, counted in the same way, for several micro-batches, with and without activation checkpointing, for DDP and FSDP. With
+    LoRA, frozen weights count once, in the precision of the trajectories, and averages, moments and gradients for what is
+    trained alone. It is right to about a quarter; 0.5 GB of CUDA's own come on top.
 
     Example: pyard estimate recipes/imagenet256-dit-xl2.yaml --device H100 --gpus 8
 
     Args:
-        recipe: YAML of `pyard train`. Its teacher may be a published name (DiT-XL/2, SiT-XL-2-256) that is not on this disk.
+        recipe: YAML of `pyard train`, or the name of one of pyard's. Its teacher may be a published name (DiT-XL/2,
+            SiT-XL-2-256, sd3.5-medium, black-forest-labs/FLUX.1-dev) that is not on this disk.
         device: A100 | H100 | H200 | L40S | L4 | A10G | 'RTX 4090' | B200, for the data sheet's TFLOP/s and memory.
         tflops: that one GPU sustains in this training, in TFLOP/s; overrides `device` and `mfu`.
         mfu: share of the data sheet's peak that is taken to be reached.
         gpus: how many share the work; FSDP splits the weights among them.
         out: a JSON file to write as well.
         network: package.module:Class of the backbone of a teacher that is made of none of pyard's; none: the recipe's.
+        text_tokens: of the longest prompt of a text-to-image pipeline; none: as many as its text encoder takes.
 
     Returns:
         The numbers.
@@ -85,42 +87,59 @@ def estimate(
         if value is not None and value <= 0:
             raise InputError(f"estimate: {name} is {value}; expected more than 0")
     config = TrainConfig.read(recipe)
-    teacher, schedule = network_of(config.teacher, network or config.network)
-    config, student = student_of(config, teacher, schedule)
-    condition = one_condition(config, student)
-    manifest = manifest_of(config, teacher, schedule, student.num_conditions)
+    teacher = outline_of(config.teacher, network or config.network)
+    config, student = student_of(config, teacher)
+    text = text_shape(teacher, text_tokens)
+    condition = one_condition(config, teacher, student, text)
+    texts = (
+        None if text is None or teacher.pipeline is None else text_cost(config, teacher.pipeline, text, config.num_trajectories)
+    )
+    manifest = manifest_of(config, teacher, student.num_conditions if texts is None else texts.prompts)
     count, generated, guessed = config.num_trajectories, config.trajectories is None, config.trajectories is not None
     given = store_of(config)
     if given is not None and given.is_dir():
         store = TrajectoryStore.open(given)
         manifest, count, guessed = store.manifest, store.count, False
+        table = load_conditions(given)
+        if isinstance(table, PromptTable) and text is not None:
+            texts = stored_text_cost(table, text)
 
     def sustained(mixed_precision: str) -> float | None:
         if tflops is not None or sheet is None:
             return tflops
         return mfu * (sheet.float32 if mixed_precision == "no" else sheet.half)
 
-    precision = "bf16" if config.trajectory_precision == "bfloat16" else "no"
+    computed = sustained("bf16" if config.trajectory_precision == "bfloat16" else "no")
     stages = []
-    if generated:
-        stages.append(StageCost("trajectories", trajectory_flops(config, teacher, condition), sustained(precision)))
-    stages.append(StageCost(config.stage, stage_flops(config, teacher, student), sustained(config.mixed_precision)))
-    memory = MemoryOfUpdates.count(config, teacher, student)
+    if generated or guessed:
+        if texts is not None:
+            stages.append(StageCost("text encoding", texts.flops, computed))
+        stages.append(StageCost("trajectories", trajectory_flops(manifest, count, teacher, condition), computed))
+    stages.append(
+        StageCost(config.stage, stage_flops(config, teacher.network, student, condition), sustained(config.mixed_precision))
+    )
+    memory = MemoryOfUpdates.count(config, teacher, student, condition)
     parameters = sum(p.numel() for p in student.parameters())
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    share = max(1, config.batch_size // gpus // config.gradient_accumulation)
+    own = (config.parallel == "fsdp" and gpus > 1, config.activation_checkpointing)
     result = Estimate(
         recipe=str(recipe),
         teacher=config.teacher,
-        teacher_parameters=sum(p.numel() for p in teacher.parameters()),
+        teacher_parameters=sum(p.numel() for p in teacher.network.parameters()),
         student=student.config,
-        tokens_per_step=student.trunk.tokens_per_step(),
+        tokens_per_step=student.trunk.tokens_per_step(student.sample_shape),
         parameters=parameters,
+        trained_parameters=trained,
         trajectories=count,
         sample_bytes=manifest.sample_bytes,
         store_bytes=store_bytes(manifest, count),
         generated=generated,
         guessed=guessed,
-        # Weights, averages and AdamW's two moments, in float32.
-        checkpoint_bytes=4 * parameters * (1 + len(config.ema_decays) + 2),
+        texts=texts,
+        # Weights, averages and AdamW's two moments, in float32, of what is trained.
+        checkpoint_bytes=4 * trained * (1 + len(config.ema_decays) + 2),
+        checkpoints=checkpoints_kept(config),
         stages=tuple(stages),
         gpus=gpus,
         memory={
@@ -130,8 +149,14 @@ def estimate(
             for layout, kind in LAYOUTS.items()
             if gpus > 1 or not kind[0]
         },
+        own_layout=next(
+            layout if gpus > 1 else layout.replace("DDP", "one GPU") for layout, kind in LAYOUTS.items() if kind == own
+        ),
+        own_memory=memory.of(share, gpus, *own),
+        teacher_memory=teacher_memory(config, manifest, teacher, texts, condition),
+        device=device,
         capacity=None if sheet is None else sheet.memory,
-        share=max(1, config.batch_size // gpus // config.gradient_accumulation),
+        share=share,
     )
     print(result)
     if out is not None:
@@ -139,8 +164,11 @@ def estimate(
     return result
 
 
-def student_of(config: TrainConfig, network: Denoiser, schedule: NoiseSchedule) -> tuple[TrainConfig, Student]:
+def student_of(config: TrainConfig, teacher: TeacherOutline) -> tuple[TrainConfig, Student]:
     """The recipe with everything decided, and its student without weights; that of an earlier stage is read if it is there."""
+    network = teacher.network
+    if config.lora_rank is not None and teacher.pipeline is not None and config.trajectory_precision == "bfloat16":
+        network = without_weights(network).to(torch.bfloat16)
     trunk, head = network.trunk.for_student(network.head)
     if config.student is not None and Path(config.student).is_dir():
         folder = Path(config.student)
@@ -154,8 +182,8 @@ def student_of(config: TrainConfig, network: Denoiser, schedule: NoiseSchedule) 
         assert config.history_bias != "auto"
         student = StudentConfig(
             network=trunk.config,
-            grid=TimeGrid.build(schedule, config.num_steps, config.teacher_steps or DEFAULT_TEACHER_STEPS),
-            schedule=schedule,
+            grid=grid_of(config, teacher),
+            schedule=teacher.schedule,
             history_layers=config.history_layers,
             mask=config.mask,
             window=config.window,
@@ -164,8 +192,11 @@ def student_of(config: TrainConfig, network: Denoiser, schedule: NoiseSchedule) 
             heads=config.heads,
             history_bias=config.history_bias,
             family=trunk.family(),
+            sample_shapes=(sample_shape_of(config, teacher),),
         )
-    made = Student(student, trunk, head).to("meta")
+    made = Student(student, trunk, head).to("meta").requires_grad_(True)
+    if config.lora_rank is not None:
+        add_lora(made, config.lora_rank)
     places = [Path(place) for place in (config.teacher, store_of(config), config.student) if place is not None]
     made.conditions = made.conditions or load_conditions(*places, *(place / "student" for place in places))
     return config, made
@@ -178,9 +209,37 @@ def store_of(config: TrainConfig) -> Path | None:
     return None if config.trajectories is None else Path(config.trajectories)
 
 
-def one_condition(config: TrainConfig, student: Student) -> Condition:
-    """The condition of one sample, as long as it is in a batch of the first conditions of the table."""
+def text_shape(teacher: TeacherOutline, tokens: int | None) -> TextShape | None:
+    """What the teacher's transformer gets of the longest text; None: it draws from no texts.
+
+    Args:
+        teacher: without weights.
+        tokens: of the longest text; None: the limit of the text encoder.
+
+    Raises:
+        InputError: `tokens` for a teacher of no texts, for one that attends to padding, or above the limit.
+    """
+    pipeline = teacher.pipeline
+    if pipeline is None:
+        if tokens is not None:
+            raise InputError("text_tokens is for text-to-image pipelines; this teacher draws from no texts")
+        return None
+    text = pipeline.text
+    if tokens is None:
+        return text
+    if text.padded and tokens != text.tokens:
+        raise InputError(f"text_tokens is {tokens}; the transformer of this {pipeline.family.pipeline} attends to padding, so "
+                         f"every text has {text.tokens}")  # fmt: skip
+    if not 1 <= tokens <= text.tokens:
+        raise InputError(f"text_tokens is {tokens}; expected 1 to {text.tokens}, the limit of {pipeline.family.pipeline}")
+    return dataclasses.replace(text, tokens=tokens)
+
+
+def one_condition(config: TrainConfig, teacher: TeacherOutline, student: Student, text: TextShape | None) -> Condition:
+    """The condition of one sample, as long as the longest of a batch."""
     table = student.conditions
+    if teacher.pipeline is not None and text is not None:
+        return text.condition(teacher.pipeline.constants(config.embedded_guidance))
     if table is None:
         raise InputError(
             f"estimate: teacher {config.teacher!r} knows no classes, and no table of conditions was found; expected one in "
@@ -189,112 +248,29 @@ def one_condition(config: TrainConfig, student: Student) -> Condition:
     return table.take(range(min(table.count, config.batch_size))).index(slice(0, 1))
 
 
-def manifest_of(config: TrainConfig, network: Denoiser, schedule: NoiseSchedule, classes: int) -> TrajectoryManifest:
-    """The manifest that the recipe's trajectories will have, but for the teacher's fingerprint."""
-    manifest = TrajectoryManifest(
-        teacher_fingerprint="0" * 64,
-        solver=solver_of(schedule),
-        schedule=schedule,
-        grid=TimeGrid.build(schedule, config.num_steps, config.teacher_steps or DEFAULT_TEACHER_STEPS),
-        cfg_scale=DEFAULT_CFG_SCALE if config.cfg_scale is None else config.cfg_scale,
-        cfg_channels=config.cfg_channels,
-        cfg_interval=None,
-        precision=config.trajectory_precision,
-        compiled=False,
-        sample_shape=network.config.sample_shape,
-        num_classes=classes,
-        keep=config.trajectory_keep,
-        dtype=config.trajectory_dtype,
-        seed=config.seed,
-        labels="uniform",
-        batch_size=DEFAULT_BATCH_SIZE,
-        shard_size=DEFAULT_BATCH_SIZE,
-    )
-    return dataclasses.replace(manifest, shard_size=default_shard_size(manifest))
+def trajectory_flops(manifest: TrajectoryManifest, count: int, teacher: TeacherOutline, condition: Condition) -> float:
+    """Of the teacher for all trajectories."""
+    return count * passes_of(manifest) * teacher_flops(teacher.network, condition, manifest.sample_shape)
 
 
-def store_bytes(manifest: TrajectoryManifest, count: int) -> int:
-    """Bytes of all shards: 8 for the header's length, the header, padded to a multiple of 8, and the tensors."""
-    total = 0
-    for first, end in shard_ranges(manifest, count):
-        layout, offset = manifest.layout(end - first), 0
-        about = json.dumps({"first": first, "manifest": manifest.digest}, sort_keys=True)
-        header: dict[str, Any] = {"__metadata__": {"pyard": about}}
-        # safetensors writes the widest numbers first, then by name.
-        for name in sorted(layout, key=lambda name: (-SAFETENSORS_DTYPES[layout[name].dtype][1], name)):
-            tensor = layout[name]
-            span = [offset, offset + tensor.num_bytes]
-            header[name] = {"dtype": SAFETENSORS_DTYPES[tensor.dtype][0], "shape": list(tensor.shape), "data_offsets": span}
-            offset = span[1]
-        total += 8 + -(-len(json.dumps(header, separators=(",", ":"))) // 8) * 8 + offset
-    return total
+def passes_of(manifest: TrajectoryManifest) -> int:
+    """Of the teacher's network for one trajectory: one a step, two with Heun's solver, and twice that with guidance."""
+    steps = manifest.grid.teacher_steps
+    evaluations = 2 * steps - 1 if manifest.solver == "heun" else steps
+    return evaluations * (1 if manifest.cfg_scale == 1 else 2)
 
 
-def trajectory_flops(config: TrainConfig, network: Denoiser, condition: Condition) -> float:
-    """Of the teacher for all trajectories: DDIM and Euler evaluate it once a step, twice with guidance."""
-    passes = (config.teacher_steps or DEFAULT_TEACHER_STEPS) * (1 if config.cfg_scale == 1 else 2)
-    return config.num_trajectories * passes * teacher_flops(network, condition)
+def teacher_memory(
+    config: TrainConfig, manifest: TrajectoryManifest, teacher: TeacherOutline, texts: TextCost | None, condition: Condition
+) -> dict[int, float] | None:
+    """Bytes that a text-to-image teacher needs on a GPU by batch of trajectories; None: another teacher.
 
-
-def stage_flops(config: TrainConfig, network: Denoiser, student: Student) -> float:
-    """Of all updates, with the rollouts that make own histories and checkpointing's second forward pass."""
-    condition = one_condition(config, student)
-    forward = config.batch_size * student_flops(student, condition)
-    update = 3 * forward
-    if config.activation_checkpointing:
-        update += forward
-    if config.rollout_gradient == "detach":
-        share = max(0.0, 1 - config.rollout_start / config.max_steps)
-        update += config.rollout_probability * share * forward
-    if config.stage == "adversarial":
-        update += config.batch_size * adversarial_flops(network, condition, config.adversarial)
-    return config.max_steps * update
-
-
-@dataclass(frozen=True)
-class MemoryOfUpdates:
-    """Memory of a recipe's updates, counted once for all micro-batches and layouts.
-
-    Args:
-        config: the recipe.
-        student: without weights.
-        kept: what its forward pass keeps of a sample.
-        adversarial: what that stage adds; None: regression.
+    The text encoders are there while prompts are encoded, beside the transformer, and gone before it runs.
     """
-
-    config: TrainConfig
-    student: Student
-    kept: Kept
-    adversarial: AdversarialMemory | None
-
-    @classmethod
-    def count(cls, config: TrainConfig, network: Denoiser, student: Student, device_type: str = "cuda") -> MemoryOfUpdates:
-        """Run student and teacher without data, with the operators that a device has."""
-        condition, settings = one_condition(config, student), config.adversarial
-        mixed, added = config.mixed_precision != "no", None
-        if config.stage == "adversarial":
-            added = adversarial_memory(
-                network,
-                condition,
-                looked_at(network, settings),
-                width=settings.width,
-                depth=settings.depth,
-                kernel_size=settings.kernel_size,
-                mixed=mixed,
-                device_type=device_type,
-            )
-        return cls(config, student, student_activations(student, condition, mixed=mixed, device_type=device_type), added)
-
-    def of(self, batch: int, gpus: int, sharded: bool, checkpointing: bool) -> Memory:
-        """With a micro-batch of `batch` samples on each GPU."""
-        return update_memory(
-            self.student,
-            self.kept,
-            batch,
-            world=gpus,
-            averages=len(self.config.ema_decays),
-            mixed=self.config.mixed_precision != "no",
-            checkpointing=checkpointing,
-            sharded=sharded,
-            adversarial=self.adversarial,
-        )
+    if teacher.pipeline is None or texts is None:
+        return None
+    dtype = torch.bfloat16 if config.trajectory_precision == "bfloat16" else torch.float32
+    weights = dtype.itemsize * sum(p.numel() for p in teacher.network.parameters())
+    fixed, row = pass_memory(teacher.network, condition, manifest.sample_shape, dtype=dtype)
+    rows = 1 if manifest.cfg_scale == 1 else 2
+    return {batch: weights + max(texts.encoder_bytes, fixed + batch * rows * row) for batch in MICRO_BATCHES}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyard.cost.memory import Memory
+from pyard.estimate.text_cost import TextCost
 from pyard.models.student_config import StudentConfig
 from pyard.storage.units import format_bytes, format_seconds
 
@@ -42,15 +43,21 @@ class Estimate:
         student: its sizes.
         tokens_per_step: T.
         parameters: of the student.
+        trained_parameters: of those, what training changes.
         trajectories: how many.
         sample_bytes: of one.
         store_bytes: of all shards, headers included; sidecars (about 500 bytes a shard) are not.
         generated: whether the recipe has them generated; False if it names a store.
         guessed: the store that it names is not there, so that the sizes are those of the recipe's own defaults.
+        texts: of a text-to-image pipeline, its prompts.
         checkpoint_bytes: of one checkpoint, without discriminators.
+        checkpoints: that there are at the end.
         stages: in order.
         gpus: that share the work.
         memory: bytes on each GPU by layout and micro-batch.
+        own_layout, own_memory: of the recipe itself.
+        teacher_memory: bytes on each GPU while trajectories are generated, by batch; None: no text-to-image pipeline.
+        device: its name as it was given.
         capacity: of one GPU in bytes; None: no device was given.
         share: samples of an update on each GPU, a micro-batch of the recipe.
     """
@@ -61,41 +68,95 @@ class Estimate:
     student: StudentConfig
     tokens_per_step: int
     parameters: int
+    trained_parameters: int
     trajectories: int
     sample_bytes: int
     store_bytes: int
     generated: bool
     guessed: bool
+    texts: TextCost | None
     checkpoint_bytes: int
+    checkpoints: int
     stages: tuple[StageCost, ...]
     gpus: int
     memory: dict[str, dict[int, Memory]]
+    own_layout: str
+    own_memory: Memory
+    teacher_memory: dict[int, float] | None
+    device: str | None
     capacity: float | None
     share: int
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of trajectories, embedded prompts and the checkpoints that stay; the student is as large as a part of one."""
+        return self.store_bytes + (0 if self.texts is None else self.texts.num_bytes) + self.checkpoints * self.checkpoint_bytes
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """Of all stages, on one GPU; None: no device was given."""
+        hours = [stage.gpu_hours for stage in self.stages]
+        return None if None in hours else sum(hour for hour in hours if hour is not None)
+
+    def fits(self, num_bytes: float) -> bool:
+        """Whether so many bytes fit the device, a tenth of which is kept free; True where none was given."""
+        return self.capacity is None or num_bytes <= 0.9 * self.capacity
+
+    @property
+    def summary(self) -> list[str]:
+        """Disk, hours and memory of the recipe as it stands, a line each."""
+        parts = [f"trajectories {format_bytes(self.store_bytes)}"]
+        if self.texts is not None:
+            most = "" if self.texts.shape.padded or self.texts.encoded else "at most "
+            parts.append(f"prompts {most}{format_bytes(self.texts.num_bytes)}")
+        parts.append(f"checkpoints {format_bytes(self.checkpoints * self.checkpoint_bytes)}")
+        lines = [f"disk           {format_bytes(self.disk_bytes)}: {', '.join(parts)}"]
+        if self.gpu_hours is not None:
+            hours = ", ".join(f"{stage.name} {stage.gpu_hours:.3g}" for stage in self.stages)
+            lines.append(f"GPU-hours      {self.gpu_hours:.3g}: {hours}")
+        total = self.own_memory.total
+        room = ""
+        if self.capacity is not None:
+            verdict = "fits" if self.fits(total) else "does not fit"
+            room = f" of {format_bytes(self.capacity)}: {verdict} {self.gpus} x {self.device}"
+        lines.append(f"memory         {format_bytes(total)}{room} ({self.own_layout}, micro-batch {self.share})")
+        return lines
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dictionary."""
         flat = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         stages = [{**dataclasses.asdict(stage), "gpu_hours": stage.gpu_hours} for stage in self.stages]
         memory = {
-            layout: {str(batch): {**dataclasses.asdict(m), "total": m.total} for batch, m in row.items()}
-            for layout, row in self.memory.items()
+            layout: {str(batch): _with_total(found) for batch, found in row.items()} for layout, row in self.memory.items()
         }
-        return {**flat, "student": self.student.to_json(), "stages": stages, "memory": memory}
+        return {
+            **flat,
+            "student": self.student.to_json(),
+            "texts": None if self.texts is None else dataclasses.asdict(self.texts),
+            "stages": stages,
+            "memory": memory,
+            "own_memory": _with_total(self.own_memory),
+            "disk_bytes": self.disk_bytes,
+            "gpu_hours": self.gpu_hours,
+        }
 
     def __str__(self) -> str:
         student = self.student
         depth, tokens = student.network.depth, self.tokens_per_step
-        made = "to generate" if self.generated else "not there yet: sizes by default" if self.guessed else "there already"
+        made = "not there yet: sizes by default" if self.guessed else "to generate" if self.generated else "there already"
         sizes = f"S = {student.grid.num_steps} steps, N = {student.history_layers} of {depth} layers, "
         sizes += f"T = {tokens} tokens"
+        trained = self.trained_parameters
+        low_rank = "" if trained == self.parameters else f", {trained / 1e6:.4g} M of them trained"
         store = f"{self.trajectories} of {format_bytes(self.sample_bytes)}: {format_bytes(self.store_bytes)}, {made}"
         lines = [
             f"recipe         {self.recipe}",
             f"teacher        {self.teacher}: {self.teacher_parameters / 1e6:.4g} M parameters",
-            f"student        {self.parameters / 1e6:.4g} M parameters; {sizes}",
+            f"student        {self.parameters / 1e6:.4g} M parameters{low_rank}; {sizes}",
             f"trajectories   {store}",
+            *([] if self.texts is None else [f"prompts        {self.texts}"]),
             f"checkpoint     {format_bytes(self.checkpoint_bytes)} each",
+            *self.summary,
             "",
             f"{'stage':<15}{'FLOPs':>10}{'TFLOP/s':>10}{'GPU-hours':>12}{f'on {self.gpus} GPU':>14}",
         ]
@@ -107,15 +168,20 @@ class Estimate:
                 + (f"{format_seconds(hours * 3600 / self.gpus):>14}" if hours is not None else f"{'-':>14}")
             )
         lines += ["", f"memory of each GPU by micro-batch (the recipe: {self.share})"]
-        layouts = list(self.memory)
-        width = max(20, *map(len, layouts)) + 2
-        lines.append(f"{'':<15}" + "".join(f"{layout:>{width}}" for layout in layouts))
-        for batch in self.memory[layouts[0]]:
-            cells = [self._cell(self.memory[layout][batch].total) for layout in layouts]
-            lines.append(f"{batch:<15}" + "".join(f"{cell:>{width}}" for cell in cells))
+        columns = {layout: {batch: found.total for batch, found in row.items()} for layout, row in self.memory.items()}
+        if self.teacher_memory is not None:
+            columns["trajectories"] = self.teacher_memory
+        width = max(20, *map(len, columns)) + 2
+        lines.append(f"{'':<15}" + "".join(f"{name:>{width}}" for name in columns))
+        for batch in next(iter(columns.values())):
+            lines.append(f"{batch:<15}" + "".join(f"{self._cell(column[batch]):>{width}}" for column in columns.values()))
         if self.capacity is not None:
             lines.append(f"* more than the {format_bytes(self.capacity)} of the device, 10 % of them kept free")
         return "\n".join(lines)
 
     def _cell(self, total: float) -> str:
-        return format_bytes(total) + ("*" if self.capacity is not None and total > 0.9 * self.capacity else " ")
+        return format_bytes(total) + (" " if self.fits(total) else "*")
+
+
+def _with_total(memory: Memory) -> dict[str, float]:
+    return {**dataclasses.asdict(memory), "total": memory.total}

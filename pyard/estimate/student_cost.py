@@ -7,9 +7,19 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyard.conditions import Condition
 from pyard.cost.flops import flops_per_pass, without_weights
+from pyard.errors import InputError
+from pyard.estimate.disk import manifest_of
+from pyard.estimate.recipe_cost import one_condition, passes_of, student_of, text_shape, trajectory_flops
 from pyard.models.backbone import Backbone
 from pyard.models.student import Student
+from pyard.models.student_config import TextSource
+from pyard.models.wrapped.config import WrappedConfig
+from pyard.teachers.published import is_teacher, outline_of
+from pyard.teachers.text_to_image.pipelines import PIPELINES
+from pyard.teachers.text_to_image.published import PUBLISHED
+from pyard.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,7 @@ class Description:
         flops_per_pass: of each of the S passes; later ones see more history.
         flops_without_history: of all S passes with N = 0.
         cache_bytes: keys and values that are kept between the passes, in the dtype of the weights.
+        teacher: what it is made from and how that draws, where a teacher was asked about; None: a student.
     """
 
     num_steps: int
@@ -33,6 +44,7 @@ class Description:
     flops_per_pass: tuple[int, ...]
     flops_without_history: int
     cache_bytes: int
+    teacher: TeacherDescription | None = None
 
     @property
     def flops_per_image(self) -> int:
@@ -48,6 +60,7 @@ class Description:
         passes = ", ".join(_short(flops, "FLOPs") for flops in self.flops_per_pass)
         trained = "" if self.trainable_parameters == self.parameters else f", {_short(self.trainable_parameters, '')} trained"
         return "\n".join([
+            *([] if self.teacher is None else [str(self.teacher)]),
             f"steps              {self.num_steps}, history in the lowest {self.history_layers} layers",
             f"parameters         {_short(self.parameters, '')}{trained}",
             f"per pass           {passes}",
@@ -57,27 +70,102 @@ class Description:
         ])  # fmt: skip
 
 
-def describe(student: Student | str | Path, *, network: type[Backbone] | str | None = None) -> Description:
+@dataclass(frozen=True)
+class TeacherDescription:
+    """The costs of a teacher for one image.
+
+    Args:
+        parameters: of its network.
+        steps: of its solver, as many as `pyard.generate_trajectories` takes by default.
+        passes: of its network, guidance included.
+        flops_per_image: of all of them.
+    """
+
+    parameters: int
+    steps: int
+    passes: int
+    flops_per_image: float
+
+    def __str__(self) -> str:
+        image = f"{self.steps} steps, {self.passes} passes, {_short(self.flops_per_image, 'FLOPs')} an image"
+        return f"teacher            {_short(self.parameters, '')} parameters; {image}"
+
+
+def describe(
+    student: Student | str | Path,
+    *,
+    network: type[Backbone] | str | None = None,
+    num_steps: int | None = None,
+    history_layers: int | None = None,
+) -> Description:
     """Print what a student costs.
+
+    Of a teacher, it is what its student would cost: the configuration decides, no weights are read.
 
     Example: pyard describe runs/digits
 
     Args:
-        student: the student, or the folder of a run or student.
+        student: the student, or the folder of a run or student; or a teacher: its folder, or a published name such as
+            `DiT-XL/2`, `sd3.5-medium` or `black-forest-labs/FLUX.1-dev`.
         network: class of the backbone of a folder's student that is none of pyard's, or its "package.module:Class".
+        num_steps: S of a teacher's student; none: 4.
+        history_layers: N of a teacher's student; none: a quarter of the layers, rounded up.
 
     Returns:
         The numbers, for one image.
     """
-    student = student if isinstance(student, Student) else Student.from_pretrained(student, network=network)
-    description = count(student)
+    if isinstance(student, str | Path) and not Path(student).exists() and "/" not in str(student) and not is_teacher(student):
+        raise InputError(
+            f"describe: {str(student)!r} is neither there nor published; expected a folder, or a name such as DiT-XL/2, "
+            f"{', '.join(pipeline.name for pipeline in PUBLISHED)}"
+        )
+    if not isinstance(student, Student) and is_teacher(student):
+        description = _of_teacher(student, network, num_steps, history_layers)
+    else:
+        for name, value in (("num_steps", num_steps), ("history_layers", history_layers)):
+            if value is not None:
+                raise InputError(f"describe: {name} is {value}, but {student!s:.80} is a student, which has its own")
+        student = student if isinstance(student, Student) else Student.from_pretrained(student, network=network)
+        description = count(student)
     print(description)
     return description
 
 
-def count(student: Student) -> Description:
-    """The numbers of `describe`, counted while the student runs without data."""
+def _of_teacher(
+    source: str | Path, network: type[Backbone] | str | None, num_steps: int | None, history_layers: int | None
+) -> Description:
+    teacher = outline_of(source, network)
+    config = TrainConfig(
+        teacher=str(source),
+        out=Path(),
+        num_steps=4 if num_steps is None else num_steps,
+        history_layers=history_layers,
+        heads="per_step" if teacher.pipeline is None else "shared",
+    )
+    config, student = student_of(config, teacher)
+    condition = one_condition(config, teacher, student, text_shape(teacher, None))
+    manifest = manifest_of(config, teacher, 1)
+    return dataclasses.replace(
+        count(student, condition),
+        teacher=TeacherDescription(
+            parameters=sum(p.numel() for p in teacher.network.parameters()),
+            steps=manifest.grid.teacher_steps,
+            passes=passes_of(manifest),
+            flops_per_image=trajectory_flops(manifest, 1, teacher, condition),
+        ),
+    )
+
+
+def count(student: Student, condition: Condition | None = None) -> Description:
+    """The numbers of `describe`, counted while the student runs without data.
+
+    Args:
+        student: on any device.
+        condition: of one sample; None: the first row of the student's table, or of a text-to-image student the longest prompt.
+    """
     config = student.config
+    if condition is None and student.conditions is None and config.text is not None:
+        condition = _longest_text(config.text, student)
     shapes = student.trunk.attention_shapes(config.history_layers, student.sample_shape)
     kept = 2 * student.num_steps * sum(math.prod(shape) for shape in shapes)
     ghost = without_weights(student)
@@ -88,14 +176,21 @@ def count(student: Student) -> Description:
         history_layers=config.history_layers,
         parameters=sum(p.numel() for p in student.parameters()),
         trainable_parameters=sum(p.numel() for p in student.parameters() if p.requires_grad),
-        flops_per_pass=flops_per_pass(student),
-        flops_without_history=sum(flops_per_pass(plain)),
+        flops_per_pass=flops_per_pass(student, condition),
+        flops_without_history=sum(flops_per_pass(plain, condition)),
         cache_bytes=kept * next(student.trunk.parameters()).element_size(),
     )
+
+
+def _longest_text(text: TextSource, student: Student) -> Condition:
+    family = PIPELINES[text.pipeline]
+    assert isinstance(student.config.network, WrappedConfig)
+    limit = text.max_sequence_length or family.max_sequence_length
+    return family.encode.shape(student.config.network.transformer, limit).condition(text.constants)
 
 
 def _short(value: float, unit: str) -> str:
     if value < 1000:
         return f"{value:.0f} {unit}".rstrip()
-    power = min(4, int(math.log10(value) / 3))
-    return f"{value / 1000**power:.3g} {' kMGT'[power]}{unit}"
+    power = min(5, int(math.log10(value) / 3))
+    return f"{value / 1000**power:.3g} {' kMGTP'[power]}{unit}"

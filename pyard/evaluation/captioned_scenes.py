@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
-from torch.nn import functional as F
 
 from pyard.data.captioned_scenes import (
     SPLITS,
@@ -19,17 +16,14 @@ from pyard.data.captioned_scenes import (
     SceneSetting,
     adherence,
     follow_prompts,
-    read_pictures,
     scene_batch,
 )
-from pyard.data.captioned_scenes.vocabulary import COLOURS, SHAPES
 from pyard.evaluation.frechet import GaussianStatistics, frechet_distance
+from pyard.evaluation.scene_features import ObjectCounter, object_counter
 
-FEATURE_SIZE = 64
-_TRAINING_STEPS = 500
-_BATCH_SIZE = 128
-# Seeds of scenes, apart from the small ones that teachers and students see.
-_TRAINING_SEED, PROMPT_SEED, DATA_SEED = 2**62, 2**62 + 1, 2**62 + 2
+_COMPARED = 4096  # scenes that the Fréchet distance is to
+# Seeds of scenes, apart from the small ones that teachers and students see, and from the one that features are trained with.
+PROMPT_SEED, DATA_SEED = 2**62 + 1, 2**62 + 2
 
 
 @dataclass(frozen=True)
@@ -72,7 +66,7 @@ class TextQuality:
         milliseconds: for a picture, in batches.
         by_category: adherence to prompts of combinations that training showed, by GenEval's categories, then `all`.
         by_split: adherence by split of combinations.
-        frechet: distance to scenes in the features of `scene_features`.
+        frechet: distance to scenes of the split `train`.
         error: root mean square difference to the teacher's pictures from the same noise; None: the teacher itself.
     """
 
@@ -105,6 +99,7 @@ def judge(
     milliseconds: float,
     teacher: np.ndarray | None,
     setting: SceneSetting | None = None,
+    features: ObjectCounter | None = None,
 ) -> TextQuality:
     """Measure pictures of prompts.
 
@@ -115,7 +110,9 @@ def judge(
         passes, milliseconds: of a picture.
         teacher: its pictures from the same noise; None: these are the teacher's.
         setting: of the scenes.
+        features: that the Fréchet distance is taken in; None: of `object_counter`.
     """
+    features = features or object_counter(setting)
     followed = follow_prompts(pictures, prompts.prompts, setting)
     splits = np.array(prompts.splits)
     seen = splits == "train"
@@ -125,73 +122,23 @@ def judge(
         for split in SPLITS
         if (splits == split).any()
     }
-    features = scene_features(setting)
     return TextQuality(
         name,
         passes,
         milliseconds,
         adherence(followed[seen], kept),
         by_split,
-        frechet_distance(GaussianStatistics.of(features(pictures[seen])), scene_statistics(setting)),
+        frechet_distance(GaussianStatistics.of(features.features(pictures[seen])), scene_statistics(features, setting)),
         None if teacher is None else float(np.sqrt(np.mean((pictures - teacher) ** 2))),
     )
 
 
 @functools.cache
-def scene_statistics(setting: SceneSetting | None = None, count: int = 4096) -> GaussianStatistics:
+def scene_statistics(
+    features: ObjectCounter, setting: SceneSetting | None = None, count: int = _COMPARED
+) -> GaussianStatistics:
     """Of the features of drawn scenes, of the split `train`."""
-    return GaussianStatistics.of(scene_features(setting)(scene_batch(DATA_SEED, range(count), setting).pictures))
-
-
-@functools.cache
-def scene_features(setting: SceneSetting | None = None) -> Callable[[np.ndarray], np.ndarray]:
-    """A network's features of pictures, float32 [n, 3, P, P] to float64 [n, 64], trained from a fixed seed, once a process.
-
-    The network learns how many objects of each shape and colour a picture has: half a minute on a CPU.
-    """
-    random = torch.Generator().manual_seed(0)
-    side = (setting or SceneSetting()).size // 4
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        body = nn.Sequential(
-            nn.Conv2d(3, 32, 3, stride=2, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1),
-            nn.GroupNorm(8, 64),
-            nn.SiLU(),
-            nn.Flatten(),
-            nn.Linear(64 * side * side, FEATURE_SIZE),
-            nn.SiLU(),
-        )
-        network = nn.Sequential(body, nn.Linear(FEATURE_SIZE, len(SHAPES) * len(COLOURS)))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=4e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=_TRAINING_STEPS)
-    for step in range(_TRAINING_STEPS):
-        batch = scene_batch(_TRAINING_SEED, range(step * _BATCH_SIZE, (step + 1) * _BATCH_SIZE), setting)
-        # A little noise, so that features do not hang on edges that are sharper than any sample's.
-        noisy = torch.from_numpy(batch.pictures) + 0.1 * torch.randn(batch.pictures.shape, generator=random)
-        loss = F.mse_loss(network(noisy), _counts(batch.pictures, setting))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    body.eval().requires_grad_(False)
-
-    def features(pictures: np.ndarray) -> np.ndarray:
-        parts = torch.from_numpy(np.ascontiguousarray(pictures, dtype=np.float32)).split(1024)
-        return torch.cat([body(part) for part in parts]).double().numpy()
-
-    return features
-
-
-def _counts(pictures: np.ndarray, setting: SceneSetting | None) -> torch.Tensor:
-    """How many objects of each shape and colour: float32 [n, shapes x colours]."""
-    shapes, colours = list(SHAPES), list(COLOURS)
-    counts = torch.zeros(len(pictures), len(shapes) * len(colours))
-    for row, reading in enumerate(read_pictures(pictures, setting)):
-        for found in reading.objects:
-            counts[row, shapes.index(found.shape) * len(colours) + colours.index(found.colour)] += 1
-    return counts
+    return GaussianStatistics.of(features.features(scene_batch(DATA_SEED, range(count), setting).pictures))
 
 
 def quality_table(rows: Sequence[TextQuality]) -> str:

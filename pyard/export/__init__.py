@@ -1,4 +1,4 @@
-"""A student as an ONNX file: `python -m pyard.export --onnx student.onnx --student RUN`.
+"""A student as an ONNX file, or a folder: `python -m pyard.export --onnx student.onnx --student RUN`.
 
 Of a DiT, `parts` traces the few different parts of a pass with torch's exporter, and `assembly` puts copies of them together
 with the weights stored once. `traced` traces the students of all other backbones as a whole. `files` lets the result appear,
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 Precision = Literal["fp32", "fp16", "int8", "int8-static"]
 Method = Literal["auto", "assembled", "traced"]
 PARITY_BOUND = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.25, "int8-static": 0.25}  # of the largest value of the sample
+PRECISIONS_OF_PIPELINES = ("fp32", "fp16", "int8")
 PARITY_BATCH_SIZES = (1, 3)
 OPSETS = (20, 21, 22, 23)
 FORMS = ("sampler", "step")
@@ -64,24 +65,27 @@ def export(
     student: str | Path,
     onnx: Path | None = None,
     *,
-    form: Form = "sampler",
+    form: Literal["sampler", "step", "both"] | None = None,
     opset: int = 23,
     precision: Precision = "fp32",
     calibration: int = 64,
     vae: Literal["own", "none"] | Path | None = "own",
+    text_encoders: Literal["own", "none"] | Path = "own",
     external_data: bool | None = None,
     method: Method = "auto",
     parity_bound: float | None = None,
     network: str | None = None,
 ) -> None:
-    """Write a student as one ONNX file and check it against PyTorch.
+    """Write a student as one ONNX file, a text-to-image student as a folder of them, and check it against PyTorch.
 
     Example: python -m pyard.export --onnx student.onnx --student runs/digits
 
     Args:
         student: a run folder or a student's folder.
-        onnx: the file to write; a bare --onnx, or none, writes student.onnx into the student's folder.
-        form: `sampler`, all steps in one call; `step`, one step a call with keys and values in and out, for previews.
+        onnx: the file to write, of a text-to-image student the folder; a bare --onnx, or none, writes student.onnx, or onnx/,
+            into the student's folder.
+        form: `sampler`, all steps in one call; `step`, one step a call with keys and values in and out, for previews; `both`,
+            of a folder; none: `sampler` of a file, `both` of a folder.
         opset: version of the ONNX operators, 20 to 23: an attention is one node, of ONNX itself in 23 (onnxruntime 1.23 or
             newer, 1.24 for int8-static), of onnxruntime's own before (1.21 or newer).
         precision: of weights and products: `fp32`; `fp16`, half the size, for GPUs; `int8`, a quarter if the student is large,
@@ -89,6 +93,8 @@ def export(
         calibration: samples that `int8-static` is calibrated with.
         vae: the VAE whose decoder is appended, so that the samples become 8-bit pictures: the student's `own`, if it has one;
             the folder of another diffusers autoencoder; `none`: the file draws latents.
+        text_encoders: of a text-to-image student: `own`, those of the pipeline that it was made from; the folder of another
+            copy of it; `none`: the folder draws from embeddings alone.
         external_data: weights in a second file, FILE.HASH.data; none: where one file cannot hold them (2 GB).
         method: `assembled`, for pyard's DiT; `traced`, for any network; `auto`, the first one where it fits.
         parity_bound: largest error against PyTorch, relative to the largest value of a sample, with which the file is written;
@@ -97,17 +103,40 @@ def export(
     """
     folder = Path(student)
     model = Student.from_pretrained(folder, network=network)
-    if onnx is None:
-        onnx = (folder / "student" if (folder / "student").is_dir() else folder) / "student.onnx"
+    place = folder / "student" if (folder / "student").is_dir() else folder
+    if model.config.text is not None:
+        from pyard.export.pipeline import export_folder  # which writes transformers with export_onnx
+
+        chosen = {"calibration": calibration != 64, "external_data": external_data is not None, "method": method != "auto"}
+        export_folder(
+            model,
+            place / "onnx" if onnx is None else onnx,
+            unused=[name for name, given in chosen.items() if given],
+            form=form or "both",
+            opset=opset,
+            precision=precision,
+            vae=vae,
+            text_encoders=text_encoders,
+            parity_bound=parity_bound,
+        )
+        return
+    onnx = place / "student.onnx" if onnx is None else onnx
+    if onnx.is_dir() or onnx.suffix != ".onnx":
+        raise InputError(
+            f"--onnx {onnx}: expected a file, such as {onnx / 'student.onnx'}; folders hold text-to-image students"
+        )
+    if form == "both" or str(text_encoders) != "own":
+        flag = "--form both" if form == "both" else "--text_encoders"
+        raise InputError(f"{flag} is for folders of text-to-image students; this student is conditioned on something else")
     settings: dict[str, Any] = dict(
-        form=form, opset=opset, precision=precision, calibration=calibration, vae=vae, method=method
+        form=form or "sampler", opset=opset, precision=precision, calibration=calibration, vae=vae, method=method
     )
     settings["parity_bound"] = parity_bound
     parity = export_onnx(model, onnx, **settings, external_data=external_data)
     errors = ", ".join(f"{error:.1e} at batch {size}" for size, error in parity.items())
     files = [onnx, *data_files(onnx)]
     megabytes = sum(file.stat().st_size for file in files) / 1e6
-    steps = f"{model.num_steps} steps in one graph" if form == "sampler" else f"one of {model.num_steps} steps a call"
+    steps = f"one of {model.num_steps} steps a call" if form == "step" else f"{model.num_steps} steps in one graph"
     print(f"{' + '.join(map(str, files))}: {megabytes:.1f} MB, {steps}; error against PyTorch {errors}")
 
 

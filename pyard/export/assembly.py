@@ -17,6 +17,7 @@ import torch
 
 from pyard.errors import InputError
 from pyard.export.decoder import Decoder, trace_decoder
+from pyard.export.files import IR_VERSION
 from pyard.export.parts import TracedPart, block_weights, embed_weights, head_weights, trace
 from pyard.models.dit.network import Trunk
 from pyard.models.student import Student
@@ -25,8 +26,6 @@ from pyard.version import __version__
 
 Form = Literal["sampler", "step"]
 
-# Version of the file format that newer operators need; 10 is enough for opset 22 and read by every onnxruntime since 1.18.
-IR_VERSION = {20: 10, 21: 10, 22: 10, 23: 11}
 Cache = list[tuple[ir.Value, ir.Value]]  # keys and values of each layer that remembers, [B, H, K, Dh]
 
 
@@ -70,7 +69,7 @@ class _Assembly:
         self.config = self.trunk.config
         self.dtype = dtype
         biased = student.history_bias is not None and remembered_layers(student) > 0
-        self.parts, self.traced_constants = trace(self.config, dtype, opset, biased)
+        self.parts, self.traced_constants = trace(self.trunk, dtype, opset, biased)
         self.nodes: list[ir.Node] = []
         self.constants: dict[str, ir.Value] = {}
         self.onnx_dtype = ir.DataType.FLOAT if dtype == torch.float32 else ir.DataType.FLOAT16

@@ -6,7 +6,7 @@ B batch
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pyard.conditions import Condition, Conditions
 from pyard.conditions.condition import pad_to
+from pyard.conditions.prompts import PromptTable
 from pyard.diffusion.noise import uniform_labels
 from pyard.errors import InputError
 from pyard.models.student import Student
@@ -51,7 +52,8 @@ class ConditionInputs:
 
     Args:
         student: it has a table of conditions, or there are examples.
-        examples: conditions of one row or more. Without a table, sizes that differ between examples are free.
+        examples: conditions of one row or more. Without a table, sizes that differ between examples are free, and the number
+            of text tokens of a text-to-image student.
 
     Raises:
         InputError: neither a table nor examples; examples that do not fit each other.
@@ -62,7 +64,7 @@ class ConditionInputs:
         if self._table is not None:
             self.inputs = _of_table(self._table)
         elif self._examples:
-            self.inputs = _of_examples(self._examples)
+            self.inputs = _of_examples(self._examples, PromptTable.free_sizes if student.config.text is not None else {})
         else:
             raise InputError(
                 "this student has no table of conditions; give export_onnx examples=[…], conditions to trace it with"
@@ -116,7 +118,7 @@ def _of_table(table: Conditions) -> list[ConditionInput]:
     return inputs
 
 
-def _of_examples(examples: Sequence[Condition]) -> list[ConditionInput]:
+def _of_examples(examples: Sequence[Condition], free: Mapping[str, Mapping[int, str]]) -> list[ConditionInput]:
     kinds = [{name: (tensor.dtype, tensor.ndim) for name, tensor in example.items()} for example in examples]
     if any(kind != kinds[0] for kind in kinds):
         raise InputError(
@@ -126,8 +128,12 @@ def _of_examples(examples: Sequence[Condition]) -> list[ConditionInput]:
     inputs = []
     for name, tensor in examples[0].items():
         sizes: list[int | str] = []
-        for found in itertools.islice(zip(*(example[name].shape for example in examples), strict=True), 1, None):
-            sizes.append(found[0] if len(set(found)) == 1 else names.setdefault(found, f"size_{len(names)}"))
+        shapes = zip(*(example[name].shape for example in examples), strict=True)
+        for dim, found in itertools.islice(enumerate(shapes), 1, None):
+            if dim in free.get(name, {}):
+                sizes.append(free[name][dim])
+            else:
+                sizes.append(found[0] if len(set(found)) == 1 else names.setdefault(found, f"size_{len(names)}"))
         inputs.append(_checked(ConditionInput(name, tensor.dtype, tuple(sizes))))
     return inputs
 

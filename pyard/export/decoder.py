@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from pyard.errors import InputError
+from pyard.export.files import IR_VERSION
 from pyard.export.parts import TracedPart, run_exporter
 from pyard.models.codec import LatentCodec, require_latent_codec
 from pyard.models.student import Student
+from pyard.version import __version__
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -75,7 +77,18 @@ def expected_pictures(codec: LatentCodec, samples: torch.Tensor) -> np.ndarray: 
 
 def trace_decoder(decoder: Decoder, sample_shape: tuple[int, ...], opset: int) -> tuple[TracedPart, dict[str, ir.Value]]:
     """The decoder as a part, and its weights by name."""
-    batch = torch.export.Dim("batch")
-    graph = run_exporter(decoder, {"latent": (torch.zeros(2, *sample_shape), {0: batch})}, ["image"], opset)
+    graph = _trace(decoder, sample_shape, opset)
     part = TracedPart(tuple(graph.inputs), tuple(graph.outputs), tuple(graph))
     return part, {str(name): value for name, value in graph.initializers.items()}
+
+
+def decoder_model(decoder: Decoder, sample_shape: tuple[int, ...], opset: int) -> ir.Model:
+    """The decoder as a graph of its own: latent [B, *sample_shape] -> image uint8 [B, H, W, 3]."""
+    graph = _trace(decoder, sample_shape, opset)
+    graph.name = "pyard_vae_decoder"
+    return ir.Model(graph, ir_version=IR_VERSION[opset], producer_name="pyard", producer_version=__version__)
+
+
+def _trace(decoder: Decoder, sample_shape: tuple[int, ...], opset: int) -> ir.Graph:
+    batch = torch.export.Dim("batch")
+    return run_exporter(decoder, {"latent": (torch.zeros(2, *sample_shape), {0: batch})}, ["image"], opset)

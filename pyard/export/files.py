@@ -22,6 +22,8 @@ from pyard.storage.files import file_sha256, sync_directory
 from pyard.storage.folders import building_folder
 from pyard.version import __version__
 
+# Version of the file format that newer operators need; 10 is enough for opset 22 and read by every onnxruntime since 1.18.
+IR_VERSION = {20: 10, 21: 10, 22: 10, 23: 11}
 # A protobuf message holds less than 2 GiB; the rest of the graph needs some of it.
 LARGEST_SINGLE_FILE = 2**31 - 2**26
 

@@ -24,7 +24,6 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 from torch.nn import functional as F
 
-from pyard.models.dit.config import DiTConfig
 from pyard.models.dit.network import Block, Head, Trunk, patchify, unpatchify
 
 FIRST_OPSET_WITH_ATTENTION = 23
@@ -90,9 +89,9 @@ def embed_weights(trunk: Trunk) -> dict[str, torch.Tensor]:
 class _Part(nn.Module):
     """A module whose parameters have the names that `assembly` replaces."""
 
-    def __init__(self, config: DiTConfig, weights: Mapping[str, torch.Tensor]):
+    def __init__(self, trunk: Trunk, weights: Mapping[str, torch.Tensor]):
         super().__init__()
-        self.config = config
+        self.config = trunk.config
         for name, tensor in weights.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
@@ -111,8 +110,8 @@ class _Part(nn.Module):
 class BlockPart(_Part):
     """One block; its attention is a single node."""
 
-    def __init__(self, config: DiTConfig, weights: Mapping[str, torch.Tensor], opset: int):
-        super().__init__(config, weights)
+    def __init__(self, trunk: Trunk, weights: Mapping[str, torch.Tensor], opset: int):
+        super().__init__(trunk, weights)
         self.opset = opset
 
     def forward(
@@ -198,14 +197,15 @@ class ConditionPart(_Part):
 class Parts(nn.Module):
     """All parts side by side, each with inputs of its own, so that one call of the exporter traces them all."""
 
-    def __init__(self, config: DiTConfig, dtype: torch.dtype, opset: int, biased: bool):
+    def __init__(self, student: Trunk, dtype: torch.dtype, opset: int, biased: bool):
         super().__init__()
+        config = student.config
         trunk = Trunk(dataclasses.replace(config, depth=1)).to(dtype)
         bias = torch.zeros(config.num_heads, dtype=dtype) if biased else None
-        self.embed = EmbedPart(config, embed_weights(trunk))
-        self.condition = ConditionPart(config, {"labels": trunk.label_embed.weight.detach()})
-        self.block = BlockPart(config, block_weights(trunk.blocks[0], bias), opset)
-        self.head = HeadPart(config, head_weights(Head(config).to(dtype)))
+        self.embed = EmbedPart(trunk, embed_weights(trunk))
+        self.condition = ConditionPart(trunk, {"labels": trunk.label_embed.weight.detach()})
+        self.block = BlockPart(trunk, block_weights(trunk.blocks[0], bias), opset)
+        self.head = HeadPart(trunk, head_weights(Head(config).to(dtype)))
 
     def forward(
         self,
@@ -229,11 +229,11 @@ class Parts(nn.Module):
 
 
 @functools.lru_cache(maxsize=8)
-def trace(config: DiTConfig, dtype: torch.dtype, opset: int, biased: bool) -> tuple[dict[str, TracedPart], dict[str, ir.Value]]:
+def trace(trunk: Trunk, dtype: torch.dtype, opset: int, biased: bool) -> tuple[dict[str, TracedPart], dict[str, ir.Value]]:
     """Trace every part of a student of these sizes once; the weights in it mean nothing.
 
     Args:
-        config: of the student's network.
+        trunk: of the student; its sizes alone are looked at.
         dtype: that the graph computes in.
         opset: version of the ONNX operators.
         biased: whether the attentions to earlier steps have a learned bias.
@@ -243,6 +243,7 @@ def trace(config: DiTConfig, dtype: torch.dtype, opset: int, biased: bool) -> tu
     """
     # Sizes that no dimension of the network has: torch.export takes 1 for a constant and equal sizes for the same.
     batch, steps, past = (torch.export.Dim(name) for name in ("batch", "steps", "past"))
+    config = trunk.config
     tokens = torch.zeros(2, config.tokens_per_step, config.hidden_size, dtype=dtype)
     keys = torch.zeros(2, config.num_heads, 3 * config.tokens_per_step, config.head_dim, dtype=dtype)
     arguments = {
@@ -256,7 +257,7 @@ def trace(config: DiTConfig, dtype: torch.dtype, opset: int, biased: bool) -> tu
         "head_modulation": (torch.zeros(2, 2 * config.hidden_size, dtype=dtype), {0: batch}),
     }
     ends = [name for _, outputs in SIGNATURES.values() for name in outputs]
-    graph = run_exporter(Parts(config, dtype, opset, biased), arguments, ends, opset)
+    graph = run_exporter(Parts(trunk, dtype, opset, biased), arguments, ends, opset)
     values = {value.name: value for value in (*graph.inputs, *graph.outputs)}
     parts = {}
     for name, (inputs, outputs) in SIGNATURES.items():

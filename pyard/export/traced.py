@@ -17,9 +17,10 @@ import onnx_ir as ir
 import torch
 
 from pyard.errors import InputError
-from pyard.export.assembly import IR_VERSION, Form
+from pyard.export.assembly import Form
 from pyard.export.condition_inputs import TRACED_BATCH, ConditionInputs
 from pyard.export.decoder import Decoder
+from pyard.export.files import IR_VERSION
 from pyard.export.parts import quiet_exporter, without_paths
 from pyard.export.traced_student import TracedSampler, TracedStep, TracedStudent, still_seen
 from pyard.models.backbone import AttentionShape
@@ -99,6 +100,7 @@ def _export(network: TracedStudent, arguments: Any, sizes: Any, names: list[str]
         with quiet_exporter(), use_backend("reference"):
             # Not left to torch.onnx.export, which falls back to a trace in which sizes that should vary are constants.
             program = torch.export.export(network.eval(), arguments, dynamic_shapes=sizes, strict=False)
+            _drop_idle_squeezes(program)
             return torch.onnx.export(
                 program,
                 input_names=names,
@@ -113,6 +115,17 @@ def _export(network: TracedStudent, arguments: Any, sizes: Any, names: list[str]
     # torch.export and torch.onnx raise what they meet: UserError, missing operators, a TypeError of the network.
     except Exception as error:
         raise InputError(f"{family} cannot be traced for ONNX: {_reason(error)}") from error
+
+
+def _drop_idle_squeezes(program: torch.export.ExportedProgram) -> None:
+    """Remove squeezes of dimensions that have more than one entry: torch ignores them, ONNX refuses them."""
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten.squeeze.dim:
+            tensor, dim = node.args
+            size = tensor.meta["val"].shape[dim]
+            if isinstance(size, int) and size != 1:
+                node.replace_all_uses_with(tensor)
+                program.graph.erase_node(node)
 
 
 def _reason(error: BaseException) -> str:

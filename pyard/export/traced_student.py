@@ -18,6 +18,9 @@ from pyard.export.assembly import remembered_layers
 from pyard.models.backbone import AttentionShape
 from pyard.models.history import ConcatenatingCache, History
 from pyard.models.student import Student
+from pyard.models.wrapped.backbone import WrappedBackbone
+from pyard.models.wrapped.exportable import ExportableCalls
+from pyard.models.wrapped.output_layers import OutputLayers
 
 Past = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each attention that remembers, [B, Hk, K, Dh]
 
@@ -90,11 +93,40 @@ class HeadOfStep(nn.Module):
         self._head = [heads[0]]  # in a list, so that its own weights are no part of the graph
         self.number: torch.Tensor | None = None  # [1]
 
-    def forward(self, *rows: torch.Tensor) -> torch.Tensor:
+    def forward(self, *rows: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
         assert self.number is not None
         weights = {name: stack.index_select(0, self.number)[0] for name, stack in zip(self.names, self.stacked, strict=True)}
-        output: torch.Tensor = torch.func.functional_call(self._head[0], weights, rows)
+        output: torch.Tensor = torch.func.functional_call(self._head[0], weights, rows, named)
         return output
+
+    def at(self, number: torch.Tensor) -> None:
+        """Be the head of this step, [1] int64, from now on."""
+        self.number = number
+
+
+class OutputLayersOfStep(nn.Module):
+    """Output layers of a diffusers transformer, those of a step whose number is a tensor.
+
+    Args:
+        heads: of all steps.
+    """
+
+    def __init__(self, heads: Sequence[OutputLayers]):
+        super().__init__()
+        self.tables = list(dict(heads[0].named_parameters(recurse=False)))
+        for name in dict(heads[0].named_children()):
+            self.add_module(name, HeadOfStep([head.get_submodule(name) for head in heads]))
+        for name in self.tables:
+            stacked = torch.stack([head.get_parameter(name).detach() for head in heads])
+            self.register_buffer(f"{name}_of_steps", stacked)
+
+    def at(self, number: torch.Tensor) -> None:
+        """Be the layers of this step, [1] int64, from now on."""
+        for layer in self.children():
+            assert isinstance(layer, HeadOfStep)
+            layer.at(number)
+        for name in self.tables:
+            self.__dict__[name] = self.get_buffer(f"{name}_of_steps").index_select(0, number)[0]
 
 
 class TracedStudent(nn.Module):
@@ -119,7 +151,11 @@ class TracedStudent(nn.Module):
         self.config, self.names, self.dtype = student.config, names, dtype
         if dtype != torch.float32:
             student = copy.deepcopy(student).to(dtype)
-        self.trunk, self.decoder, self.jumps = student.trunk, decoder, student.jumps
+        trunk = student.trunk
+        if isinstance(trunk, WrappedBackbone):
+            trunk = copy.deepcopy(trunk)
+            trunk.prepare_for_export(student.sample_shape)
+        self.trunk, self.decoder, self.jumps = trunk, decoder, student.jumps
         self.history_bias = student.history_bias
         self.register_buffer("times", student.embed_times.float())
 
@@ -137,7 +173,8 @@ class TracedStudent(nn.Module):
             history = VisiblePast(self.config.history_layers, 1, "causal", None, self.history_bias, cache)
         kinds = [tensor.to(self.dtype) if tensor.is_floating_point() else tensor for tensor in condition]
         named = Condition(dict(zip(self.names, kinds, strict=True)))
-        output = self.trunk(latest.to(self.dtype)[:, None], time[None], named, heads, history)[:, 0]
+        with ExportableCalls():
+            output = self.trunk(latest.to(self.dtype)[:, None], time[None], named, heads, history)[:, 0]
         if len(cache.present) != len(self.shapes):
             raise InputError(f"attention_shapes names {len(self.shapes)} attentions that remember; {len(cache.present)} did")
         return output.float(), cache.present
@@ -173,7 +210,7 @@ class TracedStep(TracedStudent):
     def __init__(self, student: Student, names: Sequence[str], dtype: torch.dtype, decoder: nn.Module | None):
         super().__init__(student, names, dtype, decoder)
         heads = list(student.heads if dtype == torch.float32 else copy.deepcopy(student.heads).to(dtype))
-        self.head = heads[0] if len(heads) == 1 else HeadOfStep(heads)
+        self.head = heads[0] if len(heads) == 1 else _head_of_step(heads)
         self.register_buffer("jump_table", torch.tensor(student.jumps, dtype=torch.float32).reshape(-1, 2))
 
     def forward(
@@ -185,8 +222,8 @@ class TracedStep(TracedStudent):
     ) -> tuple[torch.Tensor, ...]:
         """prediction [B, C, ...] float32, the present keys and values [B, H, K + T, Dh], and pictures."""
         number = step.reshape(1)
-        if isinstance(self.head, HeadOfStep):
-            self.head.number = number
+        if isinstance(self.head, HeadOfStep | OutputLayersOfStep):
+            self.head.at(number)
         pairs = list(zip(past[::2], past[1::2], strict=True))
         output, present = self.run(latent, condition, self.times.index_select(0, number), [self.head], pairs)
         if self.jumps:
@@ -194,6 +231,11 @@ class TracedStep(TracedStudent):
             output = a * latent + b * output
         pictures = () if self.decoder is None else (self.decoder(output),)
         return output, *(tensor for pair in present for tensor in pair), *pictures
+
+
+def _head_of_step(heads: list[nn.Module]) -> HeadOfStep | OutputLayersOfStep:
+    layers = [head for head in heads if isinstance(head, OutputLayers)]
+    return OutputLayersOfStep(layers) if layers else HeadOfStep(heads)
 
 
 def still_seen(mask: str, window: int | None, tokens: int) -> tuple[int, int | None]:

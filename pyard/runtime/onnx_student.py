@@ -105,7 +105,7 @@ class OnnxStudent:
         cuda_graphs: bool = False,
     ):
         self.path = Path(path)
-        self._session = _open_session(self.path, _choose_providers(providers), threads, cuda_graphs)
+        self._session = open_session(self.path, choose_providers(providers), threads, cuda_graphs)
         self.info = _read_info(self.path, self._session)
         self._device = "cuda" if self.info.provider == "CUDAExecutionProvider" else "cpu"
         self._fixed = None
@@ -201,6 +201,13 @@ class OnnxStudent:
 
         Keys, values and latents stay on the device from one step to the next.
         """
+        for inputs, outputs in self.steps_on_device(noise, condition):
+            yield inputs, outputs["image" if self.info.pictures else "prediction"].numpy()
+
+    def steps_on_device(
+        self, noise: NDArray[np.float32], condition: Mapping[str, NDArray[Any]]
+    ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Inputs and outputs of each step of the form `step`; the outputs are OrtValues where the model runs."""
         latest: Any = np.ascontiguousarray(noise)
         tensors = {name: np.ascontiguousarray(array) for name, array in condition.items()}
         past: dict[str, Any] = {
@@ -213,7 +220,15 @@ class OnnxStudent:
             outputs = run_on_device(self._session, inputs, self._device)
             past = {name: outputs[name.replace("past_key_values", "present")] for name in past}
             latest = outputs["prediction"]
-            yield inputs, outputs["image" if self.info.pictures else "prediction"].numpy()
+            yield inputs, outputs
+
+    def sample_on_device(self, noise: NDArray[np.float32], condition: Mapping[str, NDArray[Any]]) -> Any:
+        """The sample of either form, an OrtValue where the model runs."""
+        if self.info.form == "step":
+            *_, (_, outputs) = self.steps_on_device(noise, condition)
+            return outputs["prediction"]
+        tensors = {name: np.ascontiguousarray(array) for name, array in {"noise": noise, **condition}.items()}
+        return run_on_device(self._session, tensors, self._device)["sample"]
 
     def __repr__(self) -> str:
         info = self.info
@@ -229,7 +244,7 @@ class OnnxStudent:
         return tensors, count
 
 
-def _open_session(
+def open_session(
     path: Path, providers: list[tuple[str, dict[str, Any]]], threads: int | None, cuda_graphs: bool
 ) -> onnxruntime.InferenceSession:
     if not path.is_file():
@@ -336,7 +351,7 @@ def _conditions(metadata: dict[str, Any], session: onnxruntime.InferenceSession)
     return tuple(ConditionTensor(item["name"], item["dtype"], shapes[item["name"]]) for item in known)
 
 
-def _choose_providers(providers: Sequence[Provider] | None) -> list[tuple[str, dict[str, Any]]]:
+def choose_providers(providers: Sequence[Provider] | None) -> list[tuple[str, dict[str, Any]]]:
     available = onnxruntime.get_available_providers()
     if providers is None:
         cuda = "CUDAExecutionProvider" in available and _cuda_driver_works()

@@ -71,7 +71,7 @@ def load_teacher(
         InputError: nothing there that pyard knows how to read, or that it would not reproduce.
     """
     of_pipeline = {"variant": variant, "transformer": transformer, "lora": lora, "max_sequence_length": max_sequence_length}
-    pipeline = _pipeline_folder(source)
+    pipeline = pipeline_folder(source)
     if pipeline is not None:
         from pyard.data.captioned_scenes.tokenizer import MAX_TOKENS
         from pyard.teachers.text_to_image.teacher import load_pipeline
@@ -105,10 +105,10 @@ def load_teacher(
 
 def is_text_to_image(source: str | Path) -> bool:
     """Whether a teacher's name or folder is that of a text-to-image pipeline."""
-    return _pipeline_folder(source) is not None
+    return pipeline_folder(source) is not None
 
 
-def _pipeline_folder(source: str | Path) -> Path | None:
+def pipeline_folder(source: str | Path) -> Path | None:
     """The folder of a text-to-image pipeline that a teacher is named by; None: another kind of teacher."""
     from pyard.teachers.text_to_image.teacher import is_pipeline_folder
 

@@ -17,25 +17,28 @@ from pyard.models.fingerprint import weights_digest
 from pyard.models.lora import add_lora, merge_lora
 from pyard.models.student import Student
 from pyard.storage.lock import only_one
-from pyard.teachers import is_text_to_image, load_teacher
+from pyard.teachers import is_text_to_image
 from pyard.teachers.text_to_image.teacher import PipelineTeacher
 from pyard.training.config import TrainConfig
-from pyard.trajectories import TrajectoryReader, TrajectoryStore, generate_trajectories
-from pyard.trajectories.buckets import BatchReader, BucketReader, check_buckets
-from pyard.trajectories.store import read_manifest
+from pyard.training.inputs import (
+    Trajectories,
+    encoded_real_data,
+    first_student,
+    fits_stock,
+    manifests_of,
+    names_of,
+    open_held_out,
+    open_stores,
+    open_teacher,
+)
+from pyard.trajectories import TrajectoryReader
+from pyard.trajectories.buckets import BatchReader, BucketReader
 
 if TYPE_CHECKING:
     from pyard.models.backbone import Backbone
-    from pyard.models.codec import Codec
-    from pyard.models.student_config import StudentConfig
     from pyard.teachers.network_teacher import NetworkTeacher
     from pyard.training.processes import Processes
-    from pyard.trajectories import TrajectoryManifest
 
-Trajectories = str | Path | TrajectoryStore
-
-# The seed of trajectories that are measured on is this far from the one of those that are trained on.
-_HELD_OUT_SEED = 1 << 32
 _REAL = 3  # the draws of the real data, as a part of their seed
 _ADDITIONS = 4  # those of the start of low-rank additions
 
@@ -89,7 +92,7 @@ def train(
             raise InputError("train: out is missing; expected the run folder")
         named = {
             "teacher": str(teacher) if isinstance(teacher, str | Path) else "",
-            "trajectories": _named(trajectories),
+            "trajectories": names_of(trajectories),
         }
         config = TrainConfig.of({**named, "out": Path(out), **settings})
     # Importing accelerate and diffusers takes seconds, which `pyard train --help` need not wait for.
@@ -101,16 +104,6 @@ def train(
             if processes.is_main:  # one lock for all processes of a run
                 held.enter_context(only_one(config.out, "training"))
         return _run(config, given_teacher, given_store, processes, backbone)
-
-
-def _named(trajectories: Trajectories | Sequence[Trajectories] | None) -> str | list[str] | None:
-    if trajectories is None:
-        return None
-    if isinstance(trajectories, TrajectoryStore):
-        return str(trajectories.path)
-    if isinstance(trajectories, str | Path):
-        return str(trajectories)
-    return [str(t.path if isinstance(t, TrajectoryStore) else t) for t in trajectories]
 
 
 def train_command(config: TrainConfig) -> None:
@@ -159,7 +152,7 @@ def _run(
         )
     if isinstance(teacher, str | Path):
         with processes.main_first():  # the built-in teacher is trained on first use
-            teacher = _load(teacher, trajectories, config, network)
+            teacher = open_teacher(teacher, trajectories, config, network)
     network = type(teacher.network.trunk)
     home = teacher.device
     teacher.to(processes.device)
@@ -169,27 +162,27 @@ def _run(
         config = config.like(earlier.config)
     config = config.resolved(teacher.network.config.depth)
     begun = config.begun()  # what it was begun with, before hours go into something else
-    counts = [] if begun is None else [manifest["count"] for manifest in _manifests(begun)]
+    counts = [] if begun is None else [manifest["count"] for manifest in manifests_of(begun)]
     if counts and trajectories is None and counts[0] < config.num_trajectories:
         raise InputError(
             f"{config.out} holds a run on {counts[0]} trajectories, but num_trajectories is "
             f"{config.num_trajectories}; use another --out, or remove it"
         )
-    stores = _open_stores(teacher, trajectories, config)  # each process writes its part of a new one, and waits for the others
+    stores = open_stores(teacher, trajectories, config)  # each process writes its part of a new one, and waits for the others
     if isinstance(teacher, PipelineTeacher):
         table = stores[0].conditions
         assert isinstance(table, PromptTable)
         teacher = teacher.with_prompts(table)
     with processes.main_first():
-        held_out = _held_out(teacher, config, stores, processes)
-    student = _student(teacher, stores, config, earlier).to(processes.device)
+        held_out = open_held_out(teacher, config, stores, processes)
+    student = first_student(teacher, stores, config, earlier).to(processes.device)
     if config.lora_rank is None:
         student.float()  # small updates vanish in bfloat16; mixed_precision says what is computed in it
     theirs = stores[0].manifest
     trained_on = {name: getattr(theirs, name) for name in ("cfg_scale", "cfg_channels", "cfg_interval", "solver")}
     student.config = dataclasses.replace(student.config, **trained_on)
     if config.lora_rank is not None and student.lora is None:
-        heads = config.lora_heads or ("lora" if _fits_stock(student.config) else "whole")
+        heads = config.lora_heads or ("lora" if fits_stock(student.config) else "whole")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(config.seed, _ADDITIONS))  # the same in all processes
             add_lora(student, config.lora_rank, heads)
@@ -202,7 +195,7 @@ def _run(
     stage: Regression
     if config.stage == "adversarial":
         shape = stores[0].manifest.sample_shape
-        source = _real_source(config, shape, student, student.codec or teacher.codec, processes)
+        source = encoded_real_data(config, shape, student, student.codec or teacher.codec, processes)
         data = RealData.load(source, shape, student.num_conditions)
         inputs |= {"real_fingerprint": data.fingerprint(), "student_fingerprint": weights_digest(student)}
     with processes.main_first():
@@ -273,31 +266,6 @@ def _run(
     )
 
 
-def _manifests(begun: dict[str, Any]) -> list[dict[str, Any]]:
-    found = begun["manifest"]
-    return found if isinstance(found, list) else [found]
-
-
-def _load(teacher: str | Path, trajectories: Any, config: TrainConfig, network: type[Backbone] | str | None) -> NetworkTeacher:
-    """The teacher by its path; a text-to-image pipeline in the precision of the trajectories that it made."""
-    if not is_text_to_image(teacher):
-        return load_teacher(teacher, network=network)
-    given = trajectories[0] if isinstance(trajectories, list | tuple) and trajectories else trajectories
-    precision = config.trajectory_precision
-    if isinstance(given, TrajectoryStore):
-        precision = given.manifest.precision
-    elif isinstance(given, str | Path) and (manifest := read_manifest(Path(given))) is not None:
-        precision = manifest.precision
-    return load_teacher(
-        teacher,
-        network=network,
-        dtype=precision,
-        variant=config.variant,
-        transformer=config.transformer,
-        lora=config.lora,
-    )
-
-
 def _refuse_diverged(averages: list[Student], config: TrainConfig) -> None:
     """Raises InputError if averaged weights are not finite, or so large that half of their range is used up."""
     from torch.distributed.tensor import DTensor
@@ -314,147 +282,3 @@ def _refuse_diverged(averages: list[Student], config: TrainConfig) -> None:
                 f"training: the student has diverged: its averaged weights reach {largest:.3g}. Lower --learning_rate (now "
                 f"{config.learning_rate:g}) or --grad_clip, and train into another --out; no student was written"
             )
-
-
-def _student(
-    teacher: NetworkTeacher, stores: Sequence[TrajectoryStore], config: TrainConfig, earlier: Student | None
-) -> Student:
-    """The student that training starts from: that of an earlier stage, or the teacher with a history."""
-    store = stores[0]
-    if earlier is None:
-        assert config.history_layers is not None
-        assert config.history_bias != "auto"
-        return Student.from_teacher(
-            teacher,
-            store.manifest.grid,
-            history_layers=config.history_layers,
-            mask=config.mask,
-            window=config.window,
-            target=config.target,
-            output=config.output,
-            heads=config.heads,
-            history_bias=config.history_bias,
-            sample_shapes=[store.manifest.sample_shape for store in stores],
-            share=config.lora_rank is not None,
-            text=teacher.text_source() if isinstance(teacher, PipelineTeacher) else None,
-        )
-    if earlier.config.teacher_fingerprint != teacher.fingerprint:
-        raise InputError(
-            f"student {config.student} was made from teacher {earlier.config.teacher_fingerprint[:12]}, but this is teacher "
-            f"{teacher.fingerprint[:12]}; give its own"
-        )
-    if not earlier.config.grid.same_trajectory(store.manifest.grid):
-        raise InputError(
-            f"student {config.student} and the trajectories {store.path} have other grids; give those it learnt from"
-        )
-    earlier.trained_shape(store.manifest.sample_shape)
-    earlier.conditions = earlier.conditions or teacher.conditions  # prompts are the trajectories', not the student's
-    return earlier
-
-
-def _fits_stock(student: StudentConfig) -> bool:
-    """Whether a stock pipeline could draw with the student, if nothing but its linear layers were changed."""
-    return student.text is not None and not student.history_layers and student.output == "jump" and student.heads == "shared"
-
-
-def _real_source(
-    config: TrainConfig, sample_shape: tuple[int, ...], student: Student, codec: Codec | None, processes: Processes
-) -> str | Path:
-    """Where the real data is; pictures are encoded first, each process its share."""
-    from pyard.data.real_images import cached_images, is_image_folder
-
-    source = config.adversarial.real
-    if source == "digits" or not is_image_folder(Path(source)):
-        return source
-    shards = cached_images(
-        Path(source),
-        Path(config.adversarial.real_cache or config.out / "real"),
-        sample_shape,
-        codec,
-        device=processes.device,
-        rank=processes.rank,
-        world_size=processes.world,
-        conditions=student.conditions,
-        progress=config.progress and processes.is_main,
-    )
-    processes.wait(patiently=True)  # encoding takes hours, and some processes have more to encode than others
-    return shards
-
-
-def _open_stores(
-    teacher: NetworkTeacher, trajectories: Trajectories | Sequence[Trajectories] | None, config: TrainConfig
-) -> list[TrajectoryStore]:
-    """The stores to train on: the given ones, checked against teacher and S, or a new one in the run folder."""
-    if trajectories is None:
-        new = generate_trajectories(
-            teacher,
-            config.out / "trajectories",
-            config.num_trajectories,
-            num_steps=config.num_steps,
-            teacher_steps=config.teacher_steps,
-            cfg_scale=config.cfg_scale,
-            cfg_channels=config.cfg_channels,
-            keep=config.trajectory_keep,
-            dtype=config.trajectory_dtype,
-            precision=config.trajectory_precision,
-            prompts=config.prompts,
-            height=config.height,
-            width=config.width,
-            embedded_guidance=config.embedded_guidance,
-            seed=config.seed,
-            progress=config.progress,
-        )
-        return [new]
-    given = [trajectories] if isinstance(trajectories, str | Path | TrajectoryStore) else list(trajectories)
-    if not given:
-        raise InputError("train: trajectories is an empty list; expected at least one store")
-    stores = [_open_store(teacher, one, config) for one in given]
-    check_buckets(stores)
-    return stores
-
-
-def _open_store(teacher: NetworkTeacher, trajectories: Trajectories, config: TrainConfig) -> TrajectoryStore:
-    store = trajectories if isinstance(trajectories, TrajectoryStore) else TrajectoryStore.open(trajectories)
-    theirs = store.manifest
-    if theirs.teacher_fingerprint != teacher.fingerprint:
-        raise InputError(
-            f"the trajectories were made by teacher {theirs.teacher_fingerprint[:12]}, but this is teacher "
-            f"{teacher.fingerprint[:12]}; generate trajectories with this teacher"
-        )
-    if theirs.grid.num_steps != config.num_steps:
-        raise InputError(f"the trajectories have {theirs.grid.num_steps} steps, but num_steps is {config.num_steps}")
-    return store
-
-
-def _held_out(
-    teacher: NetworkTeacher, config: TrainConfig, stores: Sequence[TrajectoryStore], processes: Processes
-) -> list[TrajectoryStore]:
-    """Trajectories of the same kind as those trained on, from other noise, for the exposure-bias curve."""
-    if not (config.evaluate_every and (processes.is_main or processes.sharded)):
-        return []
-    paths = [config.out / ("held-out" if len(stores) == 1 else f"held-out-{i}") for i in range(len(stores))]
-    if not processes.is_main:
-        return [TrajectoryStore.open(path) for path in paths]
-    return [_like(teacher, config, store.manifest, path) for store, path in zip(stores, paths, strict=True)]
-
-
-def _like(teacher: NetworkTeacher, config: TrainConfig, manifest: TrajectoryManifest, path: Path) -> TrajectoryStore:
-    begun = read_manifest(path)  # more may be asked for now
-    return generate_trajectories(
-        teacher,
-        path,
-        config.evaluation_trajectories,
-        grid=manifest.grid,
-        cfg_scale=manifest.cfg_scale,
-        cfg_channels=manifest.cfg_channels,
-        cfg_interval=manifest.cfg_interval,
-        solver=None if manifest.solver == "unknown" else manifest.solver,
-        precision=manifest.precision,
-        keep=config.target,
-        seed=(manifest.seed + _HELD_OUT_SEED) % 2**64,
-        labels=manifest.labels if isinstance(manifest.labels, str) else list(manifest.labels),
-        batch_size=begun.batch_size if begun else min(manifest.batch_size, config.evaluation_trajectories),
-        part="1/1",  # rank 0 is alone here
-        progress=False,
-        sample_shape=manifest.sample_shape,
-    )

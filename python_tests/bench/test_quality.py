@@ -49,10 +49,11 @@ def workshop(tmp_path_factory):
 def test_the_main_table_has_every_corner_on_every_subject_and_seed():
     plan = full_plan(SUBJECTS["cpu"], 3)
     main = [cell for cell in plan.cells if cell.setting.factor == "main"]
-    assert len(main) == 3 * 3 * 6 == len({cell.name for cell in main})
+    assert len(main) == 3 * 3 * 8 == len({cell.name for cell in main})
     assert plan.cells[: len(main)] == tuple(main)
     corners = {(s.train["target"], s.train["output"], s.layers) for s in MAIN}
-    assert corners == {(*pair, n) for pair in (("denoised", "direct"), ("state", "jump")) for n in ("0", "L/4", "L")}
+    own = {(*pair, n) for pair in (("denoised", "direct"), ("state", "jump")) for n in ("0", "L/4", "L")}
+    assert corners == own | {("state", "direct", n) for n in ("0", "L")}
 
 
 def test_names_tell_settings_apart_and_every_setting_is_one_of_train(tmp_path, workshop):
@@ -194,7 +195,7 @@ def test_the_quick_benchmark_runs_reports_and_resumes(tmp_path, capsys):
     bench_quality(tmp_path / "runs", results=tmp_path, quick=True, progress=False)
     assert {path: path.stat().st_mtime_ns for path in written} == written  # nothing was made again
     report = (tmp_path / "quality-quick.md").read_text()
-    assert report.count("| x̂0 targets, direct, N = L") == 2  # the main table, and the adversarial stage
+    assert report.count("| the authors' code (x̂0 targets, direct), N = L") == 2  # the main table, and the adversarial stage
     assert "Degradation ratio" in report
     for kind in ("steps", "layers", "exposure", "samples"):
         assert (tmp_path / f"quality-quick-{kind}.png").stat().st_size > 1000

@@ -24,14 +24,16 @@ from pyard.cost.memory import head_parameters, student_activations
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
-from pyard.estimate.recipe_cost import MemoryOfUpdates, estimate, stage_flops, store_bytes, student_of
+from pyard.estimate.disk import store_bytes
+from pyard.estimate.recipe_cost import estimate, student_of
+from pyard.estimate.update_cost import MemoryOfUpdates, stage_flops
 from pyard.models.backbone import Denoiser
 from pyard.models.discriminator import Discriminator
 from pyard.models.dit.network import DiT, Trunk
 from pyard.models.student import Student
 from pyard.teachers.digits import digits_network
 from pyard.teachers.network_teacher import NetworkTeacher
-from pyard.teachers.published import SIZES, network_of
+from pyard.teachers.published import SIZES, TeacherOutline, network_of
 from pyard.training import AdversarialConfig, TrainConfig
 from pyard.trajectories import TrajectoryBatch, generate_trajectories
 
@@ -42,6 +44,10 @@ GB = 1e9
 def digits() -> Denoiser:
     """The network of the digits' teacher, without training."""
     return Denoiser(Trunk(digits_network()))
+
+
+def digits_outline() -> TeacherOutline:
+    return TeacherOutline(digits(), NoiseSchedule())
 
 
 def one_class() -> Condition:
@@ -130,7 +136,7 @@ def test_flops_of_an_update_are_those_that_run(rollout):
     from pyard.training.regression import Regression
 
     config = TrainConfig(teacher="digits", out=Path(), batch_size=4, max_steps=1, rollout_probability=rollout)
-    config, student = student_of(config, digits(), NoiseSchedule())
+    config, student = student_of(config, digits_outline())
     model = Student(student.config)
     factories.randomise(model)
     stage = Regression(config, model, Processes())
@@ -159,7 +165,7 @@ def _peak_of_updates(recipe: str, checkpointing: bool, batch: int, queue: multip
 
     torch.set_num_threads(1)
     config = dataclasses.replace(TrainConfig.read(recipe), batch_size=batch, activation_checkpointing=checkpointing)
-    config, sizes = student_of(config, digits(), NoiseSchedule())
+    config, sizes = student_of(config, digits_outline())
     small = TrajectoryBatch(torch.randn(1, 4, 1, 8, 8), torch.randn(1, 4, 1, 8, 8), torch.zeros(1, dtype=torch.long))
     warm = Regression(config, Student(sizes.config), Processes())
     warm.compute(1, small)
@@ -189,8 +195,10 @@ def test_memory_is_that_of_a_run_on_the_digits(checkpointing, monkeypatch):
     process.start()
     measured = queue.get(timeout=300)
     process.join()
-    config, sizes = student_of(TrainConfig.read(RECIPES / "digits.yaml"), digits(), NoiseSchedule())
-    found = MemoryOfUpdates.count(config, digits(), sizes, device_type="cpu").of(batch, 1, False, checkpointing)
+    config, sizes = student_of(TrainConfig.read(RECIPES / "digits.yaml"), digits_outline())
+    found = MemoryOfUpdates.count(config, digits_outline(), sizes, one_class(), device_type="cpu").of(
+        batch, 1, False, checkpointing
+    )
     print(f"measured {measured / 1e6:.0f} MB, estimated {found.total / 1e6:.0f} MB")
     assert 0.8 * measured < found.total < 1.25 * measured
 

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from pyard.data.captioned_scenes import SceneSetting, scene_batch
 from pyard.data.mixture import mixture_2d, mixture_16
 from pyard.data.scenes import scenes_data
-from pyard.evaluation.features import Classifier
-from pyard.evaluation.scene_features import MixtureFeatures, ScenesClassifier, scenes_classifier
+from pyard.errors import InputError
+from pyard.evaluation.features import Classifier, FeatureNetwork
+from pyard.evaluation.scene_features import (
+    MixtureFeatures,
+    ObjectCounter,
+    ScenesClassifier,
+    object_counter,
+    scenes_classifier,
+)
 
 
 def untrained(seed: int = 0) -> ScenesClassifier:
@@ -38,6 +48,25 @@ def test_the_classifier_names_scenes_it_has_not_seen() -> None:
     assert network.held_out_accuracy > 0.97
     images, labels = scenes_data(1, range(1000))
     assert (network.classify(images) == labels).mean() > 0.97
+
+
+def test_a_counter_that_was_saved_sees_the_same(tmp_path: Path) -> None:
+    counter: FeatureNetwork = object_counter(steps=3)
+    assert isinstance(counter, ObjectCounter)
+    pictures = scene_batch(0, range(5)).pictures
+    file = tmp_path / "features.safetensors"
+    counter.save(file)
+    again = ObjectCounter.load(file)
+    assert again.fingerprint == counter.fingerprint != object_counter(steps=4).fingerprint
+    found = again.features(pictures)
+    assert (found.shape, found.dtype) == ((5, 64), np.float64)
+    assert found.std() > 0
+    np.testing.assert_array_equal(found, counter.features(pictures))
+    with pytest.raises(InputError, match=r"features .* cannot be read: .* trained anew"):
+        ObjectCounter.load(file, SceneSetting(size=32))
+    file.write_bytes(b"nothing")
+    with pytest.raises(InputError, match="cannot be read"):
+        ObjectCounter.load(file)
 
 
 @pytest.mark.parametrize("make", [mixture_2d, mixture_16])

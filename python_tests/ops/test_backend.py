@@ -65,6 +65,34 @@ def test_native_refuses_what_it_has_no_kernel_for() -> None:
         modulated_layer_norm(x, per_step, per_step)
 
 
+def test_a_new_operator_runs_as_plain_pytorch_until_it_has_a_kernel(tmp_path: Path) -> None:
+    """Step 1 of "Adding an operator" in CONTRIBUTING.md, and nothing else."""
+    package = tmp_path / "pyard"
+    shutil.copytree(native.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    with (package / "ops" / "reference.py").open("a", encoding="utf-8") as file:
+        file.write("\n\ndef doubled(x: Tensor) -> Tensor:\n    return 2 * x\n")
+    with (package / "ops" / "__init__.py").open("a", encoding="utf-8") as file:
+        file.write(
+            "\n\ndef doubled(x: Tensor) -> Tensor:\n"
+            '    compute = torch.ops.pyard.doubled if takes_native("doubled", x) else reference.doubled\n'
+            "    return compute(x)\n"
+        )
+    table = package / "ops" / "backend.py"
+    content = table.read_text(encoding="utf-8")
+    assert content.count("OPERATORS = (\n") == 1
+    table.write_text(content.replace("OPERATORS = (\n", 'OPERATORS = (\n    "doubled",\n'), encoding="utf-8")
+    code = """
+import torch, pyard.ops as ops
+from pyard.cli.doctor import examine
+for backend in ("auto", "native", "reference"):
+    with ops.use_backend(backend):
+        assert ops.doubled(torch.ones(3)).tolist() == [2.0] * 3
+print(ops.why_not_native("doubled", torch.ones(3)), examine().operators["doubled"]["cpu"], sep="; ")
+"""
+    finished = run_python(code, PYTHONPATH=str(tmp_path))
+    assert finished.stdout.strip() == "no kernel of it has been written; reference", finished.stderr
+
+
 @needs_native
 def test_an_unknown_instruction_set_is_named() -> None:
     refused = run_python("import pyard.ops", PYARD_CPU_ISA="sse9")

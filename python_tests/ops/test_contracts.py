@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyard import ops
 from pyard.ops import reference, use_backend
-from pyard.ops.backend import OPERATORS, library
+from pyard.ops.backend import KERNELS, OPERATORS, library
 from pyard.ops.masks import mask_number
 
 pytestmark = pytest.mark.skipif(library is None, reason="the native operators are not built")
@@ -67,8 +67,8 @@ SMOOTH = [name for name in CASES if name not in ("timestep_embedding", "gather_t
 every_case = pytest.mark.parametrize("name", CASES)
 
 
-def test_every_operator_has_a_case() -> None:
-    assert {name.split(",")[0] for name in CASES} == set(OPERATORS)
+def test_every_operator_with_a_kernel_has_a_case() -> None:
+    assert {name.split(",")[0] for name in CASES} == {name for name in OPERATORS if name in KERNELS}
 
 
 @pytest.mark.parametrize("name", SMOOTH)

@@ -47,8 +47,9 @@ def bench_quality(
 
     On `--scale cpu`: the built-in digits, and two Gaussian mixtures whose score is exact, so that every error is the student's.
     On `--scale gpu`: drawn scenes of 32 x 32 pixels. The main table has step distillation and ARD as in the authors'
-    code (denoised targets, direct outputs) and in the strong setting (state targets, jump outputs), several seeds each; then
-    come masks, steps, heads, losses, rollouts and the adversarial stage, one at a time. Everything gets the same budget.
+    code (denoised targets, direct outputs), as in the paper's text (state targets, direct outputs) and in the strong setting
+    (state targets, jump outputs), several seeds each; then come masks, steps, heads, losses, rollouts and the adversarial
+    stage, one at a time. Everything gets the same budget.
 
     Every student is a process with one CPU thread, or a GPU, of its own. The same command resumes: students that are there are
     kept, one that was being trained goes on from its last checkpoint.

@@ -23,7 +23,7 @@ from pyard.bench.quality.plan import Budget, Cell
 from pyard.bench.quality.subjects import TEACHER_STEPS, Subject, load_subject
 from pyard.cost.flops import without_weights
 from pyard.diffusion.noise import standard_normal
-from pyard.estimate.recipe_cost import stage_flops
+from pyard.estimate.update_cost import stage_flops
 from pyard.evaluation.evaluate_students import DEFAULT_SEED
 from pyard.evaluation.features import Classifier
 from pyard.evaluation.frechet import GaussianStatistics, frechet_distance
@@ -239,7 +239,8 @@ def training_flops(workshop: Workshop, settings: dict[str, Any], student: Studen
     config = TrainConfig.of({"teacher": "", "out": Path(), **settings})
     network = workshop.subject.teacher.network
     ghost = without_weights(network)
-    return stage_flops(config, network, Student(student, *ghost.trunk.for_student(ghost.head)))
+    made = Student(student, *ghost.trunk.for_student(ghost.head)).requires_grad_(True)
+    return stage_flops(config, network, made)
 
 
 def read_result(path: Path) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyard.bench.quality.cell import Workshop, draw
-from pyard.bench.quality.plan import AUTHORS_CODE, STRONG, Plan, adversarial, corner
+from pyard.bench.quality.plan import AUTHORS_CODE, ENDS, FAMILIES, PAPERS_TEXT, STRONG, Plan, adversarial, corner
 from pyard.data.pictures import tiles
 from pyard.models.student import Student
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
-_COLOURS = {"denoised-direct": "#c8553d", "state-jump": "#2a6f97"}
-_FAMILY = {"denoised-direct": "x̂0 targets, direct", "state-jump": "state targets, jump"}
+_COLOURS = {"denoised-direct": "#c8553d", "state-direct": "#8f7a1f", "state-jump": "#2a6f97"}
+_ALL = (AUTHORS_CODE, PAPERS_TEXT, STRONG)
 _INK, _QUIET = "#1d1f27", "#6b6f7b"
 _PICTURED = 20
 
@@ -63,15 +63,15 @@ def _mean(rows: Sequence[Row], key: str, **wanted: Any) -> float | None:
 
 def _against_steps(rows: Sequence[Row], teacher: Row, subject: str) -> Figure:
     figure, axes = _axes(2, f"{subject}: quality against the number of steps, equal budgets")
-    for family in (AUTHORS_CODE, STRONG):
-        for layers, style in (("0", "--"), ("L", "-")):
-            start = corner(family, layers)  # type: ignore[arg-type]
+    for family in _ALL:
+        for layers, style in zip(ENDS, ("--", "-"), strict=True):
+            start = corner(family, layers)
             names = {4: start.name} | {steps: f"{start.name}-S{steps}" for steps in (1, 2, 3, 6)}
             for axis, key in zip(axes, ("frechet_to_data", "endpoint_mse"), strict=True):
                 points = {steps: _mean(rows, key, setting=name) for steps, name in names.items()}
                 known = sorted((steps, value) for steps, value in points.items() if value is not None)
                 prefix = start.name.rsplit("-N", 1)[0]
-                label = f"{_FAMILY[prefix]}, N = {layers}"
+                label = f"{FAMILIES[prefix]}, N = {layers}"
                 axis.plot(*zip(*known, strict=True), style, color=_COLOURS[prefix], marker="o", label=label) if known else None
     axes[0].axhline(teacher["frechet_to_data"], color=_QUIET, linewidth=1, label="teacher, 25 steps")
     _finish(axes, "steps of the student, S")
@@ -80,7 +80,7 @@ def _against_steps(rows: Sequence[Row], teacher: Row, subject: str) -> Figure:
 
 def _against_layers(rows: Sequence[Row], teacher: Row, subject: str) -> Figure:
     figure, axes = _axes(2, f"{subject}: quality against the layers with a history, S = 4")
-    for family in (AUTHORS_CODE, STRONG):
+    for family in _ALL:
         settings = [corner(family, layers) for layers in ("0", "L/4", "L/2", "L")]
         prefix = settings[0].name.rsplit("-N", 1)[0]
         for axis, key in zip(axes, ("frechet_to_data", "endpoint_mse"), strict=True):
@@ -89,7 +89,7 @@ def _against_layers(rows: Sequence[Row], teacher: Row, subject: str) -> Figure:
             if not known:
                 continue
             axis.plot(
-                [n for n, _ in known], [statistics.mean(v) for _, v in known], color=_COLOURS[prefix], label=_FAMILY[prefix]
+                [n for n, _ in known], [statistics.mean(v) for _, v in known], color=_COLOURS[prefix], label=FAMILIES[prefix]
             )
             for n, values in known:
                 axis.plot([n] * len(values), values, "o", color=_COLOURS[prefix], alpha=0.6)
@@ -113,8 +113,8 @@ def _finish(axes: Sequence[Axes], horizontal: str) -> None:
 def _exposure(rows: Sequence[Row], subject: str) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _axes(2, f"{subject}: exposure bias, S = 4: the error on the teacher's history and on the student's own")
-    for axis, family in zip(axes, (AUTHORS_CODE, STRONG), strict=True):
+    figure, axes = _axes(3, f"{subject}: exposure bias, S = 4: the error on the teacher's history and on the student's own")
+    for axis, family in zip(axes, _ALL, strict=True):
         for layers, colour in (("0", "#c8553d"), ("L/4", "#8a8d91"), ("L", "#2a6f97")):
             found = [row["exposure_bias"] for row in rows if row["setting"] == corner(family, layers).name]  # type: ignore[arg-type]
             if not found:
@@ -125,22 +125,25 @@ def _exposure(rows: Sequence[Row], subject: str) -> Figure:
                 axis.plot(range(1, len(mean) + 1), mean, style, color=colour, marker="o", label=label)
         _logarithmic(axis)
         axis.set_xlabel("step", color=_QUIET)
-        axis.set_title(_FAMILY[f"{family['target']}-{family['output']}"], color=_INK, fontsize=10, loc="left")
+        axis.set_title(FAMILIES[f"{family['target']}-{family['output']}"], color=_INK, fontsize=10, loc="left")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.legend(frameon=False, fontsize=8)
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=8)
     axes[0].set_ylabel("mean squared error to the teacher", color=_QUIET)
     return figure
 
 
 def _samples(workshop: Workshop, rows: Sequence[Row]) -> Figure:
-    """Teacher, step distillation, ARD, ARD + adversarial, and the strong setting, from the same noise and labels."""
+    """Teacher, students of the authors' code, of the paper's text and of the strong setting, from the same noise and labels."""
     from matplotlib.figure import Figure
 
     ard = corner(AUTHORS_CODE, "L")
     wanted = {
-        "Step distillation, 4 steps": corner(AUTHORS_CODE, "0"),
-        "ARD, 4 steps": ard,
-        "ARD + adversarial, 4 steps": adversarial(ard),
+        "Authors' code, N = 0, 4 steps": corner(AUTHORS_CODE, "0"),
+        "Authors' code, N = L, 4 steps": ard,
+        "… + adversarial, 4 steps": adversarial(ard),
+        "Paper's text, N = 0, 4 steps": corner(PAPERS_TEXT, "0"),
+        "Paper's text, N = L, 4 steps": corner(PAPERS_TEXT, "L"),
         "State targets, jump, N = 0, 4 steps": corner(STRONG, "0"),
         "State targets, jump, N = L, 4 steps": corner(STRONG, "L"),
     }

@@ -15,7 +15,9 @@ Scale = Literal["cpu", "gpu"]
 Layers = Literal["0", "L/4", "L/2", "L"]
 
 NUM_STEPS = 4
-AUTHORS_CODE = {"target": "denoised", "output": "direct"}  # what the authors' code trains
+# Two accounts of how ARD's students are trained: what the authors' code does, and what the paper's text and figure say.
+AUTHORS_CODE = {"target": "denoised", "output": "direct"}
+PAPERS_TEXT = {"target": "state", "output": "direct"}
 STRONG = {"target": "state", "output": "jump"}  # starts as the teacher's own sampler of S steps
 
 
@@ -98,12 +100,12 @@ class Cell:
 
 def corner(family: dict[str, Any], layers: Layers) -> Setting:
     """A setting of the main table."""
-    kind = "x̂0 targets, direct" if family is AUTHORS_CODE else "state targets, jump"
-    return Setting(f"{prefix(family)}-{slug(layers)}", f"{kind}, N = {layers}", layers, dict(family), "main")
+    name = prefix(family)
+    return Setting(f"{name}-{slug(layers)}", f"{FAMILIES[name]}, N = {layers}", layers, dict(family), "main")
 
 
 def prefix(family: dict[str, Any]) -> str:
-    """`denoised-direct` or `state-jump`."""
+    """`denoised-direct`, `state-direct` or `state-jump`."""
     return f"{family['target']}-{family['output']}"
 
 
@@ -112,7 +114,19 @@ def slug(layers: Layers) -> str:
     return {"0": "N0", "L/4": "N-quarter", "L/2": "N-half", "L": "N-all"}[layers]
 
 
-MAIN = tuple(corner(family, layers) for family in (AUTHORS_CODE, STRONG) for layers in ("0", "L/4", "L"))
+ENDS: tuple[Layers, Layers] = ("0", "L")
+# Titles by prefix.
+FAMILIES = {
+    "denoised-direct": "the authors' code (x̂0 targets, direct)",
+    "state-direct": "the paper's text (state targets, direct)",
+    "state-jump": "state targets, jump",
+}
+_LAYERS: tuple[tuple[dict[str, Any], tuple[Layers, ...]], ...] = (
+    (AUTHORS_CODE, ("0", "L/4", "L")),
+    (PAPERS_TEXT, ENDS),
+    (STRONG, ("0", "L/4", "L")),
+)
+MAIN = tuple(corner(family, layers) for family, numbers in _LAYERS for layers in numbers)
 
 
 def varied(
@@ -143,12 +157,7 @@ def one_factor_at_a_time() -> Iterator[Setting]:
         yield varied(family, "L", "mask", "diagonal", "diagonal: own step alone", mask="diagonal")
         yield varied(family, "L", "heads", "shared", "a shared head", heads="shared")
     for layers in ENDS:
-        for steps in (4, 2):
-            state_direct = {"target": "state", "output": "direct", "num_steps": steps}
-            name, title = f"{prefix(state_direct)}-{slug(layers)}", f"state targets, direct, N = {layers}"
-            if steps != NUM_STEPS:
-                name, title = f"{name}-S{steps}", f"{title}, S = {steps}"
-            yield Setting(name, title, layers, state_direct, "output")
+        yield varied(PAPERS_TEXT, layers, "S", "S2", "S = 2", num_steps=2)
     for family, layers in ((AUTHORS_CODE, "L"), (STRONG, "0")):
         yield varied(family, layers, "learning rate", "lr0.002", "lr 0.002", learning_rate=2e-3)  # type: ignore[arg-type]
     yield varied(STRONG, "0", "loss", "huber", "pseudo-Huber", loss="pseudo_huber")
@@ -160,7 +169,6 @@ OWN = "own rollout in the second half"
 SWITCHED_OFF = "history bias from -4"
 LONGER = "4 times the updates"
 ROLLOUT: dict[str, Any] = {"rollout_probability": 1.0}  # the first half of the updates is teacher-forced, see `train_settings`
-ENDS: tuple[Layers, Layers] = ("0", "L")
 
 
 def own_rollouts() -> Iterator[Setting]:
@@ -260,7 +268,7 @@ def full_plan(subjects: Sequence[str], seeds: int) -> Plan:
 
     Students of `mixture-2d` take half a minute each, so that there every way to use a history is tried, and the one that helps
     there with twice the seeds; those of other subjects take up to two. One factor at a time is for the first subject alone.
-    Scenes, for a GPU and 25 minutes of it, get that way from one seed.
+    Scenes, for a GPU and half an hour of it, get that way from one seed.
     """
     first, one, every = subjects[0], range(1), range(seeds)
     cells = [Cell(subject, setting, seed) for seed in every for subject in subjects for setting in MAIN]

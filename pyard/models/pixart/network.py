@@ -55,8 +55,9 @@ class PixArt(WrappedBackbone):
         # PixArt-alpha at 1024 pixels is told them.
         if not self.transformer.use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
-        resolution = like.new_tensor([[height, width]]).expand(len(like), 2)
-        return {"resolution": resolution, "aspect_ratio": like.new_tensor([[height / width]]).expand(len(like), 1)}
+        rows = like.shape[0]  # len() would make it a constant of an exported graph
+        resolution = like.new_tensor([[height, width]]).expand(rows, 2)
+        return {"resolution": resolution, "aspect_ratio": like.new_tensor([[height / width]]).expand(rows, 1)}
 
     def unembed(self, tokens: torch.Tensor, sample_shape: tuple[int, ...]) -> torch.Tensor:
         return unpatchify_channels_last(tokens, sample_shape, self.patch)

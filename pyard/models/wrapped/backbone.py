@@ -222,6 +222,12 @@ class WrappedBackbone(Backbone):
     def recomputation(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
         return self.current.again()
 
+    def prepare_for_export(self, sample_shape: tuple[int, ...]) -> None:
+        """Replace, in place, what an exported graph cannot hold: complex numbers, lists of samples, lengths as Python numbers.
+
+        Results for samples of this shape stay the same up to rounding. It runs under `ExportableCalls` alone from then on.
+        """
+
     @classmethod
     def without_weights(cls) -> contextlib.AbstractContextManager[Any]:
         from accelerate import init_empty_weights

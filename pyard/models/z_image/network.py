@@ -13,6 +13,7 @@ from pyard.errors import InputError
 from pyard.models.pixart.network import unpatchify_channels_last
 from pyard.models.wrapped.backbone import WrappedBackbone
 from pyard.models.wrapped.config import WrappedConfig
+from pyard.models.z_image.tensors import ZImageTensors
 
 
 class ZImageConfig(WrappedConfig):
@@ -30,6 +31,7 @@ class ZImage(WrappedBackbone):
     block_lists = ("layers",)
     attention_names = ("attention",)
     output_places = {"final_layer": "all_final_layer.2-1"}  # noqa: RUF012
+    on_tensors: ZImageTensors | None = None
 
     @classmethod
     def check_settings(cls, config: WrappedConfig) -> None:
@@ -45,12 +47,17 @@ class ZImage(WrappedBackbone):
 
     def run(self, x: torch.Tensor, times: torch.Tensor, condition: Condition) -> torch.Tensor:
         tokens, mask = condition["tokens"], condition["mask"]
+        if self.on_tensors is not None:
+            return self.unembed(self.on_tensors(x, self._time(times), tokens, mask), tuple(x.shape[1:]))
         # Without numbers, where costs are counted, every text is as long as the longest.
         lengths = [mask.shape[1]] * len(mask) if mask.is_meta or is_fake(mask) else mask.sum(dim=1).tolist()
         texts = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
         pictures = list(x[:, :, None].unbind(0))  # [C, 1, h, w] each: videos of one frame
         output = self.transformer(pictures, self._time(times), texts, return_dict=False)[0]
         return -torch.stack([picture[:, 0] for picture in output])
+
+    def prepare_for_export(self, sample_shape: tuple[int, ...]) -> None:
+        self.on_tensors = ZImageTensors(self.transformer, sample_shape)
 
     def time_vector(self, times: torch.Tensor, condition: Condition) -> torch.Tensor:
         vector: torch.Tensor = self.transformer.t_embedder(self._time(times) * self.transformer.t_scale)

@@ -5,11 +5,14 @@ n tokens of a text · D width of a token · E width of the pooled embedding
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+
+from pyard.conditions import Condition
+from pyard.errors import InputError
 
 Tensors = dict[str, torch.Tensor]  # tokens [n, D], and pooled [E] where the transformer has it
 
@@ -23,6 +26,40 @@ class Limited(NamedTuple):
 
 
 @dataclass(frozen=True)
+class TextShape:
+    """What a transformer gets of one text.
+
+    Args:
+        tokens: n, of the longest text.
+        width: D.
+        pooled: E; None: no pooled embedding.
+        padded: whether every text has n tokens, because the transformer attends to padding.
+    """
+
+    tokens: int
+    width: int
+    pooled: int | None
+    padded: bool
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the longest text is."""
+        return self.tokens * self.width + (self.pooled or 0)
+
+    def condition(self, constants: Mapping[str, float]) -> Condition:
+        """A condition of this shape for one sample, on the meta device.
+
+        Args:
+            constants: what every prompt is conditioned on beside its text.
+        """
+        with torch.device("meta"):
+            tensors = {"tokens": torch.empty(1, self.tokens, self.width), "mask": torch.empty(1, self.tokens, dtype=torch.bool)}
+            if self.pooled is not None:
+                tensors["pooled"] = torch.empty(1, self.pooled)
+            return Condition(tensors | {name: torch.empty(1) for name in constants})
+
+
+@dataclass(frozen=True)
 class PromptEncoding:
     """How a pipeline class encodes text.
 
@@ -30,11 +67,30 @@ class PromptEncoding:
         encode: (pipeline, texts, max_sequence_length, device) to the tensors of each text.
         limits: (pipeline, texts, max_sequence_length) to what the tokenizers get.
         settings: what else decides the embeddings, JSON-able.
+        width: setting of the transformer that is D.
+        pooled: the one that is E; None: no pooled embedding.
+        padded: whether padding is kept.
+        clip_tokens: tokens of CLIP that stand in front of those that `max_sequence_length` limits.
+        template_tokens: that the text encoder sees and the transformer does not.
     """
 
     encode: Callable[[Any, list[str], int, torch.device], list[Tensors]]
     limits: Callable[[Any, list[str], int], list[Limited]]
     settings: Callable[[Any], dict[str, Any]] = lambda pipeline: {}
+    width: str = "joint_attention_dim"
+    pooled: str | None = None
+    padded: bool = False
+    clip_tokens: int = 0
+    template_tokens: int = 0
+
+    def shape(self, transformer: Mapping[str, Any], max_sequence_length: int) -> TextShape:
+        """What the transformer of these settings gets of a text; an InputError if a setting is missing."""
+        names = (self.width, self.pooled)
+        missing = [name for name in names if name is not None and not isinstance(transformer.get(name), int)]
+        if missing:
+            raise InputError(f"the transformer's configuration has no {missing[0]}, the width of its text embeddings")
+        pooled = None if self.pooled is None else int(transformer[self.pooled])
+        return TextShape(self.clip_tokens + max_sequence_length, int(transformer[self.width]), pooled, self.padded)
 
 
 def _pixart(pipeline: Any, texts: list[str], max_length: int, device: torch.device) -> list[Tensors]:
@@ -114,8 +170,8 @@ def _z_image_limits(pipeline: Any, texts: list[str], max_length: int) -> list[Li
 
 
 # Transformers that mask padding, or get lists of tensors, lose nothing with it; those of SD3 and Flux attend to it.
-PIXART = PromptEncoding(_pixart, _pixart_limits, _pixart_settings)
-SD3 = PromptEncoding(_sd3, _sd3_limits)
-FLUX = PromptEncoding(_flux, _flux_limits)
-QWEN_IMAGE = PromptEncoding(_qwen_image, _qwen_image_limits, _qwen_image_settings)
-Z_IMAGE = PromptEncoding(_z_image, _z_image_limits)
+PIXART = PromptEncoding(_pixart, _pixart_limits, _pixart_settings, width="caption_channels")
+SD3 = PromptEncoding(_sd3, _sd3_limits, pooled="pooled_projection_dim", padded=True, clip_tokens=77)
+FLUX = PromptEncoding(_flux, _flux_limits, pooled="pooled_projection_dim", padded=True)
+QWEN_IMAGE = PromptEncoding(_qwen_image, _qwen_image_limits, _qwen_image_settings, template_tokens=34)
+Z_IMAGE = PromptEncoding(_z_image, _z_image_limits, width="cap_feat_dim")

@@ -17,10 +17,7 @@ from pyard.conditions import Condition, Conditions
 from pyard.conditions.prompts import PromptTable
 from pyard.conditions.table import Numbers
 from pyard.diffusion.scheduler_solvers import load_scheduler, own_solver
-from pyard.diffusion.scheduler_times import Visits, visited
 from pyard.diffusion.schedulers import process_of
-from pyard.diffusion.solvers import Solver
-from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
 from pyard.models.backbone import Denoiser
 from pyard.models.codec import LatentCodec
@@ -32,6 +29,7 @@ from pyard.models.wrapped.checkpoint import add_stock_lora, read_transformer
 from pyard.teachers.network_teacher import NetworkTeacher
 from pyard.teachers.text_to_image.families import INDEX_NAME, PipelineConfigs, PipelineFamily
 from pyard.teachers.text_to_image.pipelines import pipeline_family
+from pyard.teachers.text_to_image.settings import PipelineSettings
 from pyard.teachers.text_to_image.text_encoder import PipelineTextEncoder
 
 WeightsDType = Literal["float32", "bfloat16", "float16"]
@@ -58,7 +56,7 @@ class NoPrompts:
         return InputError("this teacher draws from prompts: give prompts=… (--prompts), a file of them or a list")
 
 
-class PipelineTeacher(NetworkTeacher):
+class PipelineTeacher(PipelineSettings, NetworkTeacher):
     """A text-to-image pipeline of diffusers that teaches; `load_teacher` reads one.
 
     Attributes:
@@ -95,26 +93,6 @@ class PipelineTeacher(NetworkTeacher):
         return trunk
 
     @property
-    def cfg_scale(self) -> float:
-        """The pipeline's own guidance, as F_u + cfg_scale (F_c - F_u)."""
-        return self.family.cfg_scale
-
-    @property
-    def teacher_steps(self) -> int:
-        """The pipeline's own number of steps."""
-        return self.family.num_steps
-
-    @property
-    def solver(self) -> Solver:
-        """The solver that the folder's scheduler is, or the nearest one."""
-        return own_solver(self.scheduler).solver
-
-    @property
-    def solver_options(self) -> Mapping[str, Any] | None:
-        """Settings of the folder's multistep solver that are not its defaults."""
-        return own_solver(self.scheduler).options
-
-    @property
     def precision(self) -> str:
         """What the weights are in: `float32`, `bfloat16` or `float16`."""
         return str(self.backbone.dtype).removeprefix("torch.")
@@ -124,29 +102,6 @@ class PipelineTeacher(NetworkTeacher):
         super().to(device)
         self.text_encoder.to(device)
         return self
-
-    def visits(self, num_steps: int, sample_shape: tuple[int, ...]) -> Visits:
-        """The times that the pipeline visits in so many steps for samples of this shape."""
-        call = self.family.scheduler_call(self.scheduler.config, num_steps, sample_shape, self.backbone.patch)
-        return visited(self.scheduler, num_steps, sigmas=call.get("sigmas"), mu=call.get("mu"))
-
-    def grid(self, num_steps: int, teacher_steps: int | None, sample_shape: tuple[int, ...]) -> TimeGrid:
-        """The grid of a student of `num_steps` jumps, evenly spaced among the teacher's steps.
-
-        Where S divides n these are the times of stock sampling of S steps (the table of `pyard.diffusion.scheduler_times`), but
-        for schedulers whose last step starts next to clean data, as SD3's does: there a jump would have almost nothing to do.
-
-        Args:
-            num_steps: S.
-            teacher_steps: n; None: the pipeline's own number, rounded up to a multiple of S.
-            sample_shape: [C, h, w], which some shifts depend on.
-        """
-        n = -(-self.teacher_steps // num_steps) * num_steps if teacher_steps is None else teacher_steps
-        return TimeGrid.build(self.schedule, num_steps, n, visits=self.visits(n, sample_shape))
-
-    def shape_of(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        """[C, h, w] of the samples of pictures of so many pixels; None: the pipeline's default."""
-        return self.family.sample_shape(self.configs, height, width)
 
     def with_prompts(self, table: PromptTable) -> Self:
         """The same teacher that draws from a table of prompts."""
@@ -172,23 +127,6 @@ class PipelineTeacher(NetworkTeacher):
             rank, heads: of its additions.
         """
         return BaseSource(weights_digest(self.network), self.precision, rank, heads, **self.origin)
-
-    def constants(self, embedded_guidance: float | None) -> dict[str, float]:
-        """What every prompt is conditioned on beside its text.
-
-        Args:
-            embedded_guidance: what the transformer is told of guidance; None: the pipeline's default.
-
-        Raises:
-            InputError: a value, and a transformer that is told none.
-        """
-        default = self.family.embedded_guidance(self.configs)
-        if default is None and embedded_guidance is not None:
-            raise InputError(
-                f"embedded_guidance is {embedded_guidance:g}, but this {self.backbone.transformer_name} is told none; "
-                "use cfg_scale"
-            )
-        return {} if default is None else {"guidance": float(default if embedded_guidance is None else embedded_guidance)}
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -247,7 +185,7 @@ def load_pipeline(
     family = pipeline_family(folder)
     configs = PipelineConfigs.read(folder)
     backbone: Any = import_network(FAMILIES[family.backbone])
-    scheduler = _scheduler(folder)
+    scheduler = read_scheduler(folder)
     encoder = PipelineTextEncoder(
         folder, family, max_sequence_length=max_sequence_length, dtype=getattr(torch, dtype), variant=variant
     )
@@ -274,7 +212,8 @@ def load_pipeline(
     return teacher
 
 
-def _scheduler(folder: Path) -> Any:
+def read_scheduler(folder: Path) -> Any:
+    """The scheduler of a pipeline's folder, or the deterministic one in its place, with a printed line."""
     if not (folder / "scheduler").is_dir():
         raise InputError(f"{folder}: there is no scheduler/, so nothing says how it was trained; download the whole folder")
     scheduler, replaced = load_scheduler(folder / "scheduler")

@@ -98,18 +98,22 @@ class PipelineTextEncoder:
         return {name: getattr(self._pipeline, name) for name in names if getattr(self._pipeline, name, None) is not None}
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What beside files, limit and dtype decides the embeddings, as the pipeline's class has it."""
+        with _quiet():
+            return self.family.encode.settings(self._empty_pipeline({}))
+
+    @property
     def fingerprint(self) -> str:
         """sha256 of everything that decides an embedding; reads each file of weights once in a process, and loads none.
 
         Two folders with the same files have the same one, wherever they are.
         """
-        with _quiet():
-            settings = self.family.encode.settings(self._empty_pipeline({}))
         about = {
             "pipeline": self.family.pipeline,
             "max_sequence_length": self.max_sequence_length,
             "dtype": str(self.dtype),
-            "settings": settings,
+            "settings": self.settings,
             "files": {name: digest for part in self._components for name, digest in part.digests().items()},
         }
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

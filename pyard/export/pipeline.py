@@ -1,0 +1,301 @@
+"""A text-to-image student as a folder of ONNX graphs, one for each component, laid out as diffusers' ONNX pipelines are.
+
+config.json  transformer/  vae_decoder/  text_encoder*/  tokenizer*/
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from pyard.conditions import Condition
+from pyard.errors import InputError
+from pyard.export import OPSETS, PARITY_BOUND, PRECISIONS_OF_PIPELINES, ExportError, export_onnx
+from pyard.export.assembly import Form
+from pyard.export.condition_inputs import ConditionInputs
+from pyard.export.decoder import Decoder, decoder_model, load_decoder
+from pyard.export.files import LARGEST_SINGLE_FILE, config_path, save_model, weight_bytes
+from pyard.export.pipeline_parity import PARITY_PROMPTS, check_pipeline, measure_pipeline
+from pyard.export.shared_weights import SharedWeights
+from pyard.export.text_encoders import TextEncoders
+from pyard.models.student import Student
+from pyard.runtime import OnnxPipeline
+from pyard.runtime.pipeline_folder import CLASS_NAME, CONFIG_NAME, FORMAT_VERSION, PictureSize
+from pyard.sampling.prompts import encode_prompts, text_encoder_of
+from pyard.storage.folders import new_folder
+from pyard.version import __version__
+
+Forms = Literal["sampler", "step", "both"]
+
+_OWNED = (
+    *("config.json", "transformer", "vae_decoder"),
+    *(f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")),
+)
+_GRAPHS = {"sampler": "model", "step": "step"}  # forms to names of files
+# What a transformer of each family takes: settings with the width of tokens and of the pooled embedding.
+_WIDTHS = {
+    "pixart": ("caption_channels", None),
+    "sd3": ("joint_attention_dim", "pooled_projection_dim"),
+    "flux": ("joint_attention_dim", "pooled_projection_dim"),
+    "qwen_image": ("joint_attention_dim", None),
+    "z_image": ("cap_feat_dim", None),
+}
+
+
+@dataclass(frozen=True)
+class _Request:
+    """Arguments of `export_pipeline` that its parts need."""
+
+    forms: tuple[Form, ...]
+    opset: int
+    precision: str
+    parity_bound: float | None
+
+
+def export_pipeline(
+    student: Student,
+    folder: str | Path,
+    *,
+    form: Forms = "both",
+    opset: int = 23,
+    precision: Literal["fp32", "fp16", "int8"] = "fp32",
+    vae: Any = "own",
+    text_encoders: str | Path = "own",
+    parity_bound: float | None = None,
+) -> dict[str, float]:
+    """Write a text-to-image student as a folder of ONNX graphs, which `pyard.runtime.OnnxPipeline` draws with.
+
+    `transformer/model.onnx` is the form `sampler`, `transformer/step.onnx` the form `step` (`export_onnx` says what they take);
+    further sizes that the student learnt have graphs of their own, `model_HEIGHTxWIDTH.onnx`. All of them read one file of
+    weights. Text encoders take `input_ids` and `attention_mask`, int64 [B, n], and give `tokens` [B, n, D] and `pooled` [B, E];
+    the decoder takes a `latent` [B, C, h, w] and gives an `image` uint8 [B, H, W, 3]. The batch size and the number of text
+    tokens are free.
+
+    Args:
+        student: made of a text-to-image pipeline; it is left as it is.
+        folder: to write; it appears complete and checked, or not at all. Files of others in it stay.
+        form: of the transformer: `sampler`, `step`, or `both`.
+        opset: version of the ONNX operators, 20 to 23.
+        precision: of all components: `fp32`; `fp16`, where layers whose numbers exceed its range stay in fp32; `int8`,
+            weights of the transformer and the text encoders.
+        vae: whose decoder is exported: as of `export_onnx`.
+        text_encoders: `own`, those of the pipeline that the student was made from; the folder of another copy of it; `none`:
+            the folder draws from embeddings alone.
+        parity_bound: as of `export_onnx`.
+
+    Returns:
+        The largest relative errors against PyTorch, by component; `picture` is that of whole pictures, in parts of 255.
+
+    Raises:
+        InputError: a student that is not drawn from prompts, text encoders that are not there, a component that cannot be
+            exported, with the reason.
+        ExportError: a component, or the whole, deviates from PyTorch by more than the bound.
+    """
+    folder = Path(folder)
+    if student.config.text is None:
+        raise InputError(f"{folder}: this student draws from classes or numbers; its export is one file: --onnx student.onnx")
+    if form not in ("sampler", "step", "both"):
+        raise InputError(f"form is {form!r}; expected sampler, step or both")
+    if opset not in OPSETS:
+        raise InputError(f"opset is {opset}; expected {OPSETS[0]} to {OPSETS[-1]}")
+    if precision not in PRECISIONS_OF_PIPELINES:
+        expected = ", ".join(PRECISIONS_OF_PIPELINES)
+        raise InputError(f"precision is {precision!r}; a pipeline is exported in one of {expected}")
+    forms: tuple[Form, ...] = ("sampler", "step") if form == "both" else (form,)
+    request = _Request(forms, opset, precision, parity_bound)
+    student = copy.deepcopy(student).to("cpu", torch.float32).eval().requires_grad_(False)
+    student.conditions = None
+    encoders, conditions = _texts(student, text_encoders)
+    decoder = load_decoder(vae, student)
+    # Where the text encoders were is nobody's business who gets the folder.
+    text = dataclasses.replace(student.config.text, folder="")  # type: ignore[type-var]
+    student.config = dataclasses.replace(student.config, text=text)
+    with new_folder(folder, owned=_OWNED) as building:
+        parity = {"transformer": _write_transformer(building, student, conditions, request)}
+        if decoder is not None:
+            _write_decoder(building, student, decoder, request)
+        if encoders is not None:
+            _write_text_encoders(building, encoders, request)
+        config = _config(student, decoder, encoders, conditions, request)
+        _finish(building, config)
+        parity |= measure_pipeline(OnnxPipeline(building, ["CPUExecutionProvider"]), student, conditions, decoder, encoders)
+        check_pipeline(parity, parity_bound or PARITY_BOUND[precision], precision, folder)
+        _finish(building, {**config, "parity": parity})
+    return parity
+
+
+def export_folder(student: Student, folder: Path, *, unused: Sequence[str], precision: str, **settings: Any) -> None:
+    """`export_pipeline` on the command line.
+
+    Args:
+        student: made of a text-to-image pipeline.
+        folder: to write.
+        unused: flags that were given and are of single files.
+        precision, settings: of `export_pipeline`.
+    """
+    if folder.suffix == ".onnx" and not folder.is_dir():
+        other = folder.with_suffix("")
+        raise InputError(f"--onnx {folder}: a text-to-image student is exported as a folder of graphs; give --onnx {other}/")
+    if unused:
+        raise InputError(f"--{unused[0]} is for students in one file; a text-to-image student is exported as a folder")
+    parity = export_pipeline(student, folder, precision=precision, **settings)  # type: ignore[arg-type]
+    megabytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+    errors = ", ".join(f"{name} {error:.1e}" for name, error in parity.items())
+    print(f"{folder}/: {megabytes:.1f} MB, {student.num_steps} steps; error against PyTorch: {errors}")
+
+
+def _texts(student: Student, source: str | Path) -> tuple[TextEncoders | None, list[Condition]]:
+    """The text encoders, and the conditions of `PARITY_PROMPTS`, random ones where there are no encoders."""
+    text = student.config.text
+    assert text is not None
+    settings = student.config.network.transformer  # type: ignore[attr-defined]
+    if str(source) == "none":
+        return None, _random_conditions(student)
+    encoder = text_encoder_of(student, folder=None if str(source) == "own" else source)
+    return TextEncoders(encoder, settings), [encode_prompts(encoder, [prompt], text.constants) for prompt in PARITY_PROMPTS]
+
+
+def _random_conditions(student: Student) -> list[Condition]:
+    config = student.config
+    assert config.text is not None
+    generator = torch.Generator().manual_seed(0)
+    settings = config.network.transformer  # type: ignore[attr-defined]
+    width, pooled = (None if name is None else int(settings[name]) for name in _WIDTHS[config.family])
+    assert width is not None
+    conditions = []
+    for length in (5, 12, 29):
+        tensors = {
+            "tokens": torch.randn(1, length, width, generator=generator),
+            "mask": torch.ones(1, length, dtype=torch.bool),
+        }
+        if pooled is not None:
+            tensors["pooled"] = torch.randn(1, pooled, generator=generator)
+        constants = {name: torch.tensor([value]) for name, value in config.text.constants.items()}
+        conditions.append(Condition({**tensors, **constants}))
+    return conditions
+
+
+def _write_transformer(building: Path, student: Student, conditions: Sequence[Condition], request: _Request) -> float:
+    folder = building / "transformer"
+    folder.mkdir()
+    weights, worst = SharedWeights(folder / "weights.data"), 0.0
+    for shape in student.sample_shapes:
+        for form in request.forms:
+            path = building / _graph(student, shape, "transformer", _GRAPHS[form])
+            errors = export_onnx(
+                _of_size(student, shape),
+                path,
+                form=form,
+                opset=request.opset,
+                precision=request.precision,  # type: ignore[arg-type]
+                vae=None,
+                parity_bound=request.parity_bound,
+                examples=conditions,
+            )
+            config_path(path).unlink()
+            weights.move(path)
+            worst = max(worst, *errors.values())
+    return worst
+
+
+def _write_decoder(building: Path, student: Student, decoder: Decoder, request: _Request) -> None:
+    folder = building / "vae_decoder"
+    folder.mkdir()
+    paths = []
+    for shape in student.sample_shapes:
+        paths.append(building / _graph(student, shape, "vae_decoder", "model"))
+        _save(decoder_model(decoder, shape, request.opset), paths[-1])
+    if len(paths) > 1:
+        weights = SharedWeights(folder / "weights.data")
+        for path in paths:
+            weights.move(path)
+
+
+def _write_text_encoders(building: Path, encoders: TextEncoders, request: _Request) -> None:
+    encoders.save_tokenizers(building)
+    for settings in encoders.layout.encoders:
+        path = building / settings.name / "model.onnx"
+        path.parent.mkdir()
+        _save(encoders.trace(settings.name, request.opset), path)
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    save_model(model, path, external_data=weight_bytes(model) > LARGEST_SINGLE_FILE)
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"{path.parent.name} was not written: onnx.checker refuses the graph: {error}") from None
+
+
+def _of_size(student: Student, shape: tuple[int, ...]) -> Student:
+    """The same student whose usual samples are of this shape; weights are shared."""
+    other = copy.copy(student)
+    other.config = dataclasses.replace(student.config, sample_shapes=(shape,))
+    return other
+
+
+def _graph(student: Student, shape: tuple[int, ...], component: str, name: str) -> str:
+    """Where a graph for samples of this shape lies in the folder; of the usual size without its numbers."""
+    if shape != student.sample_shape:
+        height, width = _pixels(student, shape)
+        name = f"{name}_{height}x{width}"
+    return f"{component}/{name}.onnx"
+
+
+def _pixels(student: Student, shape: tuple[int, ...]) -> tuple[int, int]:
+    factor: int = student.config.network.pixels  # type: ignore[attr-defined]
+    return shape[-2] * factor, shape[-1] * factor
+
+
+def _config(
+    student: Student,
+    decoder: Decoder | None,
+    encoders: TextEncoders | None,
+    conditions: Sequence[Condition],
+    request: _Request,
+) -> dict[str, Any]:
+    config = student.config
+    assert config.text is not None
+    others = [shape for shape in student.sample_shapes if shape != student.sample_shape]
+    sizes = []
+    for shape in (student.sample_shape, *others):
+        height, width = _pixels(student, shape)
+        forms = {form: _graph(student, shape, "transformer", name) for form, name in _GRAPHS.items() if form in request.forms}
+        decodes = None if decoder is None else _graph(student, shape, "vae_decoder", "model")
+        size = PictureSize(height, width, shape, forms.get("sampler"), forms.get("step"), decodes)
+        sizes.append(dataclasses.asdict(size))
+    return {
+        "_class_name": CLASS_NAME,
+        "format_version": FORMAT_VERSION,
+        "pyard_version": __version__,
+        "precision": request.precision,
+        "opset": request.opset,
+        "num_steps": student.num_steps,
+        "grid": config.grid.to_json(),
+        "sizes": sizes,
+        "conditions": [item.to_json() for item in ConditionInputs(student, conditions).inputs],
+        "constants": config.text.constants,
+        "text": None if encoders is None else encoders.layout.to_json(),
+        "student": config.to_json(),
+    }
+
+
+def _finish(building: Path, config: Mapping[str, Any]) -> None:
+    """Write the configuration, with size and checksum of every other file."""
+    files = {}
+    for path in sorted(path for path in building.rglob("*") if path.is_file() and path != building / CONFIG_NAME):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files[path.relative_to(building).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+    text = json.dumps({**config, "files": files}, indent=2) + "\n"
+    (building / CONFIG_NAME).write_text(text, encoding="utf-8")

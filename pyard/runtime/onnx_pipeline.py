@@ -1,0 +1,288 @@
+"""A text-to-image student in onnxruntime: prompts in, pictures out, with numpy and onnxruntime alone.
+
+n pictures · C channels · h, w sides of a sample · H, W sides of a picture in pixels
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from pyard.diffusion.noise import standard_normal
+from pyard.errors import InputError
+from pyard.runtime.device_buffers import run_on_device
+from pyard.runtime.onnx_student import OnnxStudent, Provider, choose_providers, open_session
+from pyard.runtime.pipeline_folder import CONFIG_NAME, Arrays, PictureSize, check_tensors, read_config
+from pyard.runtime.prompts import PromptEncoder
+from pyard.storage.typed import checked
+
+
+class OnnxPipeline:
+    """A folder written by `python -m pyard.export --onnx DIR/`.
+
+    Graphs are opened when they are first needed, once. Any number of threads may call a pipeline at once.
+
+    Example:
+        pipeline = OnnxPipeline.from_folder("sd35-onnx")
+        pictures = pipeline.sample(["a red circle", "a blue square"], seed=0)  # uint8 [2, H, W, 3]
+        for preview in pipeline.stream(["a red circle"]):                     # after each step, a coarse one first
+            show(preview[0])
+
+    Args:
+        folder: of the pipeline.
+        providers, threads: as of `OnnxStudent`.
+        share: other pipelines; a component that one of them has with the same files is not opened again.
+
+    Attributes:
+        sizes: of pictures; the first one is the usual.
+        num_steps: S.
+        constants: what every prompt is conditioned on beside its text.
+
+    Raises:
+        InputError: no such folder, files that are missing or cut off, a folder of a newer pyard, an unknown provider.
+    """
+
+    @checked("OnnxPipeline")
+    def __init__(
+        self,
+        folder: str | Path,
+        providers: Sequence[Provider] | None = None,
+        threads: int | None = None,
+        *,
+        share: Sequence[OnnxPipeline] = (),
+    ):
+        self.folder = Path(folder)
+        self.config = read_config(self.folder)
+        self.sizes = tuple(
+            PictureSize(**{**size, "sample_shape": tuple(size["sample_shape"])}) for size in self.config["sizes"]
+        )
+        self.num_steps: int = self.config["num_steps"]
+        self.constants: dict[str, float] = self.config["constants"]
+        self._providers, self._threads = choose_providers(providers), threads
+        self._opened: dict[str, Any] = {}
+        self._lock = threading.RLock()
+        self._share = [other for other in share if (other._providers, other._threads) == (self._providers, threads)]
+        text = self.config["text"]
+        self._prompts = None if text is None else PromptEncoder(self.folder, text, self._text_encoder)
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        providers: Sequence[Provider] | None = None,
+        threads: int | None = None,
+        *,
+        share: Sequence[OnnxPipeline] = (),
+    ) -> OnnxPipeline:
+        """The pipeline of a folder; arguments as of the class."""
+        return cls(folder, providers, threads, share=share)
+
+    def encode(self, prompts: str | Sequence[str]) -> dict[str, NDArray[Any]]:
+        """The condition of prompts, which `sample` and `stream` take in their place.
+
+        Returns:
+            tokens float32 [n, tokens, D], mask bool [n, tokens] and, by family, pooled float32 [n, E] and constants [n].
+
+        Raises:
+            InputError: the folder has no text encoders, no prompts, or `tokenizers` is not installed.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"prompts: found {prompts!r:.60}; expected a text, or a list of at least one")
+        if self._prompts is None:
+            raise InputError(f"{self.folder} was exported without text encoders; give condition=… with embeddings")
+        return self._complete(self._prompts.encode(texts))
+
+    @checked("sample")
+    def sample(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        seed: int = 0,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int | None = None,
+        noise: NDArray[np.float32] | None = None,
+        condition: Mapping[str, NDArray[Any]] | None = None,
+    ) -> NDArray[np.uint8]:
+        """Draw a picture of each prompt, or of each row of a condition.
+
+        Picture i starts from the noise of `(seed, i)`, as in `pyard.sample`, whatever the batch size.
+
+        Args:
+            prompts: one text or more.
+            seed: of the noise, 0 to 2**64 - 1.
+            height, width: of the pictures, in pixels; None: the usual size, or the one that fits the other.
+            batch_size: pictures that are drawn together; bounds memory. None: all at once.
+            noise: float32 [n, C, h, w] to start from instead of the seed's.
+            condition: instead of prompts, `tokens` float32 [n, tokens, D], `mask` bool [n, tokens] (missing: all are text),
+                and, by family, `pooled` float32 [n, E], as `encode` gives them.
+
+        Returns:
+            uint8 [n, H, W, 3].
+
+        Raises:
+            InputError: not one of prompts and condition; a size that the student did not learn; wrong shapes.
+        """
+        tensors, count = self._condition(prompts, condition)
+        size = self._size(height, width)
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; expected at least 1, or None for all at once")
+        rows = batch_size or count
+        student = self._student(size, size.sampler or size.step)
+        pictures = []
+        for start in range(0, count, rows):
+            part = {name: array[start : start + rows] for name, array in tensors.items()}
+            index = np.arange(start, min(start + rows, count))
+            begin = self._noise(noise, seed, index, size, count)
+            pictures.append(self._decode(size, student.sample_on_device(begin, part)))
+        return np.concatenate(pictures)
+
+    def latents(
+        self, condition: Arrays, noise: NDArray[np.float32], *, height: int | None = None, width: int | None = None
+    ) -> NDArray[np.float32]:
+        """Samples before they are decoded, float32 [n, C, h, w]; arguments as of `sample`."""
+        tensors, count = self._condition(None, condition)
+        size = self._size(height, width)
+        begin = self._noise(noise, 0, np.arange(count), size, count)
+        latents: NDArray[np.float32] = self._student(size, size.sampler or size.step).sample_on_device(begin, tensors).numpy()
+        return latents
+
+    @checked("stream")
+    def stream(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        seed: int = 0,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        noise: NDArray[np.float32] | None = None,
+        condition: Mapping[str, NDArray[Any]] | None = None,
+    ) -> Iterator[NDArray[np.uint8]]:
+        """Draw pictures and show them while they form: S of them, the last is that of `sample`.
+
+        Args:
+            prompts, seed, height, width, noise, condition: as for `sample`.
+
+        Returns:
+            An iterator over S arrays uint8 [n, H, W, 3]; each is computed when it is asked for.
+
+        Raises:
+            InputError: as for `sample`; the folder has no graph of single steps.
+        """
+        tensors, count = self._condition(prompts, condition)
+        size = self._size(height, width)
+        if size.step is None:
+            raise InputError(f"{self.folder} has the form sampler alone; export it with --form both to see each step")
+        begin = self._noise(noise, seed, np.arange(count), size, count)
+        student = self._student(size, size.step)
+        return (self._decode(size, outputs["prediction"]) for _, outputs in student.steps_on_device(begin, tensors))
+
+    def verify(self) -> None:
+        """Compare every file with its checksum.
+
+        Raises:
+            InputError: naming the first file that differs.
+        """
+        for name, about in self.config["files"].items():
+            with (self.folder / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != about["sha256"]:
+                raise InputError(f"{self.folder / name}: its checksum differs from {CONFIG_NAME}; copy the folder again")
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{size.width} x {size.height}" for size in self.sizes)
+        return f"{self.folder}: {self.num_steps} steps, {sizes} pixels, {self.config['precision']}, on {self._providers[0][0]}"
+
+    def _condition(self, prompts: str | Sequence[str] | None, condition: Arrays | None) -> tuple[dict[str, NDArray[Any]], int]:
+        if (prompts is None) == (condition is None):
+            raise InputError(f"found {'neither' if prompts is None else 'both'} prompts and condition=…; expected one of them")
+        tensors = self.encode(prompts) if prompts is not None else self._complete(condition or {})
+        return tensors, len(tensors["tokens"])
+
+    def _complete(self, condition: Arrays) -> dict[str, NDArray[Any]]:
+        """With the mask and the constants that are missing, and of the shapes that the graphs take."""
+        tokens = condition.get("tokens")
+        if not isinstance(tokens, np.ndarray) or tokens.ndim != 3 or not len(tokens):
+            found = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, np.ndarray) else type(tokens).__name__
+            raise InputError(f"condition['tokens']: found {found}; expected float32 [n, tokens, D], n at least 1")
+        whole = {"mask": np.ones(tokens.shape[:2], dtype=bool), **condition}
+        for name, value in self.constants.items():
+            whole.setdefault(name, np.full(len(tokens), value, dtype=np.float32))
+        return check_tensors(whole, self.config["conditions"])
+
+    def _size(self, height: int | None, width: int | None) -> PictureSize:
+        for size in self.sizes:
+            if height in (None, size.height) and width in (None, size.width):
+                return size
+        known = ", ".join(f"{size.height} x {size.width}" for size in self.sizes)
+        raise InputError(f"height {height}, width {width}: this student draws {known} pixels (height x width)")
+
+    def _noise(
+        self, noise: NDArray[np.float32] | None, seed: int, index: NDArray[Any], size: PictureSize, count: int
+    ) -> NDArray[np.float32]:
+        if noise is None:
+            return standard_normal(seed, index, size.sample_shape)
+        if not isinstance(noise, np.ndarray) or noise.dtype != np.float32 or noise.shape != (count, *size.sample_shape):
+            found = f"{noise.dtype} {list(noise.shape)}" if isinstance(noise, np.ndarray) else type(noise).__name__
+            raise InputError(f"noise: found {found}; expected float32 {[count, *size.sample_shape]}")
+        return noise[index]
+
+    def _decode(self, size: PictureSize, sample: Any) -> NDArray[np.uint8]:
+        if size.decoder is None:
+            return to_pictures(sample.numpy())
+        session = self._session(size.decoder)
+        device = "cuda" if session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
+        pictures: NDArray[np.uint8] = run_on_device(session, {"latent": sample}, device)["image"].numpy()
+        return pictures
+
+    def _text_encoder(self, name: str) -> onnxruntime.InferenceSession:
+        return self._session(f"{name}/model.onnx")
+
+    def _session(self, place: str) -> onnxruntime.InferenceSession:
+        return self._open(place, lambda path: open_session(path, self._providers, self._threads, False))
+
+    def _student(self, size: PictureSize, place: str | None) -> OnnxStudent:
+        if place is None:
+            raise InputError(f"{self.folder}: there is no graph of {size.height} x {size.width} pixels; export it again")
+        student: OnnxStudent = self._open(place, lambda path: OnnxStudent(path, self._providers, self._threads))
+        return student
+
+    def _open(self, place: str, make: Any) -> Any:
+        with self._lock:
+            if place not in self._opened:
+                same = (other._opened_as(place, self._checksums(place)) for other in self._share)
+                found = next((one for one in same if one is not None), None)
+                self._opened[place] = make(self.folder / place) if found is None else found
+            return self._opened[place]
+
+    def _opened_as(self, place: str, checksums: dict[str, str]) -> Any:
+        """The component at a place, opened if need be; None: it is another one."""
+        if self._checksums(place) != checksums:
+            return None
+        if place.startswith("transformer/"):
+            return self._student(self.sizes[0], place)
+        return self._session(place)
+
+    def _checksums(self, place: str) -> dict[str, str]:
+        """Of a graph and of the weights that may be its own."""
+        folder = place.rpartition("/")[0]
+        files: dict[str, Any] = self.config["files"]
+        return {
+            name: about["sha256"]
+            for name, about in files.items()
+            if name == place or (name.rpartition("/")[0] == folder and not name.endswith(".onnx"))
+        }
+
+
+def to_pictures(samples: NDArray[np.float32]) -> NDArray[np.uint8]:  # [n, C, H, W] -> [n, H, W, C]
+    """Pictures from -1 to 1 as 8-bit ones, rounded to the nearest level."""
+    levels = np.clip(np.rint((samples.astype(np.float64) + 1) * 127.5), 0, 255).astype(np.uint8)
+    return levels.transpose(0, 2, 3, 1)

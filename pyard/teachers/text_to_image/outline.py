@@ -1,0 +1,157 @@
+"""A text-to-image pipeline without its weights: of a folder's configuration files, or a published one by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.diffusion.schedulers import build_scheduler, process_of
+from pyard.models.backbone import Denoiser
+from pyard.models.families import FAMILIES, import_network
+from pyard.teachers import pipeline_folder
+from pyard.teachers.text_to_image.encoding import TextShape
+from pyard.teachers.text_to_image.families import (
+    INDEX_NAME,
+    PipelineConfigs,
+    PipelineFamily,
+    component_class,
+    read_object,
+)
+from pyard.teachers.text_to_image.pipelines import PIPELINES, pipeline_family
+from pyard.teachers.text_to_image.published import PublishedPipeline, published_pipeline
+from pyard.teachers.text_to_image.settings import PipelineSettings
+from pyard.teachers.text_to_image.teacher import read_scheduler
+
+_T5 = "text_encoder_3"  # of SD3, which goes without
+
+
+@dataclass(frozen=True)
+class EncoderOutline:
+    """A text encoder without its weights.
+
+    Args:
+        kind: its class in transformers.
+        config: its settings, `model_type` included, as its config.json has them.
+        tokens: that it is given of the longest text.
+    """
+
+    kind: str
+    config: Mapping[str, Any]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class PipelineOutline(PipelineSettings):
+    """A text-to-image pipeline without its weights.
+
+    Args:
+        name: of the pipeline, or its folder.
+        family, configs, scheduler, schedule: see `PipelineSettings`.
+        network: on the meta device.
+        encoders: of its texts.
+        text: what the transformer gets of a text.
+    """
+
+    name: str
+    family: PipelineFamily
+    configs: PipelineConfigs
+    scheduler: Any
+    schedule: NoiseSchedule
+    network: Denoiser
+    encoders: tuple[EncoderOutline, ...]
+    text: TextShape
+
+    @classmethod
+    def read(cls, folder: Path) -> PipelineOutline:
+        """The pipeline of a folder, of which only the configuration files are read.
+
+        Raises:
+            InputError: a pipeline that pyard does not know, or files that are missing or do not fit.
+        """
+        family = pipeline_family(folder)
+        index = read_object(folder / INDEX_NAME, "the index of a diffusers pipeline")
+        encoders: dict[str, tuple[str, Mapping[str, Any]]] = {}
+        for name in family.encoders:
+            component = component_class(index, name, folder)
+            if component is not None and not name.startswith("tokenizer"):
+                encoders[name] = component[1], read_object(folder / name / "config.json", "the configuration of a text encoder")
+        return cls._of(str(folder), family, PipelineConfigs.read(folder), read_scheduler(folder), encoders)
+
+    @classmethod
+    def of_published(cls, found: PublishedPipeline) -> PipelineOutline:
+        """A published pipeline, of which nothing is read."""
+        configs = PipelineConfigs(found.transformer, found.vae)
+        scheduler = build_scheduler(dict(found.scheduler), found.name)
+        return cls._of(found.name, PIPELINES[found.pipeline], configs, scheduler, found.encoders)
+
+    @classmethod
+    def _of(
+        cls,
+        name: str,
+        family: PipelineFamily,
+        configs: PipelineConfigs,
+        scheduler: Any,
+        encoders: Mapping[str, tuple[str, Mapping[str, Any]]],
+    ) -> PipelineOutline:
+        schedule, encode = process_of(scheduler), family.encode
+        limit = family.max_sequence_length
+        if family.backbone == "sd3" and _T5 not in encoders:
+            limit = encode.clip_tokens  # of zeros, in T5's place
+        return cls(
+            name=name,
+            family=family,
+            configs=configs,
+            scheduler=scheduler,
+            schedule=schedule,
+            network=_network(family, configs, schedule),
+            encoders=tuple(
+                EncoderOutline(kind, config, _tokens(config, limit + encode.template_tokens))
+                for kind, config in encoders.values()
+            ),
+            text=encode.shape(configs.transformer, limit),
+        )
+
+
+def _network(family: PipelineFamily, configs: PipelineConfigs, schedule: NoiseSchedule) -> Denoiser:
+    backbone: Any = import_network(FAMILIES[family.backbone])
+    time_scale = backbone.flow_time_scale if schedule.kind == "flow" else 1.0
+    sizes = backbone.config_class(configs.transformer, family.sample_shape(configs), time_scale, configs.vae_factor)
+    backbone.check_settings(sizes)
+    return without_weights(backbone, sizes)
+
+
+def without_weights(backbone: Any, sizes: Any) -> Denoiser:
+    """A network of these sizes on the meta device."""
+    try:
+        with torch.device("meta"):
+            return Denoiser(backbone(sizes))
+    except (RuntimeError, NotImplementedError):  # some networks look at the numbers of their constants
+        with backbone.without_weights():
+            return Denoiser(backbone(sizes)).to("meta")
+
+
+def _tokens(config: Mapping[str, Any], limit: int) -> int:
+    # CLIP pads to all of its positions, whatever the pipeline's limit is.
+    if str(config.get("model_type")).startswith("clip"):
+        return int(config.get("max_position_embeddings") or 77)
+    return limit
+
+
+def pipeline_outline(source: str | Path) -> PipelineOutline | None:
+    """The outline of a pipeline's folder or of a published one; None: it is neither.
+
+    Raises:
+        InputError: a folder of a pipeline that pyard does not know, or whose files do not fit.
+    """
+    folder = pipeline_folder(source)
+    if folder is not None:
+        return PipelineOutline.read(folder)
+    if Path(source).exists():
+        return None
+    found = published_pipeline(str(source))
+    return None if found is None else PipelineOutline.of_published(found)

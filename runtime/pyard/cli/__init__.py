@@ -1,0 +1,1 @@
+../../../pyard/cli/__init__.py

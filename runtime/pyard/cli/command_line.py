@@ -1,0 +1,1 @@
+../../../pyard/cli/command_line.py

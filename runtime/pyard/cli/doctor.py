@@ -1,0 +1,1 @@
+../../../pyard/cli/doctor.py

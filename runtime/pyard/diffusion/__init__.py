@@ -1,0 +1,1 @@
+../../../pyard/diffusion/__init__.py

@@ -1,0 +1,1 @@
+../../../pyard/diffusion/noise.py

@@ -1,0 +1,1 @@
+../../pyard/errors.py

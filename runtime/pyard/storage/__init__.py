@@ -1,0 +1,1 @@
+../../../pyard/storage/__init__.py

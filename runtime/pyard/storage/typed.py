@@ -1,0 +1,1 @@
+../../../pyard/storage/typed.py
