@@ -93,7 +93,7 @@ COMMANDS = (
     Command("sample, picture", ("sample --student {inputs}/first --out samples.png",)),
     Command(
         "evaluate",
-        (f"{_EVALUATE} --count 20 --teacher_steps 6 --samples_npz samples.npz --out table.json --progress false",),
+        (f"{_EVALUATE} --count 20 --samples_npz samples.npz --out table.json --progress false",),
     ),
     Command("demo", ("demo --quick true --out demo --progress false",)),
 )
