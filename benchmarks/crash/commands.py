@@ -51,12 +51,12 @@ def _parts(inputs: Path, place: Path) -> None:
 def _former_export(inputs: Path, place: Path) -> None:
     for file in (inputs / "former").iterdir():
         shutil.copyfile(file, place / file.name)
-    (place / "notes.txt").write_text("precious")
+    (place / "notes.txt").write_text("precious", encoding="utf-8")
 
 
 def _former_folder(inputs: Path, place: Path) -> None:
     shutil.copytree(inputs / "first" / "student", place / "student")
-    (place / "student" / "notes.txt").write_text("precious")
+    (place / "student" / "notes.txt").write_text("precious", encoding="utf-8")
 
 
 _STORE = (
