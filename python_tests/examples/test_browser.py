@@ -239,8 +239,9 @@ const read = (name) => JSON.parse(readFileSync({json.dumps(str(tmp_path))} + '/t
 const tokenizer = new Tokenizer(read('tokenizer.json'), read('tokenizer_config.json'));
 console.log(JSON.stringify({json.dumps(cases)}.map(([settings, prompt]) => tokenNumbers(tokenizer, settings, prompt))));"""
     for found, (settings, prompt) in zip(json.loads(javascript(code)), cases, strict=True):
-        ids, mask = PromptEncoder(tmp_path, {}, None)._tokenize(settings, [prompt])
-        assert (found["ids"], found["given"]) == (ids[0].tolist(), mask[0].tolist()), (settings, prompt)
+        inputs = PromptEncoder(tmp_path, {}, lambda name: None).inputs(settings, [prompt])
+        wanted = (inputs["input_ids"][0].tolist(), inputs["attention_mask"][0].tolist())
+        assert (found["ids"], found["given"]) == wanted, (settings, prompt)
 
 
 @pytest.mark.slow
