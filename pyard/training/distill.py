@@ -25,8 +25,8 @@ from pyard.training.config import TrainConfig, known
 from pyard.training.inputs import (
     Trajectories,
     check_teacher,
+    default_lora_heads,
     first_student,
-    fits_stock,
     given_stores,
     manifests_of,
     names_of,
@@ -199,7 +199,7 @@ def _run(
     trained_on = {name: getattr(theirs, name) for name in ("cfg_scale", "cfg_channels", "cfg_interval", "solver")}
     student.config = dataclasses.replace(student.config, **trained_on)
     if config.lora_rank is not None and student.lora is None:
-        heads = config.lora_heads or ("lora" if fits_stock(student.config) else "whole")
+        heads = config.lora_heads or default_lora_heads(student.config, student.config.text is not None)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(config.seed, _ADDITIONS))  # the same in all processes
             add_lora(student, config.lora_rank, heads)

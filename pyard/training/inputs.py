@@ -20,7 +20,7 @@ from pyard.trajectories.store import read_manifest
 if TYPE_CHECKING:
     from pyard.data.real_data import RealData
     from pyard.models.backbone import Backbone
-    from pyard.models.student_config import StudentConfig
+    from pyard.models.student_config import LoraHeads, StudentConfig
     from pyard.teachers.network_teacher import NetworkTeacher
     from pyard.training.processes import Processes
     from pyard.trajectories import TrajectoryManifest
@@ -168,9 +168,10 @@ def first_student(
     return earlier
 
 
-def fits_stock(student: StudentConfig) -> bool:
-    """Whether a stock pipeline could draw with the student, if nothing but its linear layers were changed."""
-    return student.text is not None and not student.history_layers and student.output == "jump" and student.heads == "shared"
+def default_lora_heads(student: StudentConfig, of_pipeline: bool) -> LoraHeads:
+    """`lora` where a stock pipeline could draw with the student if nothing but its linear layers were changed, else `whole`."""
+    fits_stock = not student.history_layers and student.output == "jump" and student.heads == "shared"
+    return "lora" if of_pipeline and fits_stock else "whole"
 
 
 def open_real_data(
