@@ -71,7 +71,7 @@ def python(executable: Path, code: str, **variables: str) -> subprocess.Complete
 
 
 def pip(*words: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYARD_NATIVE": "0", "PYTHONPATH": ""}
+    environment = {**os.environ, "PYARD_NATIVE": "0", "PYARD_CUDA": "0", "PYTHONPATH": ""}
     return subprocess.run(
         [sys.executable, "-m", "pip", *map(str, words)], env=environment, capture_output=True, text=True, check=False
     )
