@@ -135,7 +135,7 @@ gpu-carry: oldest-torch ## Build what is carried to a GPU machine into build/gpu
 	@PATH="$(abspath $(VENV))/bin:$$PATH" && $(HOPPER) cmake --build $(OLDEST) --target pyard_gpu_sanitize $(if $(GPU_PYTHON),pyard_trajectory) \
 		> $(OLDEST)/build.log || { grep -v 'ptxas info' $(OLDEST)/build.log | tail -n 40; exit 1; }
 	@rm -rf $(CARRY) && mkdir -p $(CARRY)
-	@$(RUN) pip install -q --no-deps --no-compile --target $(CARRY)/site diffusers
+	@$(RUN) pip install -q -c $(PINS) --no-deps --no-compile --target $(CARRY)/site diffusers
 	@cp $(OLDEST)/libpyard_ops.so $(OLDEST)/pyard_gpu_sanitize $(CARRY)
 	@$(if $(GPU_PYTHON),cp $(OLDEST)/_trajectory.so $(CARRY)/_trajectory$$($(GPU_PYTHON) -c \
 		'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))'))

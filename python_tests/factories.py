@@ -60,3 +60,10 @@ def digits_student(num_steps: int = 4, history_layers: int = 2) -> Student:
     """A student of the built-in teacher. Untrained, it draws digits already: its jumps are the teacher's own steps."""
     teacher = load_teacher("digits")
     return Student.from_teacher(teacher, TimeGrid.build(teacher.schedule, num_steps), history_layers=history_layers).eval()
+
+
+def scenes_student() -> Student:
+    """A student of the built-in text-to-image teacher, untrained as in `digits_student`."""
+    teacher = load_teacher("scenes-text")
+    settings: dict[str, Any] = dict(history_layers=2, heads="per_step", output="jump", text=teacher.text_source())
+    return Student.from_teacher(teacher, teacher.grid(3, 6, teacher.shape_of(None, None)), **settings).eval()

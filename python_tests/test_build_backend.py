@@ -84,7 +84,7 @@ def test_headers_are_taken_out_of_a_wheel_and_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
 def test_without_native_parts_no_torch_is_downloaded_for_the_build(kind: str) -> None:
     code = f"import pyard_backend; print(pyard_backend.get_requires_for_build_{kind}())"
-    environment = {**os.environ, "PYTHONPATH": str(BACKEND), "PYARD_NATIVE": "0"}
+    environment = {**os.environ, "PYTHONPATH": str(BACKEND), "PYARD_NATIVE": "0", "PYARD_CUDA": "0"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=BACKEND.parent, capture_output=True, text=True, check=False
     )

@@ -7,11 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from factories import digits_student
+from factories import digits_student, scenes_student
 
 from pyard.export import export_onnx
 
@@ -25,9 +28,9 @@ pytestmark = [
 
 
 def commands(title: str) -> list[str]:
-    """The lines of the first bash block below a title."""
+    """The lines of the bash blocks below a title."""
     (section,) = re.findall(rf"^#+ {title}\n(.*?)(?=^#+ )", PAGE, re.DOTALL | re.MULTILINE)
-    return re.findall(r"```bash\n(.*?)```", section, re.DOTALL)[0].splitlines()
+    return "".join(re.findall(r"```bash\n(.*?)```", section, re.DOTALL)).splitlines()
 
 
 @pytest.fixture
@@ -62,31 +65,56 @@ def test_in_the_browser(clone: Path):
     if shutil.which("npm") is None:
         pytest.skip("no npm: install Debian's npm")
     digits_student().save_pretrained(clone / "runs/digits")
-    export, install, serve = commands("In the browser")
-    done = bash(export, clone, PYTHONPATH=str(ROOT))
-    assert done.returncode == 0, done.stderr
+    scenes_student().save_pretrained(clone / "runs/scenes")
+    install, *others = commands("In the browser")
     done = bash(install, clone)
     if done.returncode and re.search(r"ENOTFOUND|ECONN|ETIMEDOUT|EAI_AGAIN|ENETUNREACH", done.stderr):
         pytest.skip(f"npm reaches no registry: {done.stderr.strip().splitlines()[0]}")
     assert done.returncode == 0, done.stderr
-    assert serve.endswith("--port 8080")
-    command = ["bash", "-c", f"exec {serve.replace('python', sys.executable, 1).replace('8080', '0')}"]
-    process = subprocess.Popen(command, cwd=clone, stdout=subprocess.PIPE, text=True)
+    exports, serves = others[::2], others[1::2]
+    for export in exports:
+        done = bash(export, clone, PYTHONPATH=str(ROOT))
+        assert done.returncode == 0, done.stderr
+    for serve, query, name, local in zip(
+        serves,
+        ("", "?student=student/"),
+        ("student.onnx", "student/transformer/weights.data"),
+        ("step.onnx", "scenes/transformer/weights.data"),
+        strict=True,
+    ):
+        with served(serve, clone) as url:
+            assert url.endswith(f"/{query}")
+            page = url.removesuffix(query)
+            assert get(page) == ("text/html", (clone / "examples/browser/index.html").read_bytes())
+            assert get(page + name)[1] == (clone / local).read_bytes()
+            for library in ("onnxruntime-web/dist/ort.wasm.bundle", "@huggingface/tokenizers/dist/tokenizers"):
+                assert get(f"{page}node_modules/{library}.min.mjs")[0] == "text/javascript"
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                get(f"{page}student/../../LICENSE")
+    shutil.rmtree(clone / "examples/browser/node_modules")
+    for argument, message in (("nowhere.onnx", "no such file"), ("step.onnx", "run npm ci")):
+        done = bash(f"{sys.executable} examples/browser/serve.py {argument}", clone)
+        assert done.returncode == 1
+        assert message in done.stderr
+
+
+@contextmanager
+def served(command: str, folder: Path) -> Iterator[str]:
+    """The address that a server prints, as long as it runs."""
+    assert command.endswith("--port 8080")
+    line = f"exec {command.replace('python', sys.executable, 1).replace('8080', '0')}"
+    process = subprocess.Popen(["bash", "-c", line], cwd=folder, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        url = process.stdout.readline().strip()
-        for name, local in (("", "examples/browser/index.html"), ("student.onnx", "step.onnx")):
-            with urllib.request.urlopen(url + name, timeout=60) as answer:
-                assert answer.read() == (clone / local).read_bytes()
-                assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
-                assert answer.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
-        with urllib.request.urlopen(f"{url}node_modules/onnxruntime-web/dist/ort.wasm.bundle.min.mjs", timeout=60) as answer:
-            assert answer.headers["Content-Type"] == "text/javascript"
+        yield process.stdout.readline().strip()
     finally:
         process.terminate()
         process.wait(60)
-    for arguments, message in ((["nowhere.onnx"], "no such file"), (["step.onnx"], "run npm ci")):
-        shutil.rmtree(clone / "examples/browser/node_modules", ignore_errors=True)
-        done = bash(f"{sys.executable} examples/browser/serve.py {' '.join(arguments)}", clone)
-        assert done.returncode == 1
-        assert message in done.stderr
+
+
+def get(url: str) -> tuple[str, bytes]:
+    """Content type and content, with the headers that threads need."""
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+        assert answer.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
+        return answer.headers["Content-Type"], answer.read()

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from factories import digits_student
+from factories import digits_student, scenes_student
 
 import pyard
 from pyard.export import export_onnx
-from pyard.runtime import OnnxStudent
+from pyard.export.pipeline import export_pipeline
+from pyard.runtime import OnnxPipeline, OnnxStudent
 
 ROOT = Path(__file__).parents[1]
 RUNTIME = ROOT / "runtime"
@@ -70,7 +71,7 @@ def python(executable: Path, code: str, **variables: str) -> subprocess.Complete
 
 
 def pip(*words: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYARD_NATIVE": "0", "PYTHONPATH": ""}
+    environment = {**os.environ, "PYARD_NATIVE": "0", "PYARD_CUDA": "0", "PYTHONPATH": ""}
     return subprocess.run(
         [sys.executable, "-m", "pip", *map(str, words)], env=environment, capture_output=True, text=True, check=False
     )
@@ -111,12 +112,12 @@ def environment(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(wheels, tmp_path_factory) -> Path:
-    """An environment in which pip has installed pyard-runtime[serve] and what it depends on."""
+    """An environment in which pip has installed pyard-runtime[serve,text] and what it depends on."""
     executable = environment(tmp_path_factory.mktemp("alone") / "venv")
     done = pip("--python", executable, "install", "numpy", "onnxruntime")
     if done.returncode:
         pytest.skip(f"pip finds no package index here: {done.stderr.strip().splitlines()[-1]}")
-    done = pip("--python", executable, "install", f"{wheels['runtime']}[serve]")
+    done = pip("--python", executable, "install", f"{wheels['runtime']}[serve,text]")
     assert done.returncode == 0, done.stderr
     return executable
 
@@ -136,6 +137,19 @@ def test_alone_it_draws_what_pyard_draws(alone: Path, digits: Path, tmp_path: Pa
     expected = OnnxStudent(digits, threads=1).sample([3, 1, 4], seed=7)
     assert np.abs(expected).max() > 0.9
     np.testing.assert_allclose(np.load(drawn), expected, rtol=0, atol=1e-4)
+
+
+@slow
+def test_alone_it_draws_from_prompts(alone: Path, tmp_path: Path):
+    folder, drawn = tmp_path / "scenes", tmp_path / "drawn.npy"
+    export_pipeline(scenes_student(), folder, form="sampler")
+    prompts = ["a red circle above a blue square", "two green triangles"]
+    code = f"import numpy; from pyard.runtime import OnnxPipeline; pipeline = OnnxPipeline({str(folder)!r}, threads=1); "
+    done = python(alone, code + f"numpy.save({str(drawn)!r}, pipeline.sample({prompts!r}, seed=7))")
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = OnnxPipeline(folder, ["CPUExecutionProvider"], 1).sample(prompts, seed=7)
+    assert expected.std() > 10
+    assert np.abs(np.load(drawn).astype(int) - expected).max() <= 1
 
 
 @slow

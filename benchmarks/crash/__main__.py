@@ -120,7 +120,7 @@ def _named(name: str, parts: list[str]) -> bool:
 
 def _commit() -> str:
     words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    return subprocess.run(words, capture_output=True, text=True, encoding="utf-8", check=False).stdout.strip()
 
 
 def _import_everything() -> None:

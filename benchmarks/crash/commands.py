@@ -51,12 +51,12 @@ def _parts(inputs: Path, place: Path) -> None:
 def _former_export(inputs: Path, place: Path) -> None:
     for file in (inputs / "former").iterdir():
         shutil.copyfile(file, place / file.name)
-    (place / "notes.txt").write_text("precious")
+    (place / "notes.txt").write_text("precious", encoding="utf-8")
 
 
 def _former_folder(inputs: Path, place: Path) -> None:
     shutil.copytree(inputs / "first" / "student", place / "student")
-    (place / "student" / "notes.txt").write_text("precious")
+    (place / "student" / "notes.txt").write_text("precious", encoding="utf-8")
 
 
 _STORE = (
@@ -83,7 +83,7 @@ COMMANDS = (
     Command("train, FSDP2", (f"{_TRAINED} --parallel fsdp",), ranks=2),
     Command("export", ("export --student {inputs}/first --onnx student.onnx --external_data true",), before=_former_export),
     Command("export, decoder", ("export --student {inputs}/first --onnx student.onnx --vae {inputs}/vae",)),
-    Command("convert", ("convert {inputs}/teacher --out converted --to diffusers",)),
+    Command("convert", ("convert {inputs}/teacher --out converted --vae {inputs}/vae",)),
     Command("consolidate", ("consolidate --run {inputs}/first --out student",), before=_former_folder),
     Command("merge", ("trajectories merge --stores [{inputs}/part1,{inputs}/part2] --out store --progress false",)),
     Command(
@@ -93,7 +93,7 @@ COMMANDS = (
     Command("sample, picture", ("sample --student {inputs}/first --out samples.png",)),
     Command(
         "evaluate",
-        (f"{_EVALUATE} --count 20 --teacher_steps 6 --samples_npz npz --out table.json --progress false",),
+        (f"{_EVALUATE} --count 20 --samples_npz samples.npz --out table.json --progress false",),
     ),
     Command("demo", ("demo --quick true --out demo --progress false",)),
 )

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 # Fields of tables and logs that hold times.
-TIMES = {"seconds", "samples_per_second", "seconds_per_stage", "seconds_per_sample", "time", "speed", "images_per_second"}
+TIMES = {"seconds", "samples_per_second", "seconds_per_stage", "seconds_per_image"}
 # torch gives each sharded checkpoint a random name, here, so that the hash of this file and of what holds it differ.
 RANDOM = "shards/.metadata"
 # Files that only say who is at work, and what a kill may leave of a write; the next write of that name removes it.

@@ -71,6 +71,32 @@ def read_prompts(source: str | Path | Sequence[str | PromptLine]) -> list[Prompt
     return prompts
 
 
+def has_captions(folder: str | Path) -> bool:
+    """Whether a folder says in a `metadata.jsonl` what its pictures show."""
+    return (Path(folder) / METADATA_NAME).is_file()
+
+
+def read_captions(folder: str | Path) -> list[tuple[Path, PromptLine]]:
+    """The pictures of a folder and what each shows, by its `metadata.jsonl`, in the order of its lines.
+
+    This is the convention of Hugging Face's `imagefolder`: each line has `file_name`, relative to the folder, and `text` (or
+    `prompt`, or `caption`). A picture may be in several lines; pictures in none are left out.
+
+    Raises:
+        InputError: as of `read_prompts`; a line without `file_name`, or with one that is no file in the folder.
+    """
+    path = Path(folder) / METADATA_NAME
+    captions = []
+    for number, (line, prompt) in enumerate(zip(_lines(path), read_prompts(Path(folder)), strict=True), 1):
+        name = _object(line, f"{path}, line {number}").get("file_name")
+        if not isinstance(name, str) or not name:
+            raise InputError(f'{path}, line {number}: "file_name" is {name!r}; expected the name of a picture beside it')
+        if not (Path(folder) / name).is_file():
+            raise InputError(f"{path}, line {number}: there is no picture {name} in {folder}")
+        captions.append((Path(folder) / name, prompt))
+    return captions
+
+
 def _from_list(source: Any) -> list[PromptLine]:
     if not isinstance(source, Sequence):
         raise InputError(f"prompts: found a {type(source).__name__}; {_EXPECTED}")

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pyard.conditions import Condition
 from pyard.models.backbone import Denoiser
+from pyard.models.step_subset import StepSubset
 from pyard.models.student import Student
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -73,7 +74,33 @@ def student_flops(student: Student, condition: Condition | None = None) -> float
     return float(sum(flops_per_pass(student, condition)))
 
 
-def update_flops(student: Student, batch_size: int, condition: Condition | None = None) -> float:
+def subset_flops(student: Student, condition: Condition | None = None, steps: int | None = None) -> float:
+    """`student_flops` of a pass whose blocks above the history run on so many of the S steps; None: on all."""
+    whole = student_flops(student, condition)
+    if steps is None or steps == student.num_steps:
+        return whole
+    ghost = without_weights(student)
+    condition = _one(student.require_conditions().take([0]) if condition is None else condition)
+    upper, begun = 0, 0
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+
+        def begin(block: nn.Module, inputs: Any) -> None:
+            nonlocal begun
+            begun = int(counter.get_total_flops())
+
+        def end(block: nn.Module, inputs: Any, output: Any) -> None:
+            nonlocal upper
+            upper += int(counter.get_total_flops()) - begun
+
+        for block in list(ghost.trunk.blocks)[ghost.config.history_layers :]:
+            block.register_forward_pre_hook(begin)
+            block.register_forward_hook(end)
+        # Above the history every step costs the same.
+        ghost.step(torch.empty((1, *student.sample_shape), device="meta"), 0, condition, ghost.new_cache(1))
+    return whole - (student.num_steps - steps) * float(upper)
+
+
+def update_flops(student: Student, batch_size: int, condition: Condition | None = None, steps: int | None = None) -> float:
     """An update, forward and backward. What activation checkpointing computes again does not count (MFU).
 
     Args:
@@ -81,13 +108,22 @@ def update_flops(student: Student, batch_size: int, condition: Condition | None 
             gradient, so that with LoRA it takes little more than once, which is counted.
         batch_size: B.
         condition: of one sample; None: the first row of the student's table.
+        steps: of the S, that run through the blocks above the history (`steps_per_update`); None: all.
     """
     if all(parameter.requires_grad for parameter in student.parameters()):
-        return 3.0 * batch_size * student_flops(student, condition)
+        return 3.0 * batch_size * subset_flops(student, condition, steps)
     ghost = without_weights(student)
     one = _one(student.require_conditions().take([0]) if condition is None else condition)
     history = torch.empty((1, student.num_steps, *student.sample_shape), device="meta")
-    return float(batch_size * counted(lambda: ghost(history, one).float().sum().backward()))
+    some = student.num_steps if steps is None else steps
+    subset = StepSubset(ghost) if some < student.num_steps else None
+    kept = torch.empty(some, dtype=torch.int64, device="meta")
+
+    def both_ways() -> None:
+        prediction = ghost(history, one) if subset is None else subset(history, one, kept)
+        prediction.float().sum().backward()
+
+    return float(batch_size * counted(both_ways))
 
 
 def teacher_flops(network: Denoiser, condition: Condition, sample_shape: tuple[int, ...] | None = None) -> float:

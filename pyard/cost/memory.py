@@ -17,6 +17,7 @@ from pyard.conditions import Condition
 from pyard.cost.activations import Kept, count_kept, fake_copy, peak_live
 from pyard.cost.flops import without_weights
 from pyard.models.backbone import Denoiser
+from pyard.models.step_subset import StepSubset
 from pyard.models.student import Student
 
 
@@ -114,7 +115,14 @@ def update_memory(
     )
 
 
-def student_activations(student: Student, condition: Condition, *, mixed: bool = False, device_type: str = "cuda") -> Kept:
+def student_activations(
+    student: Student,
+    condition: Condition,
+    *,
+    mixed: bool = False,
+    device_type: str = "cuda",
+    steps: int | None = None,
+) -> Kept:
     """What the parallel pass keeps of one sample.
 
     Args:
@@ -122,11 +130,16 @@ def student_activations(student: Student, condition: Condition, *, mixed: bool =
         condition: of one sample.
         mixed: matrices are multiplied in 16 bits.
         device_type: where the training runs: it decides which operators do, and plain ones keep more than compiled ones.
+        steps: of the S, that run through the blocks above the history (`steps_per_update`); None: all.
     """
     copy = fake_copy(student).train()
+    some = copy.num_steps if steps is None else steps
+    subset = StepSubset(copy) if some < copy.num_steps else None
 
     def run(batch: int) -> object:
-        return copy(torch.empty(batch, copy.num_steps, *copy.sample_shape), _rows(condition, batch))
+        history, rows = torch.empty(batch, copy.num_steps, *copy.sample_shape), _rows(condition, batch)
+        # Any of the steps: above the history each keeps the same.
+        return copy(history, rows) if subset is None else subset(history, rows, torch.empty(some, dtype=torch.int64))
 
     return count_kept(run, copy, copy.trunk.blocks, mixed=mixed, device_type=device_type)
 

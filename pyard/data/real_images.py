@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,24 @@ def cached_images(
     files = [(file, label) for label, folder in folders for file in picture_files(folder)]
     if progress and rank == 0:
         print(f"{path}: {len(files)} pictures; class and folder: {_map(folders)}", file=sys.stderr)
+    return cached_pictures(
+        path, files, cache, sample_shape, codec, device=device, rank=rank, world_size=world_size, progress=progress
+    )
+
+
+def cached_pictures(
+    path: Path,
+    files: Sequence[tuple[Path, int]],
+    cache: Path,
+    sample_shape: tuple[int, ...],
+    codec: Codec | None,
+    *,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = False,
+) -> Path:
+    """`cached_images` of given files in a folder, each with the number of what it shows."""
     shape = tuple(sample_shape) if codec is None else codec.image_shape(sample_shape)
     channels, size = shape[0], shape[-1]
     if codec is None and (len(shape) != 3 or channels not in (1, 3)):
@@ -174,7 +193,7 @@ def _map(folders: list[tuple[int, Path]]) -> str:
     return ", ".join(pairs if len(pairs) <= 24 else [*pairs[:12], "...", *pairs[-4:]])
 
 
-def _digest(path: Path, files: list[tuple[Path, int]]) -> str:
+def _digest(path: Path, files: Sequence[tuple[Path, int]]) -> str:
     """sha256 of names and sizes: enough to notice other pictures without reading them."""
     digest = hashlib.sha256()
     for file, label in files:

@@ -88,7 +88,7 @@ def draw_training(logs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for (name, log), colour in zip(plain.items(), STUDENT_COLOURS, strict=False):
         steps = np.array([line["step"] for line in log])
         losses = np.array([line["loss"] for line in log])
-        per_step = np.array([line["loss_per_step"] for line in log])  # [lines, S]
+        per_step = np.array([line["loss_per_step"] for line in log], float)  # [lines, S]
         whole.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
         whole.plot(steps, smooth(losses), color=colour, linewidth=2, label=name)
         num_steps = per_step.shape[1]

@@ -20,13 +20,14 @@ from pyard.estimate.update_cost import MemoryOfUpdates, stage_flops
 from pyard.models.folder import load_config
 from pyard.models.lora import add_lora
 from pyard.models.student import Student
-from pyard.models.student_config import LoraHeads, StudentConfig
+from pyard.models.student_config import StudentConfig
 from pyard.storage.files import write_text
 from pyard.storage.typed import checked
 from pyard.teachers.published import TeacherOutline, outline_of
 from pyard.teachers.text_to_image.encoding import TextShape
 from pyard.training.agreement import agree_with_stores, agree_with_student
 from pyard.training.config import TrainConfig, known
+from pyard.training.inputs import default_lora_heads
 from pyard.trajectories.manifest import TrajectoryManifest
 from pyard.trajectories.store import TrajectoryStore
 
@@ -152,6 +153,7 @@ def estimate(
         device=device,
         capacity=None if sheet is None else sheet.memory,
         share=share,
+        steps_per_update=config.steps_per_update,
     )
     print(result)
     if out is not None:
@@ -190,16 +192,10 @@ def student_of(config: TrainConfig, teacher: TeacherOutline) -> tuple[TrainConfi
         )
     made = Student(student, trunk, head).to("meta").requires_grad_(True)
     if config.lora_rank is not None:
-        add_lora(made, config.lora_rank, config.lora_heads or _default_lora_heads(student, teacher))
+        add_lora(made, config.lora_rank, config.lora_heads or default_lora_heads(student, teacher.pipeline is not None))
     places = [Path(place) for place in (config.teacher, store_of(config), config.student) if place is not None]
     made.conditions = made.conditions or load_conditions(*places, *(place / "student" for place in places))
     return config, made
-
-
-def _default_lora_heads(student: StudentConfig, teacher: TeacherOutline) -> LoraHeads:
-    """As training decides: additions where a stock pipeline could draw with the student, else the whole output layers."""
-    fits_stock = not student.history_layers and student.output == "jump" and student.heads == "shared"
-    return "lora" if teacher.pipeline is not None and fits_stock else "whole"
 
 
 def store_of(config: TrainConfig) -> Path | None:

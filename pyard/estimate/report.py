@@ -61,6 +61,7 @@ class Estimate:
         device: its name as it was given.
         capacity: of one GPU in bytes; None: no device was given.
         share: samples of an update on each GPU, a micro-batch of the recipe.
+        steps_per_update: steps that an update learns; None: all S.
     """
 
     recipe: str
@@ -88,6 +89,7 @@ class Estimate:
     device: str | None
     capacity: float | None
     share: int
+    steps_per_update: int | None = None
 
     @property
     def disk_bytes(self) -> int:
@@ -149,7 +151,8 @@ class Estimate:
         student = self.student
         depth, tokens = student.network.depth, self.tokens_per_step
         made = "not there yet: sizes by default" if self.guessed else "to generate" if self.generated else "there already"
-        sizes = f"S = {student.grid.num_steps} steps, N = {student.history_layers} of {depth} layers, "
+        learnt = "" if self.steps_per_update is None else f" ({self.steps_per_update} an update)"
+        sizes = f"S = {student.grid.num_steps} steps{learnt}, N = {student.history_layers} of {depth} layers, "
         sizes += f"T = {tokens} tokens"
         trained = self.trained_parameters
         low_rank = "" if trained == self.parameters else f", {_count(trained)} of them trained"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyard.conditions import Condition
-from pyard.cost.flops import flops_per_pass, without_weights
+from pyard.cost.flops import flops_per_pass, update_flops, without_weights
 from pyard.errors import InputError
 from pyard.estimate.disk import manifest_of
 from pyard.estimate.recipe_cost import one_condition, passes_of, student_of, text_shape, trajectory_flops
@@ -33,6 +33,7 @@ class Description:
         trainable_parameters: of those, what training changes.
         flops_per_pass: of each of the S passes; later ones see more history.
         flops_without_history: of all S passes with N = 0.
+        flops_per_update: of an update on one trajectory, forward and backward.
         cache_bytes: keys and values that are kept between the passes, in the dtype of the weights.
         teacher: what it is made from and how that draws, where a teacher was asked about; None: a student.
     """
@@ -43,6 +44,7 @@ class Description:
     trainable_parameters: int
     flops_per_pass: tuple[int, ...]
     flops_without_history: int
+    flops_per_update: int
     cache_bytes: int
     teacher: TeacherDescription | None = None
 
@@ -65,6 +67,7 @@ class Description:
             f"parameters         {_short(self.parameters, '')}{trained}",
             f"per pass           {passes}",
             f"per image          {_short(self.flops_per_image, 'FLOPs')}",
+            f"per update         {_short(self.flops_per_update, 'FLOPs')} a trajectory",
             f"cache per image    {_short(self.cache_bytes, 'B')}",
             f"cost of history    +{self.history_percent:.2f} % of the FLOPs without",
         ])  # fmt: skip
@@ -97,6 +100,7 @@ def describe(
     network: type[Backbone] | str | None = None,
     num_steps: int | None = None,
     history_layers: int | None = None,
+    steps_per_update: int | None = None,
 ) -> Description:
     """Print what a student costs.
 
@@ -110,6 +114,7 @@ def describe(
         network: class of the backbone of a folder's student that is none of pyard's, or its "package.module:Class".
         num_steps: S of a teacher's student; none: 4.
         history_layers: N of a teacher's student; none: a quarter of the layers, rounded up.
+        steps_per_update: of a training on so many of the steps; none: on all.
 
     Returns:
         The numbers, for one image.
@@ -120,19 +125,23 @@ def describe(
             f"{', '.join(pipeline.name for pipeline in PUBLISHED)}"
         )
     if not isinstance(student, Student) and is_teacher(student):
-        description = _of_teacher(student, network, num_steps, history_layers)
+        description = _of_teacher(student, network, num_steps, history_layers, steps_per_update)
     else:
         for name, value in (("num_steps", num_steps), ("history_layers", history_layers)):
             if value is not None:
                 raise InputError(f"describe: {name} is {value}, but {student!s:.80} is a student, which has its own")
         student = student if isinstance(student, Student) else Student.from_pretrained(student, network=network)
-        description = count(student)
+        description = count(student, steps_per_update=steps_per_update)
     print(description)
     return description
 
 
 def _of_teacher(
-    source: str | Path, network: type[Backbone] | str | None, num_steps: int | None, history_layers: int | None
+    source: str | Path,
+    network: type[Backbone] | str | None,
+    num_steps: int | None,
+    history_layers: int | None,
+    steps_per_update: int | None,
 ) -> Description:
     teacher = outline_of(source, network)
     config = TrainConfig(
@@ -146,7 +155,7 @@ def _of_teacher(
     condition = one_condition(config, teacher, student, text_shape(teacher, None))
     manifest = manifest_of(config, teacher, 1)
     return dataclasses.replace(
-        count(student, condition),
+        count(student, condition, steps_per_update),
         teacher=TeacherDescription(
             parameters=sum(p.numel() for p in teacher.network.parameters()),
             steps=manifest.grid.teacher_steps,
@@ -156,14 +165,20 @@ def _of_teacher(
     )
 
 
-def count(student: Student, condition: Condition | None = None) -> Description:
+def count(student: Student, condition: Condition | None = None, steps_per_update: int | None = None) -> Description:
     """The numbers of `describe`, counted while the student runs without data.
 
     Args:
         student: on any device.
         condition: of one sample; None: the first row of the student's table, or of a text-to-image student the longest prompt.
+        steps_per_update: of the update that is counted; None: all steps.
+
+    Raises:
+        InputError: more steps than the student has, or none.
     """
     config = student.config
+    if steps_per_update is not None and not 1 <= steps_per_update <= student.num_steps:
+        raise InputError(f"describe: steps_per_update is {steps_per_update}; expected 1 to {student.num_steps}, or none")
     if condition is None and student.conditions is None and config.text is not None:
         condition = _longest_text(config.text, student)
     shapes = student.trunk.attention_shapes(config.history_layers, student.sample_shape)
@@ -178,6 +193,7 @@ def count(student: Student, condition: Condition | None = None) -> Description:
         trainable_parameters=sum(p.numel() for p in student.parameters() if p.requires_grad),
         flops_per_pass=flops_per_pass(student, condition),
         flops_without_history=sum(flops_per_pass(plain, condition)),
+        flops_per_update=int(update_flops(student, 1, condition, steps_per_update)),
         cache_bytes=kept * next(student.trunk.parameters()).element_size(),
     )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pyard.conditions import Condition
 from pyard.cost.activations import Kept
-from pyard.cost.flops import student_flops, update_flops
+from pyard.cost.flops import student_flops, subset_flops, update_flops
 from pyard.cost.memory import AdversarialMemory, Memory, adversarial_memory, student_activations, update_memory
 from pyard.models.backbone import Denoiser
 from pyard.models.student import Student
@@ -27,13 +27,14 @@ def stage_flops(config: TrainConfig, network: Denoiser, student: Student, condit
         condition: of one sample; None: the first row of the student's table.
     """
     condition = student.require_conditions().take([0]) if condition is None else condition
-    update = update_flops(student, config.batch_size, condition)
+    update = update_flops(student, config.batch_size, condition, config.steps_per_update)
     rolled_out = 0.0
     if config.rollout_gradient == "detach":
         rolled_out = config.rollout_probability * max(0.0, 1 - config.rollout_start / config.max_steps)
-    forwards = rolled_out + config.activation_checkpointing
-    if forwards:
-        update += forwards * config.batch_size * student_flops(student, condition)
+    if rolled_out:
+        update += rolled_out * config.batch_size * student_flops(student, condition)
+    if config.activation_checkpointing:
+        update += config.batch_size * subset_flops(student, condition, config.steps_per_update)
     if config.stage == "adversarial":
         update += config.batch_size * adversarial_flops(network, condition, config.adversarial)
     return config.max_steps * update
@@ -80,7 +81,8 @@ class MemoryOfUpdates:
             )
             if teacher.pipeline is not None and config.lora_rank is not None:
                 added = dataclasses.replace(added, frozen=0.0)  # its weights are the student's base
-        return cls(config, student, student_activations(student, condition, mixed=mixed, device_type=device_type), added)
+        kept = student_activations(student, condition, mixed=mixed, device_type=device_type, steps=config.steps_per_update)
+        return cls(config, student, kept, added)
 
     def of(self, batch: int, gpus: int, sharded: bool, checkpointing: bool) -> Memory:
         """With a micro-batch of `batch` samples on each GPU."""

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from pyard.errors import InputError
 from pyard.models.student import Student
 from pyard.runtime.onnx_student import FORMAT_VERSION, METADATA_KEY
-from pyard.storage.files import file_sha256, sync_directory
+from pyard.storage.files import file_sha256, sync_directory, write_text
 from pyard.storage.folders import building_folder
 from pyard.storage.reading import read_object
 from pyard.version import __version__
@@ -126,11 +126,14 @@ def new_files(path: Path, size: int | None = None) -> Iterator[Path]:
         building = folder / path.name
         yield building
         named = _name_data(building)
-        former = external_data(path) - named if path.exists() else set()
+        former = _data_to_remove(path) - named
         others = [file for file in folder.iterdir() if file.is_file() and file != building]
         for file in (*others, building):
             with file.open("rb+") as handle:
                 os.fsync(handle.fileno())
+        notes = _notes(path)
+        if former | named:  # so that the next export removes what is not its own, should this one be killed before it ends
+            write_text(notes, json.dumps(sorted(former | named)))
         for file in others:
             file.replace(path.parent / file.name)
         sync_directory(path.parent)
@@ -138,6 +141,9 @@ def new_files(path: Path, size: int | None = None) -> Iterator[Path]:
         sync_directory(path.parent)
         for name in former:
             (path.parent / name).unlink(missing_ok=True)
+        if former | named:
+            notes.unlink(missing_ok=True)
+            sync_directory(path.parent)
 
 
 def data_files(path: Path) -> list[Path]:
@@ -150,12 +156,30 @@ def external_data(path: Path) -> set[str]:
 
     That is `<name>.data`, and `<name>.<hash>.data`. Empty, if the file is no model.
     """
-    ours = re.compile(rf"{re.escape(path.name)}(\.[0-9a-f]{{16}})?\.data")
+    ours = _data_name(path)
     try:
         model = onnx.load(path, load_external_data=False)
     except (OSError, ValueError, DecodeError):
         return set()
     return {entry.value for entry in _locations(model) if ours.fullmatch(entry.value)}
+
+
+def _notes(path: Path) -> Path:
+    return path.with_name(f".{path.name}.former")
+
+
+def _data_to_remove(path: Path) -> set[str]:
+    """The data of the model that is there, and those that an export which was killed has left."""
+    named = external_data(path) if path.exists() else set()
+    try:
+        left = json.loads(_notes(path).read_text(encoding="utf-8"))
+        return named | {name for name in left if _data_name(path).fullmatch(name)}
+    except (OSError, ValueError, TypeError):
+        return named
+
+
+def _data_name(path: Path) -> re.Pattern[str]:
+    return re.compile(rf"{re.escape(path.name)}(\.[0-9a-f]{{16}})?\.data")
 
 
 def _locations(model: onnx.ModelProto) -> list[onnx.StringStringEntryProto]:

@@ -209,6 +209,7 @@ class Checkpoints:
                 going = self.path / f".{self.folder(old).name}.old"
                 shutil.rmtree(going, ignore_errors=True)
                 self.folder(old).rename(going)
+                sync_directory(self.path)
                 shutil.rmtree(going)
 
     def drop_unfinished(self) -> None:

@@ -32,7 +32,7 @@ def only_one(folder: Path, work: str) -> Iterator[None]:
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; expected a folder, or nothing")
-    locks = folder / FOLDER
+    locks, was_there = folder / FOLDER, folder.exists()
     make_folder(locks)
     lock, holder = filelock.FileLock(locks / f"{work}.lock", timeout=0), locks / f"{work}.json"
     try:
@@ -49,6 +49,12 @@ def only_one(folder: Path, work: str) -> Iterator[None]:
         yield
     finally:
         holder.unlink(missing_ok=True)
+        if not was_there and [entry.name for entry in folder.iterdir()] == [FOLDER]:
+            # Work that was refused leaves nothing. Still locked, so that nobody can hold the file that goes.
+            with contextlib.suppress(OSError):
+                (locks / f"{work}.lock").unlink()
+                locks.rmdir()
+                folder.rmdir()
         lock.release()
 
 

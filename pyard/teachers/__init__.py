@@ -48,9 +48,10 @@ def load_teacher(
         source: `digits`, the built-in teacher of scikit-learn's handwritten digits (trained on first use, then cached);
             `scenes-text`, the built-in text-to-image teacher of captioned scenes, whose weights come with pyard; a
             folder that pyard wrote; a diffusers folder (`DiTPipeline`, or a `DiTTransformer2DModel` with its scheduler; a
-            text-to-image pipeline of `pyard.teachers.text_to_image.PIPELINES`); the `.pt` or `.safetensors` of DiT, SiT, REPA
-            or REPA-E.
-        family: for a `.pt` or `.safetensors` that does not say it: `dit`, `sit` or `repa` (REPA-E as well).
+            text-to-image pipeline of `pyard.teachers.text_to_image.PIPELINES`); the `.pt` or `.safetensors` of DiT, SiT, REPA,
+            REPA-E or LightningDiT.
+        family: for a `.pt` or `.safetensors` that does not say it: `dit`, `sit`, `repa` (REPA-E as well) or
+            `lightningdit`.
         num_heads: for a `.pt` or `.safetensors` of another width than the published models: attention heads.
         num_classes: for a `.pt` or `.safetensors` whose label table has no row for "no class" and whose settings do not say so.
         schedule: overrides the noise schedule that the source comes with; needed where it comes with none.

@@ -64,7 +64,7 @@ def is_teacher(source: str | Path) -> bool:
     path = Path(source)
     if path.is_dir():
         return not (path / "student").is_dir() and (is_text_to_image(path) or class_name(path) in KINDS)
-    return path.is_file() or str(source) == "digits" or _is_published(str(source))
+    return path.is_file() or str(source) == "digits" or is_text_to_image(source) or _is_published(str(source))
 
 
 def _is_published(name: str) -> bool:

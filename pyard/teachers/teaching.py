@@ -139,6 +139,7 @@ def taught_once(
         (working / "teacher").rename(out)
         sync_directory(out.parent)
         shutil.rmtree(working)
+        sync_directory(out.parent)
         return teacher
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pyard.conditions import Condition, as_condition
+from pyard.conditions import Condition, Conditions, as_condition
 from pyard.data.real_data import RealReader
 from pyard.errors import InputError
 from pyard.models.discriminator import Discriminator
@@ -88,9 +88,18 @@ class Adversarial(Regression):
         processes: who trains.
         teacher: on the same device; frozen.
         real: real data, whose position is kept in the checkpoint.
+        conditions: that the labels of the real data are numbers of; None: the teacher's.
     """
 
-    def __init__(self, config: TrainConfig, student: Student, processes: Processes, teacher: NetworkTeacher, real: RealReader):
+    def __init__(
+        self,
+        config: TrainConfig,
+        student: Student,
+        processes: Processes,
+        teacher: NetworkTeacher,
+        real: RealReader,
+        conditions: Conditions | None = None,
+    ):
         super().__init__(config, student, processes)
         settings = self.settings = config.adversarial
         share = config.batch_size // processes.world
@@ -106,7 +115,7 @@ class Adversarial(Regression):
                 f"adversarial: kernel_size {settings.kernel_size} reaches {settings.kernel_size // 2} tokens to each side, "
                 f"more than once around the teacher's {tokens}; lower adversarial.kernel_size to at most {2 * tokens + 1}"
             )
-        self.real, self.conditions = real, teacher.conditions
+        self.real, self.conditions = real, conditions or teacher.conditions
         self.features = Features(teacher, settings)
         one = teacher.conditions.take([0])
         self.flops += config.batch_size * adversarial_flops(teacher.network, one, settings)

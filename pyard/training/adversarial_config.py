@@ -23,7 +23,8 @@ class AdversarialConfig:
 
     Args:
         real: real data: `digits`; a folder of pictures, one sub-folder a class in the order of the labels, as ImageNet is
-            unpacked (cropped as ADM does; a student of latents encodes them with its VAE, once); a `.safetensors` or `.npz`
+            unpacked (cropped as ADM does; a student of latents encodes them with its VAE, once); for a text-to-image student, a
+            folder of pictures with `metadata.jsonl`, whose lines have `file_name` and `text`; a `.safetensors` or `.npz`
             file with `images` float [n, C, ...] (-1 to 1, or latents) and `labels` [n], condition numbers; or a folder of such
             `.safetensors` (latents: see `RealData`).
         real_cache: folder for the shards that pictures are made into; none: `real` in the run folder.

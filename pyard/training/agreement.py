@@ -150,4 +150,7 @@ def _check(config: TrainConfig, theirs: Mapping[str, Any], where: str) -> None:
         mine = getattr(config, name)
         if mine not in (None, "auto") and mine != value:
             has = "none" if value is None else value
-            raise InputError(f"training: {name} is {mine}, but {has} in {where}; leave it out, or give what it is there")
+            raise InputError(
+                f"training: {name} is {mine}, but {has} in {where}; leave it out (none, where a file gives it), or give what "
+                "it is there"
+            )

@@ -67,6 +67,8 @@ def check_ranges(config: TrainConfig) -> None:
     for name, least in (("history_layers", 0), ("lora_rank", 1)):
         if getattr(config, name) is not None and getattr(config, name) < least:
             raise InputError(f"training: {name} is {getattr(config, name)}; expected at least {least}, or none")
+    if config.steps_per_update is not None:
+        _check_steps(config, config.steps_per_update, num_steps)
     if config.weight_decay < 0:
         raise InputError(f"training: weight_decay is {config.weight_decay}; expected at least 0")
     if not all(0 <= beta < 1 for beta in config.adam_betas):
@@ -83,7 +85,7 @@ def check_ranges(config: TrainConfig) -> None:
             f"pip install {config.trackers}, or --trackers none"
         )
     if config.stage == "adversarial" and config.student is None:
-        raise InputError("training: stage is 'adversarial' and student is none; that stage starts from a student")
+        raise InputError("training: stage is 'adversarial' and student is None; that stage starts from a student")
     if config.stage == "regression" and config.adversarial != AdversarialConfig():
         raise InputError("training: adversarial has settings, but stage is 'regression'; expected 'adversarial' and a student")
     if config.stage == "adversarial" and (config.gradient_accumulation > 1 or config.rollout_probability):
@@ -97,3 +99,20 @@ def check_ranges(config: TrainConfig) -> None:
         raise InputError(f"training: lora_heads is {config.lora_heads!r}, but lora_rank is none; give both, or neither")
     if config.warmup_steps and config.lr_schedule == "constant":
         raise InputError("training: lr_schedule 'constant' has no warm-up; use 'constant_with_warmup', or warmup_steps 0")
+
+
+def _check_steps(config: TrainConfig, steps: int, num_steps: int | None) -> None:
+    if not 1 <= steps <= (num_steps or steps):
+        raise InputError(
+            f"training: steps_per_update is {steps}; expected 1 to {num_steps or 'num_steps'}, or none for all of them"
+        )
+    if config.stage == "adversarial":
+        raise InputError(
+            "training: steps_per_update is for the regression; the adversarial stage judges the last step, which every update "
+            "needs: use activation_checkpointing or more processes"
+        )
+    if config.rollout_probability and config.rollout_gradient == "backprop":
+        raise InputError(
+            "training: steps_per_update leaves steps out, but rollout_gradient 'backprop' needs each of them for the next; use "
+            "rollout_gradient 'detach', or steps_per_update none"
+        )

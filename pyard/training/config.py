@@ -105,6 +105,9 @@ class TrainConfig:
         ema_decay: of the average of the weights that is the result; of several, the first is; the others are kept in
             `student-ema-DECAY/`. It warms up as (1 + n) / (10 + n).
         mixed_precision: no | bf16 | fp16 (on a GPU only).
+        steps_per_update: k of the S steps that an update learns, drawn anew each time: all S run through the lowest
+            history_layers layers, these k alone through the others and the loss. Saves memory and time, and gives the full
+            gradient on average, with more noise; none: all S.
         activation_checkpointing: keep only the blocks' inputs and compute the rest twice: less memory, a third more time.
         compile: compile the student with torch.compile; its results differ in the last bits.
         parallel: what several processes do: `ddp`, each holds all weights; `fsdp`, they are split (FSDP2). Same results to
@@ -182,6 +185,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     ema_decay: float | tuple[float, ...] = 0.999
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    steps_per_update: int | None = None
     activation_checkpointing: bool = False
     compile: bool = False
     parallel: Parallel = "ddp"

@@ -25,14 +25,14 @@ from pyard.training.config import TrainConfig, known
 from pyard.training.inputs import (
     Trajectories,
     check_teacher,
-    encoded_real_data,
+    default_lora_heads,
     first_student,
-    fits_stock,
     given_stores,
     manifests_of,
     names_of,
     new_store,
     open_held_out,
+    open_real_data,
     open_teacher,
     read_counts,
 )
@@ -142,7 +142,7 @@ def train_command(config: TrainConfig) -> None:
 def _run(
     config: TrainConfig, teacher: Any, trajectories: Any, processes: Processes, network: type[Backbone] | str | None
 ) -> Student:
-    from pyard.data.real_data import RealData, RealReader
+    from pyard.data.real_data import RealReader
     from pyard.training.adversarial import Adversarial
     from pyard.training.loop import checkpoints_of, step_to_resume, train_stage
     from pyard.training.processes import seed_of
@@ -199,7 +199,7 @@ def _run(
     trained_on = {name: getattr(theirs, name) for name in ("cfg_scale", "cfg_channels", "cfg_interval", "solver")}
     student.config = dataclasses.replace(student.config, **trained_on)
     if config.lora_rank is not None and student.lora is None:
-        heads = config.lora_heads or ("lora" if fits_stock(student.config) else "whole")
+        heads = config.lora_heads or default_lora_heads(student.config, student.config.text is not None)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(config.seed, _ADDITIONS))  # the same in all processes
             add_lora(student, config.lora_rank, heads)
@@ -213,9 +213,10 @@ def _run(
     stage: Regression
     if config.stage == "adversarial":
         shape = stores[0].manifest.sample_shape
-        source = encoded_real_data(config, shape, student, student.codec or teacher.codec, processes)
-        data = RealData.load(source, shape, student.num_conditions)
+        data, shown = open_real_data(config, teacher, student, shape, processes)
         inputs["real_fingerprint"] = data.fingerprint()
+        if shown is not student.conditions:
+            inputs["real_prompts"] = shown.fingerprint
     with processes.main_first():
         if processes.is_main:
             identity.resume_or_begin(config, **inputs)
@@ -243,7 +244,7 @@ def _run(
             rank=processes.rank,
             world_size=processes.world,
         )
-        stage = Adversarial(config, student, processes, teacher, real)
+        stage = Adversarial(config, student, processes, teacher, real, shown)
     else:
         teacher.to(home)  # the regression needs its trajectories alone: one model less on the device
         stage = Regression(config, student, processes)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyard.conditions import Conditions, PromptLine, PromptTable
+from pyard.conditions.prompt_file import METADATA_NAME, has_captions, read_captions
 from pyard.errors import InputError
 from pyard.models.student import Student
 from pyard.teachers import is_text_to_image, load_teacher
@@ -16,9 +18,9 @@ from pyard.trajectories.buckets import check_buckets
 from pyard.trajectories.store import read_manifest
 
 if TYPE_CHECKING:
+    from pyard.data.real_data import RealData
     from pyard.models.backbone import Backbone
-    from pyard.models.codec import Codec
-    from pyard.models.student_config import StudentConfig
+    from pyard.models.student_config import LoraHeads, StudentConfig
     from pyard.teachers.network_teacher import NetworkTeacher
     from pyard.training.processes import Processes
     from pyard.trajectories import TrajectoryManifest
@@ -166,33 +168,69 @@ def first_student(
     return earlier
 
 
-def fits_stock(student: StudentConfig) -> bool:
-    """Whether a stock pipeline could draw with the student, if nothing but its linear layers were changed."""
-    return student.text is not None and not student.history_layers and student.output == "jump" and student.heads == "shared"
+def default_lora_heads(student: StudentConfig, of_pipeline: bool) -> LoraHeads:
+    """`lora` where a stock pipeline could draw with the student if nothing but its linear layers were changed, else `whole`."""
+    fits_stock = not student.history_layers and student.output == "jump" and student.heads == "shared"
+    return "lora" if of_pipeline and fits_stock else "whole"
 
 
-def encoded_real_data(
-    config: TrainConfig, sample_shape: tuple[int, ...], student: Student, codec: Codec | None, processes: Processes
-) -> str | Path:
-    """Where the real data is; pictures are encoded first, each process its share."""
-    from pyard.data.real_images import cached_images, is_image_folder
+def open_real_data(
+    config: TrainConfig, teacher: NetworkTeacher, student: Student, sample_shape: tuple[int, ...], processes: Processes
+) -> tuple[RealData, Conditions]:
+    """The real data, and what its labels are numbers of; pictures are encoded first, each process its share.
 
-    source = config.adversarial.real
-    if source == "digits" or not is_image_folder(Path(source)):
-        return source
-    shards = cached_images(
-        Path(source),
-        Path(config.adversarial.real_cache or config.out / "real"),
-        sample_shape,
-        codec,
+    Raises:
+        InputError: real data that cannot be read, or that the student could not have drawn.
+    """
+    from pyard.data.real_data import RealData
+    from pyard.data.real_images import cached_images, cached_pictures, is_image_folder
+
+    source, conditions = config.adversarial.real, student.require_conditions()
+    folder, cache = Path(source), Path(config.adversarial.real_cache or config.out / "real")
+    codec = student.codec or teacher.codec
+    shared: dict[str, Any] = dict(
         device=processes.device,
         rank=processes.rank,
         world_size=processes.world,
-        conditions=student.conditions,
         progress=config.progress and processes.is_main,
     )
+    if isinstance(teacher, PipelineTeacher) and (source == "digits" or is_image_folder(folder)) and not has_captions(folder):
+        raise InputError(
+            f"real data {source}: classes, but this student draws from prompts; expected a folder of pictures with "
+            f"{METADATA_NAME}, one line a picture with file_name and text"
+        )
+    if isinstance(teacher, PipelineTeacher) and has_captions(folder):
+        captions = read_captions(folder)
+        with processes.main_first():  # encoded by one, opened by the others
+            conditions = _table_of_captions(teacher, captions, cache / "conditions", config)
+        files = [(file, number) for number, (file, _) in enumerate(captions)]
+        source = str(cached_pictures(folder, files, cache, sample_shape, codec, **shared))
+    elif source != "digits" and is_image_folder(folder):
+        source = str(cached_images(folder, cache, sample_shape, codec, conditions=conditions, **shared))
     processes.wait(patiently=True)  # encoding takes hours, and some processes have more to encode than others
-    return shards
+    return RealData.load(source, sample_shape, conditions.count), conditions
+
+
+def _table_of_captions(
+    teacher: PipelineTeacher, captions: list[tuple[Path, PromptLine]], folder: Path, config: TrainConfig
+) -> PromptTable:
+    """The captions as conditions of the student's kind: of the same text encoders, with the same constants."""
+    learnt = teacher.conditions
+    assert isinstance(learnt, PromptTable)
+    table = PromptTable.build(
+        teacher.text_encoder,
+        [line for _, line in captions],
+        folder,
+        constants=learnt.record.constants,
+        default_negative=teacher.family.negative_prompt,
+        progress=config.progress,
+    )
+    if table.record.encoder != learnt.record.encoder:
+        raise InputError(
+            f"real data {config.adversarial.real}: its texts were encoded by other encoders than the trajectories' prompts "
+            f"in {learnt.folder}; restore the pipeline's folder, or generate the trajectories again"
+        )
+    return table
 
 
 def names_of(trajectories: Trajectories | Sequence[Trajectories] | None) -> str | list[str] | None:

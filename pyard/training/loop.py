@@ -73,6 +73,7 @@ def train_stage(
         student.num_steps,
         max(student.trunk.tokens_per_step(shape) for shape in student.sample_shapes),
         None if config.stage == "adversarial" else config.gradient_accumulation,
+        config.steps_per_update,
     )
 
     def save(step: int) -> None:
@@ -132,7 +133,8 @@ def train_stage(
                     log.write(
                         step=step,
                         loss=float(measured.loss),
-                        loss_per_step=measured.per_step.tolist(),
+                        # A step that an update left out has no loss, and JSON no NaN.
+                        loss_per_step=[loss if math.isfinite(loss) else None for loss in measured.per_step.tolist()],
                         grad_norm=float(measured.grad_norm),
                         **{name: float(value) for name, value in measured.more.items()},
                         **({"skipped": skipped} if skipped else {}),

@@ -47,7 +47,7 @@ class RegressionLoss:
             config.loss, huber_c, tuple(weight / mean for weight in weights), numbers if config.huber_c is None else None
         )
 
-    def per_step(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:  # [B, S, C, ...] twice -> [S]
+    def per_step(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:  # [B, S or k, C, ...] twice -> [S or k]
         """The mean loss of each step, not weighted, in float32."""
         squares = (prediction.float() - target.float()).square()
         inner = tuple(range(2, squares.ndim))
@@ -56,9 +56,10 @@ class RegressionLoss:
         c = self.huber_c * (1.0 if self.numbers is None else math.sqrt(math.prod(squares.shape[2:]) / self.numbers))
         return ((squares.sum(dim=inner) + c**2).sqrt() - c).mean(dim=0)
 
-    def total(self, per_step: torch.Tensor) -> torch.Tensor:  # [S] -> []
-        """The weighted mean over the steps."""
-        return (per_step * torch.tensor(self.step_weights, device=per_step.device)).mean()
+    def total(self, per_step: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:  # [S or k], int64 [k] -> []
+        """The weighted mean over the steps, or over those of them that were kept: the same on average over all subsets."""
+        weights = torch.tensor(self.step_weights, device=per_step.device)
+        return (per_step * (weights if kept is None else weights[kept])).mean()
 
 
 def _snr(student: StudentConfig, time: float) -> float:

@@ -237,7 +237,9 @@ def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[list
 
 
 @contextmanager
-def memory_advice(batch: int, num_steps: int, tokens: int, gradient_accumulation: int | None) -> Iterator[None]:
+def memory_advice(
+    batch: int, num_steps: int, tokens: int, gradient_accumulation: int | None, steps_per_update: int | None = None
+) -> Iterator[None]:
     """Turn running out of memory into an InputError that says what to lower.
 
     Args:
@@ -245,6 +247,7 @@ def memory_advice(batch: int, num_steps: int, tokens: int, gradient_accumulation
         num_steps: S.
         tokens: T, tokens a step.
         gradient_accumulation: as it is now; None where there is none, in the adversarial stage.
+        steps_per_update: as it is now.
     """
     try:
         yield
@@ -257,7 +260,11 @@ def memory_advice(batch: int, num_steps: int, tokens: int, gradient_accumulation
             if gradient_accumulation is None
             else f"--gradient_accumulation (now {gradient_accumulation}; twice that halves the micro-batch)"
         )
+        helping = f"two settings help: {smaller}, and --activation_checkpointing true"
+        if gradient_accumulation is not None and num_steps > 1:
+            learnt = f"--steps_per_update (now {steps_per_update or num_steps}), whose gradients are noisier"
+            helping = f"three settings help: {smaller}, --activation_checkpointing true, and {learnt}"
         raise InputError(
             f"out of memory with a micro-batch of {batch} samples a process, S = {num_steps} steps and T = {tokens} tokens a "
-            f"step; two settings help: {smaller}, and --activation_checkpointing true. ({str(error).splitlines()[0]})"
+            f"step; {helping}. ({str(error).splitlines()[0]})"
         ) from error

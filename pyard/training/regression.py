@@ -19,12 +19,15 @@ from pyard.conditions import Condition
 from pyard.cost.flops import update_flops
 from pyard.models.backbone import Backbone
 from pyard.models.history import ConcatenatingCache
+from pyard.models.step_subset import StepSubset
 from pyard.models.student import Student
 from pyard.storage.checkpoints import Stateful, ema_of
 from pyard.training.config import TrainConfig
 from pyard.training.losses import RegressionLoss
 from pyard.training.processes import Processes, seed_of
 from pyard.trajectories import TrajectoryBatch
+
+_SUBSET = -1  # of the steps of an update, as a part of its seed: no process has this rank
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Measured:
 
     Args:
         loss: that was minimised, over all processes.
-        per_step: [S], the loss of each step, not weighted, over all processes.
+        per_step: [S], the loss of each step, not weighted, over all processes; NaN of a step that had no part in the update.
         grad_norm: before clipping.
         more: other numbers for the log.
     """
@@ -79,19 +82,27 @@ class Stage(Protocol):
 
 
 class Passes(nn.Module):
-    """The student's passes in training, as one module, so that DDP sees every one of them."""
+    """The student's passes in training, as one module, so that DDP sees every one of them.
 
-    def __init__(self, student: Student):
+    Args:
+        student: who learns.
+        subset: its pass with some of the steps alone; None: there are no such passes.
+    """
+
+    def __init__(self, student: Student, subset: StepSubset | None = None):
         super().__init__()
-        self.student = student
+        self.student, self.subset = student, subset
 
     def forward(
         self,
         history: torch.Tensor,  # [B, S, C, ...]
         condition: Condition,  # B rows
         through_cache: bool = False,
-    ) -> torch.Tensor:  # [B, S, C, ...]
+        kept: torch.Tensor | None = None,  # int64 [k]: the steps to predict; None: all
+    ) -> torch.Tensor:  # [B, S or k, C, ...]
         """The parallel pass on `history`, or a rollout from its first entry with gradients through its own history."""
+        if kept is not None and self.subset is not None:
+            return self.subset(history, condition, kept)
         if through_cache:
             return torch.stack(list(self.student.rollout(history[:, 0], condition, ConcatenatingCache())), dim=1)
         return self.student(history, condition)
@@ -115,11 +126,13 @@ class Regression:
 
     def __init__(self, config: TrainConfig, student: Student, processes: Processes):
         self.config, self.student, self.processes = config, student.train(), processes
-        self.flops = update_flops(student, config.batch_size)
+        self.steps = config.steps_per_update if config.steps_per_update != student.num_steps else None
+        self.flops = update_flops(student, config.batch_size, steps=self.steps)
         self.loss = RegressionLoss.of(config, student.config)
         self.emas = [ema_of(student, decay) for decay in config.ema_decays]
         if config.activation_checkpointing:
             checkpoint_activations(student)
+        subset = None if self.steps is None else StepSubset(student)
         if config.compile:
             student.compile()
         if processes.sharded:
@@ -128,7 +141,7 @@ class Regression:
             for module in (student, *self.averages):
                 shard(module, processes)
         unread = [f"student.trunk.{name}" for name in student.trunk.unread_parameters()]
-        self.model = processes.data_parallel(Passes(student), unread)
+        self.model = processes.data_parallel(Passes(student, subset), unread)
         self.parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -155,6 +168,7 @@ class Regression:
         """Loss and gradients of an update on this process's share of a batch."""
         rollout = self._rolls_out(step)
         through_cache = rollout and self.config.rollout_gradient == "backprop"
+        kept = None if self.steps is None else self._drawn_steps(step, self.steps)
         totals, per_steps = [], []
         for micro, last in micro_batches(batch.to(self.processes.device), self.config.gradient_accumulation):
             history = micro.history
@@ -163,14 +177,18 @@ class Regression:
                 with self.processes.autocast():
                     history = own_history(self.student, history[:, 0], micro.condition)
             with self._synchronised(last), self.processes.autocast():
-                prediction = self.model(history, micro.condition, through_cache)
-                per_step = self.loss.per_step(prediction, micro.target)  # [S]
-                total = self.loss.total(per_step)
+                prediction = self.model(history, micro.condition, through_cache, kept)
+                target = micro.target if kept is None else micro.target.index_select(1, kept)
+                per_step = self.loss.per_step(prediction, target)  # [S or k]
+                total = self.loss.total(per_step, kept)
                 self.processes.scaler.scale(total / self.config.gradient_accumulation).backward()
             totals.append(total.detach())
             per_steps.append(per_step.detach())
         reduced = self.processes.mean(torch.stack([torch.stack(totals).mean(), *torch.stack(per_steps).mean(dim=0)]))
-        return Measured(reduced[0], reduced[1:], self._clip(), {})
+        measured = reduced[1:]
+        if kept is not None:
+            measured = measured.new_full((self.student.num_steps,), torch.nan).index_copy(0, kept, measured)
+        return Measured(reduced[0], measured, self._clip(), {})
 
     def apply(self) -> None:
         """Update weights and averages."""
@@ -205,6 +223,11 @@ class Regression:
             return False
         random = torch.Generator().manual_seed(seed_of(self.config.seed, step))
         return bool(torch.rand((), generator=random) < self.config.rollout_probability)
+
+    def _drawn_steps(self, step: int, count: int) -> torch.Tensor:  # int64 [count]
+        random = torch.Generator().manual_seed(seed_of(self.config.seed, step, _SUBSET))
+        drawn = torch.randperm(self.student.num_steps, generator=random)[:count]
+        return drawn.sort().values.to(self.processes.device)
 
     def _synchronised(self, last: bool) -> AbstractContextManager[None]:
         # Gradients are averaged over the processes once an update, in the backward pass of its last micro-batch.

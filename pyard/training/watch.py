@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -86,7 +87,8 @@ class Watcher:
         # As in log.jsonl, without updates that were skipped.
         if self.trackers and (step % self.config.log_every == 0 or last) and measured.finite():
             values = {"loss": float(measured.loss), "grad_norm": float(measured.grad_norm)}
-            values |= {f"loss_step/{s}": value for s, value in enumerate(measured.per_step.tolist())}
+            losses = enumerate(measured.per_step.tolist())
+            values |= {f"loss_step/{s}": loss for s, loss in losses if math.isfinite(loss)}  # NaN: left out of the update
             values |= {name: float(value) for name, value in measured.more.items()}
             self._log(values, step)
         if self.config.evaluate_every and (step % self.config.evaluate_every == 0 or last):

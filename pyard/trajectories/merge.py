@@ -12,7 +12,7 @@ from tqdm import tqdm
 from pyard.conditions import save_conditions
 from pyard.errors import InputError
 from pyard.storage.disk import require_room
-from pyard.storage.files import file_sha256, new_file, this_process, to_bytes, write_atomically
+from pyard.storage.files import file_sha256, new_file, sync_directory, this_process, to_bytes, write_atomically
 from pyard.storage.typed import checked
 from pyard.trajectories.parts import Part, writing
 from pyard.trajectories.shard import ShardRecord
@@ -92,6 +92,7 @@ def merge_trajectories(stores: list[str], out: str | Path, *, move: bool = False
         if move:
             for source in sources:
                 _remove_orphans(source, store, {shard.name: shard for shard in there.values()})
+                sync_directory(source.path / "shards")
     store = TrajectoryStore.open(out)
     missing = sum(end - first for first, end in store.missing())
     if progress:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -151,7 +152,7 @@ def test_the_same_call_goes_on_from_every_file_that_a_kill_can_leave_last(
     for name in order[: last + 1]:
         (folder / name).write_bytes({**undisturbed, **building}[name])
     for name in order[last + 1 : last + 2]:
-        (folder / f"{name}.tmp").write_bytes(undisturbed.get(name, b"half")[:40])
+        (folder / f"{name}.{socket.gethostname()}-99999999.tmp").write_bytes(undisturbed.get(name, b"half")[:40])
     table = PromptTable.build(encoder, many_lines(COUNT), folder, **SIZES)
     table.verify()
     assert contents(folder) == undisturbed

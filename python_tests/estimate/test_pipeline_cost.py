@@ -143,13 +143,15 @@ def recipe_of(place: Path, teacher: Path, **settings: Any) -> Path:
     return file
 
 
-@pytest.mark.parametrize("name", ["sd3", "qwen_image"])
-def test_an_estimate_is_what_a_run_leaves(name, tmp_path):
-    """Every byte of the shards, the prompts and the checkpoints, with LoRA and without."""
+@pytest.mark.parametrize(("name", "settings"), [
+    ("sd3", dict(history_layers=1)), ("qwen_image", dict(history_layers=0, output="jump")),
+], ids=["sd3", "qwen_image"])  # fmt: skip
+def test_an_estimate_is_what_a_run_leaves(name, settings, tmp_path):
+    """Every byte of the shards and the prompts, and what LoRA trains: output layers whole, and as additions."""
     teacher = tiny_pipeline(name, tmp_path / "teacher")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n")
-    recipe = recipe_of(tmp_path, teacher, prompts=str(prompts), lora_rank=2, trajectory_precision="bfloat16")
+    recipe = recipe_of(tmp_path, teacher, prompts=str(prompts), lora_rank=2, trajectory_precision="bfloat16", **settings)
     found = estimate(recipe, tflops=1.0)
     run = tmp_path / "run"
     pyard.train(TrainConfig(**{**TrainConfig.read(recipe).__dict__, "out": run}))
@@ -327,6 +329,13 @@ def test_describe_answers_for_teachers_and_students(folder, tmp_path, capsys):
     assert numbers == printed.splitlines()[1:]
     assert main(["describe", str(tmp_path / "student"), "--num_steps", "2"]) == 2
     assert "is a student, which has its own" in capsys.readouterr().err
+
+
+def test_the_built_in_teacher_has_its_own_limit_of_tokens(capsys):
+    outline, teacher = outline_of("scenes-text").pipeline, load_teacher("scenes-text")
+    assert outline.text.tokens == teacher.text_encoder.max_sequence_length
+    assert main(["describe", "scenes-text"]) == 0
+    assert f"{teacher.teacher_steps} steps" in capsys.readouterr().out
 
 
 def test_wrong_questions(tmp_path, capsys):

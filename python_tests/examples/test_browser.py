@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from factories import digits_student, tiny_student
+from export.test_traced_text_to_image import tiny_text_student
+from factories import digits_student, scenes_student, tiny_student
 from filelock import FileLock
 from models.autoencoders import plain_vae
 from tiny_tokenizers import clip_tokenizer, qwen_tokenizer, t5_tokenizer
@@ -23,10 +24,8 @@ from pyard.diffusion.noise import normal_quantile, standard_normal
 from pyard.export import export_onnx
 from pyard.export.pipeline import export_pipeline
 from pyard.models.codec import LatentCodec
-from pyard.models.student import Student
 from pyard.runtime import OnnxPipeline, OnnxStudent
 from pyard.runtime.prompts import PromptEncoder
-from pyard.teachers import load_teacher
 
 PAGE = Path(__file__).parents[2] / "examples" / "browser"
 DRIVER = Path(__file__).with_name("draw_in_browser.mjs")
@@ -135,7 +134,7 @@ def served(student: Path) -> Iterator[str]:
         process.wait(60)
 
 
-def browse(packages: Path, url: str, **wanted: Any) -> dict[str, Any]:
+def browse(packages: Path, url: str, *, fails: bool = False, **wanted: Any) -> dict[str, Any]:
     puppeteer = packages / "puppeteer-core/lib/esm/puppeteer/puppeteer-core.js"
     wanted = {"puppeteer": puppeteer.as_uri(), "chromium": CHROMIUM, "url": url, **wanted}
     done = subprocess.run(
@@ -143,7 +142,7 @@ def browse(packages: Path, url: str, **wanted: Any) -> dict[str, Any]:
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
-    assert found["errors"] == []
+    assert bool(found["errors"]) == fails, found["errors"]
     origin = url.split("?")[0]
     assert all(request.startswith((origin, "data:", "blob:")) for request in found["requests"]), "it works offline"
     return found
@@ -209,12 +208,8 @@ def test_pictures_of_a_decoder_and_a_sampler(packages: Path, tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
-    """A student of the built-in text-to-image teacher, untrained as in `digits_student`."""
-    teacher = load_teacher("scenes-text")
-    settings = dict(history_layers=2, heads="per_step", output="jump", text=teacher.text_source())
-    student = Student.from_teacher(teacher, teacher.grid(3, 6, teacher.shape_of(None, None)), **settings)
     folder = tmp_path_factory.mktemp("scenes") / "scenes"
-    export_pipeline(student.eval(), folder, form="step")
+    export_pipeline(scenes_student(), folder, form="step")
     return folder
 
 
@@ -244,8 +239,9 @@ const read = (name) => JSON.parse(readFileSync({json.dumps(str(tmp_path))} + '/t
 const tokenizer = new Tokenizer(read('tokenizer.json'), read('tokenizer_config.json'));
 console.log(JSON.stringify({json.dumps(cases)}.map(([settings, prompt]) => tokenNumbers(tokenizer, settings, prompt))));"""
     for found, (settings, prompt) in zip(json.loads(javascript(code)), cases, strict=True):
-        ids, mask = PromptEncoder(tmp_path, {}, None)._tokenize(settings, [prompt])
-        assert (found["ids"], found["given"]) == (ids[0].tolist(), mask[0].tolist()), (settings, prompt)
+        inputs = PromptEncoder(tmp_path, {}, lambda name: None).inputs(settings, [prompt])
+        wanted = (inputs["input_ids"][0].tolist(), inputs["attention_mask"][0].tolist())
+        assert (found["ids"], found["given"]) == wanted, (settings, prompt)
 
 
 @pytest.mark.slow
@@ -263,3 +259,33 @@ def test_pictures_of_prompts_are_those_of_python(scenes: Path, packages: Path):
         np.testing.assert_allclose(predictions(drawn)[-1], latents, rtol=0, atol=1e-3)
         for canvas, picture in zip(drawn["canvases"], expected, strict=True):
             assert np.abs(np.reshape(canvas, (*picture.shape[1:3], 4))[..., :3] - picture[0].astype(int)).max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd3", "qwen_image"])
+def test_several_text_encoders_and_templates(name: str, packages: Path, tmp_path: Path):
+    """SD3: three encoders, beside and below each other, and pooled embeddings. Qwen-Image: a template that is dropped."""
+    student, _ = tiny_text_student(name, tmp_path / "pipeline")
+    student.codec = LatentCodec(tmp_path / "pipeline" / "vae")
+    export_pipeline(student, tmp_path / "exported", form="step")
+    draws = [["a red circle above a blue square", "0"], ["The green square, " * 12, "5"]]
+    with served(tmp_path / "exported") as url:
+        found = browse(packages, url, draws=draws)
+    pipeline = OnnxPipeline(tmp_path / "exported", ["CPUExecutionProvider"], 1)
+    for drawn, (prompt, seed) in zip(found["drawn"], draws, strict=True):
+        expected = list(pipeline.stream([prompt], seed=int(seed)))
+        assert expected[-1].std() > 5
+        for canvas, picture in zip(drawn["canvases"], expected, strict=True):
+            assert np.abs(np.reshape(canvas, (*picture.shape[1:3], 4))[..., :3] - picture[0].astype(int)).max() <= 1
+
+
+@pytest.mark.slow
+def test_what_is_no_student_is_said_on_the_page(digits: Path, packages: Path, tmp_path: Path):
+    whole, cut, other = digits.read_bytes(), tmp_path / "cut.onnx", tmp_path / "other.onnx"
+    cut.write_bytes(whole[: len(whole) // 2])
+    other.write_text("<!doctype html>", encoding="utf-8")
+    export_onnx(tiny_student(2, history_layers=1), tmp_path / "latents.onnx", form="step")
+    messages = {cut: "this is no ONNX file", other: "this is no ", tmp_path / "latents.onnx": "export the student with --vae"}
+    for file, message in messages.items():
+        with served(file) as url:
+            assert message in browse(packages, url, draws=[], fails=True)["message"]

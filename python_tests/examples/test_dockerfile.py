@@ -116,7 +116,7 @@ def test_its_steps_make_a_service_that_draws_without_torch(tmp_path: Path) -> No
     export_onnx(digits_student(), steps.root / "student.onnx")
     assert steps.bash("python -c 'import torch'").returncode == 1
     assert steps.bash("python -m pyard doctor").returncode == 0
-    log = (tmp_path / "log").open("w")
+    log = (tmp_path / "log").open("w", encoding="utf-8")
     process = subprocess.Popen(steps.entrypoint, cwd=steps.here, env=steps.environment, stderr=log)
     try:
         answer = wait_for(f"http://127.0.0.1:{port}/image?label=3&seed=7", process)

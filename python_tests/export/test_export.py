@@ -180,19 +180,22 @@ def test_a_model_and_its_data_change_together(tmp_path: Path, monkeypatch: pytes
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", killed)
-    for last in range(3):
+    for last in range(4):  # the list of what is to go, configuration, data, model
         stop = last
         renames.clear()
         with pytest.raises(KeyboardInterrupt):
             export.export_onnx(other, path, external_data=True)
         assert np.array_equal(OnnxStudent(path).sample([1], noise=noise), before)
-    stop = 3
+    stop = 100
+    export.export_onnx(tiny_student(1, history_layers=0), path)
+    assert [file.name for file in tmp_path.glob("*.data")] == ["other.data"]  # those of the killed exports are gone
     renames.clear()
     export.export_onnx(other, path, external_data=True)
     assert renames[-1] == "student.onnx"
     assert not np.array_equal(OnnxStudent(path).sample([1], noise=noise), before)
     assert len(list(tmp_path.glob("*.data"))) == 2
     assert (tmp_path / "other.data").read_bytes() == b"precious"
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_file_that_is_no_model_is_not_overwritten(tmp_path: Path) -> None:

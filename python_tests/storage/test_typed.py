@@ -72,7 +72,7 @@ def test_students_made_with_numbers_of_numpy_can_be_saved(tmp_path):
         ({"batch_size": True}, "sample: batch_size is True; expected a whole number, or none"),
         ({"seed": "2"}, "sample: seed is '2'; expected a whole number, or a list of whole numbers"),
         ({"seed": None}, "sample: seed is None; expected a whole number"),
-        ({"dtype": "half"}, "sample: dtype is 'half'; expected one of float32, bfloat16, float16, or none"),
+        ({"dtype": "half"}, "sample: dtype is 'half'; expected one of float32, "),
         ({"dtype": "int64"}, "sample: dtype is 'int64'; expected one of"),
         ({"sample_shape": "2,8,8"}, "sample: sample_shape is '2,8,8'; expected a list of whole numbers, or none"),
         ({"labels": [True]}, "labels: found shape"),

@@ -197,6 +197,7 @@ def file(tmp_path: Path) -> Path:
     return saved(tmp_path, lightning_tensors(**{**EVERYTHING, "qk": "rms"}))
 
 
+@pytest.mark.slow
 def test_a_student_of_it_is_trained_drawn_and_exported(file: Path, tmp_path: Path):
     assert main(["convert", str(file), "--out", str(tmp_path / "teacher")]) == 0
     teacher = pyard.load_teacher(tmp_path / "teacher")

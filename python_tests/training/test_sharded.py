@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from training_runs import (
+    SETTINGS,
     assert_same_run,
     kill_and_resume,
     signal_at,
@@ -33,6 +34,7 @@ from pyard.models.student import Student
 from pyard.storage.checkpoints import Checkpoints
 from pyard.storage.log import read_log
 from pyard.teachers import load_teacher
+from pyard.training import train
 from pyard.training.processes import PREEMPTED_STATUS
 from pyard.training.regression import Regression
 from pyard.training.sharded import consolidate
@@ -215,6 +217,18 @@ def test_damaged_shards_are_named(folder):
         consolidate(folder / "run", folder / "whole")
 
 
-def test_one_process_is_refused(folder):
+def test_one_process_reads_what_several_have_finished_and_trains_nothing(folder):
     with pytest.raises(InputError, match="expected several processes"):
         train_in(folder, "run", parallel="fsdp")
+    settings = {**FSDP, "max_steps": 2, "lr_schedule": "constant"}
+    assert set(wait(start(folder, "run", 2, **settings))) == {0}
+    before = {file: file.read_bytes() for file in sorted((folder / "run" / "student").iterdir())}
+    train_in(folder, "run", **settings)
+    assert {file: file.read_bytes() for file in sorted((folder / "run" / "student").iterdir())} == before
+    student = train(folder / "teacher", folder / "store", out=folder / "run", **{**SETTINGS, **settings})
+    expected = load_file(folder / "run" / "student" / "model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in student.state_dict().items())
+    with pytest.raises(InputError, match="expected several processes"):
+        train_in(folder, "run", **{**settings, "max_steps": 3})
+    with pytest.raises(InputError, match="seed: 0 there, 1 now"):
+        train_in(folder, "run", **{**settings, "seed": 1})

@@ -22,6 +22,7 @@ from pyard.bench.quality.workshop import Workshop
 from pyard.cost.flops import without_weights
 from pyard.estimate.update_cost import stage_flops
 from pyard.models.folder import WEIGHTS_NAME
+from pyard.models.lora import add_lora
 from pyard.models.student import Student
 from pyard.models.student_config import StudentConfig
 from pyard.sampling.exposure_bias import exposure_bias
@@ -113,9 +114,12 @@ def training_flops(workshop: Workshop, settings: dict[str, Any], student: Studen
     config = TrainConfig.of({"teacher": "", "out": Path(), **settings})
     network = workshop.subject.teacher.network
     ghost = without_weights(network)
-    without = Student(student, *ghost.trunk.for_student(ghost.head)).requires_grad_(True)
-    without.conditions = workshop.conditions
-    return stage_flops(config, network, without)
+    made = Student(student, *ghost.trunk.for_student(ghost.head)).requires_grad_(True)
+    if student.base is not None:
+        add_lora(made, student.base.rank, student.base.heads)
+    conditions = workshop.conditions
+    one = conditions.take(range(min(conditions.count, config.batch_size))).index(slice(0, 1))  # as long as in a batch
+    return stage_flops(config, network, made, one)
 
 
 def read_result(path: Path) -> dict[str, Any] | None:

@@ -155,6 +155,8 @@ class Trunk(Backbone):
     """Everything of a DiT below its head: embeddings and blocks, for any number of steps."""
 
     config_class = DiTConfig
+    row_arguments = ("x", "condition", "modulation")
+    folds_steps = False
     config: DiTConfig
     pos_embed: torch.Tensor
 

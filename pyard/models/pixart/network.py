@@ -19,6 +19,7 @@ class PixArt(WrappedBackbone):
     """`PixArtTransformer2DModel`; condition: tokens, mask."""
 
     transformer_name = "PixArtTransformer2DModel"
+    row_arguments = ("hidden_states", "encoder_hidden_states", "encoder_attention_mask", "timestep")
     flow_time_scale = 1000.0
     attention_names = ("attn1",)
     output_places = {"norm_out": "norm_out", "scale_shift_table": "scale_shift_table", "proj_out": "proj_out"}  # noqa: RUF012

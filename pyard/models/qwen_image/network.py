@@ -23,6 +23,7 @@ class QwenImage(WrappedBackbone):
     """`QwenImageTransformer2DModel`; condition: tokens, mask and, where guidance is embedded, guidance."""
 
     transformer_name = "QwenImageTransformer2DModel"
+    row_arguments = ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "temb")
     unread_layers = ("attn.to_add_out", "txt_mlp")
     image_first = False
 

@@ -46,6 +46,7 @@ class WrappedBackbone(Backbone):
     """
 
     config_class: ClassVar[type[Any]] = WrappedConfig
+    row_arguments: ClassVar[tuple[str, ...] | None] = ("hidden_states", "encoder_hidden_states", "temb")
     transformer_name: ClassVar[str]
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     attention_names: ClassVar[tuple[str, ...]] = ("attn",)

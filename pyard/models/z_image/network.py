@@ -28,6 +28,7 @@ class ZImage(WrappedBackbone):
 
     config_class = ZImageConfig
     transformer_name = "ZImageTransformer2DModel"
+    row_arguments = ("x", "attn_mask", "freqs_cis", "adaln_input")
     block_lists = ("layers",)
     attention_names = ("attention",)
     output_places = {"final_layer": "all_final_layer.2-1"}  # noqa: RUF012

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from pyard.data.captioned_scenes.tokenizer import MAX_TOKENS
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.schedulers import build_scheduler, process_of
 from pyard.models.backbone import Denoiser
 from pyard.models.families import FAMILIES, import_network
 from pyard.storage.reading import read_object
-from pyard.teachers import pipeline_folder
+from pyard.teachers import SCENES_TEXT, pipeline_folder
 from pyard.teachers.text_to_image.encoding import TextShape
 from pyard.teachers.text_to_image.families import (
     INDEX_NAME,
@@ -67,8 +68,12 @@ class PipelineOutline(PipelineSettings):
     text: TextShape
 
     @classmethod
-    def read(cls, folder: Path) -> PipelineOutline:
+    def read(cls, folder: Path, max_sequence_length: int | None = None) -> PipelineOutline:
         """The pipeline of a folder, of which only the configuration files are read.
+
+        Args:
+            folder: of the pipeline.
+            max_sequence_length: limit of text tokens; None: the pipeline's.
 
         Raises:
             InputError: a pipeline that pyard does not know, or files that are missing or do not fit.
@@ -80,14 +85,15 @@ class PipelineOutline(PipelineSettings):
             component = component_class(index, name, folder)
             if component is not None and not name.startswith("tokenizer"):
                 encoders[name] = component[1], read_object(folder / name / "config.json", "the configuration of a text encoder")
-        return cls._of(str(folder), family, PipelineConfigs.read(folder), read_scheduler(folder), encoders)
+        configs, limit = PipelineConfigs.read(folder), max_sequence_length or family.max_sequence_length
+        return cls._of(str(folder), family, configs, read_scheduler(folder), encoders, limit)
 
     @classmethod
     def of_published(cls, found: PublishedPipeline) -> PipelineOutline:
         """A published pipeline, of which nothing is read."""
         configs = PipelineConfigs(found.transformer, found.vae)
-        scheduler = build_scheduler(dict(found.scheduler), found.name)
-        return cls._of(found.name, PIPELINES[found.pipeline], configs, scheduler, found.encoders)
+        scheduler, family = build_scheduler(dict(found.scheduler), found.name), PIPELINES[found.pipeline]
+        return cls._of(found.name, family, configs, scheduler, found.encoders, family.max_sequence_length)
 
     @classmethod
     def _of(
@@ -97,9 +103,9 @@ class PipelineOutline(PipelineSettings):
         configs: PipelineConfigs,
         scheduler: Any,
         encoders: Mapping[str, tuple[str, Mapping[str, Any]]],
+        limit: int,
     ) -> PipelineOutline:
         schedule, encode = process_of(scheduler), family.encode
-        limit = family.max_sequence_length
         if family.backbone == "sd3" and _T5 not in encoders:
             limit = encode.clip_tokens  # of zeros, in T5's place
         return cls(
@@ -150,7 +156,8 @@ def pipeline_outline(source: str | Path) -> PipelineOutline | None:
     """
     folder = pipeline_folder(source)
     if folder is not None:
-        return PipelineOutline.read(folder)
+        # No caption of the built-in teacher is longer, as `load_teacher` knows.
+        return PipelineOutline.read(folder, MAX_TOKENS if folder == SCENES_TEXT else None)
     if Path(source).exists():
         return None
     found = published_pipeline(str(source))
