@@ -12,6 +12,7 @@ from pyard.errors import InputError
 from pyard.teachers import published
 
 
+@pytest.mark.slow
 def test_a_run_adds_to_what_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

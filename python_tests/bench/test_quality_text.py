@@ -110,6 +110,7 @@ def test_scenes_follow_their_own_prompts_and_the_teachers_pictures_are_its_own(t
     assert min(errors) > 1e-4
 
 
+@pytest.mark.slow
 def test_every_setting_is_trained_measured_and_kept(workshop):
     cells = quick_plan([TEXT]).cells
     found = {cell.setting.name: run_cell(workshop, cell) for cell in cells}

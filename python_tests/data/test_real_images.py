@@ -211,6 +211,7 @@ def test_folders_that_are_not_the_classes_are_refused_with_the_map(folders, name
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_the_adversarial_stage_trains_on_a_folder_of_pictures(tmp_path):
     """The teacher's VAE encodes them, the run resumes from the shards, and two processes see what one sees."""
     teacher_and_store(tmp_path)

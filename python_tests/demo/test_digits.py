@@ -13,6 +13,7 @@ from pyard.demo.digits import demo
 from pyard.demo.figures import smooth
 
 
+@pytest.mark.slow
 def test_quick_demo_goes_all_the_way_and_a_second_run_does_nothing_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -60,6 +61,7 @@ def test_fresh_removes_the_demo_s_results_and_nothing_else(tmp_path: Path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_students_train_side_by_side(tmp_path: Path) -> None:
     """In processes of their own, one that follows another after it, to the same weights as in this process."""
     from dataclasses import replace

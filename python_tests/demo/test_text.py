@@ -14,6 +14,7 @@ from pyard.errors import InputError
 from pyard.evaluation.captioned_scenes import PromptSet, judge
 
 
+@pytest.mark.slow
 def test_every_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = demo(tmp_path, text=True, quick=True, progress=False)
     assert isinstance(rows, list)

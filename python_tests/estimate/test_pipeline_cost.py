@@ -143,6 +143,7 @@ def recipe_of(place: Path, teacher: Path, **settings: Any) -> Path:
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "settings"), [
     ("sd3", dict(history_layers=1)), ("qwen_image", dict(history_layers=0, output="jump")),
 ], ids=["sd3", "qwen_image"])  # fmt: skip

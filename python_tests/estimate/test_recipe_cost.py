@@ -183,6 +183,7 @@ def _peak_of_updates(recipe: str, checkpointing: bool, batch: int, queue: multip
     queue.put(_resident("VmHWM") - before)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_memory_is_that_of_a_run_on_the_digits(checkpointing, monkeypatch):

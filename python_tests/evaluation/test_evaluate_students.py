@@ -38,6 +38,7 @@ def student(teacher: NetworkTeacher) -> Student:
     return student.eval()
 
 
+@pytest.mark.slow
 def test_command_line_writes_the_same_numbers_as_the_function(
     teacher: NetworkTeacher, student: Student, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,6 +89,7 @@ def test_the_decoder_is_compared_with_the_codec(tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_command_line_chooses_the_vae(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own, other = plain_vae(), plain_vae(scaling_factor=0.6)
     student = tiny_student(1, history_layers=0)

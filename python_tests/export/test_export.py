@@ -138,6 +138,7 @@ def test_every_prediction_of_the_step_form_equals_pytorch(tmp_path: Path) -> Non
     assert all(relative_error(a, b) > 1e-2 for a, b in itertools.pairwise(streamed))
 
 
+@pytest.mark.slow
 def test_present_keys_are_only_those_that_the_mask_still_shows(tmp_path: Path) -> None:
     for mask, tokens in (({"mask": "causal"}, 48), ({"mask": "anchor"}, 16), ({"mask": "window", "window": 2}, 16)):
         student = tiny_student(4, history_layers=1, **mask)

@@ -179,6 +179,7 @@ def test_exports_to_onnx_as_plain_operators(name: str) -> None:
     torch.testing.assert_close(program(*inputs)[0], case.face(*inputs), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(library is None or len(library.instruction_sets) == 1, reason="one instruction set was compiled")
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_every_instruction_set_is_as_exact(isa: str) -> None:
