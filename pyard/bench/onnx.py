@@ -27,6 +27,7 @@ from pyard.models.backbone import Denoiser
 from pyard.models.student import Student
 from pyard.models.student_config import HISTORY_SWITCHED_OFF
 from pyard.storage.files import write_text
+from pyard.storage.reading import read_object
 from pyard.storage.typed import checked
 from pyard.teachers.network_teacher import NetworkTeacher
 from pyard.teachers.published import network_of
@@ -82,7 +83,7 @@ def bench_onnx(
             if name not in known:
                 raise InputError(f"bench onnx: unknown {name!r}; expected some of {', '.join(known)}")
     file = out / "onnx.json"
-    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    results = read_object(file) if file.exists() else {}
     for model in models:
         rows = _bench_model(model, batch_sizes, ways, rounds, threads, progress)
         results[model] = {"machine": _machine(threads), "rows": rows}

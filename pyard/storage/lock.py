@@ -15,6 +15,7 @@ import filelock
 
 from pyard.errors import InputError
 from pyard.storage.files import make_folder
+from pyard.storage.reading import read_object
 
 FOLDER = ".locks"
 
@@ -60,7 +61,7 @@ def only_one(folder: Path, work: str) -> Iterator[None]:
 
 def _said(holder: Path) -> str:
     try:
-        about = json.loads(holder.read_text("utf-8"))
+        about = read_object(holder)
         return f"process {about['process']} of {about['host']}, since {about['since']},"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, InputError, KeyError):
         return "another process"

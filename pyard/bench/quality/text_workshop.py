@@ -20,6 +20,7 @@ from pyard.data.captioned_scenes import SceneSetting, follow_prompts, scene_batc
 from pyard.diffusion.scheduler_times import Visits
 from pyard.evaluation.captioned_scenes import PromptSet, judge, shares
 from pyard.evaluation.scene_features import ObjectCounter
+from pyard.storage.arrays import read_npz
 from pyard.storage.files import new_file
 from pyard.teachers.guidance import endpoints
 from pyard.teachers.text_to_image.teacher import PipelineTeacher
@@ -127,9 +128,9 @@ class TextWorkshop(Workshop):
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(path.name + ".lock")):
             if path.exists():
-                with np.load(path) as file:
-                    if str(file["teacher"]) == self.teacher.fingerprint and len(file["pictures"]) == self.budget.samples:
-                        return np.asarray(file["pictures"])
+                kept = read_npz(path)
+                if str(kept["teacher"]) == self.teacher.fingerprint and len(kept["pictures"]) == self.budget.samples:
+                    return kept["pictures"]
             pictures = self._drawn(REFERENCES[name])
             with new_file(path) as partial, partial.open("wb") as file:
                 np.savez(file, pictures=pictures, teacher=np.array(self.teacher.fingerprint))
