@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from pyard.diffusion.noise import standard_normal
 from pyard.errors import InputError
 from pyard.runtime.device_buffers import run_on_device
-from pyard.runtime.onnx_student import OnnxStudent, Provider, choose_providers, open_session
+from pyard.runtime.onnx_student import OnnxStudent
 from pyard.runtime.pipeline_folder import CONFIG_NAME, Arrays, PictureSize, check_tensors, read_config
 from pyard.runtime.prompts import PromptEncoder
+from pyard.runtime.sessions import Provider, choose_providers, open_session
 from pyard.storage.typed import checked
 
 

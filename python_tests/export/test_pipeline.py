@@ -200,6 +200,8 @@ def test_damaged_folders_are_refused_in_one_line(exported: Path, tmp_path: Path)
         (whole.replace('"OnnxPipeline"', '"PixArtPipeline"'), "describes a PixArtPipeline"),
         (whole.replace('"format_version": 1', '"format_version": 7'), "has format version 7"),
         (whole.replace('"sizes"', '"seizes"').replace('"files"', '"flies"'), "is missing; export the student again"),
+        (whole.replace('"tokenizer/tokenizer.json"', '"../tokenizer.json"'), r"names '\.\./tokenizer.json'; expected files of"),
+        (whole.replace('"tokenizer/tokenizer.json"', '"/etc/passwd"'), "names '/etc/passwd'; expected files of its own folder"),
     ):
         config.write_text(text, encoding="utf-8")
         with pytest.raises(InputError, match=message):
