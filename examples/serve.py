@@ -10,26 +10,15 @@ curl 'http://127.0.0.1:8000/image?prompt=a+red+circle&seed=1' -o circle.png
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 
 import uvicorn
-from service.app import Limits, make_app
+from service.app import make_app
 from service.connections import ImpatientProtocol, listen
 from service.drawing import open_student
+from service.orders import add_limits, limits_of
 
 from pyard.errors import InputError
-
-HELP = {
-    "max_batch": "pictures that are drawn together",
-    "min_batch": "a smaller batch is filled with copies; with 2, equal requests give equal bytes",
-    "max_wait": "seconds that a request waits for others",
-    "max_queue": "pictures that may wait; more are answered 503",
-    "max_count": "pictures of one request",
-    "max_prompt": "characters of a prompt",
-    "max_request": "bytes of a request",
-    "time_limit": "seconds for an answer; then 504",
-}
 
 
 def main() -> None:
@@ -39,15 +28,13 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--threads", type=int, help="of one batch; onnxruntime's choice if not given")
     parser.add_argument("--patience", type=float, default=10.0, help="seconds that a client may take to send its request")
-    for name, text in HELP.items():
-        default = getattr(Limits, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{text} ({default})")
+    add_limits(parser)
     options = parser.parse_args()
     ImpatientProtocol.seconds = options.patience
     try:
         if not 0 < options.patience < float("inf"):
             raise InputError(f"--patience is {options.patience}; expected a number of seconds")
-        limits = Limits(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Limits)})
+        limits = limits_of(options)
         student = open_student(options.student, options.threads)
         app = make_app(student, limits)
         listening = listen(options.host, options.port)

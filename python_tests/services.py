@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import importlib
+import socket
 import sys
 import threading
 import time
@@ -54,8 +55,8 @@ def running(student: OnnxStudent | OnnxPipeline, **limits: Any) -> Iterator[int]
         assert not thread.is_alive()
 
 
-def wait_until(condition: Any) -> None:
-    deadline = time.monotonic() + 60
+def wait_until(condition: Any, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -68,3 +69,17 @@ def get(port: int, path: str) -> tuple[int, dict[str, str], bytes]:
     body = answer.read()
     connection.close()
     return answer.status, {name.lower(): value for name, value in answer.getheaders()}, body
+
+
+def answers(port: int) -> bool:
+    try:
+        return get(port, "/healthz")[0] == 200
+    except OSError:
+        return False
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port

@@ -1,14 +1,13 @@
 """The routes: /image, /healthz, /info and /metrics."""
 
-# No `from __future__ import annotations`: FastAPI reads annotations that name variables of the functions around them.
+# No `from __future__ import annotations`: FastAPI could not read annotations that name variables of a function.
 import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, HTTPException, Query, Request
+from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -16,44 +15,9 @@ from pyard.errors import InputError
 from pyard.runtime import OnnxPipeline, OnnxStudent
 from service.batches import Batches, Job
 from service.drawing import Drawer, png
+from service.orders import Limits, Order, order_type
 
 BOUNDARY = "picture"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the service takes on; the command line of `serve.py` has a flag for each.
-
-    Args:
-        max_batch: pictures that are drawn together.
-        min_batch: see `Drawer`.
-        max_wait: seconds that the first of a batch waits for others.
-        max_queue: pictures that may wait; a request for more is answered 503 at once.
-        max_count: pictures of one request.
-        max_prompt: characters of a prompt.
-        max_request: bytes of a request: its address, headers and body.
-        time_limit: seconds from a request to its whole answer; then it is answered 504.
-    """
-
-    max_batch: int = 8
-    min_batch: int = 2
-    max_wait: float = 0.01
-    max_queue: int = 64
-    max_count: int = 4
-    max_prompt: int = 1000
-    max_request: int = 16384
-    time_limit: float = 60.0
-
-    def __post_init__(self) -> None:
-        for name, least in dict(
-            max_batch=1, min_batch=1, max_wait=0, max_queue=1, max_count=1, max_prompt=1, max_request=256
-        ).items():
-            if not least <= getattr(self, name) < float("inf"):
-                raise InputError(f"{name} is {getattr(self, name)}; expected at least {least}")
-        if not 0 < self.time_limit < float("inf"):
-            raise InputError(f"time_limit is {self.time_limit}; expected a number of seconds")
-        if self.max_count > self.max_queue:
-            raise InputError(f"max_count is {self.max_count}, max_queue {self.max_queue}; expected no more than can wait")
 
 
 class Metrics:
@@ -71,31 +35,6 @@ class Metrics:
     def drawn(self, size: int, seconds: float) -> None:
         self.batch.observe(size)
         self.draw_seconds.observe(seconds)
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a request asks for."""
-
-    what: int | str
-    seed: int
-    count: int
-
-
-def order_type(drawer: Drawer, limits: Limits) -> Callable[..., Order]:
-    """A function whose arguments are the fields of a request, as FastAPI reads them."""
-    counts = Query(ge=1, le=limits.max_count, description="pictures, side by side")
-
-    def of_label(label: int, seed: int = 0, count: Annotated[int, counts] = 1) -> Order:
-        drawer.check(label)
-        return Order(label, seed, count)
-
-    def of_prompt(
-        prompt: Annotated[str, Query(max_length=limits.max_prompt)], seed: int = 0, count: Annotated[int, counts] = 1
-    ) -> Order:
-        return Order(prompt, seed, count)
-
-    return of_label if drawer.takes == "label" else of_prompt
 
 
 def make_app(student: OnnxStudent | OnnxPipeline, limits: Limits | None = None) -> FastAPI:
@@ -134,8 +73,10 @@ def make_app(student: OnnxStudent | OnnxPipeline, limits: Limits | None = None) 
                 metrics.requests.labels(status).inc()
                 metrics.seconds.observe(time.perf_counter() - begin)
 
+    read_order = order_type(drawer.num_classes, limits)
+
     @app.get("/image", response_class=Response, responses={200: {"content": {"image/png": {}}}, 400: {}, 503: {}, 504: {}})
-    async def image(order: Annotated[Order, Depends(order_type(drawer, limits))], previews: bool = False) -> Response:
+    async def image(order: Annotated[Order, Depends(read_order)], previews: bool = False) -> Response:
         """Pictures of a class or a prompt. With `previews`, a new part replaces the last one after each step."""
         if previews and not drawer.has_previews:
             raise InputError("previews need a student that was exported with --form step, or a folder with --form both")

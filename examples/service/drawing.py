@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pyard.diffusion.noise import check_labels, standard_normal
+from pyard.diffusion.noise import standard_normal
 from pyard.errors import InputError
 from pyard.runtime import OnnxPipeline, OnnxStudent
 
@@ -31,7 +31,7 @@ class Drawer:
             more, so with 2 equal requests give equal bytes, whatever else is in their batches.
 
     Attributes:
-        takes: `label` or `prompt`.
+        num_classes: of the student; None: it takes prompts.
         steps: of a picture, and so the number of its previews.
 
     Raises:
@@ -42,7 +42,7 @@ class Drawer:
         self.student, self.min_batch = student, min_batch
         if isinstance(student, OnnxPipeline):
             student.encode([""])  # text encoders are there, or their absence is known before the service runs
-            self.takes, self.steps = "prompt", student.num_steps
+            self.num_classes, self.steps = None, student.num_steps
             self.sample_shape, self.has_previews = student.sizes[0].sample_shape, student.sizes[0].step is not None
             return
         info = student.info
@@ -53,7 +53,7 @@ class Drawer:
             )
         if not info.pictures and info.output_shape[0] not in (1, 3):
             raise InputError(f"{student.path} draws latents of {info.output_shape[0]} channels; export it with --vae")
-        self.takes, self.steps = "label", info.num_steps
+        self.num_classes, self.steps = info.num_classes, info.num_steps
         self.sample_shape, self.has_previews = info.sample_shape, info.form == "step"
 
     def about(self) -> dict[str, Any]:
@@ -61,11 +61,6 @@ class Drawer:
         if isinstance(self.student, OnnxStudent):
             return dataclasses.asdict(self.student.info)
         return {name: value for name, value in self.student.config.items() if name not in ("files", "text")}
-
-    def check(self, what: int | str) -> None:
-        """Raises InputError if the student has no such class."""
-        if isinstance(self.student, OnnxStudent):
-            check_labels([what], self.student.info.num_classes)
 
     def noise(self, seed: int, index: int) -> Noise:
         """Noise number `index` of a seed, [1, C, h, w]; InputError: the seed is out of range."""

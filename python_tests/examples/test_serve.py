@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from factories import tiny_student
 from PIL import Image
-from services import EXAMPLE, app, connections, get, grey_student, running, wait_until
+from services import EXAMPLE, answers, app, connections, free_port, get, grey_student, running, wait_until
 
 from pyard.errors import InputError
 from pyard.export import export_onnx
@@ -209,9 +209,7 @@ def test_a_busy_port_and_a_missing_model_are_one_line(path: Path, tmp_path: Path
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGTERM")
 def test_the_script_answers_what_it_took_when_it_is_told_to_stop(path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, str(EXAMPLE), str(path), "--port", str(port), "--max-wait", "3"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
@@ -229,13 +227,6 @@ def test_the_script_answers_what_it_took_when_it_is_told_to_stop(path: Path) -> 
     assert body.startswith(b"\x89PNG")
     assert process.returncode in (0, -signal.SIGTERM)
     assert "sampler of 2 steps, fp32, on CPUExecutionProvider" in output
-
-
-def answers(port: int) -> bool:
-    try:
-        return get(port, "/healthz")[0] == 200
-    except OSError:
-        return False
 
 
 def test_it_needs_no_torch(path: Path) -> None:
