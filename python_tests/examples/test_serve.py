@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import http.client
-import importlib.util
 import io
 import json
+import math
 import os
 import signal
 import socket
@@ -13,33 +12,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from factories import randomise, tiny_student, tiny_teacher
+from factories import tiny_student
 from PIL import Image
+from services import EXAMPLE, answers, app, connections, free_port, get, grey_student, running, wait_until
 
-import pyard
 from pyard.errors import InputError
 from pyard.export import export_onnx
-from pyard.models.student import Student
 from pyard.runtime import OnnxStudent
-
-pytest.importorskip("fastapi", reason="the extra 'serve' is not installed: pip install '.[serve]'")
-uvicorn = pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed: pip install '.[serve]'")
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "serve.py"
-spec = importlib.util.spec_from_file_location("serve", EXAMPLE)
-assert spec is not None
-assert spec.loader is not None
-serve: Any = importlib.util.module_from_spec(spec)
-sys.modules["serve"] = serve  # its dataclass looks its own annotations up there
-spec.loader.exec_module(serve)
 
 
 @pytest.fixture(scope="module")
@@ -47,45 +32,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("serve") / "student.onnx"
     export_onnx(grey_student(), file)
     return file
-
-
-def grey_student() -> Student:
-    teacher = tiny_teacher(in_channels=1)
-    student = Student.from_teacher(teacher, pyard.TimeGrid.build(teacher.schedule, 2), history_layers=1)
-    randomise(student, 1)
-    return student.eval()
-
-
-@contextmanager
-def running(student: OnnxStudent, **limits: Any) -> Iterator[int]:
-    """The service on a port of the loopback."""
-    config = uvicorn.Config(serve.make_app(student, **limits), port=0, log_level="warning", http=serve.ImpatientProtocol)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        wait_until(lambda: server.started)
-        yield server.servers[0].sockets[0].getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join(60)
-        assert not thread.is_alive()
-
-
-def wait_until(condition: Any) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def get(port: int, path: str) -> tuple[int, dict[str, str], bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("GET", path)
-    answer = connection.getresponse()
-    body = answer.read()
-    connection.close()
-    return answer.status, {name.lower(): value for name, value in answer.getheaders()}, body
 
 
 def test_concurrent_requests_are_drawn_together_and_each_gets_its_own(path: Path) -> None:
@@ -141,7 +87,7 @@ class Held(OnnxStudent):
 
 
 def test_a_full_queue_is_said_at_once(path: Path) -> None:
-    with running(Held(path), max_batch=1, max_queue=2) as port, ThreadPoolExecutor(3) as pool:
+    with running(Held(path), max_batch=1, max_queue=2, max_count=1) as port, ThreadPoolExecutor(3) as pool:
         first = pool.submit(get, port, "/image?label=0")
         assert Held.started.wait(60)
         waiting = [pool.submit(get, port, "/image?label=1") for _ in range(2)]
@@ -149,7 +95,7 @@ def test_a_full_queue_is_said_at_once(path: Path) -> None:
         status, headers, body = get(port, "/image?label=2")
         assert status == 503
         assert headers["retry-after"] == "1"
-        assert b"2 requests are waiting" in body
+        assert b"2 pictures are waiting, of at most 2" in body
         Held.allowed.set()
         assert [done.result()[0] for done in (first, *waiting)] == [200, 200, 200]
 
@@ -175,13 +121,21 @@ def test_a_failed_batch_does_not_end_the_service(path: Path) -> None:
 def test_latents_are_refused(tmp_path: Path) -> None:
     export_onnx(tiny_student(1, history_layers=0), tmp_path / "student.onnx")
     with pytest.raises(InputError, match="latents of 2 channels; export it with --vae"):
-        serve.make_app(OnnxStudent(tmp_path / "student.onnx"))
+        app.make_app(OnnxStudent(tmp_path / "student.onnx"))
 
 
-def test_limits_that_are_none_are_refused(path: Path) -> None:
-    for limits in (dict(max_batch=0), dict(max_queue=0), dict(max_wait=-1.0)):
-        with pytest.raises(InputError, match="expected at least 1, 1 and 0"):
-            serve.make_app(OnnxStudent(path), **limits)
+def test_limits_that_are_none_are_refused() -> None:
+    for limits, message in (
+        (dict(max_batch=0), "max_batch is 0; expected at least 1"),
+        (dict(max_queue=0), "max_queue is 0; expected at least 1"),
+        (dict(max_wait=-1.0), "max_wait is -1.0; expected at least 0"),
+        (dict(max_wait=math.nan), "max_wait is nan"),
+        (dict(max_request=10), "max_request is 10; expected at least 256"),
+        (dict(time_limit=0.0), "time_limit is 0.0; expected a number of seconds"),
+        (dict(max_count=5, max_queue=4), "max_count is 5, max_queue 4"),
+    ):
+        with pytest.raises(InputError, match=message):
+            app.Limits(**limits)
 
 
 def closed_after(port: int, *pieces: bytes, pause: float = 0.0) -> tuple[float, bytes]:
@@ -205,7 +159,7 @@ def closed_after(port: int, *pieces: bytes, pause: float = 0.0) -> tuple[float, 
 
 
 def test_half_a_request_is_not_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve.ImpatientProtocol, "seconds", 0.5)
+    monkeypatch.setattr(connections.ImpatientProtocol, "seconds", 0.5)
     whole = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
     with running(OnnxStudent(path)) as port:
         for pieces in ((), (whole[:20],), (whole[:-2],)):
@@ -221,7 +175,7 @@ def test_half_a_request_is_not_waited_for(path: Path, monkeypatch: pytest.Monkey
 
 
 def test_an_answer_may_take_longer_than_a_request(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve.ImpatientProtocol, "seconds", 0.2)
+    monkeypatch.setattr(connections.ImpatientProtocol, "seconds", 0.2)
     Held.allowed.clear()
     with running(Held(path)) as port, ThreadPoolExecutor(1) as pool:
         answer = pool.submit(get, port, "/image?label=0")
@@ -255,9 +209,7 @@ def test_a_busy_port_and_a_missing_model_are_one_line(path: Path, tmp_path: Path
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGTERM")
 def test_the_script_answers_what_it_took_when_it_is_told_to_stop(path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, str(EXAMPLE), str(path), "--port", str(port), "--max-wait", "3"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
@@ -277,17 +229,11 @@ def test_the_script_answers_what_it_took_when_it_is_told_to_stop(path: Path) -> 
     assert "sampler of 2 steps, fp32, on CPUExecutionProvider" in output
 
 
-def answers(port: int) -> bool:
-    try:
-        return get(port, "/healthz")[0] == 200
-    except OSError:
-        return False
-
-
 def test_it_needs_no_torch(path: Path) -> None:
     code = (
-        f"import runpy, sys; serve = runpy.run_path({str(EXAMPLE)!r}); from pyard.runtime import OnnxStudent; "
-        f"serve['png'](OnnxStudent({str(path)!r}).sample([1])[0]); sys.exit('torch' in sys.modules)"
+        f"import sys; sys.path.insert(0, {str(EXAMPLE.parent)!r}); import serve; from service.drawing import Drawer, png; "
+        f"drawer = Drawer(serve.open_student({str(path)!r})); png(*drawer.draw([1], drawer.noise(0, 0))); "
+        "sys.exit('torch' in sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
