@@ -58,8 +58,11 @@ wheels: $(INSTALLED) ## Build the wheels of pyard-distill and pyard-runtime in d
 		-w dist build/wheels/pyard_distill-*.whl; else cp build/wheels/pyard_distill-*.whl dist; fi
 	@ls -l dist
 
+# The extra `docs` of pyproject.toml, without building pyard again.
+DOCS_TOOLS := 'mkdocs-material>=9.7' 'mkdocstrings[python]>=1.0' 'nbclient>=0.10' 'ipykernel>=6.29'
 docs: $(INSTALLED) ## Build the documentation as a site, in build/site
-	@$(RUN) mkdocs --version > /dev/null 2>&1 || $(RUN) pip install -q -c $(PINS) 'mkdocs-material>=9.7' 'mkdocstrings[python]>=1.0'
+	@$(VENV)/bin/python -c 'import material, mkdocstrings, nbclient, ipykernel' 2>/dev/null \
+		|| $(RUN) pip install -q -c $(PINS) $(DOCS_TOOLS)
 	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build -q --strict
 	@echo "build/site/index.html"
 

@@ -14,13 +14,15 @@ from diffusers.utils.torch_utils import randn_tensor
 from pyard.conditions import Condition
 from pyard.errors import InputError
 from pyard.models.backbone import Backbone
+from pyard.models.card import CARD_NAME, may_write_card, student_card
 from pyard.models.codec import AUTOENCODERS, LatentCodec, require_latent_codec
-from pyard.models.hub import local_folder
+from pyard.models.hub import local_folder, push_folder
 from pyard.models.pretrained import check_model_folder
 from pyard.models.student import Student
 from pyard.models.student_config import TextSource
 from pyard.sampling.draw import condition_numbers as numbers_of
 from pyard.sampling.prompts import encode_prompts, shape_of_pixels, text_encoder_of
+from pyard.storage.files import write_text
 from pyard.storage.reading import read_object
 from pyard.teachers.text_to_image import PIPELINES, PipelineTextEncoder
 
@@ -51,7 +53,7 @@ class StudentModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """Write the student's folder, with all weights, and without its VAE, which is a component of its own."""
         codec, self.student.codec = self.student.codec, None
         try:
-            self.student.save_pretrained(save_directory, merge=True)
+            self.student.save_named(save_directory, merge=True, card=False)
         finally:
             self.student.codec = codec
 
@@ -166,6 +168,56 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path}: diffusers cannot read this pipeline: {' '.join(str(error).split())[:400]}") from None
+
+    def save_pretrained(
+        self, save_directory: str | Path, *arguments: Any, push_to_hub: bool = False, repo_id: str | None = None, **options: Any
+    ) -> None:
+        """Write the pipeline's folder with a model card; a README.md in it that pyard did not write stays.
+
+        Args:
+            save_directory: the folder.
+            arguments, options: of `diffusers.DiffusionPipeline.save_pretrained`.
+            push_to_hub: upload it as well, see `push_to_hub`.
+            repo_id: where to; None: the folder's name, in your namespace.
+        """
+        folder = Path(save_directory)
+        upload = {key: options.pop(key) for key in ("private", "token", "commit_message", "create_pr") if key in options}
+        self._save(folder, None, *arguments, **options)
+        if push_to_hub:
+            self.push_to_hub(repo_id or folder.name, **upload)
+
+    def _save(self, folder: Path, name: str | None, *arguments: Any, **options: Any) -> None:
+        super().save_pretrained(str(folder), *arguments, **options)
+        if may_write_card(folder):
+            write_text(folder / CARD_NAME, student_card(self.student.student, name, pipeline=True))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        **options: Any,
+    ) -> str:
+        """Upload the pipeline's folder to the Hugging Face hub; returns the address of the commit.
+
+        Args:
+            repo_id: `owner/name`; made if there is none. A README.md in it that pyard did not write stays.
+            commit_message: None: "Upload ARDPipeline".
+            private: of a new repository; None: the owner's default.
+            token: of the hub; None: that of `hf auth login`.
+            create_pr: open a pull request instead of committing.
+            options: of `diffusers.DiffusionPipeline.save_pretrained`.
+        """
+        return push_folder(
+            lambda folder, name: self._save(folder, name, **options),
+            repo_id,
+            private=private,
+            token=token,
+            message=commit_message or "Upload ARDPipeline",
+            create_pr=create_pr,
+        )
 
     @torch.no_grad()
     def __call__(

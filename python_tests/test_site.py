@@ -15,7 +15,7 @@ from pyard.cli.command_line import COMMANDS, command_line_face
 from pyard.cli.flags import flags_of, read_flags
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("dit-to-fid.md", "clusters.md")
+PAGES = ("dit-to-fid.md", "clusters.md", "lora-four-steps.md", "ship-it.md", "out-of-memory.md", "resume.md", "recipes.md")
 
 
 def code_of(page: str, language: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def on_files(files: Files, config: Any) -> Files:
     pages = {
         "commands.md": commands(),
         "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
-        "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("](docs/", "]("),
+        **contributing(),
         "results.md": results(),
         "gpu.md": (ROOT / "benchmarks/GPU.md").read_text(encoding="utf-8"),
     }
@@ -43,10 +44,26 @@ def commands() -> str:
     parts = ["# Commands", "Flags can come from a YAML file (`--config`); those on the command line win."]
     for name in COMMANDS:
         printed = io.StringIO()
+        os.environ["COLUMNS"] = "100"
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
             main([*name.split(), "--help"])
-        parts += [f"## pyard {name}", f"```text\n{printed.getvalue().rstrip()}\n```"]
+        parts += [f"## pyard {name}", f"```text\n{plain(printed.getvalue())}\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def plain(text: str) -> str:
+    """Without the escape sequences of terminals."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f]", "", text).rstrip()
+
+
+def contributing() -> dict[str, str]:
+    """CONTRIBUTING.md, and its recipe for an operator as a page of its own."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("](docs/", "](")
+    before, operator = text.split("## Adding an operator\n")
+    return {
+        "contributing.md": f"{before}## Adding an operator\n\nThe recipe has [a page of its own](add-operator.md).\n",
+        "add-operator.md": f"# Add an operator\n{operator}",
+    }
 
 
 def results() -> str:

@@ -17,6 +17,7 @@ from pyard.diffusion.solvers import Solver
 from pyard.errors import InputError
 from pyard.evaluation.by_prompts import ByPrompts
 from pyard.evaluation.candidates import loaded_student, student_candidate, teacher_row
+from pyard.evaluation.card_scores import record_in_folders
 from pyard.evaluation.feature_file import FeatureSettings, FileFeatures, require_feature_file
 from pyard.evaluation.features import FeatureNetwork, digits_classifier
 from pyard.evaluation.images import SampleFile
@@ -70,7 +71,8 @@ def evaluate(
 
     Without a feature network of yours, Fréchet distances are taken in the features of a small classifier trained on
     scikit-learn's digits; they tell students of the digits apart and compare with no published FID. docs/evaluation.md says
-    what each number is, and how to get FID, sFID, Inception Score, precision and recall by ADM's protocol.
+    what each number is, and how to get FID, sFID, Inception Score, precision and recall by ADM's protocol. The scores are
+    also written into the model cards in the students' folders.
 
     Example: pyard evaluate --students runs/step-distillation runs/ard runs/ard/student.onnx --out quality.json
 
@@ -198,6 +200,7 @@ def evaluate(
         evaluation = by_prompts.finish(evaluation, teacher)
     if out is not None:
         evaluation.save(out)  # before it is printed: a terminal may be gone, or know ASCII alone
+    record_in_folders(evaluation, sources, loaded)
     print(evaluation.table())
     return evaluation
 

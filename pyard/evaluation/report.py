@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,9 +102,7 @@ class Evaluation:
 
     def table(self) -> str:
         """The rows as text, one column each measure, and a line on what each column is."""
-        columns = {key: text for key, text in COLUMNS.items() if any(getattr(row, key) is not None for row in self.rows)}
-        cells = [["", *(short for short, _ in columns.values())]]
-        cells += [[row.name, *(_format(key, getattr(row, key)) for key in columns)] for row in self.rows]
+        columns, cells = self._columns(), self.cells()
         widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
         lines = [
             "  ".join([line[0].ljust(widths[0]), *(line[i].rjust(widths[i]) for i in range(1, len(widths)))]) for line in cells
@@ -120,6 +119,15 @@ class Evaluation:
                 *legend,
             ]
         )
+
+    def cells(self, without: Sequence[str] = ()) -> list[list[str]]:
+        """The table's cells by rows, the first of them headings; `without` names measures to leave out."""
+        columns = {key: text for key, text in self._columns().items() if key not in without}
+        head = ["", *(short for short, _ in columns.values())]
+        return [head, *([row.name, *(_format(key, getattr(row, key)) for key in columns)] for row in self.rows)]
+
+    def _columns(self) -> dict[str, tuple[str, str]]:
+        return {key: text for key, text in COLUMNS.items() if any(getattr(row, key) is not None for row in self.rows)}
 
     def _exposure_lines(self) -> list[str]:
         biases = {row.name: row.exposure_bias for row in self.rows if row.exposure_bias is not None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,17 @@ def save_folder(
     *,
     kind: str,
     beside: Callable[[Path], None] | None = None,
+    also_owned: Sequence[str] = (),
 ) -> None:
-    """Write a model folder; `kind` is the class that reads it, kept as diffusers' `_class_name`; `beside` adds files.
+    """Write a model folder; `kind` is the class that reads it, kept as diffusers' `_class_name`; `beside` adds files,
+    and `also_owned` names those of them that a later save replaces or removes.
 
     In a folder that is there, the files of a model are replaced and all others stay; see `new_folder`.
     """
     # Here, since a machine that only computes with models may have no safetensors.
     from safetensors.torch import save_file
 
-    with new_folder(path, owned=(CONFIG_NAME, WEIGHTS_NAME, codec.FOLDER, table.FOLDER)) as folder:
+    with new_folder(path, owned=(CONFIG_NAME, WEIGHTS_NAME, codec.FOLDER, table.FOLDER, *also_owned)) as folder:
         (folder / CONFIG_NAME).write_text(json.dumps({"_class_name": kind, **config}, indent=2) + "\n", encoding="utf-8")
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_NAME)
         if beside is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyard.errors import InputError
+from pyard.models.card import CARD_NAME, is_own_card
 
 
 def local_folder(source: str | Path, **options: Any) -> Path:
@@ -35,8 +36,24 @@ def local_folder(source: str | Path, **options: Any) -> Path:
         ) from None
 
 
-def push_folder(save: Callable[[Path], None], repo_id: str, *, private: bool | None, token: str | None) -> str:
-    """Upload what `save` writes into a folder as one commit; the repository is made if there is none.
+def push_folder(
+    save: Callable[[Path, str], None],
+    repo_id: str,
+    *,
+    private: bool | None,
+    token: str | None,
+    message: str = "Upload a model of pyard",
+    create_pr: bool = False,
+) -> str:
+    """Upload a folder as one commit; the repository is made if there is none.
+
+    Args:
+        save: writes the folder, given its path and the repository's name.
+        repo_id: `owner/name`; a README.md in it that pyard did not write stays.
+        private: of a new repository; None: the owner's default.
+        token: of the hub; None: that of `hf auth login`.
+        message: of the commit.
+        create_pr: open a pull request.
 
     Returns:
         The address of the commit.
@@ -47,5 +64,12 @@ def push_folder(save: Callable[[Path], None], repo_id: str, *, private: bool | N
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "model"
-        save(folder)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a model of pyard").commit_url)
+        save(folder, repo_id)
+        if api.file_exists(repo_id, CARD_NAME) and not is_own_card(_text(api.hf_hub_download(repo_id, CARD_NAME))):
+            (folder / CARD_NAME).unlink(missing_ok=True)
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, create_pr=create_pr)
+        return str(commit.commit_url)
+
+
+def _text(file: str) -> str:
+    return Path(file).read_text(encoding="utf-8", errors="replace")

@@ -23,8 +23,10 @@ from pyard.diffusion.time_grid import Target, TimeGrid
 from pyard.errors import InputError
 from pyard.models.backbone import Backbone, Denoiser, StepHeads
 from pyard.models.base import read_base
+from pyard.models.card import SCORES_NAME, drop_foreign_scores, read_scores, write_card
 from pyard.models.codec import Codec, LatentCodec
 from pyard.models.families import backbone_class
+from pyard.models.fingerprint import weights_digest
 from pyard.models.folder import load_folder, require_sizes, save_folder
 from pyard.models.history import History, HistoryCache, PreallocatedCache
 from pyard.models.hub import local_folder, push_folder
@@ -69,6 +71,7 @@ class Student(nn.Module):
         codec: the VAE that turns its samples into images, if the teacher had one.
         conditions: what it can be asked for; None: it takes conditions as tensors alone.
         lora: low-rank additions that it has (`pyard.models.lora.add_lora`); None: none.
+        scores: what `pyard.evaluate` measured of these weights, for the model card; None: nothing.
     """
 
     embed_times: torch.Tensor
@@ -83,6 +86,7 @@ class Student(nn.Module):
         self.codec: Codec | None = None
         self.conditions: Conditions | None = None
         self.lora: LoraSettings | None = None
+        self.scores: dict[str, Any] | None = None
         if self.trunk.num_classes is not None:
             classes = self.trunk.num_classes
             self.conditions = ClassConditions(classes, config.class_names, has_null=self.trunk.has_null_class)
@@ -283,7 +287,9 @@ class Student(nn.Module):
         return student
 
     def save_pretrained(self, path: str | Path, *, merge: bool = False) -> None:
-        """Write `config.json`, `model.safetensors` and, with a codec, `vae/`; an interrupted write leaves the old folder.
+        """Write `config.json`, `model.safetensors`, a model card and, with a codec, `vae/`.
+
+        An interrupted write leaves the old folder; a README.md that pyard did not write stays.
 
         Low-rank additions are added to the weights, unless the student names a base (`StudentConfig.base`): then only what was
         trained is written, and `from_pretrained` reads the base from where it is.
@@ -292,35 +298,46 @@ class Student(nn.Module):
             path: the folder.
             merge: write all weights, additions included, of a student that names a base, too.
         """
+        self.save_named(path, merge=merge)
+
+    def save_named(self, path: str | Path, name: str | None = None, *, merge: bool = False, card: bool = True) -> None:
+        """As `save_pretrained`; the card's lines load `name`, a repository on the hub. Without `card` there is none."""
+        drop_foreign_scores(self)
         if self.lora is None:
-            self.write_folder(path, self.state_dict())
+            self.write_folder(path, self.state_dict(), name=name, card=card)
         elif self.config.base is not None and not merge:
-            self.write_folder(path, tensors_of(self))
+            self.write_folder(path, tensors_of(self), name=name, card=card)
         else:
             whole = merged(self)
             whole.config = dataclasses.replace(self.config, base=None)
-            whole.write_folder(path, whole.state_dict())
+            if whole.scores is not None:
+                whole.scores = {**whole.scores, "weights": weights_digest(whole)}  # the same function
+            whole.write_folder(path, whole.state_dict(), name=name, card=card)
 
-    def write_folder(self, path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
+    def write_folder(
+        self, path: str | Path, tensors: dict[str, torch.Tensor], *, name: str | None = None, card: bool = True
+    ) -> None:
         """Write a folder of this student with these tensors, such as trained ones that were gathered from shards."""
+        path = Path(path)
 
         def beside(folder: Path) -> None:
             if self.codec is not None:
                 self.codec.save(folder)
             if self.conditions is not None and self.config.text is None:  # which finds any prompt's embedding itself
                 save_conditions(self.conditions, folder)
+            write_card(self, folder, path if card else None, name)
 
-        save_folder(Path(path), self.config.to_json(), tensors, kind="Student", beside=beside)
+        save_folder(path, self.config.to_json(), tensors, kind="Student", beside=beside, also_owned=[SCORES_NAME])
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Upload the student's folder to the Hugging Face hub; returns the address of the commit.
 
         Args:
-            repo_id: `owner/name`; made if there is none.
+            repo_id: `owner/name`; made if there is none. A README.md in it that pyard did not write stays.
             private: of a new repository; None: the owner's default.
             token: of the hub; None: that of `hf auth login`.
         """
-        return push_folder(self.save_pretrained, repo_id, private=private, token=token)
+        return push_folder(self.save_named, repo_id, private=private, token=token)
 
     @classmethod
     def from_pretrained(
@@ -361,4 +378,5 @@ class Student(nn.Module):
                 student.load_state_dict(tensors, assign=True)
         student.codec = LatentCodec.beside(folder, path)
         student.conditions = student.conditions or load_conditions(folder, path)
+        student.scores = read_scores(folder)
         return student.eval()

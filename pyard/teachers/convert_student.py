@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pyard.diffusion.scheduler_solvers import load_scheduler
 from pyard.errors import InputError
+from pyard.models.card import CARD_NAME, may_write_card
 from pyard.models.folder import CONFIG_NAME, WEIGHTS_NAME
 from pyard.models.hub import local_folder
 from pyard.models.lora import merge_lora
@@ -31,7 +32,7 @@ from pyard.teachers.text_to_image.model_card import Card, Kind
 from pyard.teachers.text_to_image.pipelines import PIPELINES
 from pyard.teachers.text_to_image.stock_sampling import StockSampling, stock_sampling
 
-_CARD, _SCHEDULER = "README.md", "scheduler"
+_SCHEDULER = "scheduler"
 _TRANSFORMER = "diffusion_pytorch_model"
 # What stock sampling with a velocity or noise network is, and nothing else.
 _STOCK = {"history_layers": 0, "output": "jump", "heads": "shared", "target": "state"}
@@ -84,7 +85,7 @@ def convert_student(
         kind, out, student.config, text, family, backbone.transformer_name, base, sampling, _dtype(student), _sizes(student),
         tuple(about), hasattr(_pipeline_class(family.pipeline), "load_lora_into_text_encoder"),
     )  # fmt: skip
-    owned = {CONFIG_NAME, LORA_NAME, *ADAPTER_NAMES, _CARD, _SCHEDULER, *(p.name for p in out.glob(f"{_TRANSFORMER}*"))}
+    owned = {CONFIG_NAME, LORA_NAME, *ADAPTER_NAMES, _SCHEDULER, *(p.name for p in out.glob(f"{_TRANSFORMER}*"))}
     with new_folder(out, owned=owned) as building:
         if additions is None:
             save_transformer(student, building)
@@ -93,8 +94,10 @@ def convert_student(
         else:
             save_adapter(additions, building)
         sampling.scheduler.save_pretrained(str(building / _SCHEDULER))
-        (building / _CARD).write_text(card.render(), encoding="utf-8")
-    _report(out, card, additions, sampling)
+        writes_card = may_write_card(out)
+        if writes_card:
+            (building / CARD_NAME).write_text(card.render(), encoding="utf-8")
+    _report(out, card, additions, sampling, writes_card)
 
 
 def _check(config: StudentConfig, source: str | Path) -> TextSource:
@@ -154,13 +157,16 @@ def _about(additions: LowRank) -> str:
     return f"{said}; relative error of the student's difference from its base {additions.error:.1g}"
 
 
-def _report(out: Path, card: Card, additions: LowRank | None, sampling: StockSampling) -> None:
+def _report(out: Path, card: Card, additions: LowRank | None, sampling: StockSampling, has_card: bool) -> None:
     size = format_bytes(sum(file.stat().st_size for file in out.rglob("*") if file.is_file()))
     if additions is not None:
         print(f"{out}: {_about(additions).replace(' |', ':', 1)}")
     passed = "".join(f", {name}={values}" for name, values in sampling.arguments.items())
     print(f"{out}: {size}; {type(sampling.scheduler).__name__}, {card.config.grid.num_steps} steps{passed}")
-    print(f"{out / _CARD}: the lines of Python that draw with it")
+    if has_card:
+        print(f"{out / CARD_NAME}: the lines of Python that draw with it")
+    else:
+        print("\n".join([f"{out / CARD_NAME} is yours and stays as it is. Draw with:", *card.code()]))
 
 
 def _sizes(student: Student) -> list[tuple[int, int]]:

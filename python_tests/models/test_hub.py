@@ -35,6 +35,8 @@ class Hub(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.path == "/api/repos/create":
             self.answer({"url": f"http://{self.headers['Host']}/someone/student", "name": "someone/student"})
+        elif self.path == "/api/validate-yaml":
+            self.answer({"errors": [], "warnings": []})
         elif self.path.endswith("/preupload/main"):
             wanted = json.loads(body)["files"]
             self.answer({"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in wanted]})
@@ -59,7 +61,7 @@ class Hub(BaseHTTPRequestHandler):
                 {"type": "file", "path": n, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for n, c in self.files.items()
             ]
             self.answer(tree)
-        elif name in self.files:
+        elif name in self.files or (name := name.split("/resolve/main/")[-1]) in self.files:
             self.send_response(200)
             self.send_header("Content-Length", str(len(self.files[name])))
             self.send_header("ETag", f'"{hashlib.sha1(self.files[name]).hexdigest()}"')
@@ -68,7 +70,12 @@ class Hub(BaseHTTPRequestHandler):
             if self.command == "GET":
                 self.wfile.write(self.files[name])
         else:
-            self.send_error(404)
+            self.send_response(404)
+            self.send_header(
+                "X-Error-Code", "EntryNotFound"
+            )  # by which the client tells a missing file from a missing repository
+            self.send_header("Content-Length", "0")
+            self.end_headers()
 
     do_HEAD = do_GET  # noqa: N815 (the server's own form)
 
@@ -119,13 +126,31 @@ def test_a_pushed_student_is_read_back_by_its_name(hub, tmp_path: Path):
     folder = str(tmp_path / "student")
     push = f"import pyard; print(pyard.Student.from_pretrained({folder!r}).push_to_hub('someone/student', token='t'))"
     assert run(push, endpoint, tmp_path / "cache").strip() == f"{endpoint}/someone/student/commit/{COMMIT}"
-    assert set(files) == {"config.json", "model.safetensors"}
+    assert set(files) == {"config.json", "model.safetensors", "README.md"}
+    assert b'from_pretrained("someone/student")' in files["README.md"]
     assert files["model.safetensors"] == (tmp_path / "student" / "model.safetensors").read_bytes()
     read = f"import pyard; pyard.Student.from_pretrained('someone/student').save_pretrained({str(tmp_path / 'again')!r})"
     run(read, endpoint, tmp_path / "other cache")
     again = Student.from_pretrained(tmp_path / "again")
     assert again.config == student.config
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), student.state_dict().values(), strict=True))
+
+
+def test_a_readme_on_the_hub_that_is_not_pyard_s_stays(hub, tmp_path: Path):
+    endpoint, files = hub
+    pyard.ARDPipeline(tiny_student(2, history_layers=1)).save_pretrained(tmp_path / "pipe")
+    push = (
+        f"import pyard; pyard.ARDPipeline.from_pretrained({str(tmp_path / 'pipe')!r}).push_to_hub('someone/student', token='t')"
+    )
+    run(push, endpoint, tmp_path / "cache 1")
+    card = files["README.md"]
+    assert b'ARDPipeline.from_pretrained("someone/student")' in card
+    files["README.md"] = card.replace(b"| steps | 2 |", b"| steps | 3 |")
+    run(push, endpoint, tmp_path / "cache 2")
+    assert files["README.md"] == card, "pyard's own card is written again"
+    files["README.md"] = b"# Mine"
+    run(push, endpoint, tmp_path / "cache 3")
+    assert files["README.md"] == b"# Mine"
 
 
 def test_a_name_that_is_nowhere_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

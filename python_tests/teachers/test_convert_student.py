@@ -268,6 +268,10 @@ def test_foreign_files_stay_and_those_of_another_conversion_go(tmp_path: Path) -
     assert convert("--source", tmp_path / "student", "--to", "lora", "--out", tmp_path / "out") == 0
     (tmp_path / "out" / "mine.txt").write_text("kept", encoding="utf-8")
     assert convert(tmp_path / "student", "--to", "transformer", "--out", tmp_path / "out") == 0
+    assert "from_pretrained(" in code_of(tmp_path / "out")
+    (tmp_path / "out" / "README.md").write_text("# Mine", encoding="utf-8")
+    assert convert(tmp_path / "student", "--to", "transformer", "--out", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == "# Mine"
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names == {"mine.txt", "README.md", "scheduler", "config.json", "diffusion_pytorch_model.safetensors"}
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pyard.models.card import PROMPT, front_matter
 from pyard.models.student_config import StudentConfig, TextSource
 from pyard.teachers.text_to_image.families import PipelineFamily
 from pyard.teachers.text_to_image.stock_sampling import StockSampling
@@ -55,8 +56,12 @@ class Card:
         """The card as Markdown; its block of Python draws a picture."""
         steps = self.config.grid.num_steps
         told = self.sampling.told_error
+        lora = self.kind != "transformer"
         lines = [
-            "---", "library_name: diffusers", "pipeline_tag: text-to-image", "---", "",
+            *front_matter(
+                library="diffusers", task="text-to-image", tags=["diffusion", "distillation", "few-step", *["lora"] * lora],
+                base=self.base, relation="adapter" if lora else "finetune",
+            ),
             f"# A {steps}-step student of {self.base.name}", "",
             f"Distilled with pyard: {steps} steps, one pass each, no guidance. This folder holds {_WHAT[self.kind]}.", "",
             "```python", *self.code(), "```", "",
@@ -100,7 +105,7 @@ class Card:
             lines.append(f"pipe.transformer = PeftModel.from_pretrained(pipe.transformer, {folder}).merge_and_unload()")
         lines.append(f'pipe.scheduler = {scheduler}.from_pretrained({folder}, subfolder="scheduler")')
         settings = ", ".join(f"{name}={value!r}" for name, value in self.arguments().items())
-        lines.append(f'image = pipe("a red circle above a blue square", {settings}).images[0]')
+        lines.append(f'image = pipe("{PROMPT}", {settings}).images[0]')
         return lines
 
     def arguments(self) -> dict[str, Any]:
