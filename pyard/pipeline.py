@@ -292,11 +292,12 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if tuple(latents.shape) != shape:
             raise InputError(f"latents of shape {tuple(latents.shape)}; expected {shape}")
+        times = student.config.grid_of(shape[1:]).embed_times
         with self.progress_bar(total=student.num_steps) as bar:
             for step, prediction in enumerate(student.rollout(latents.to(device), condition)):
                 sample = prediction.float()
                 if callback_on_step_end is not None:
-                    callback_on_step_end(self, step, student.config.grid.embed_times[step], {"latents": sample})
+                    callback_on_step_end(self, step, times[step], {"latents": sample})
                 bar.update()
         if output_type != "latent":
             sample = self._images(sample, output_type)

@@ -130,13 +130,13 @@ class ByPrompts:
             student.conditions = teacher.conditions
         return asked
 
-    def visits(self, teacher: NetworkTeacher) -> Visits:
-        """The times that the teacher visited for the students' trajectories.
+    def visits(self, teacher: NetworkTeacher, sample_shape: tuple[int, ...]) -> Visits:
+        """The times that the teacher visited for the students' trajectories of samples of this shape.
 
         Raises:
             InputError: students whose teachers visited different times.
         """
-        found = [student.config.grid.visits(teacher.schedule) for student in self.students]
+        found = [student.config.grid_of(sample_shape).visits(teacher.schedule) for student in self.students]
         if any(visits != found[0] for visits in found):
             raise InputError("evaluate: the students learnt from trajectories at different times; evaluate one after the other")
         return found[0]

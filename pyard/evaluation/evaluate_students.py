@@ -159,7 +159,7 @@ def evaluate(
         visits = None
         if by_prompts is not None:
             teacher = by_prompts.with_prompts(teacher, _table_folder(out, stack), progress)
-            visits, asked_by = by_prompts.visits(teacher), by_prompts.asked_by(teacher)
+            visits, asked_by = by_prompts.visits(teacher, drawn), by_prompts.asked_by(teacher)
             candidates = [
                 student_candidate(s, teacher, name=n, sample_shape=drawn) for n, s in zip(names, asked_by, strict=True)
             ]
@@ -228,10 +228,11 @@ def measured_exposure_bias(student: Student, store: TrajectoryStore, batch_size:
         InputError: trajectories of another teacher or grid.
     """
     theirs, ours = store.manifest, student.config
-    if not ours.grid.same_trajectory(theirs.grid) or ours.teacher_fingerprint != theirs.teacher_fingerprint:
+    grid = ours.grid_of(theirs.sample_shape)
+    if not grid.same_trajectory(theirs.grid) or ours.teacher_fingerprint != theirs.teacher_fingerprint:
         raise InputError(
             f"trajectories {store.path}: times {theirs.grid.times} of teacher {theirs.teacher_fingerprint[:12]}; the student "
-            f"has {ours.grid.times} of {ours.teacher_fingerprint[:12]}"
+            f"has {grid.times} of {ours.teacher_fingerprint[:12]}"
         )
     size = min(batch_size, store.count)
     reader = TrajectoryReader(store, size, target=ours.target)

@@ -188,7 +188,7 @@ def _write_transformer(building: Path, student: Student, conditions: Sequence[Co
         for form in request.forms:
             path = building / _graph(student, shape, "transformer", _GRAPHS[form])
             errors = export_onnx(
-                _of_size(student, shape),
+                student.of_size(shape),
                 path,
                 form=form,
                 opset=request.opset,
@@ -264,13 +264,6 @@ def _save(
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"{path.parent.name} was not written: onnx.checker refuses the graph: {error}") from None
-
-
-def _of_size(student: Student, shape: tuple[int, ...]) -> Student:
-    """The same student whose usual samples are of this shape; weights are shared."""
-    other = copy.copy(student)
-    other.config = dataclasses.replace(student.config, sample_shapes=(shape,))
-    return other
 
 
 def _graph(student: Student, shape: tuple[int, ...], component: str, name: str) -> str:

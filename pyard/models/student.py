@@ -8,11 +8,11 @@ same few lines with another number of steps.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
@@ -31,7 +31,8 @@ from pyard.models.folder import load_folder, require_sizes, save_folder
 from pyard.models.history import History, HistoryCache, PreallocatedCache
 from pyard.models.hub import local_folder, push_folder
 from pyard.models.lora import LoraSettings, add_lora, merged
-from pyard.models.student_config import Heads, Output, StudentConfig, TextSource
+from pyard.models.step_times import StepTimes
+from pyard.models.student_config import Heads, Output, StudentConfig, TextSource, usual_shape
 from pyard.ops.masks import Mask
 from pyard.storage.reading import reading
 from pyard.storage.trained import load_trained, sharing, tensors_of
@@ -74,15 +75,13 @@ class Student(nn.Module):
         scores: what `pyard.evaluate` measured of these weights, for the model card; None: nothing.
     """
 
-    embed_times: torch.Tensor
-
     def __init__(self, config: StudentConfig, trunk: Backbone | None = None, head: nn.Module | None = None):
         super().__init__()
         self.config = config
         self.trunk: Backbone = backbone_class(config.family, None, "the student")(config.network) if trunk is None else trunk
         head = self.trunk.new_head() if head is None else head
         self.heads = StepHeads(head, config.grid.num_steps if config.heads == "per_step" else 1)
-        self.register_buffer("embed_times", torch.tensor(config.grid.embed_times, device="cpu"), persistent=False)
+        self.times = StepTimes(config)
         self.codec: Codec | None = None
         self.conditions: Conditions | None = None
         self.lora: LoraSettings | None = None
@@ -95,9 +94,6 @@ class Student(nn.Module):
             remembering = len(self.trunk.attention_shapes(config.history_layers, self.sample_shape))
             start = torch.full((remembering, config.network.num_heads), float(config.history_bias))
             self.history_bias = nn.Parameter(start)
-        pairs = itertools.pairwise(config.grid.times)
-        # (a_s, b_s), Python floats: a is large (157 at S = 1), so the jump is computed in float32 at least.
-        self.jumps = [config.schedule.jump_coefficients(*pair) for pair in pairs] if config.output == "jump" else []
 
     @property
     def num_steps(self) -> int:
@@ -119,15 +115,24 @@ class Student(nn.Module):
         return self.trunk.num_classes
 
     @property
+    def embed_times(self) -> torch.Tensor:
+        """[S], float32: the times that the network is told; of several sizes, those of the usual one."""
+        return self.times.embed_times()
+
+    @property
+    def jumps(self) -> list[tuple[float, float]]:
+        """(a_s, b_s) of the updates a_s u_s + b_s F, of the usual size; none of `direct` outputs."""
+        return self.times.jumps()
+
+    @property
     def sample_shapes(self) -> tuple[tuple[int, ...], ...]:
         """[C, ...] of the samples that it was trained on."""
-        return self.config.sample_shapes or (tuple(self.config.network.sample_shape),)
+        return self.config.shapes
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
         """[C, ...] of one sample; of several sizes, the usual one."""
-        usual = tuple(self.config.network.sample_shape)
-        return usual if usual in self.sample_shapes else self.sample_shapes[0]
+        return self.config.usual_shape
 
     def trained_shape(self, sample_shape: Sequence[int] | None) -> tuple[int, ...]:
         """A shape that the student was trained on; None: the usual one.
@@ -135,11 +140,16 @@ class Student(nn.Module):
         Raises:
             InputError: another shape; the message has the list.
         """
-        shape = self.sample_shape if sample_shape is None else tuple(sample_shape)
-        if shape not in self.sample_shapes:
-            known = ", ".join(map(str, self.sample_shapes))
-            raise InputError(f"samples of shape {shape}; this student was trained on {known}")
-        return shape
+        return self.config.trained_shape(sample_shape)
+
+    def of_size(self, sample_shape: Sequence[int]) -> Student:
+        """The student for one of its sizes alone: the weights are shared, and grid and usual shape are those of that size."""
+        shape = self.trained_shape(sample_shape)
+        grid = self.config.grid_of(shape)
+        one = copy.copy(self)
+        one.config = dataclasses.replace(self.config, sample_shapes=(shape,), grid=grid, grids=None)
+        one._modules = {**self._modules, "times": StepTimes(one.config).to(self.embed_times.device)}
+        return one
 
     def require_conditions(self) -> Conditions:
         """The table of conditions; an InputError where there is none."""
@@ -181,17 +191,17 @@ class Student(nn.Module):
     ) -> Iterator[torch.Tensor]:
         """Yield the S successive predictions, each made from the history of its predecessors; the last one is the sample."""
         cache = self.new_cache(len(noise), tuple(noise.shape[1:])) if cache is None else cache
-        conditions = self._prepared(self.as_condition(condition))
+        conditions = self._prepared(self.as_condition(condition), tuple(noise.shape[1:]))
         latest = noise
         for step in range(self.num_steps):
             latest, cache = self.step(latest, step, conditions[step], cache)
             yield latest
 
-    def _prepared(self, condition: Condition) -> Sequence[Condition]:
+    def _prepared(self, condition: Condition, sample_shape: tuple[int, ...]) -> Sequence[Condition]:
         # Not where a gradient is wanted, so that blocks stay what is recomputed, nor where a block gathers its own weights.
         if torch.is_grad_enabled() or any(hasattr(weight, "device_mesh") for weight in self.trunk.parameters()):  # DTensors
             return [condition] * self.num_steps
-        return self.trunk.prepare(self.embed_times[None], condition)
+        return self.trunk.prepare(self.times.embed_times(sample_shape)[None], condition)
 
     def new_cache(self, batch_size: int, sample_shape: tuple[int, ...] | None = None) -> PreallocatedCache:
         """An empty cache for `batch_size` samples, of the parameters' dtype and device."""
@@ -210,12 +220,12 @@ class Student(nn.Module):
 
     def _run(self, inputs: torch.Tensor, condition: Condition, first: int, cache: HistoryCache | None) -> torch.Tensor:
         # inputs [B, steps, C, ...] are the steps first ... first + steps - 1.
-        steps = inputs.shape[1]
-        times = self.embed_times[None, first : first + steps]
+        steps, sample_shape = inputs.shape[1], inputs.shape[2:]
+        times = self.times.embed_times(sample_shape)[None, first : first + steps]
         output = self.trunk(inputs, times, condition, self.heads.steps(first, steps), self.history(steps, cache))
-        if not self.jumps:
+        jumps = self.times.jumps(sample_shape)[first : first + steps]
+        if not jumps:
             return output
-        jumps = self.jumps[first : first + steps]
         exact = torch.promote_types(output.dtype, torch.float32)
         updates = [a * inputs[:, s].to(exact) + b * output[:, s].to(exact) for s, (a, b) in enumerate(jumps)]
         return torch.stack(updates, dim=1)
@@ -229,18 +239,11 @@ class Student(nn.Module):
     def _expected(self) -> str:
         return f"expected [B, {self.num_steps}, {', '.join(map(str, self.sample_shape))}]"
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Student:
-        super()._apply(fn, recurse)
-        if self.embed_times.dtype in (torch.bfloat16, torch.float16):
-            # 749.25 has no bfloat16: times stay float32 when the weights do not.
-            self.embed_times = torch.tensor(self.config.grid.embed_times, device=self.embed_times.device)
-        return self
-
     @classmethod
     def from_teacher(
         cls,
         teacher: Source,
-        grid: TimeGrid,
+        grid: TimeGrid | Sequence[TimeGrid],
         *,
         history_layers: int | None = None,
         mask: Mask = "causal",
@@ -257,7 +260,8 @@ class Student(nn.Module):
 
         Args:
             teacher: a teacher with a network, such as `load_teacher` returns.
-            grid: where it jumps; `embed_times` are set for the target (`TimeGrid.for_target`).
+            grid: where it jumps, or a list with the grid of each of `sample_shapes`; `embed_times` are set for the target
+                (`TimeGrid.for_target`).
             history_layers, mask, window, target, output, heads, history_bias, sample_shapes, text: as in `StudentConfig`.
             share: the trunk's weights are the teacher's own tensors, for `add_lora` to freeze; False: copies.
         """
@@ -265,9 +269,11 @@ class Student(nn.Module):
         shared = [*network.trunk.parameters(), *network.trunk.buffers()] if share else []
         with sharing(shared):
             trunk, head = network.trunk.for_student(network.head)
+        grids = tuple(one.for_target(target) for one in ([grid] if isinstance(grid, TimeGrid) else grid))
+        shapes = (trunk.config.sample_shape,) if sample_shapes is None else tuple(sample_shapes)
         config = StudentConfig(
             network=trunk.config,
-            grid=grid.for_target(target),
+            grid=grids[0 if len(grids) == 1 else shapes.index(usual_shape(shapes, trunk.config))],
             schedule=teacher.schedule,
             history_layers=history_layers,  # type: ignore[arg-type]
             mask=mask,
@@ -279,7 +285,8 @@ class Student(nn.Module):
             teacher_fingerprint=teacher.fingerprint,
             class_names=teacher.class_names,
             family=trunk.family(),
-            sample_shapes=None if sample_shapes is None else tuple(sample_shapes),
+            sample_shapes=None if sample_shapes is None else shapes,
+            grids=None if len(grids) == 1 else grids,
             text=text,
         )
         student = cls(config, trunk.requires_grad_(not share), head.requires_grad_(True)).to(teacher.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
@@ -84,7 +84,7 @@ class StudentConfig:
 
     Args:
         network: sizes of the backbone, whose output has the C channels that the student predicts.
-        grid: the jumps, and the times that the embedding sees.
+        grid: the jumps, and the times that the embedding sees; of several sizes, those of the usual one.
         schedule: the teacher's forward process.
         history_layers: N, how many of the lowest blocks see earlier steps; 0 is step distillation; None: a quarter of the
             backbone's, rounded up.
@@ -104,6 +104,7 @@ class StudentConfig:
         class_names: of the classes, in order, where the teacher knows them; synonyms are separated by commas.
         family: name of the backbone's family (`pyard.models.families`), or `package.module:Class` of the user's own.
         sample_shapes: [C, ...] of the samples that it was trained on; None: those of `network.sample_shape` alone.
+        grids: one for each of `sample_shapes`, where the times depend on the size; None: `grid` is that of all of them.
         text: of a student that draws from prompts, where its texts are encoded; None: it is given numbers or tensors.
         base: of a student trained by LoRA over a text-to-image pipeline, the frozen weights, which its folder does not hold;
             None: its folder holds all weights.
@@ -127,6 +128,7 @@ class StudentConfig:
     class_names: tuple[str, ...] | None = None
     family: str = "dit"
     sample_shapes: tuple[tuple[int, ...], ...] | None = None
+    grids: tuple[TimeGrid, ...] | None = None
     text: TextSource | None = None
     base: BaseSource | None = None
     cfg_scale: float | None = None
@@ -139,6 +141,8 @@ class StudentConfig:
         if self.sample_shapes is not None:
             shapes = tuple(tuple(shape) for shape in self.sample_shapes)
             object.__setattr__(self, "sample_shapes", None if shapes == (tuple(self.network.sample_shape),) else shapes)
+        if self.grids is not None:
+            self._check_grids(self.grids)
         if self.class_names is not None:
             object.__setattr__(self, "class_names", tuple(self.class_names))
         if self.history_layers is None:
@@ -158,6 +162,49 @@ class StudentConfig:
         if self.output == "jump" and self.target == "denoised":
             raise InputError("student: output 'jump' starts from a state, so it needs target 'state', not 'denoised'")
 
+    def _check_grids(self, grids: tuple[TimeGrid, ...]) -> None:
+        if len(grids) != len(self.shapes):
+            raise InputError(f"student: {len(grids)} grids for {len(self.shapes)} sizes; expected one for each")
+        counts = sorted({grid.num_steps for grid in grids})
+        if len(counts) > 1:
+            raise InputError(f"student: its grids have {' and '.join(map(str, counts))} steps; expected as many for every size")
+        if self.grid_of(self.usual_shape) != self.grid:
+            raise InputError(f"student: grid is not the one of its usual size, {self.usual_shape}")
+        if all(grid == self.grid for grid in grids):
+            object.__setattr__(self, "grids", None)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """[C, ...] of the samples that it was trained on, at least one."""
+        return self.sample_shapes or (tuple(self.network.sample_shape),)
+
+    @property
+    def usual_shape(self) -> tuple[int, ...]:
+        """[C, ...] of the samples that it draws unless it is asked for others."""
+        return usual_shape(self.shapes, self.network)
+
+    def grid_of(self, sample_shape: Sequence[int]) -> TimeGrid:
+        """The grid for samples of a shape.
+
+        Raises:
+            InputError: the student was not trained on that shape, which only matters where each has its own grid.
+        """
+        if self.grids is None:
+            return self.grid
+        return self.grids[self.shapes.index(self.trained_shape(sample_shape))]
+
+    def trained_shape(self, sample_shape: Sequence[int] | None) -> tuple[int, ...]:
+        """A shape that the student was trained on; None: the usual one.
+
+        Raises:
+            InputError: another shape; the message has the list.
+        """
+        shape = self.usual_shape if sample_shape is None else tuple(sample_shape)
+        if shape not in self.shapes:
+            known = ", ".join(map(str, self.shapes))
+            raise InputError(f"samples of shape {shape}; this student was trained on {known}")
+        return shape
+
     @property
     def teacher_settings(self) -> dict[str, Any] | None:
         """How the teacher sampled the trajectories that it was trained on, by name; None: unknown."""
@@ -168,12 +215,14 @@ class StudentConfig:
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dictionary that `from_json` turns back into an equal configuration."""
         flat = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("sample_shapes", "text", "base"):
+        for name in ("sample_shapes", "grids", "text", "base"):
             if flat[name] is None:
                 del flat[name]  # as in students of earlier versions
         for name in _OF_THE_TRAJECTORIES:
             del flat[name]
         flat |= self.teacher_settings or {}
+        if self.grids is not None:
+            flat["grids"] = [grid.to_json() for grid in self.grids]
         return {key: value.to_json() if hasattr(value, "to_json") else value for key, value in flat.items()}
 
     @classmethod
@@ -193,6 +242,8 @@ class StudentConfig:
                 "grid": TimeGrid.from_json(config["grid"]),
                 "schedule": NoiseSchedule.from_json(config["schedule"]),
             }
+            if config.get("grids") is not None:
+                nested["grids"] = tuple(TimeGrid.from_json(grid) for grid in config["grids"])
             if config.get("text") is not None:
                 nested["text"] = TextSource(**config["text"])
             if config.get("base") is not None:
@@ -202,6 +253,12 @@ class StudentConfig:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"student: its config.json does not fit this version of pyard: {error}") from None
+
+
+def usual_shape(shapes: Sequence[tuple[int, ...]], network: BackboneConfig) -> tuple[int, ...]:
+    """Of the shapes that a student was trained on, the one that it draws unless it is asked for others."""
+    usual = tuple(network.sample_shape)
+    return usual if usual in shapes else shapes[0]
 
 
 def default_output(target: Target, num_steps: int) -> Output:

@@ -19,7 +19,8 @@ class ExposureBias:
     """Errors to the teacher at each step.
 
     Args:
-        times: S, the grid times that the predictions belong to (tau_{S-1} ... tau_0).
+        times: S, the grid times that the predictions belong to (tau_{S-1} ... tau_0); of several sizes with
+            their own times, those of the first.
         teacher_forced: S mean squared errors on the teacher's history.
         rollout: S mean squared errors on the student's own.
     """
@@ -39,9 +40,11 @@ def exposure_bias(student: Student, batches: Iterable[TrajectoryBatch]) -> Expos
     """
     device = student.embed_times.device
     errors = np.zeros((2, student.num_steps))
-    count = 0
+    count, times = 0, student.config.grid.times
     for batch in batches:
         history, target, condition = batch.history.to(device), batch.target.to(device), batch.condition.to(device)
+        if not count:
+            times = student.config.grid_of(history.shape[2:]).times
         own = torch.stack(list(student.rollout(history[:, 0], condition, ConcatenatingCache())), dim=1)
         for row, prediction in enumerate((student(history, condition), own)):
             squares = (prediction.float() - target).square()
@@ -50,4 +53,4 @@ def exposure_bias(student: Student, batches: Iterable[TrajectoryBatch]) -> Expos
     if not count:
         raise InputError("exposure bias: no trajectories; expected at least one batch")
     forced, rolled = (tuple(float(e) for e in row / count) for row in errors)
-    return ExposureBias(student.config.grid.times[1:], forced, rolled)
+    return ExposureBias(times[1:], forced, rolled)

@@ -30,7 +30,7 @@ from pyard.storage.reading import read_object
 from pyard.storage.units import format_bytes
 from pyard.teachers.text_to_image.model_card import Card, Kind
 from pyard.teachers.text_to_image.pipelines import PIPELINES
-from pyard.teachers.text_to_image.stock_sampling import StockSampling, stock_sampling
+from pyard.teachers.text_to_image.stock_sampling import StockSampling, stock_samplings
 
 _SCHEDULER = "scheduler"
 _TRANSFORMER = "diffusion_pytorch_model"
@@ -67,14 +67,14 @@ def convert_student(
     merge_lora(student)
     family, backbone = PIPELINES[text.pipeline], backbone_of(student)
     base = Path(pipeline or text.folder)
-    sampling = stock_sampling(
-        student.config.grid,
+    samplings = stock_samplings(
+        {shape: student.config.grid_of(shape) for shape in _shapes(student)},
         student.config.schedule,
         family,
         own=load_scheduler(base / _SCHEDULER)[0] if (base / _SCHEDULER).is_dir() else None,
-        sample_shape=student.sample_shape,
         patch=backbone.patch,
     )
+    sampling = samplings[student.sample_shape]
     kind: Kind = "transformer"
     additions: LowRank | None = None
     about: list[str] = [f"weights | {sum(t.numel() for t in student.parameters()):,} numbers in {_dtype(student)}"]
@@ -82,7 +82,8 @@ def convert_student(
         kind, additions = _additions(student, folder, base, rank)
         about = [_about(additions)]
     card = Card(
-        kind, out, student.config, text, family, backbone.transformer_name, base, sampling, _dtype(student), _sizes(student),
+        kind, out, student.config, text, family, backbone.transformer_name, base, sampling, _dtype(student),
+        {_pixels(student, shape): one for shape, one in samplings.items()},
         tuple(about), hasattr(_pipeline_class(family.pipeline), "load_lora_into_text_encoder"),
     )  # fmt: skip
     owned = {CONFIG_NAME, LORA_NAME, *ADAPTER_NAMES, _SCHEDULER, *(p.name for p in out.glob(f"{_TRANSFORMER}*"))}
@@ -169,11 +170,15 @@ def _report(out: Path, card: Card, additions: LowRank | None, sampling: StockSam
         print("\n".join([f"{out / CARD_NAME} is yours and stays as it is. Draw with:", *card.code()]))
 
 
-def _sizes(student: Student) -> list[tuple[int, int]]:
-    """(height, width) in pixels of the student's pictures, the usual one first."""
+def _shapes(student: Student) -> list[tuple[int, ...]]:
+    """[C, h, w] of the student's samples, the usual one first."""
+    return [student.sample_shape, *(shape for shape in student.sample_shapes if shape != student.sample_shape)]
+
+
+def _pixels(student: Student, sample_shape: tuple[int, ...]) -> tuple[int, int]:
+    """(height, width) of a sample's picture."""
     factor = backbone_of(student).config.pixels
-    shapes = [student.sample_shape, *(shape for shape in student.sample_shapes if shape != student.sample_shape)]
-    return [(shape[-2] * factor, shape[-1] * factor) for shape in shapes]
+    return sample_shape[-2] * factor, sample_shape[-1] * factor
 
 
 def _dtype(student: Student) -> str:

@@ -152,8 +152,9 @@ class Adversarial(Regression):
         with processes.autocast():
             prediction = self.model(batch.history, batch.condition)  # [B, S, C, ...]
         leaf = prediction.detach().float().requires_grad_()
-        per_step = self.loss.per_step(leaf, batch.target)
-        loss = self.loss.total(per_step)
+        regression = self.losses[tuple(leaf.shape[2:])]
+        per_step = regression.per_step(leaf, batch.target)
+        loss = regression.total(per_step)
         (by_regression,) = torch.autograd.grad(loss, leaf)
 
         clean = leaf[:, -1].detach().requires_grad_()
@@ -278,8 +279,8 @@ class Adversarial(Regression):
         """A gradient at predictions [B, s, C, ...] of the steps from `first` on, at the last linear layer: [B, s, T, out]."""
         student = self.student
         trunk, sample_shape = student.trunk, tuple(gradient.shape[2:])
-        if student.jumps:
-            factors = torch.tensor([b for _, b in student.jumps[first:]], device=gradient.device)
+        if jumps := student.times.jumps(sample_shape):
+            factors = torch.tensor([b for _, b in jumps[first:]], device=gradient.device)
             gradient = gradient * factors.view(1, -1, *[1] * len(sample_shape))
         width = trunk.last_linear(student.heads[-1]).out_features
         rows = gradient.shape[0] * gradient.shape[1]

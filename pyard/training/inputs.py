@@ -136,12 +136,11 @@ def first_student(
     teacher: NetworkTeacher, stores: Sequence[TrajectoryStore], config: TrainConfig, earlier: Student | None
 ) -> Student:
     """The student that training starts from: that of an earlier stage, or the teacher with a history."""
-    store = stores[0]
     if earlier is None:
         assert config.history_bias != "auto"
         return Student.from_teacher(
             teacher,
-            store.manifest.grid,
+            [one.manifest.grid for one in stores],
             history_layers=known(config.history_layers),
             mask=known(config.mask),
             window=config.window,
@@ -158,12 +157,12 @@ def first_student(
             f"student {config.student} was made from teacher {earlier.config.teacher_fingerprint[:12]}, but this is teacher "
             f"{teacher.fingerprint[:12]}; give its own"
         )
-    if not earlier.config.grid.same_trajectory(store.manifest.grid):
-        raise InputError(
-            f"student {config.student} and the trajectories {store.path} have other grids; give those it learnt from"
-        )
     for store in stores:
-        earlier.trained_shape(store.manifest.sample_shape)
+        shape = earlier.trained_shape(store.manifest.sample_shape)
+        if not earlier.config.grid_of(shape).same_trajectory(store.manifest.grid):
+            raise InputError(
+                f"student {config.student} and the trajectories {store.path} have other grids; give those it learnt from"
+            )
     earlier.conditions = earlier.conditions or teacher.conditions  # prompts are the trajectories', not the student's
     return earlier
 

@@ -31,15 +31,22 @@ class RegressionLoss:
     numbers: int | None = None
 
     @classmethod
-    def of(cls, config: TrainConfig, student: StudentConfig) -> RegressionLoss:
-        """The loss that a configuration asks for."""
+    def of(cls, config: TrainConfig, student: StudentConfig, sample_shape: tuple[int, ...] | None = None) -> RegressionLoss:
+        """The loss that a configuration asks for.
+
+        Args:
+            config: settings.
+            student: who learns.
+            sample_shape: [C, ...] of the samples, whose times may depend on it; None: the usual one.
+        """
+        grid = student.grid_of(student.trained_shape(sample_shape))
         numbers = math.prod(student.network.sample_shape)
         huber_c = 0.00054 * math.sqrt(numbers) if config.huber_c is None else config.huber_c
         if config.step_weights == "uniform":
-            weights = [1.0] * student.grid.num_steps
+            weights = [1.0] * grid.num_steps
         elif config.step_weights == "min_snr":
             # Clean data, where a trajectory ends, has an infinite ratio of signal to noise.
-            weights = [min(_snr(student, time), config.min_snr_gamma) for time in student.grid.times[1:]]
+            weights = [min(_snr(student, time), config.min_snr_gamma) for time in grid.times[1:]]
         else:
             weights = [float(weight) for weight in config.step_weights]
         mean = sum(weights) / len(weights)

@@ -128,7 +128,7 @@ class Regression:
         self.config, self.student, self.processes = config, student.train(), processes
         self.steps = config.steps_per_update if config.steps_per_update != student.num_steps else None
         self.flops = update_flops(student, config.batch_size, steps=self.steps)
-        self.loss = RegressionLoss.of(config, student.config)
+        self.losses = {shape: RegressionLoss.of(config, student.config, shape) for shape in student.sample_shapes}
         self.emas = [ema_of(student, decay) for decay in config.ema_decays]
         if config.activation_checkpointing:
             checkpoint_activations(student)
@@ -169,6 +169,7 @@ class Regression:
         rollout = self._rolls_out(step)
         through_cache = rollout and self.config.rollout_gradient == "backprop"
         kept = None if self.steps is None else self._drawn_steps(step, self.steps)
+        loss = self.losses[tuple(batch.history.shape[2:])]
         totals, per_steps = [], []
         for micro, last in micro_batches(batch.to(self.processes.device), self.config.gradient_accumulation):
             history = micro.history
@@ -179,8 +180,8 @@ class Regression:
             with self._synchronised(last), self.processes.autocast():
                 prediction = self.model(history, micro.condition, through_cache, kept)
                 target = micro.target if kept is None else micro.target.index_select(1, kept)
-                per_step = self.loss.per_step(prediction, target)  # [S or k]
-                total = self.loss.total(per_step, kept)
+                per_step = loss.per_step(prediction, target)  # [S or k]
+                total = loss.total(per_step, kept)
                 self.processes.scaler.scale(total / self.config.gradient_accumulation).backward()
             totals.append(total.detach())
             per_steps.append(per_step.detach())

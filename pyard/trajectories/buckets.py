@@ -15,8 +15,10 @@ from pyard.trajectories.reader import TrajectoryReader
 from pyard.trajectories.store import TrajectoryStore
 
 # What decides what a student learns, and not only which samples it sees.
-_SHARED = ("teacher_fingerprint", "solver", "schedule", "grid", "cfg_scale", "cfg_channels", "cfg_interval", "precision",
+_SHARED = ("teacher_fingerprint", "solver", "schedule", "cfg_scale", "cfg_channels", "cfg_interval", "precision",
            "num_classes", "conditions")  # fmt: skip
+# Of their grids; the times may depend on the size, as those of some text-to-image pipelines do.
+_SHARED_OF_GRIDS = ("num_steps", "teacher_steps", "state_index", "denoised_index")
 
 
 class BatchReader(Protocol):
@@ -110,10 +112,11 @@ def check_buckets(stores: Sequence[TrajectoryStore]) -> None:
     first = stores[0]
     for i, store in enumerate(stores[1:], start=1):
         mine, theirs = (s.manifest for s in (first, store))
+        places = [(name, mine, theirs) for name in _SHARED] + [(name, mine.grid, theirs.grid) for name in _SHARED_OF_GRIDS]
         differing = [
-            f"{name} is {getattr(mine, name)} in one, {getattr(theirs, name)} in the other"
-            for name in _SHARED
-            if getattr(mine, name) != getattr(theirs, name)
+            f"{name} is {getattr(one, name)} in one, {getattr(other, name)} in the other"
+            for name, one, other in places
+            if getattr(one, name) != getattr(other, name)
         ]
         if differing:
             raise InputError(f"trajectories {first.path} and {store.path} do not belong together: {'; '.join(differing)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,9 +33,9 @@ class Card:
         family: of its pipeline.
         transformer: name of the transformer's class in diffusers.
         base: folder of the pipeline that it is used with.
-        sampling: how the stock pipeline visits its times.
+        sampling: how the stock pipeline visits its times, at the usual size.
         dtype: of the weights, such as `bfloat16`.
-        sizes: [(height, width)] in pixels, the usual one first.
+        sizes: by (height, width) in pixels, how the stock pipeline visits its times there; the usual size first.
         about: further lines on what is in the folder.
         pipeline_warns: whether the pipeline's `load_lora_weights` warns of every LoRA that has none for its text encoders.
     """
@@ -48,7 +49,7 @@ class Card:
     base: Path
     sampling: StockSampling
     dtype: str
-    sizes: list[tuple[int, int]]
+    sizes: Mapping[tuple[int, int], StockSampling]
     about: tuple[str, ...] = ()
     pipeline_warns: bool = False
 
@@ -71,7 +72,7 @@ class Card:
             f"| sizes, height x width | {', '.join(f'{h} x {w}' for h, w in self.sizes)} |",
             *(f"| {line} |" for line in self.about),
             f"| times | {self._times()} |",
-            f"| ComfyUI | {self._comfy()} |",
+            *(f"| {line} |" for line in self._comfy()),
             "",
         ]  # fmt: skip
         if self.kind == "lora" and self.pipeline_warns:
@@ -110,7 +111,7 @@ class Card:
 
     def arguments(self) -> dict[str, Any]:
         """What the pipeline is called with, beside the prompt."""
-        height, width = self.sizes[0]
+        height, width = next(iter(self.sizes))
         found: dict[str, Any] = {"height": height, "width": width, "num_inference_steps": self.config.grid.num_steps}
         if self.family.without_guidance is not None:
             name, value = self.family.without_guidance
@@ -130,10 +131,24 @@ class Card:
         if not self.sampling.arguments:
             return f"`scheduler/` ({name}) visits the student's times in {self.config.grid.num_steps} steps by itself"
         passed = next(iter(self.sampling.arguments))
-        return f"`scheduler/` ({name}) takes them from `{passed}=` as they are, unshifted; pass it in every call"
+        said = f"`scheduler/` ({name}) takes them from `{passed}=` as they are, unshifted; pass it in every call"
+        if not self._differ():
+            return said
+        each = (f"{one.arguments[passed]} for {h} x {w}" for (h, w), one in self.sizes.items())
+        return f"{said}: {'; '.join(each)}"
 
-    def _comfy(self) -> str:
+    def _differ(self) -> bool:
+        """Whether sizes have times of their own."""
+        return any(one.sigmas != self.sampling.sigmas for one in self.sizes.values())
+
+    def _comfy(self) -> list[str]:
         guidance = self.text.constants.get("guidance")
         told = "" if guidance is None else f", FluxGuidance {guidance:g}"
-        sigmas = ", ".join(f"{sigma:.6g}" for sigma in self.sampling.sigmas)
-        return f"sampler `euler`, {self.config.grid.num_steps} steps, cfg 1{told}; sigmas {sigmas}"
+        fixed = f"sampler `euler`, {self.config.grid.num_steps} steps, cfg 1{told}; sigmas"
+        if not self._differ():
+            return [f"ComfyUI | {fixed} {_listed(self.sampling)}"]
+        return [f"ComfyUI, {h} x {w} | {fixed} {_listed(one)}" for (h, w), one in self.sizes.items()]
+
+
+def _listed(sampling: StockSampling) -> str:
+    return ", ".join(f"{sigma:.6g}" for sigma in sampling.sigmas)

@@ -42,6 +42,38 @@ class StockSampling:
     told_error: float = 0.0
 
 
+def stock_samplings(
+    grids: Mapping[tuple[int, ...], TimeGrid],
+    schedule: NoiseSchedule,
+    family: PipelineFamily,
+    *,
+    own: Any = None,
+    patch: int,
+) -> dict[tuple[int, ...], StockSampling]:
+    """The simplest stock sampling that draws what a student draws, at each of its sizes, by one scheduler.
+
+    Of one grid for all sizes: `stock_sampling`. Else the pipeline's own scheduler if its shift by size visits all of their
+    times; or one that leaves the times alone that the pipeline's call passes.
+
+    Args:
+        grids: of the student, by sample shape; at least one.
+        schedule, family, own, patch: as in `stock_sampling`.
+
+    Raises:
+        InputError: no stock scheduler visits these times.
+    """
+    usual, first = next(iter(grids.items()))
+    if all(grid == first for grid in grids.values()):
+        sampling = stock_sampling(first, schedule, family, own=own, sample_shape=usual, patch=patch)
+        return dict.fromkeys(grids, sampling)
+    for scheduler in _first_order(own):
+        if all(_visits(scheduler, grid, family, shape, patch) for shape, grid in grids.items()):
+            return {shape: StockSampling(scheduler, {}, _levels(schedule, grid)) for shape, grid in grids.items()}
+    if schedule.kind == "flow":
+        return {shape: _flow_of_sigmas(grid, schedule) for shape, grid in grids.items()}
+    return {shape: _of_timesteps(grid, schedule) for shape, grid in grids.items()}
+
+
 def stock_sampling(
     grid: TimeGrid,
     schedule: NoiseSchedule,
@@ -51,7 +83,7 @@ def stock_sampling(
     sample_shape: tuple[int, ...],
     patch: int,
 ) -> StockSampling:
-    """The simplest stock sampling that draws what a student draws.
+    """The simplest stock sampling that draws what a student of one grid draws.
 
     In this order: the scheduler of the pipeline's own settings; one of another spacing or fixed shift; one that leaves the
     times alone that the pipeline's call passes. None depends on the picture's size, as the student's times do not.
@@ -67,17 +99,25 @@ def stock_sampling(
     Raises:
         InputError: no stock scheduler visits these times.
     """
-    levels = tuple(_level(schedule, time) for time in grid.times)
     candidates = _flows(own, grid, family) if schedule.kind == "flow" else _diffusions(own, schedule)
     for scheduler in candidates:
-        call = family.scheduler_call(scheduler.config, grid.num_steps, sample_shape, patch)
-        try:
-            visits = visited(scheduler, grid.num_steps, sigmas=call.get("sigmas"), mu=call.get("mu"))
-        except InputError:  # some cannot place so few steps
-            continue
-        if _differs(visits, grid) <= _SAME:
-            return StockSampling(scheduler, {}, levels)
-    return _flow_of_sigmas(grid, schedule, levels) if schedule.kind == "flow" else _of_timesteps(grid, schedule, levels)
+        if _visits(scheduler, grid, family, sample_shape, patch):
+            return StockSampling(scheduler, {}, _levels(schedule, grid))
+    return _flow_of_sigmas(grid, schedule) if schedule.kind == "flow" else _of_timesteps(grid, schedule)
+
+
+def _visits(scheduler: Any, grid: TimeGrid, family: PipelineFamily, sample_shape: tuple[int, ...], patch: int) -> bool:
+    """Whether a scheduler visits the grid's times if it is called as the pipeline calls it."""
+    call = family.scheduler_call(scheduler.config, grid.num_steps, sample_shape, patch)
+    try:
+        visits = visited(scheduler, grid.num_steps, sigmas=call.get("sigmas"), mu=call.get("mu"))
+    except InputError:  # some cannot place so few steps
+        return False
+    return _differs(visits, grid) <= _SAME
+
+
+def _levels(schedule: NoiseSchedule, grid: TimeGrid) -> tuple[float, ...]:
+    return tuple(_level(schedule, time) for time in grid.times)
 
 
 def _level(schedule: NoiseSchedule, time: float) -> float:
@@ -87,15 +127,20 @@ def _level(schedule: NoiseSchedule, time: float) -> float:
 def _flows(own: Any, grid: TimeGrid, family: PipelineFamily) -> Iterator[Any]:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    name = type(own).__name__
     if own is not None and not own.config.get("use_dynamic_shifting"):
-        if name == "FlowMatchEulerDiscreteScheduler":
-            yield own
-        elif name == "DPMSolverMultistepScheduler":
-            yield type(own).from_config(own.config, solver_order=1, algorithm_type="dpmsolver++")
+        yield from _first_order(own)
     if family.passes_sigmas:
         for shift in _shifts(grid):
             yield FlowMatchEulerDiscreteScheduler(shift=shift)
+
+
+def _first_order(own: Any) -> Iterator[Any]:
+    """The scheduler of a flow, with steps of first order; none if it is of a class that has no such steps."""
+    name = type(own).__name__
+    if name == "FlowMatchEulerDiscreteScheduler":
+        yield own
+    elif name == "DPMSolverMultistepScheduler":
+        yield type(own).from_config(own.config, solver_order=1, algorithm_type="dpmsolver++")
 
 
 def _shifts(grid: TimeGrid) -> Iterator[float]:
@@ -121,7 +166,7 @@ def _diffusions(own: Any, schedule: NoiseSchedule) -> Iterator[Any]:
         yield DPMSolverMultistepScheduler.from_config(config, **first_order, timestep_spacing=spacing)
 
 
-def _flow_of_sigmas(grid: TimeGrid, schedule: NoiseSchedule, levels: tuple[float, ...]) -> StockSampling:
+def _flow_of_sigmas(grid: TimeGrid, schedule: NoiseSchedule) -> StockSampling:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=schedule.num_train_timesteps, shift=1.0)
@@ -134,10 +179,10 @@ def _flow_of_sigmas(grid: TimeGrid, schedule: NoiseSchedule, levels: tuple[float
             f"no scheduler of diffusers visits this student's times {_listed(grid.times)} and tells the network "
             f"{_listed(grid.embed_times)}; draw with pyard.ARDPipeline"
         )
-    return StockSampling(scheduler, {"sigmas": sigmas}, levels, told if told > _SAME else 0.0)
+    return StockSampling(scheduler, {"sigmas": sigmas}, _levels(schedule, grid), told if told > _SAME else 0.0)
 
 
-def _of_timesteps(grid: TimeGrid, schedule: NoiseSchedule, levels: tuple[float, ...]) -> StockSampling:
+def _of_timesteps(grid: TimeGrid, schedule: NoiseSchedule) -> StockSampling:
     from diffusers import DPMSolverMultistepScheduler
 
     config = {key: value for key, value in scheduler_of(schedule).config.items() if key not in OTHER_SPACINGS}
@@ -153,7 +198,7 @@ def _of_timesteps(grid: TimeGrid, schedule: NoiseSchedule, levels: tuple[float, 
             f"no scheduler of diffusers visits this student's times {_listed(grid.times)} and tells the network "
             f"{_listed(grid.embed_times)}: pipelines take whole noise levels; draw with pyard.ARDPipeline"
         )
-    return StockSampling(scheduler, {"timesteps": [float(time) for time in times]}, levels)
+    return StockSampling(scheduler, {"timesteps": [float(time) for time in times]}, _levels(schedule, grid))
 
 
 def _differs(visits: Visits, grid: TimeGrid) -> float:
