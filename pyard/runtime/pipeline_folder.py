@@ -91,7 +91,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     try:
         for name, about in config["files"].items():
-            if Path(name).name != name:
+            if Path(name).is_absolute() or not {"..", ""}.isdisjoint(name.replace("\\", "/").split("/")):
                 raise InputError(f"{file}: names {name!r:.80}; expected files of its own folder")
             size = (folder / name).stat().st_size if (folder / name).is_file() else None
             if size != about["bytes"]:
