@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,13 +30,14 @@ class Command:
         lines: one for each process, without `pyard`; `{inputs}` stands for the folder of inputs.
         ranks: gloo processes of a single line.
         before: puts what the command changes into the folder it works in.
-        once: of two of the same at a time, the second may be refused in one line.
+        skips: reasons why ways do not apply, by the way.
     """
 
     name: str
     lines: tuple[str, ...]
     ranks: int = 1
     before: Callable[[Path, Path], None] | None = field(default=None, repr=False)
+    skips: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def arguments(self, inputs: Path) -> list[list[str]]:
         """The words of each process."""
@@ -65,6 +66,19 @@ _STORE = (
 _TRAINED = f"{_TRAIN} --teacher {{inputs}}/teacher --trajectories {{inputs}}/store"
 _ADVERSARIAL = f"{_TRAINED} --stage adversarial --student {{inputs}}/first --adversarial.real {{inputs}}/real.safetensors"
 _TEACH = "teach --hidden_size 16 --depth 2 --num_heads 2 --batch_size 8 --progress false"
+_TEXT_TEACHER = (
+    "teach scenes-text --hidden_size 48 --depth 2 --num_heads 2 --patch_size 8 --text_hidden_size 32 --text_depth 1 "
+    "--batch_size 4 --progress false"
+)
+_TEXT_STORE = (
+    "trajectories --teacher {inputs}/text --prompts {inputs}/prompts.txt --num_steps 2 --teacher_steps 4 --batch_size 4 "
+    "--shard_size 4 --progress false"
+)
+_TEXT_TRAIN = (
+    "train --teacher {inputs}/text --trajectories {inputs}/text-store --num_steps 2 --history_layers 0 --output jump "
+    "--heads shared --target state --lora_rank 2 --batch_size 4 --save_every 2 --log_every 1 --progress false"
+)
+_NOTHING_READ = {"read error": "it reads no file of the user's"}
 _EVALUATE = "evaluate --students [{inputs}/small-run] --teacher {inputs}/small"
 COMMANDS = (
     Command("trajectories", (f"{_STORE} --count 96 --out store",)),
@@ -72,18 +86,24 @@ COMMANDS = (
     Command(
         "teach",
         (f"{_TEACH} --out teacher --max_steps 12 --save_every 2",),
+        skips=_NOTHING_READ,
     ),
+    Command("teach scenes-text", (f"{_TEXT_TEACHER} --out teacher --max_steps 8 --save_every 2",), skips=_NOTHING_READ),
+    Command("trajectories, prompts", (f"{_TEXT_STORE} --count 24 --out store",)),
     Command("train", (_TRAINED,)),
     Command(
         "train, adversarial",
         (f"{_ADVERSARIAL} --adversarial.virtual_batch 4 --adversarial.width 8 --adversarial.warmup_steps 4",),
     ),
     Command("train, LoRA", (f"{_TRAINED} --lora_rank 2",)),
+    Command("train, prompts, LoRA", (f"{_TEXT_TRAIN} --max_steps 6 --out run",)),
     Command("train, 2 ranks", (_TRAINED,), ranks=2),
     Command("train, FSDP2", (f"{_TRAINED} --parallel fsdp",), ranks=2),
     Command("export", ("export --student {inputs}/first --onnx student.onnx --external_data true",), before=_former_export),
     Command("export, decoder", ("export --student {inputs}/first --onnx student.onnx --vae {inputs}/vae",)),
+    Command("export, prompts", ("export --student {inputs}/text-run --onnx onnx/ --form sampler",)),
     Command("convert", ("convert {inputs}/teacher --out converted --vae {inputs}/vae",)),
+    Command("convert --to lora", ("convert {inputs}/text-run --to lora --out lora",)),
     Command("consolidate", ("consolidate --run {inputs}/first --out student",), before=_former_folder),
     Command("merge", ("trajectories merge --stores [{inputs}/part1,{inputs}/part2] --out store --progress false",)),
     Command(
@@ -91,11 +111,12 @@ COMMANDS = (
     ),
     Command("sample", ("sample --student {inputs}/first --out samples.npz",)),
     Command("sample, picture", ("sample --student {inputs}/first --out samples.png",)),
+    Command("sample, prompts", ("sample --student {inputs}/text-run --prompts {inputs}/prompts.txt --out samples.npz",)),
     Command(
         "evaluate",
         (f"{_EVALUATE} --count 20 --samples_npz samples.npz --out table.json --progress false",),
     ),
-    Command("demo", ("demo --quick true --out demo --progress false",)),
+    Command("demo", ("demo --quick true --out demo --progress false",), skips=_NOTHING_READ),
 )
 
 
@@ -134,6 +155,12 @@ def write_inputs(inputs: Path, run: Callable[[str], None]) -> None:
         "train --teacher small --out small-run --num_trajectories 16 --num_steps 2 --teacher_steps 4 --max_steps 2 "
         "--batch_size 8 --progress false"
     )
+    run(f"{_TEXT_TEACHER} --out text --max_steps 2")
+    (inputs / "prompts.txt").write_text(
+        "a red circle\na blue square above a green cross\ntwo small circles\n", encoding="utf-8"
+    )
+    run(f"{_TEXT_STORE} --count 8 --out text-store".format(**here))
+    run(f"{_TEXT_TRAIN} --max_steps 2 --out text-run".format(**here))
     (inputs / "whole").touch()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import resource
@@ -11,6 +12,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -22,9 +24,18 @@ class Running:
         place: the folder it works in.
         ranks: whether they are the gloo processes of one run.
         largest_file: bytes that each may write into a file; None: any number.
+        over: (folder, path): the processes find this folder at this path.
     """
 
-    def __init__(self, lines: list[list[str]], place: Path, *, ranks: bool, largest_file: int | None = None):
+    def __init__(
+        self,
+        lines: list[list[str]],
+        place: Path,
+        *,
+        ranks: bool,
+        largest_file: int | None = None,
+        over: tuple[Path, Path] | None = None,
+    ):
         # A pipe, since a limit on files would be one on what is said, too.
         self._said, write = os.pipe()
         fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 2**20)
@@ -39,14 +50,14 @@ class Running:
         for rank, words in enumerate(lines):
             pid = os.fork()
             if not pid:
-                _command(words, place, write, rank if ranks else 0, world, port, largest_file)
+                _command(words, place, write, rank if ranks else 0, world, port, largest_file, over)
             self.pids.append(pid)
         os.close(write)
 
-    def wait(self, seconds: float) -> bool:
-        """Wait for all of them, or so long; whether all have ended."""
+    def wait(self, seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
+        """Wait for all of them, or so long, or until something holds; whether all have ended."""
         deadline = time.monotonic() + seconds
-        while not self.ended() and time.monotonic() < deadline:
+        while not self.ended() and time.monotonic() < deadline and not until():
             time.sleep(0.005)
             if self.ranks and self.status:  # as torchrun does: the others are told to end, and then made to
                 self.wait_for_others()
@@ -54,7 +65,7 @@ class Running:
 
     def wait_for_others(self) -> None:
         """End the ranks that one has left alone."""
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 2
         while not self.ended() and time.monotonic() < deadline:
             time.sleep(0.005)
         self.send(signal.SIGKILL)
@@ -95,7 +106,16 @@ class Running:
         return b"".join(parts).decode(errors="replace")
 
 
-def _command(words: list[str], place: Path, out: int, rank: int, world: int, port: int, largest_file: int | None) -> None:
+def _command(
+    words: list[str],
+    place: Path,
+    out: int,
+    rank: int,
+    world: int,
+    port: int,
+    largest_file: int | None,
+    over: tuple[Path, Path] | None,
+) -> None:
     """What a process does; it does not return."""
     code = 1
     try:
@@ -105,6 +125,8 @@ def _command(words: list[str], place: Path, out: int, rank: int, world: int, por
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if over is not None:
+            _mount_over(*over)
         os.chdir(place)
         os.environ["PYARD_CACHE"] = str(place / "cache")
         if world > 1:
@@ -126,3 +148,17 @@ def _command(words: list[str], place: Path, out: int, rank: int, world: int, por
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         os._exit(code)
+
+
+def _mount_over(folder: Path, path: Path) -> None:
+    """Let this process alone find `folder` at `path`: mount(2), unshare(2)."""
+    new_namespace, bind, recursive, private = 0x20000, 4096, 16384, 1 << 18
+    libc = ctypes.CDLL(None, use_errno=True)
+    calls = (
+        lambda: libc.unshare(new_namespace),
+        lambda: libc.mount(b"none", b"/", None, recursive | private, None),
+        lambda: libc.mount(os.fsencode(folder), os.fsencode(path), None, bind, None),
+    )
+    for call in calls:
+        if call():
+            raise OSError(ctypes.get_errno(), f"{folder} cannot be mounted over {path}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import shutil
 import signal
@@ -14,13 +15,16 @@ from pathlib import Path
 
 from benchmarks.crash.commands import Command
 from benchmarks.crash.digest import difference, digest
+from benchmarks.crash.failing_disk import FailingDisk
 from benchmarks.crash.places import Image, enlarge, small_disk
 from benchmarks.crash.process import Running
 
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
 POWER = {"power cut, ext4": "ext4", "power cut, xfs": "xfs"}
-LIMIT, SMALL, TOGETHER, LATER = "full disk, file limit", "full disk, small disk", "two at once", "a second one"
-WAYS = (*SIGNALS, *POWER, LIMIT, SMALL, TOGETHER, LATER)
+LIMIT, SMALL, UNREADABLE = "full disk, file limit", "full disk, small disk", "read error"
+TOGETHER, LATER = "two at once", "a second one"
+WAYS = (*SIGNALS, *POWER, LIMIT, SMALL, UNREADABLE, TOGETHER, LATER)
+DISKS = {**POWER, UNREADABLE: "btrfs"}  # the file systems that are mounted from an image
 _PATIENCE = 600.0  # seconds
 
 
@@ -31,11 +35,13 @@ class Undisturbed:
     Args:
         digest: hashes by path.
         seconds: it took.
+        first: seconds until it had written the first of its files.
         sizes: of the files.
     """
 
     digest: dict[str, str]
     seconds: float
+    first: float
     sizes: tuple[int, ...]
 
 
@@ -51,14 +57,16 @@ def undisturbed(command: Command, inputs: Path, work: Path) -> Undisturbed:
     """
     with _folder(work) as place:
         _prepare(command, inputs, place)
-        started = time.monotonic()
+        started, clock = time.monotonic(), time.time()
         running = _start(command, inputs, place)
         if not running.wait(_PATIENCE) or running.status:
             running.kill()
             raise RuntimeError(f"{command.name}: ends with status {running.status} undisturbed: {running.said()[-2000:]}")
+        seconds = time.monotonic() - started
         running.said()
-        sizes = tuple(sorted({file.stat().st_size for file in place.rglob("*") if file.is_file()}))
-        return Undisturbed(digest(place), time.monotonic() - started, sizes)
+        files = [file.stat() for file in place.rglob("*") if file.is_file()]
+        first = min((file.st_mtime - clock for file in files if file.st_mtime > clock), default=seconds)
+        return Undisturbed(digest(place), seconds, first, tuple(sorted({file.st_size for file in files})))
 
 
 def run_trial(command: Command, way: str, seed: int, wanted: Undisturbed, inputs: Path, work: Path) -> tuple[str, str]:
@@ -76,6 +84,8 @@ def run_trial(command: Command, way: str, seed: int, wanted: Undisturbed, inputs
             _power_cut(command, POWER[way], draw, wanted, inputs, work)
         elif way in (LIMIT, SMALL):
             _full(command, way, draw, wanted, inputs, work)
+        elif way == UNREADABLE:
+            _unreadable(command, draw, wanted, inputs, work)
         else:
             _second(command, draw.uniform(0, wanted.seconds) if way == LATER else 0.0, wanted, inputs, work)
     except TrialError as failed:
@@ -88,7 +98,7 @@ def _signalled(command: Command, way: str, draw: random.Random, wanted: Undistur
     with _folder(work) as place:
         _prepare(command, inputs, place)
         running = _start(command, inputs, place)
-        running.wait(draw.uniform(0, 1.1 * wanted.seconds))
+        _wait_at_random(running, place, draw, wanted)
         one = command.ranks > 1 and draw.random() < 0.5
         sent = running.send(SIGNALS[way], first_only=one)
         if not running.wait(60):
@@ -112,7 +122,7 @@ def _power_cut(command: Command, kind: str, draw: random.Random, wanted: Undistu
         _prepare(command, inputs, place)
         _flush(image.place)
         running = _start(command, inputs, place)
-        ended = running.wait(draw.uniform(0, 1.1 * wanted.seconds))
+        ended = _wait_at_random(running, place, draw, wanted)
         running.send(signal.SIGSTOP)
         time.sleep(0.05)  # a system call that has begun ends first
         after = image.cut_power() / "place"
@@ -149,9 +159,52 @@ def _full(command: Command, way: str, draw: random.Random, wanted: Undisturbed, 
             enlarge(place)
         if not running.status:
             _compare(place, wanted, "wrong", "it ended with status 0")
-        elif "Traceback" in said or "error: " not in said:
-            raise TrialError("wrong", f"no line of error: {said[-400:]}")
+        else:
+            _require_a_line(running, said)
         _go_on(command, inputs, place, wanted)
+
+
+def _unreadable(command: Command, draw: random.Random, wanted: Undisturbed, inputs: Path, work: Path) -> None:
+    with _failing_disk(command, inputs, work) as disk:
+        disk.spoil(draw.choice(_files_read(command, inputs, work.with_name(f"{work.name}-read"))), draw.randrange(2**20))
+        running = _start(command, inputs, disk.work, over=(disk.inputs, inputs))
+        if not running.wait(_PATIENCE):
+            running.kill()
+            raise TrialError("wrong", f"it does not end: {running.said()[-300:]}")
+        said = running.said()
+        if not running.status:
+            _compare(disk.work, wanted, "wrong", "it ended with status 0")
+        else:
+            _require_a_line(running, said)
+        disk.mend()
+        _go_on(command, inputs, disk.work, wanted)
+
+
+@functools.cache
+def _files_read(command: Command, inputs: Path, work: Path) -> list[str]:
+    """The files that a command reads, as paths on a `FailingDisk`."""
+    with _failing_disk(command, inputs, work) as disk:
+        before = disk.files()
+        running = _start(command, inputs, disk.work, over=(disk.inputs, inputs))
+        if not running.wait(_PATIENCE) or running.status:
+            running.kill()
+            raise RuntimeError(f"{command.name}: ends with status {running.status} on btrfs: {running.said()[-2000:]}")
+        running.said()
+        after = disk.files()
+        return [name for name, read in before.items() if after.get(name) != read]
+
+
+@contextlib.contextmanager
+def _failing_disk(command: Command, inputs: Path, work: Path) -> Iterator[FailingDisk]:
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    disk = FailingDisk(inputs, work)
+    try:
+        _prepare(command, inputs, disk.work)
+        yield disk
+    finally:
+        disk.close()
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _second(command: Command, later: float, wanted: Undisturbed, inputs: Path, work: Path) -> None:
@@ -169,8 +222,8 @@ def _second(command: Command, later: float, wanted: Undisturbed, inputs: Path, w
                 running.kill()
         for running in both:
             said = running.said()
-            if running.status and ("Traceback" in said or "error: " not in said):
-                raise TrialError("wrong", f"no line of error: {said[-400:]}")
+            if running.status:
+                _require_a_line(running, said)
         if all(running.status for running in both):
             raise TrialError("wrong", "both were refused")
         _compare(place, wanted, "wrong", "one ended with status 0")
@@ -187,14 +240,32 @@ def _go_on(command: Command, inputs: Path, place: Path, wanted: Undisturbed) -> 
     _compare(place, wanted, "wrong", "given again")
 
 
+def _require_a_line(running: Running, said: str) -> None:
+    if "Traceback" in said or "error: " not in said:
+        raise TrialError("wrong", f"no line of error, status {running.status}: {said[-400:]}")
+
+
+def _wait_at_random(running: Running, place: Path, draw: random.Random, wanted: Undisturbed) -> bool:
+    """Wait for a random moment; whether the command has ended. Half of all moments follow its first write, since some commands
+    compute for long before it."""
+    if draw.random() < 0.5:
+        return running.wait(draw.uniform(0, 1.1 * wanted.seconds))
+    before = set(place.rglob("*"))
+    running.wait(2 * wanted.seconds, until=lambda: set(place.rglob("*")) != before)
+    return running.wait(draw.uniform(0, 1.1 * max(wanted.seconds - wanted.first, 0.05)))
+
+
 def _compare(place: Path, wanted: Undisturbed, outcome: str, when: str) -> None:
     found = difference(digest(place), wanted.digest)
     if found:
         raise TrialError(outcome, f"{when}: {found}")
 
 
-def _start(command: Command, inputs: Path, place: Path, *, largest_file: int | None = None) -> Running:
-    return Running(command.arguments(inputs), place, ranks=command.ranks > 1, largest_file=largest_file)
+def _start(
+    command: Command, inputs: Path, place: Path, *, largest_file: int | None = None, over: tuple[Path, Path] | None = None
+) -> Running:
+    lines = command.arguments(inputs)
+    return Running(lines, place, ranks=command.ranks > 1, largest_file=largest_file, over=over)
 
 
 def _prepare(command: Command, inputs: Path, place: Path) -> None:

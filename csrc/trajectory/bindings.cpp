@@ -6,6 +6,7 @@
 
 #include <tuple>
 
+#include "trajectory/bus_error.h"
 #include "trajectory/gatherer.h"
 #include "trajectory/shard.h"
 
@@ -97,6 +98,8 @@ PYBIND11_MODULE(_trajectory, module) {
            py::arg("layout"), py::arg("target"), py::arg("output"), py::arg("num_classes"), py::arg("num_threads"))
       .def("submit", &submit, py::arg("indices"), py::arg("frames"), py::arg("labels"),
            "Start to gather samples into frames [B, 1 + S, C, H, W] and labels [B], which stay referenced meanwhile.");
+  module.def("exit_on_bus_errors", &exit_on_bus_errors, py::arg("program"),
+             "End the process in one line when a mapped file cannot be read; the line begins with `program`.");
   module.def(
       "parse_shard", &parse, py::arg("file"), py::arg("layout"),
       "Where in a safetensors file each tensor of a layout begins; ValueError if the header says anything else.");

@@ -131,6 +131,9 @@ def run(name: str, command: Command, argv: Sequence[str]) -> int:
     except InputError as error:
         print(f"pyard {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    # Weights, shards and prompts are mapped, and no exception tells of a disk's error in a mapping: the process is killed.
+    with contextlib.suppress(ImportError, AttributeError):  # it was not built, or by an earlier version
+        importlib.import_module("pyard._trajectory").exit_on_bus_errors(f"pyard {name}")
     try:
         with _warnings_in_one_line(name):
             values = arguments(target, found)

@@ -263,7 +263,7 @@ def whole_shards(folder: Path, settings: TableSettings, num_texts: int) -> list[
         whole = path.suffix != ".tmp"
         if whole:
             try:
-                if read_with_metadata(path)[1].get("table") != settings.digest:
+                if read_with_metadata(path, whole=False)[1].get("table") != settings.digest:
                     raise ForeignShardError(f"{path}: written for other prompts or by another text encoder; use another folder")
                 map_shard(path, settings.dtype)
             except ForeignShardError:
@@ -307,7 +307,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         InputError: missing or damaged.
     """
     try:
-        return read_safetensors(path)
+        return read_safetensors(path, whole=False)
     except InputError as error:
         raise InputError(f"{error}; {_remedy(path)}") from None
 

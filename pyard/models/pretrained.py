@@ -14,7 +14,7 @@ from typing import Any
 
 from pyard.errors import InputError
 from pyard.storage.pickles import require_sound
-from pyard.storage.reading import read_object, require_regular
+from pyard.storage.reading import read_object, require_readable, require_regular
 from pyard.storage.tensor_files import require_finite, tensor_shapes
 
 _CONFIG_NAME = "config.json"
@@ -42,6 +42,8 @@ def read_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
         InputError: sizes that the weights do not have, files that are none, or whatever the library raises.
     """
     check_model_folder(folder)
+    for file in sorted(folder.glob("*.safetensors")):
+        require_readable(file)
     try:
         model, info = kind.from_pretrained(str(folder), local_files_only=True, output_loading_info=True, **options)
     # Whatever a damaged file does to a library that is not ours, or a package that it wants and that is missing.

@@ -97,6 +97,18 @@ def require_regular(path: Path, most: int | None = None) -> None:
         pass
 
 
+def require_readable(path: Path) -> None:
+    """Raises InputError unless every byte of a regular file can be read: before it is mapped, since a process that meets an
+    error of the disk in a mapping is killed."""
+    with regular_file(path) as file:
+        buffer = memoryview(bytearray(2**20))
+        try:
+            while file.raw.readinto(buffer):  # type: ignore[attr-defined]
+                pass
+        except OSError as error:
+            raise damaged(path, error) from None
+
+
 def read_bytes(path: Path, most: int | None = MOST_JSON_BYTES) -> bytes:
     """The bytes of a regular file; errors as of `regular_file`."""
     with regular_file(path, most) as file:

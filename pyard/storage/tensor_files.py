@@ -9,21 +9,30 @@ from typing import Any
 import torch
 
 from pyard.errors import InputError
-from pyard.storage.reading import require_regular
+from pyard.storage.reading import damaged, regular_file, require_readable
+
+_MOST_HEADER_BYTES = 10**8  # as the format has it
 
 
-def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, on the CPU, mapped: what is not used is not read.
+def read_safetensors(path: Path, *, whole: bool = True) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, on the CPU, mapped: what is not used takes no memory.
+
+    Args:
+        path: the file.
+        whole: read it once to see that the disk can; False: what is not used is not read, for tables of which a row is taken.
 
     Raises:
-        InputError: missing, not a regular file, cut off, or no safetensors.
+        InputError: missing, not a regular file, not readable, cut off, or no safetensors.
     """
-    return read_with_metadata(path)[0]
+    return read_with_metadata(path, whole=whole)[0]
 
 
-def read_with_metadata(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_with_metadata(path: Path, *, whole: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a safetensors file and the texts in its header; as `read_safetensors`."""
-    require_regular(path)
+    if whole:
+        require_readable(path)
+    else:
+        _require_header(path)
     # Here, since a machine that only computes with models may have no safetensors.
     from safetensors import safe_open
 
@@ -38,7 +47,7 @@ def read_with_metadata(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, s
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors in a safetensors file, of which only the header is read; errors as of `read_safetensors`."""
-    require_regular(path)
+    _require_header(path)
     from safetensors import safe_open
 
     try:
@@ -63,6 +72,14 @@ def require_finite(tensors: Mapping[str, torch.Tensor], where: Path | str) -> No
             raise InputError(
                 f"{where}: {name} holds NaN or infinity, and so would every sample; its training diverged, or it is damaged"
             )
+
+
+def _require_header(path: Path) -> None:
+    with regular_file(path) as file:
+        try:
+            file.read(min(int.from_bytes(file.read(8), "little"), _MOST_HEADER_BYTES))
+        except OSError as error:
+            raise damaged(path, error) from None
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 _REAL = 3  # the draws of the real data, as a part of their seed
 _ADDITIONS = 4  # those of the start of low-rank additions
+_LOST = ("by peer", "Broken pipe")  # what gloo says where another process has gone
 
 
 def train(
@@ -108,7 +109,13 @@ def train(
         with processes.main_first():
             if processes.is_main:  # one lock for all processes of a run
                 held.enter_context(only_one(config.out, "training"))
-        return _run(config, given_teacher, given_store, processes, backbone)
+        try:
+            return _run(config, given_teacher, given_store, processes, backbone)
+        except RuntimeError as error:  # as torch raises it of gloo
+            if processes.world > 1 and any(words in str(error) for words in _LOST):
+                message = "training: another process of this run has ended; its output says why, and the same command resumes"
+                raise InputError(message) from None
+            raise
 
 
 def train_command(config: TrainConfig) -> None:

@@ -55,11 +55,13 @@ def read_counts(stores: Sequence[TrajectoryStore], begun_with: Sequence[int]) ->
 
 
 def given_stores(trajectories: Trajectories | Sequence[Trajectories]) -> list[TrajectoryStore]:
-    """The stores that are given to train on."""
+    """The stores that are given to train on; an InputError if one lacks trajectories."""
     given = [trajectories] if isinstance(trajectories, str | Path | TrajectoryStore) else list(trajectories)
     if not given:
         raise InputError("train: trajectories is an empty list; expected at least one store")
     stores = [one if isinstance(one, TrajectoryStore) else TrajectoryStore.open(one) for one in given]
+    for store in stores:
+        store.require_complete()  # before a run begins: its settings say how many there are
     check_buckets(stores)
     return stores
 

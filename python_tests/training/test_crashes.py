@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -97,3 +98,16 @@ def test_a_signal_that_was_lost_before_the_first_update_ends_the_run(folder, mon
     assert Checkpoints(folder / "run" / "checkpoints").steps() == []
     monkeypatch.undo()
     train_in(folder, "run")
+
+
+def test_a_store_that_lacks_trajectories_begins_no_run(folder):
+    """Its settings would say how many there are, and go on with as many when the store is whole again."""
+    sidecar = max((folder / "store" / "shards").glob("*.json"))
+    content = sidecar.read_bytes()
+    sidecar.write_bytes(content[:10])
+    with pytest.raises(InputError, match="40 were asked for, 20 are there"):
+        train_in(folder, "run")
+    assert not (folder / "run" / "train.json").exists()
+    sidecar.write_bytes(content)
+    train_in(folder, "run")
+    assert json.loads((folder / "run" / "train.json").read_text())["manifest"]["count"] == 40
