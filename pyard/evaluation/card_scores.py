@@ -10,7 +10,7 @@ from typing import Any
 
 from pyard.errors import InputError
 from pyard.evaluation.report import COLUMNS, Evaluation
-from pyard.models.card import record_scores
+from pyard.models.card import Scores, record_scores
 from pyard.models.fingerprint import weights_digest
 from pyard.models.student import Student
 
@@ -39,7 +39,7 @@ def record_in_folders(evaluation: Evaluation, sources: Sequence[Any], students: 
         folder = run / "student" if (run / "student").is_dir() else run
         pair = [*(dataclasses.replace(one, name="teacher") for one in teacher), dataclasses.replace(row, name="student")]
         own = Evaluation(tuple(pair), _settings(evaluation))
-        scores = {
+        scores: Scores = {
             "weights": weights_digest(student),
             "about": _about(own),
             "table": own.cells(_LEFT_OUT),

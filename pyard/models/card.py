@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NotRequired, TypedDict, cast
 
 from pyard.errors import InputError
 from pyard.models.families import FAMILIES, backbone_class
@@ -23,6 +23,15 @@ PROMPT = "a red circle above a blue square"
 _MARK = "<!-- pyard wrote this file and replaces it at each save. To keep changes of your own, delete this line. -->"
 _ARD = "autoregressive distillation ([arXiv 2504.11295](https://arxiv.org/abs/2504.11295))"
 _FAMILY_NAMES = {"dit": "DiT", "lightning_dit": "LightningDiT"}
+
+
+class Scores(TypedDict):
+    """What an evaluation found: sha256 of the measured weights, how, rows of cells with the headings first, and all else."""
+
+    weights: str
+    about: str
+    table: list[list[str]]
+    evaluation: NotRequired[dict[str, object]]
 
 
 def may_write_card(folder: Path) -> bool:
@@ -52,7 +61,7 @@ def front_matter(
     """
     import yaml
 
-    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": task, "tags": ["pyard", *tags]}
+    fields: dict[str, object] = {"library_name": library, "pipeline_tag": task, "tags": ["pyard", *tags]}
     name = None if base is None else hub_name(base)
     if name is not None:
         fields |= {"base_model": name, **({} if relation is None else {"base_model_relation": relation})}
@@ -204,7 +213,7 @@ def write_card(student: Student, building: Path, place: Path | None, name: str |
         (building / CARD_NAME).write_text(student_card(student, name), encoding="utf-8")
 
 
-def read_scores(folder: Path) -> dict[str, Any] | None:
+def read_scores(folder: Path) -> Scores | None:
     """The scores in a student's folder; None: it was not evaluated, or the file is not one that pyard wrote."""
     try:
         found = read_object(folder / SCORES_NAME)
@@ -214,17 +223,16 @@ def read_scores(folder: Path) -> dict[str, Any] | None:
     rows = table if isinstance(table, list) and all(isinstance(row, list) and row for row in table) else []
     if not rows or not all(isinstance(text, str) for text in [*texts, *(cell for row in rows for cell in row)]):
         return None
-    return found
+    return cast(Scores, found)
 
 
-def record_scores(student: Student, folder: Path, scores: dict[str, Any]) -> None:
+def record_scores(student: Student, folder: Path, scores: Scores) -> None:
     """Put scores into a student's folder and its card; a card that is the user's own stays as it is.
 
     Args:
         student: as it was read from the folder.
         folder: of the student.
-        scores: `weights`, sha256 of the weights that were measured; `table`, its rows of cells, headings first; `about`, a
-            sentence on how they were measured; other entries are kept.
+        scores: what was measured.
     """
     student.scores = scores
     write_text(folder / SCORES_NAME, json.dumps(scores, indent=2) + "\n")

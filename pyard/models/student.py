@@ -23,7 +23,7 @@ from pyard.diffusion.time_grid import Target, TimeGrid
 from pyard.errors import InputError
 from pyard.models.backbone import Backbone, Denoiser, StepHeads
 from pyard.models.base import read_base
-from pyard.models.card import SCORES_NAME, drop_foreign_scores, read_scores, write_card
+from pyard.models.card import SCORES_NAME, Scores, drop_foreign_scores, read_scores, write_card
 from pyard.models.codec import Codec, LatentCodec
 from pyard.models.families import backbone_class
 from pyard.models.fingerprint import weights_digest
@@ -85,7 +85,7 @@ class Student(nn.Module):
         self.codec: Codec | None = None
         self.conditions: Conditions | None = None
         self.lora: LoraSettings | None = None
-        self.scores: dict[str, Any] | None = None
+        self.scores: Scores | None = None
         if self.trunk.num_classes is not None:
             classes = self.trunk.num_classes
             self.conditions = ClassConditions(classes, config.class_names, has_null=self.trunk.has_null_class)
