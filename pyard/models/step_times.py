@@ -6,8 +6,7 @@ G grids, one if all sizes share it · S steps
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -58,7 +57,7 @@ class StepTimes(nn.Module):
         known = ", ".join(map(str, self._shapes))
         raise InputError(f"samples of shape {tuple(sample_shape)}; this student has times for {known}")
 
-    def _apply(self, fn: Any, recurse: bool = True) -> StepTimes:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> StepTimes:
         super()._apply(fn, recurse)
         if self.told.dtype in (torch.bfloat16, torch.float16):
             # 749.25 has no bfloat16: times stay float32 when the weights do not.
