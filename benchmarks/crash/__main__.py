@@ -63,8 +63,9 @@ def _work(job, jobs, plan, cells, inputs, work, log, until) -> None:  # type: ig
 
     known = {}
     commit = _commit()
+    parent = os.getppid()
     for number, i in plan[job::jobs]:
-        if time.monotonic() > until:
+        if time.monotonic() > until or os.getppid() != parent:  # which was told to stop
             break
         command, way = cells[i]
         here = work / f"job{job}"
@@ -142,6 +143,14 @@ def _import_everything() -> None:
         "onnxruntime",
         "PIL.Image",
         "sklearn.datasets",
+        "networkx",
+        "torch.onnx._internal.exporter._core",
+        "onnxscript.function_libs.torch_lib.ops",
+        "diffusers.models.autoencoders.autoencoder_kl",
+        "diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma",
+        "transformers.models.t5.modeling_t5",
+        "transformers.models.t5.tokenization_t5",
+        "pyard.models.pixart.network",
     ):
         importlib.import_module(module)
     for command in COMMANDS.values():
@@ -159,7 +168,7 @@ def _shorten_the_demo() -> None:
     from pyard.evaluation.features import digits_classifier
 
     teacher = {**(digits.QUICK.teacher or {}), "max_steps": 8, "save_every": 4}
-    small = dict(trajectories=32, student_steps=4, samples=20, save_every=2, teacher=teacher)
+    small = dict(trajectories=32, student_steps=4, samples=20, save_every=1, teacher=teacher)
     digits.QUICK = dataclasses.replace(digits.QUICK, **small)  # type: ignore[arg-type]
     digits_classifier()  # from a fixed seed, in seconds, and kept as long as the process lives
 

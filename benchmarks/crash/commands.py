@@ -15,10 +15,9 @@ from pyard.models.dit.config import DiTConfig
 from pyard.models.dit.network import DiT
 from pyard.teachers.network_teacher import NetworkTeacher
 
-_TRAIN = (
-    "train --num_steps 3 --history_layers 2 --max_steps 8 --batch_size 8 --learning_rate 0.003 --save_every 2 --log_every 1 "
-    "--progress false --out run"
-)
+# Every second checkpoint stays and no other: which ones are the newest depends on where a signal had one written.
+_SAVE = "--save_every 2 --keep_every 2 --keep_last 1 --log_every 1 --progress false"
+_TRAIN = f"train --num_steps 3 --history_layers 2 --max_steps 8 --batch_size 8 --learning_rate 0.003 {_SAVE} --out run"
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ _TRAINED = f"{_TRAIN} --teacher {{inputs}}/teacher --trajectories {{inputs}}/sto
 _ADVERSARIAL = f"{_TRAINED} --stage adversarial --student {{inputs}}/first --adversarial.real {{inputs}}/real.safetensors"
 _TEACH = "teach --hidden_size 16 --depth 2 --num_heads 2 --batch_size 8 --progress false"
 _TEXT_TEACHER = (
-    "teach scenes-text --hidden_size 48 --depth 2 --num_heads 2 --patch_size 8 --text_hidden_size 32 --text_depth 1 "
+    "teach scenes-text --hidden_size 48 --depth 1 --num_heads 2 --patch_size 8 --text_hidden_size 32 --text_depth 1 "
     "--batch_size 4 --progress false"
 )
 _TEXT_STORE = (
@@ -76,7 +75,7 @@ _TEXT_STORE = (
 )
 _TEXT_TRAIN = (
     "train --teacher {inputs}/text --trajectories {inputs}/text-store --num_steps 2 --history_layers 0 --output jump "
-    "--heads shared --target state --lora_rank 2 --batch_size 4 --save_every 2 --log_every 1 --progress false"
+    f"--heads shared --target state --lora_rank 2 --batch_size 4 {_SAVE}"
 )
 _NOTHING_READ = {"read error": "it reads no file of the user's"}
 _EVALUATE = "evaluate --students [{inputs}/small-run] --teacher {inputs}/small"
