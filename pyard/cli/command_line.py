@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyard.cli.flags import arguments, as_yaml, flags_of, read_flags
+from pyard.cli.help_text import plain_help
 from pyard.errors import InputError
 from pyard.storage.typed import hints_of
 from pyard.version import MISSING, __version__
@@ -189,7 +190,15 @@ def print_help(name: str, function: Callable[..., Any], settings: Any) -> None:
         return
 
     class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-        """Keeps the paragraphs and examples of docstrings."""
+        """Keeps the paragraphs and examples of docstrings, and says types in plain words."""
+
+        def _expand_help(self, action: Any) -> str:
+            return plain_help(super()._expand_help(action))
+
+        def _format_action_invocation(self, action: Any) -> str:
+            # The second form of a list's flag, `--students+`, is jsonargparse's own.
+            flags = re.sub(r", --[\w.]+\+ \S+$", "", super()._format_action_invocation(action))
+            return flags.replace(",null}", ",none}")
 
     description = (inspect.getdoc(function) or "").split("\nArgs:")[0].strip()
     usage = f"pyard {name} [--config FILE] [--print_config] [flags]"

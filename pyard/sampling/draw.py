@@ -76,7 +76,8 @@ def sample(
         progress: show a progress bar.
         network: class of the backbone of a folder's student that is none of pyard's, or "package.module:Class".
         sample_shape: [C, ...] of the samples of a student that was trained on several; None: the usual one.
-        height, width: of the pictures in pixels, in place of sample_shape.
+        height: of the pictures in pixels, in place of sample_shape.
+        width: likewise.
         pipeline: folder of the diffusers pipeline whose text encoders a text-to-image student's prompts need; None: its
             teacher's, where it was in training.
 

@@ -131,7 +131,8 @@ def generate_trajectories(
             `negative_prompt`, a folder with `metadata.jsonl`, or a list. Each distinct text is encoded once, into `conditions/`
             of the store, which a later call goes on with.
         prompt_order: `in_turn`: sample i has prompt i modulo their number; `uniform`: it is drawn.
-        height, width: of a text-to-image pipeline's pictures, in pixels; None: the pipeline's own.
+        height: of a text-to-image pipeline's pictures, in pixels; None: the pipeline's own.
+        width: likewise.
         embedded_guidance: what a pipeline such as FLUX.1-dev tells its transformer of guidance; None: its default.
         max_sequence_length: limit of text tokens; None: the pipeline's.
         variant: of a pipeline's weights, such as `fp16`.
