@@ -39,7 +39,7 @@ def only_one(folder: Path, work: str) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout:
         raise InputError(
-            f"{folder}: {_said(holder)} is at work here ({work}); wait for it, stop it, or use another folder"
+            f"{folder}: {_holder_text(holder)} is at work here ({work}); wait for it, stop it, or use another folder"
         ) from None
     try:
         since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
@@ -58,7 +58,7 @@ def only_one(folder: Path, work: str) -> Iterator[None]:
         lock.release()
 
 
-def _said(holder: Path) -> str:
+def _holder_text(holder: Path) -> str:
     try:
         about = json.loads(holder.read_text("utf-8"))
         return f"process {about['process']} of {about['host']}, since {about['since']},"
