@@ -130,9 +130,9 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         Args:
             pretrained_model_name_or_path: the folder, or its name on the Hugging Face hub.
-            network: class of the backbone of a student that is made of none of pyard's families, or "package.module:Class".
+            network: class of the student's backbone, if it is not one of pyard's families, or "package.module:Class".
             pipeline: of a text-to-image student's run folder: the diffusers pipeline that its text encoders are read from,
-                and the frozen weights of one trained by LoRA; None: its teacher's, where it was in training.
+                and the frozen weights of one trained by LoRA; None: its teacher's, at its path during training.
             kwargs: of `diffusers.DiffusionPipeline.from_pretrained`; for a run or student's folder, `dtype` alone.
 
         Raises:

@@ -81,7 +81,7 @@ def test_samples_are_arrays_and_pictures(folder, capsys):
     run(*named, "--out", folder / "a.png")
     assert (folder / "a.png").read_bytes()[:4] == b"\x89PNG"
     assert "label 5: expected 0 to 4" in refused(capsys, *named, "--labels", "[5]", "--out", folder / "a.npz")
-    assert "knows no classes" in refused(capsys, *named, "--labels", "[tench]", "--out", folder / "a.npz")
+    assert "has no classes" in refused(capsys, *named, "--labels", "[tench]", "--out", folder / "a.npz")
 
 
 def test_described(folder, capsys):
@@ -163,7 +163,7 @@ def test_the_pipeline_draws_what_sample_draws(folder, tmp_path: Path):
     assert [picture.size for picture in again(condition_numbers=[3, 1]).images] == [(8, 4), (8, 4)]
     with pytest.raises(pyard.InputError, match="one of"):
         again()
-    with pytest.raises(pyard.InputError, match="knows no classes"):
+    with pytest.raises(pyard.InputError, match="has no classes"):
         again(class_labels=["tench"])
 
 

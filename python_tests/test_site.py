@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pyard.cli.command_line import COMMANDS, command_line_face
+from pyard.cli.command_line import COMMANDS, typable_function
 from pyard.cli.flags import flags_of, read_flags
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +36,7 @@ def test_commands_have_these_flags(line: str) -> None:
     command = COMMANDS[name]
     words = words[len(name.split()) :]
     module = __import__(command.module, fromlist=["_"])
-    function = command_line_face(getattr(module, command.function))
+    function = typable_function(getattr(module, command.function))
     flags = flags_of(getattr(module, command.config) if command.config else function)
     if command.config:  # flags of the command itself beside those of its settings
         flags |= flags_of(function) if name != "train" else {}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pyard.cli.command_line import COMMANDS, command_line_face
+from pyard.cli.command_line import COMMANDS, typable_function
 from pyard.cli.flags import flags_of, read_flags
 from pyard.storage.log import read_log
 from pyard.training.config import TrainConfig
@@ -26,7 +26,7 @@ def test_commands_have_these_flags(line):
     words = words[words.index("pyard") + 1 :]
     command = COMMANDS[words[0]]
     module = __import__(command.module, fromlist=["_"])
-    function = command_line_face(getattr(module, command.function))
+    function = typable_function(getattr(module, command.function))
     read_flags(
         words[1:], flags_of(getattr(module, command.config) if command.config else function), positional=command.positional
     )

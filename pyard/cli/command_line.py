@@ -45,12 +45,14 @@ COMMANDS = {
     "convert": Command(
         "pyard.teachers.convert",
         "convert",
-        "turn a checkpoint into a teacher or back, a text-to-image student into a LoRA",
+        "convert a checkpoint to a teacher or back, a text-to-image student to a LoRA",
         positional=("source",),
     ),
     "trajectories": Command("pyard.trajectories", "generate_trajectories", "write a teacher's ODE trajectories to a store"),
     "trajectories verify": Command("pyard.trajectories", "verify_trajectories", "check every checksum", positional=("store",)),
-    "trajectories stats": Command("pyard.trajectories", "trajectory_stats", "print and draw it", positional=("store",)),
+    "trajectories stats": Command(
+        "pyard.trajectories", "trajectory_stats", "print what a store holds, and draw it", positional=("store",)
+    ),
     "trajectories merge": Command("pyard.trajectories", "merge_trajectories", "join the parts of several folders"),
     "trajectories convert": Command(
         "pyard.trajectories", "convert_trajectories", "import or export the authors' .npz files", positional=("source", "out")
@@ -59,21 +61,25 @@ COMMANDS = {
         "pyard.training", "train_command", "train a student on trajectories (generates missing ones)", config="TrainConfig"
     ),
     "estimate": Command(
-        "pyard.estimate.recipe_cost", "estimate", "say what a recipe costs: bytes, GPU-hours, memory", positional=("recipe",)
+        "pyard.estimate.recipe_cost", "estimate", "estimate the bytes, GPU-hours and memory of a recipe", positional=("recipe",)
     ),
-    "consolidate": Command("pyard.training.sharded", "consolidate", "make a student's folder of a checkpoint, sharded or not"),
+    "consolidate": Command(
+        "pyard.training.sharded", "consolidate", "convert a checkpoint, sharded or not, into a student folder"
+    ),
     "sample": Command("pyard.sampling.draw", "sample_to_file", "draw samples with a student"),
     "describe": Command(
         "pyard.estimate.student_cost",
         "describe",
-        "say what a student costs: parameters, FLOPs, cache, history",
+        "print what a student costs: parameters, FLOPs, cache, history",
         positional=("student",),
     ),
     "evaluate": Command("pyard.evaluation", "evaluate", "measure a student against its teacher and real data"),
     "export": Command("pyard.export", "export", "write a student as one ONNX file and check it", bare=("onnx",)),
     "bench onnx": Command("pyard.bench.onnx", "bench_onnx", "time students in PyTorch and onnxruntime"),
     "bench quality": Command("pyard.bench.quality", "bench_quality", "compare students that differ in one thing"),
-    "doctor": Command("pyard.cli.doctor", "doctor", "say what is built, for what, and what to do about what is not"),
+    "doctor": Command(
+        "pyard.cli.doctor", "doctor", "check the installation: what is built, for what, and what to do about problems"
+    ),
 }
 
 OVERVIEW = """usage: pyard COMMAND [flags]   (also: python -m pyard COMMAND)
@@ -115,7 +121,7 @@ def run(name: str, command: Command, argv: Sequence[str]) -> int:
             raise
         print(f"pyard {name}: error: {MISSING}", file=sys.stderr)
         return 2
-    function = command_line_face(getattr(module, command.function))
+    function = typable_function(getattr(module, command.function))
     settings = getattr(module, command.config) if command.config else None
     target = settings or function
     if any(word in ("-h", "--help") for word in argv):
@@ -228,20 +234,20 @@ def _regroup(parser: Any, groups: Mapping[str, str]) -> None:
     parser._action_groups = [g for g in parser._action_groups if g not in nested and g._group_actions] + nested
 
 
-def command_line_face(function: Callable[..., Any]) -> Callable[..., Any]:
+def typable_function(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with the types that can be typed in a shell only: `str | Path | Teacher` becomes `str | Path`."""
     hints = {name: typable(hint) for name, hint in hints_of(function).items()}
     signature = inspect.signature(function)
     parameters = [p.replace(annotation=hints.get(p.name, p.annotation)) for p in signature.parameters.values()]
 
     @functools.wraps(function)
-    def face(*args: Any, **kwargs: Any) -> Any:
+    def typed(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    del face.__wrapped__  # type: ignore[attr-defined]
-    face.__annotations__ = {p.name: p.annotation for p in parameters}
-    face.__signature__ = signature.replace(parameters=parameters, return_annotation=signature.empty)  # type: ignore[attr-defined]
-    return face
+    del typed.__wrapped__  # type: ignore[attr-defined]
+    typed.__annotations__ = {p.name: p.annotation for p in parameters}
+    typed.__signature__ = signature.replace(parameters=parameters, return_annotation=signature.empty)  # type: ignore[attr-defined]
+    return typed
 
 
 def typable(hint: Any) -> Any:

@@ -41,7 +41,7 @@ class Report:
     backend: str = "auto"
     trajectory_reader: str = "python"  # native | python
     operators: dict[str, dict[str, str]] = field(default_factory=dict)  # operator -> device -> native | reference
-    self_test: dict[str, float] = field(default_factory=dict)  # operator -> largest difference from its twin
+    self_test: dict[str, float] = field(default_factory=dict)  # operator -> largest difference from plain PyTorch
     onnxruntime_providers: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     runtime_only: bool = False  # no package for training is installed

@@ -99,7 +99,7 @@ class ClassConditions:
             InputError: an unknown name, one that several classes share, or no names to look it up in.
         """
         if self.names is None:
-            raise InputError(f"this student knows no class names; give numbers from 0 to {self.count - 1}")
+            raise InputError(f"this student has no class names; give numbers from 0 to {self.count - 1}")
         return [
             self._find(label) if isinstance(label, str) else whole_number("label", label, 0, self.count - 1) for label in labels
         ]

@@ -57,14 +57,14 @@ def flops_per_pass(student: Student, condition: Condition | None = None) -> tupl
         student: on any device.
         condition: of one sample; None: the first row of the student's table.
     """
-    ghost = without_weights(student)
+    weightless = without_weights(student)
     condition = _one(student.require_conditions().take([0]) if condition is None else condition)
     latest = torch.empty((1, *student.sample_shape), device="meta")
-    cache, counts = ghost.new_cache(1), []
+    cache, counts = weightless.new_cache(1), []
     # Without a history all passes cost the same.
     for step in range(student.num_steps if student.config.history_layers else 1):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            latest, cache = ghost.step(latest, step, condition, cache)  # type: ignore[assignment]
+            latest, cache = weightless.step(latest, step, condition, cache)  # type: ignore[assignment]
         counts.append(int(counter.get_total_flops()))
     return tuple(counts) if len(counts) == student.num_steps else tuple(counts) * student.num_steps
 
@@ -79,7 +79,7 @@ def subset_flops(student: Student, condition: Condition | None = None, steps: in
     whole = student_flops(student, condition)
     if steps is None or steps == student.num_steps:
         return whole
-    ghost = without_weights(student)
+    weightless = without_weights(student)
     condition = _one(student.require_conditions().take([0]) if condition is None else condition)
     upper, begun = 0, 0
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -92,11 +92,11 @@ def subset_flops(student: Student, condition: Condition | None = None, steps: in
             nonlocal upper
             upper += int(counter.get_total_flops()) - begun
 
-        for block in list(ghost.trunk.blocks)[ghost.config.history_layers :]:
+        for block in list(weightless.trunk.blocks)[weightless.config.history_layers :]:
             block.register_forward_pre_hook(begin)
             block.register_forward_hook(end)
         # Above the history every step costs the same.
-        ghost.step(torch.empty((1, *student.sample_shape), device="meta"), 0, condition, ghost.new_cache(1))
+        weightless.step(torch.empty((1, *student.sample_shape), device="meta"), 0, condition, weightless.new_cache(1))
     return whole - (student.num_steps - steps) * float(upper)
 
 
@@ -112,15 +112,15 @@ def update_flops(student: Student, batch_size: int, condition: Condition | None 
     """
     if all(parameter.requires_grad for parameter in student.parameters()):
         return 3.0 * batch_size * subset_flops(student, condition, steps)
-    ghost = without_weights(student)
+    weightless = without_weights(student)
     one = _one(student.require_conditions().take([0]) if condition is None else condition)
     history = torch.empty((1, student.num_steps, *student.sample_shape), device="meta")
     some = student.num_steps if steps is None else steps
-    subset = StepSubset(ghost) if some < student.num_steps else None
+    subset = StepSubset(weightless) if some < student.num_steps else None
     kept = torch.empty(some, dtype=torch.int64, device="meta")
 
     def both_ways() -> None:
-        prediction = ghost(history, one) if subset is None else subset(history, one, kept)
+        prediction = weightless(history, one) if subset is None else subset(history, one, kept)
         prediction.float().sum().backward()
 
     return float(batch_size * counted(both_ways))
@@ -134,11 +134,11 @@ def teacher_flops(network: Denoiser, condition: Condition, sample_shape: tuple[i
         condition: of one sample.
         sample_shape: [C, ...]; None: the usual one.
     """
-    ghost, one = without_weights(network), _one(condition)
+    weightless, one = without_weights(network), _one(condition)
     x = torch.empty((1, *(sample_shape or network.config.sample_shape)), device="meta")
     times = torch.empty(1, device="meta")
     with torch.no_grad():
-        return float(counted(lambda: ghost(x, times, one)))
+        return float(counted(lambda: weightless(x, times, one)))
 
 
 def feature_flops(network: Denoiser, condition: Condition, blocks: tuple[int, ...]) -> float:
@@ -146,13 +146,13 @@ def feature_flops(network: Denoiser, condition: Condition, blocks: tuple[int, ..
 
     Both pass forward to the highest block looked at, and the student's prediction gets its gradient back.
     """
-    ghost, one = without_weights(network).requires_grad_(False), _one(condition)
+    weightless, one = without_weights(network).requires_grad_(False), _one(condition)
     x = torch.empty((1, *network.config.sample_shape), device="meta")
     times = torch.empty(1, device="meta")
 
     def features(x: torch.Tensor) -> torch.Tensor:
-        ghost.trunk.conditioning(times, one)
-        seen = ghost.trunk.features(x, times, one, ghost.head, blocks)
+        weightless.trunk.conditioning(times, one)
+        seen = weightless.trunk.features(x, times, one, weightless.head, blocks)
         return torch.stack([tokens.sum() for tokens in seen]).sum()
 
     def forward() -> None:

@@ -56,21 +56,21 @@ def demo(
     Five stages: (1) the built-in teacher, trained on scikit-learn's digits unless the cache has it; (2) its trajectories, 25
     DDIM steps with guidance 1.5; (3) three students of equal budget: step distillation (no history) and ARD (history in every
     layer) in the setting of the authors' code, and ARD as `pyard.train` does it by default; (4) the ARD student as ONNX; (5)
-    `samples.png`, `training.png`, `quality.json` and a table. What is done already is not done again; a run that was stopped
-    goes on where it was.
+    `samples.png`, `training.png`, `quality.json` and a table. Finished stages are not repeated; an interrupted run
+    resumes.
 
     Example: pyard demo
 
     Args:
         out: folder for everything but the built-in teacher, which is kept in the cache ($PYARD_CACHE, or ~/.cache/pyard).
-        text: the text-to-image demo in its place, into the subfolder `text`: captioned scenes, and how well students follow
-            prompts, measured exactly; no `adversarial` there.
-        quick: a minute's run with a tiny teacher of its own, in the subfolder `quick`: it shows that everything works, and its
-            pictures are blurred.
-        adversarial: train on with discriminators that compare the ARD student's samples with real digits, for one
-            more row of the table; some four minutes more.
+        text: run the text-to-image demo instead, in the subfolder `text`: captioned scenes, and an exact measure of how well
+            students follow prompts; without `adversarial`.
+        quick: a one-minute run with a tiny teacher, in the subfolder `quick`: it shows that everything works; its pictures are
+            blurred.
+        adversarial: continue training with discriminators that compare the ARD student's samples with real digits: one
+            more row of the table, about four minutes more.
         fresh: remove the results of earlier runs first; the built-in teacher in the cache stays.
-        seed: of trajectories and training; the samples that are measured start from other noise.
+        seed: of trajectories and training; the measured samples start from other noise.
         progress: show progress bars.
 
     Returns:

@@ -52,16 +52,16 @@ def estimate(
     network: str | None = None,
     text_tokens: int | None = None,
 ) -> Estimate:
-    """Say what a recipe costs, before anything is started and without any weights.
+    """Estimate what a recipe costs before you start it, without any weights.
 
-    Disk: the trajectories' shards, exactly, embedded prompts, and checkpoints. Time: the floating-point operations of every
-    stage, counted while the networks run without data (`pyard describe` counts in the same way), over what a GPU sustains:
-    `tflops` if you have measured it (a training's progress bar shows it), else the data sheet's peak of `device` times `mfu`.
+    Disk: the shards of trajectories (exact), embedded prompts, and checkpoints. Time: the floating-point operations of every
+    stage, counted while the networks run without data (as `pyard describe` does), divided by the rate that a GPU sustains:
+    `tflops` if measured (the progress bar of training shows it), else the peak of `device`'s data sheet times `mfu`.
     Well-fed GPUs reach 0.3 to 0.5 of their peak on large transformers; small networks reach far less. Memory: weights,
-    averages, AdamW's moments, gradients (with DDP twice, for its buckets) and what the backward pass needs of the forward
-    pass, counted in the same way, for several micro-batches, with and without activation checkpointing, for DDP and FSDP. With
-    LoRA, frozen weights count once, in the precision of the trajectories, and averages, moments and gradients for what is
-    trained alone. It is right to about a quarter; 0.5 GB of CUDA's own come on top.
+    averages, AdamW's moments, gradients (twice with DDP, for its buckets) and the activations kept for the backward pass,
+    for several micro-batches, with and without activation checkpointing, for DDP and FSDP. With LoRA, frozen weights count
+    once, in the precision of the trajectories; averages, moments and gradients count only for what is trained. Expect the
+    estimate to be right within a quarter; CUDA itself takes 0.5 GB more.
 
     Example: pyard estimate recipes/imagenet256-dit-xl2.yaml --device H100 --gpus 8
 
@@ -73,7 +73,7 @@ def estimate(
         mfu: share of the data sheet's peak that is taken to be reached.
         gpus: how many share the work; FSDP splits the weights among them.
         out: a JSON file to write as well.
-        network: package.module:Class of the backbone of a teacher that is made of none of pyard's; none: the recipe's.
+        network: package.module:Class of the teacher's backbone, if it is not one of pyard's; none: the recipe's.
         text_tokens: of the longest prompt of a text-to-image pipeline; none: as many as its text encoder takes.
 
     Returns:
@@ -238,7 +238,7 @@ def one_condition(config: TrainConfig, teacher: TeacherOutline, student: Student
         return text.condition(teacher.pipeline.constants(config.embedded_guidance))
     if table is None:
         raise InputError(
-            f"estimate: teacher {config.teacher!r} knows no classes, and no table of conditions was found; expected one in "
+            f"estimate: teacher {config.teacher!r} has no classes, and no table of conditions was found; expected one in "
             "conditions/ of its folder, where `save_pretrained` writes it"
         )
     return table.take(range(min(table.count, config.batch_size))).index(slice(0, 1))

@@ -104,14 +104,14 @@ def describe(
 ) -> Description:
     """Print what a student costs.
 
-    Of a teacher, it is what its student would cost: the configuration decides, no weights are read.
+    For a teacher, print what its student would cost; only the configuration is read, no weights.
 
     Example: pyard describe runs/digits
 
     Args:
         student: the student, or the folder of a run or student; or a teacher: its folder, or a published name such as
             `DiT-XL/2`, `sd3.5-medium` or `black-forest-labs/FLUX.1-dev`.
-        network: class of the backbone of a folder's student that is none of pyard's, or its "package.module:Class".
+        network: class of the student's backbone, if it is not one of pyard's, or its "package.module:Class".
         num_steps: S of a teacher's student; none: 4.
         history_layers: N of a teacher's student; none: a quarter of the layers, rounded up.
         steps_per_update: of a training on so many of the steps; none: on all.
@@ -183,8 +183,8 @@ def count(student: Student, condition: Condition | None = None, steps_per_update
         condition = _longest_text(config.text, student)
     shapes = student.trunk.attention_shapes(config.history_layers, student.sample_shape)
     kept = 2 * student.num_steps * sum(math.prod(shape) for shape in shapes)
-    ghost = without_weights(student)
-    plain = Student(dataclasses.replace(config, history_layers=0, history_bias=None), ghost.trunk, ghost.heads[0])
+    weightless = without_weights(student)
+    plain = Student(dataclasses.replace(config, history_layers=0, history_bias=None), weightless.trunk, weightless.heads[0])
     plain.conditions = student.conditions
     return Description(
         num_steps=student.num_steps,

@@ -78,35 +78,35 @@ def evaluate(
 
     Args:
         students: a run folder, a student's folder or an ONNX file; or a list of them.
-        teacher: `digits`, or a teacher's folder or file. Of text-to-image students, their own pipeline by default.
+        teacher: `digits`, or a teacher's folder or file. For text-to-image students, their own pipeline by default.
         count: samples for each row; none: 1797, the number of real digits, or one for each prompt.
-        seed: of the noise; choose another than the trajectories were made with.
-        teacher_steps: solver steps of the teacher; auto: as in the trajectories that the students were trained on, which they
-            record, as they do the next four; 0: leave the teacher out, whose samples may take longest.
-        cfg_scale: its guidance weight; 1 is none. Students of earlier versions that record nothing are compared with the flags,
-            or 25 steps and a weight of 1.5 on all channels at all times.
-        cfg_channels: guide only the first so many channels; none: all.
+        seed: of the noise; choose another one than for the trajectories.
+        teacher_steps: solver steps of the teacher; auto, for this and the next four: as in the trajectories that the students
+            were trained on, which they record; 0: leave out the teacher, whose samples may take longest.
+        cfg_scale: its guidance weight; 1: no guidance. Students of earlier versions record nothing: then the flags decide, or
+            25 steps and a weight of 1.5 on all channels at all times.
+        cfg_channels: guide only the first channels, this many; none: all.
         cfg_interval: lowest and highest teacher time with guidance; none: all times.
         solver: ddim, euler or heun; none: the schedule's usual one.
         batch_size: samples that are drawn, and timed, together.
         features: a feature network's file, TorchScript (such as inception-2015-12-05.pt) or ONNX; none: the classifier of the
             digits.
-        feature_settings: what that network wants and gives.
+        feature_settings: inputs and outputs of that network.
         reference: real data: an .npz file with mu and sigma, with images arr_0, or with both, as ADM's reference batches; or a
             folder of pictures; none: the digits.
         labels: of the samples: `balanced`, every class in turn, or `random`, uniform.
-        extrapolate: extrapolate Fréchet distances to infinitely many samples, too; takes at least 4 samples a feature.
-        trajectories: a store of the teacher's trajectories, best ones that were not trained on: measure the exposure bias of
+        extrapolate: also extrapolate Fréchet distances to infinitely many samples; needs at least 4 samples per feature.
+        trajectories: a store of the teacher's trajectories, preferably not used in training: measure the exposure bias of
             the PyTorch students at each step.
         samples_npz: write the student's samples as ADM's .npz (arr_0, uint8 [n, H, W, C]; arr_1, labels), whatever the count.
         out: a JSON file to write as well.
         progress: show a progress bar.
-        network: class of the backbone of teacher's and students' folders that is none of pyard's, or "package.module:Class".
+        network: class of the backbone of teacher and students, if it is not one of pyard's, or "package.module:Class".
         sample_shape: [C, ...] of the samples, of a teacher and students of several sizes; none: the teacher's usual one.
-        prompts: of text-to-image students, which are compared with their teacher by them: a `.txt` or `.jsonl` file, a folder
+        prompts: compare text-to-image students with their teacher on these prompts: a `.txt` or `.jsonl` file, a folder
             with metadata.jsonl, or a list. Sample i has prompt i modulo their number. With `out`, their embeddings are kept in
-            the folder of the same name without .json, which a later call uses again, and a sheet with pictures of the first
-            prompts by teacher and students is written as .png.
+            the folder of the same name without .json, which a later call reuses, and a sheet of the pictures that teacher and
+            students draw for the first prompts is written as .png.
         clip: folder of a CLIP model of transformers, for CLIP scores; without `features`, Fréchet distances to the teacher's
             samples are taken in its embeddings of pictures.
 
@@ -114,8 +114,8 @@ def evaluate(
         The rows, the teacher's first.
 
     Raises:
-        InputError: a student of another teacher, sample shape or number of classes; a setting of the teacher's other than the
-            students were trained on; data that nothing can measure; a file that is missing, or cannot be written.
+        InputError: a student of another teacher, sample shape or number of classes; teacher settings other than those that the
+            students were trained on; no feature network for these images; a file that is missing, or cannot be written.
     """
     _check_files(features, reference, samples_npz, out)
     device = "cuda" if torch.cuda.is_available() else "cpu"

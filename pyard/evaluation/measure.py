@@ -196,7 +196,7 @@ class _Run:
     def __init__(self, candidate: Candidate, network: FeatureNetwork | None):
         self.candidate = candidate
         self._network = network
-        self._said = _Features(network)
+        self._outputs = _Features(network)
         self._seconds: list[float] = []
         self._squares, self._compared, self._correct = 0.0, 0, 0
 
@@ -211,7 +211,7 @@ class _Run:
 
     def take(self, images: np.ndarray, compared: np.ndarray, ends: np.ndarray | None, labels: np.ndarray) -> None:
         """What is measured of one batch: images, and samples to compare with the teacher's `ends`."""
-        self._said.add(images)
+        self._outputs.add(images)
         if isinstance(self._network, Classifier):
             self._correct += int((self._network.classify(images) == labels).sum())
         # Pictures of a student that brings its own decoder are no endpoints.
@@ -222,7 +222,7 @@ class _Run:
     def row(self, data: object, references: _Features, extrapolate: bool, count: int) -> Quality:
         """All that was found."""
         found: dict[str, Any] = dict.fromkeys(("frechet_to_data", "frechet_to_teacher"))
-        features, teachers, probabilities = self._said.features, references.features, self._said.probabilities
+        features, teachers, probabilities = self._outputs.features, references.features, self._outputs.probabilities
         if features is not None:
             gaussian = GaussianStatistics.of(features)
             if isinstance(data, Reference):
@@ -230,7 +230,7 @@ class _Run:
                 if data.features is not None and min(count, data.count) > NEIGHBOURS:
                     found["precision"], found["recall"] = precision_recall(data.features, features, NEIGHBOURS)
                 if data.spatial is not None:
-                    found["spatial_frechet_to_data"] = frechet_distance(self._said.spatial.result(), data.spatial)
+                    found["spatial_frechet_to_data"] = frechet_distance(self._outputs.spatial.result(), data.spatial)
                 if extrapolate:
                     found["frechet_to_data_infinity"] = frechet_infinity(features, data.statistics)
             if teachers is not None:

@@ -37,8 +37,8 @@ def open_torchscript(
         network: Any = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(
-            f"features {path}: no TorchScript file ({str(error).strip().splitlines()[0]}). Expected one that torch.jit.save "
-            "wrote, or an ONNX file that ends in .onnx; weights alone (a state_dict) are no network"
+            f"features {path}: not a TorchScript file ({str(error).strip().splitlines()[0]}). Expected one that torch.jit.save "
+            "wrote, or an ONNX file that ends in .onnx; a file of weights (a state_dict) is not enough"
         ) from None
     arguments = [argument.name for argument in network.forward.schema.arguments]
     found: dict[str, Output] = {}

@@ -85,7 +85,7 @@ def export(
 
     Args:
         student: a run folder or a student's folder.
-        onnx: the file to write, of a text-to-image student the folder; a bare --onnx, or none, writes student.onnx, or onnx/,
+        onnx: the file to write; for a text-to-image student, the folder; a bare --onnx, or none, writes student.onnx, or onnx/,
             into the student's folder.
         form: `sampler`, all steps in one call; `step`, one step a call with keys and values in and out, for previews; `both`,
             of a folder; none: `sampler` of a file, `both` of a folder.
@@ -102,7 +102,7 @@ def export(
         method: `assembled`, for pyard's DiT; `traced`, for any network; `auto`, the first one where it fits.
         parity_bound: largest error against PyTorch, relative to the largest value of a sample, with which the file is written;
             none: 1e-4 for fp32, 0.02 for fp16, 0.25 for int8, and a level more of 255 for pictures.
-        network: package.module:Class of the backbone of a student that is made of none of pyard's.
+        network: package.module:Class of the student's backbone, if it is not one of pyard's.
     """
     folder = Path(student)
     model = Student.from_pretrained(folder, network=network)
@@ -186,7 +186,7 @@ def export_onnx(
             level of 255 more for pictures.
         examples: conditions to trace and check a student with that has no table of conditions, one row or more each; sizes that
             differ between them are free.
-        network: class of the backbone of a folder's student that is none of pyard's, or "package.module:Class".
+        network: class of the student's backbone, if it is not one of pyard's, or "package.module:Class".
 
     Returns:
         The largest relative error against PyTorch at each batch size that was tried.

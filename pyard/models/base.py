@@ -26,7 +26,7 @@ def read_base(
         backbone: class of its trunk.
         base: where the base is now: a pipeline's folder, or a transformer in place of the one that was recorded (folder or
             single file); or the teacher's network, whose weights are then shared and not compared, for its caller knows that
-            it is the one; None: where it was in training.
+            it is the one; None: at its path during training.
         student: the student's folder, for messages.
 
     Returns:

@@ -45,8 +45,8 @@ def backbone_class(family: str, network: type[Backbone] | str | None, where: obj
         return import_network(network)
     if family not in FAMILIES:
         raise InputError(
-            f"{where} is made of the network {family}, which is none of pyard's ({', '.join(FAMILIES)}), and a folder names no "
-            f"code that pyard would run: give network=… in Python, or --network {family} on the command line"
+            f"{where} is made of the network {family}, which is not one of pyard's ({', '.join(FAMILIES)}), and pyard does not "
+            f"run code that a folder names: give network=… in Python, or --network {family} on the command line"
         )
     found: type[Backbone] = _imported(FAMILIES[family])
     return found

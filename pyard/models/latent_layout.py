@@ -151,7 +151,7 @@ def token_grid(tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
     if grid is None:
         side = round(tokens**0.5)
         if side * side != tokens:
-            raise InputError(f"{tokens} packed tokens make up no square; give LatentCodec(…, grid=(rows, columns))")
+            raise InputError(f"{tokens} packed tokens do not form a square; give LatentCodec(…, grid=(rows, columns))")
         return side, side
     if grid[0] * grid[1] != tokens:
         raise InputError(f"found {tokens} packed tokens; this codec's grid is {grid[0]} x {grid[1]}")

@@ -358,10 +358,10 @@ class Student(nn.Module):
 
         Args:
             path: the folder, or `owner/name` of one on the Hugging Face hub.
-            network: class of the backbone of a student that is made of none of pyard's families, or "package.module:Class" to
+            network: class of the student's backbone, if it is not one of pyard's families, or "package.module:Class" to
                 import it from (`docs/own-teacher.md`).
             base: of a LoRA student, where its base is now: the pipeline's folder, or a transformer (folder or file); or the
-                teacher's network, whose weights are then shared; None: where it was in training.
+                teacher's network, whose weights are then shared; None: at its path during training.
 
         Raises:
             InputError: no student there, files that do not fit, or a base that is not there or has changed.

@@ -234,7 +234,7 @@ class StudentConfig:
             network: class of a backbone that is none of pyard's, or where to import it from.
         """
         if not all(isinstance(config.get(name), Mapping) for name in ("network", "grid", "schedule")):
-            raise InputError("student: its config.json has no network, grid and schedule; it is none that pyard wrote")
+            raise InputError("student: its config.json has no network, grid and schedule; pyard did not write it")
         try:
             family = str(config.get("family", "dit"))
             nested: dict[str, Any] = {

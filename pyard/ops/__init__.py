@@ -1,4 +1,4 @@
-"""The operators that pyard's models are made of. Each takes its compiled kernel or its plain twin; see `use_backend`.
+"""The operators that pyard's models are made of. Each takes its compiled kernel or plain PyTorch; see `use_backend`.
 
 B batch, S num_steps, T tokens_per_step, D hidden size, H heads, Dh head size.
 """
@@ -302,7 +302,7 @@ def gather_trajectories(
             f"gather_trajectories: noise, steps and dtype are {noise.dtype}, {steps.dtype} and {dtype}, "
             "expected float32, bfloat16 or float16"
         )
-    # A store is data; where somebody learns it all the same, the twin has derivatives.
+    # A store is data; if it is trained all the same, the plain version has derivatives.
     if takes_native("gather_trajectories", steps) and not (noise.requires_grad or steps.requires_grad):
         history, target = torch.ops.pyard.gather_trajectories(noise, steps, indices, dtype)
         return history, target

@@ -1,4 +1,4 @@
-"""Which implementation an operator takes: the compiled one or its plain twin."""
+"""Which implementation an operator takes: the compiled one or plain PyTorch."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ DTYPES: dict[str, frozenset[torch.dtype]] = {
     "cpu": frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16}),
     "cuda": frozenset({torch.float32, torch.bfloat16, torch.float16}),
 }
-# Of `timestep_embedding`, on every device: its face converts the times.
+# Of `timestep_embedding`, on every device: the public function converts the times.
 TIME_DTYPES = frozenset({torch.float32})
 # Where `auto` takes the kernels. Those of CUDA have been compiled and emulated, but never run on a GPU.
 AUTO_DEVICES = frozenset({"cpu"})
@@ -69,7 +69,7 @@ def use_backend(name: Backend) -> Iterator[None]:
     """Runs the operators called inside the block, in every thread, with another backend.
 
     Args:
-        name: `auto` (what is fastest: on the CPU the kernel where there is one, else the plain twin), `native` (the kernel of
+        name: `auto` (what is fastest: on the CPU the kernel where there is one, else plain PyTorch), `native` (the kernel of
             every operator that has one, or an error that says why not) or `reference` (plain PyTorch; what exporters
             want). `sdpa`, `merged` and `flex` choose for `block_attention` alone, and are `auto` for the rest: PyTorch's
             SDPA step by step; its kernels over own and over earlier blocks, merged by log-sum-exp; FlexAttention on CUDA,
@@ -98,7 +98,7 @@ def takes_native(operator: str, x: Tensor) -> bool:
     if operator not in KERNELS or _choice == "reference" or torch.onnx.is_in_onnx_export():
         return False
     if device in DTYPES and device not in KERNELS[operator]:
-        return False  # no kernel was written for it there: `native` takes the twin, too
+        return False  # no kernel was written for it there: `native` takes plain PyTorch, too
     if _choice != "native" and not has_kernel(operator, device):
         return False
     obstacle = why_not_native(operator, x)

@@ -43,10 +43,10 @@ def register() -> None:
     _differentiate_as(f"{fused}_backward", reference.gated_residual_modulated_layer_norm_backward)
 
 
-def _differentiate_as(operator: str, twin: Callable[..., tuple[Tensor, ...]]) -> None:
-    """Gradients of gradients are rare (penalties on them): the derivative of the backward's twin serves, at any order.
+def _differentiate_as(operator: str, plain: Callable[..., tuple[Tensor, ...]]) -> None:
+    """Gradients of gradients are rare (penalties on them): the derivative of the backward's plain version serves, at any order.
 
-    The twin computes in the widest dtype of its inputs; each result is in that of the operator's.
+    The plain version computes in the widest dtype of its inputs; each result is in that of the operator's.
     """
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -56,7 +56,7 @@ def _differentiate_as(operator: str, twin: Callable[..., tuple[Tensor, ...]]) ->
 
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         def results(*tensors: Tensor) -> tuple[Tensor, ...]:
-            return tuple(value.to(dtype) for value, dtype in zip(twin(*tensors, *ctx.options), ctx.dtypes, strict=True))
+            return tuple(value.to(dtype) for value, dtype in zip(plain(*tensors, *ctx.options), ctx.dtypes, strict=True))
 
         pull_back: Any = torch.func.vjp(results, *ctx.saved_tensors)[1]
         return *pull_back(cotangents), *(None for _ in ctx.options)

@@ -1,4 +1,4 @@
-"""A second's worth of checks that the kernels equal their twins on this machine; `pyard doctor` runs it."""
+"""A second's worth of checks that the kernels equal plain PyTorch on this machine; `pyard doctor` runs it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pyard.ops import reference
 from pyard.ops.backend import KERNELS
 from pyard.ops.masks import mask_number
 
-# In float64 kernel and twin differ by rounding alone.
+# In float64 kernel and plain PyTorch differ by rounding alone.
 TOLERANCE = 1e-10
 
 Operator = Callable[..., Tensor]
 
 
 def self_test() -> dict[str, float]:
-    """The largest difference between kernel and twin, outputs and gradients, of every operator with a kernel on the CPU.
+    """The largest difference from plain PyTorch, in outputs and gradients, of every operator with a CPU kernel.
 
     Returns:
         By operator, the largest absolute difference in float64, NaN where either has one; fine up to `TOLERANCE`.
@@ -54,7 +54,7 @@ def _timestep_embedding() -> Tensor:
     times = torch.tensor([0.0, 0.25, 1.5, 7.0])
     ours = torch.ops.pyard.timestep_embedding(times, 33, 10000.0, 0.0)
     difference = _largest([(ours, reference.timestep_embedding(times, 33, 10000.0, 0.0))])
-    return (difference - 4e-6).clamp(min=0)  # in float32 kernel and twin round differently
+    return (difference - 4e-6).clamp(min=0)  # in float32 kernel and plain PyTorch round differently
 
 
 def _block_attention() -> Tensor:
@@ -65,10 +65,10 @@ def _block_attention() -> Tensor:
         out: Tensor = torch.ops.pyard.block_attention(q, k, v, T, mask_number("causal"), None, bias)[0]
         return out
 
-    def twin(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    def plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         return reference.block_attention(q, k, v, T, "causal", None, bias)
 
-    return _difference(kernel, twin, inputs)
+    return _difference(kernel, plain, inputs)
 
 
 def _gather_trajectories() -> Tensor:
@@ -84,9 +84,9 @@ def _random(shapes: list[tuple[int, ...]]) -> list[Tensor]:
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def _difference(kernel: Operator, twin: Operator, inputs: list[Tensor], *options: object) -> Tensor:
+def _difference(kernel: Operator, plain: Operator, inputs: list[Tensor], *options: object) -> Tensor:
     leaves = [tensor.requires_grad_() for tensor in inputs]
-    ours, expected = kernel(*leaves, *options), twin(*leaves, *options)
+    ours, expected = kernel(*leaves, *options), plain(*leaves, *options)
     grad = torch.cos(expected.detach())
     pairs = [(ours, expected)]
     pairs += zip(torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True)

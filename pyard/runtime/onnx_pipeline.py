@@ -185,7 +185,7 @@ class OnnxPipeline:
         tensors, count = self._condition(prompts, condition)
         size = self._size(height, width)
         if size.step is None:
-            raise InputError(f"{self.folder} has the form sampler alone; export it with --form both to see each step")
+            raise InputError(f"{self.folder} only has the form sampler; export it with --form both to see each step")
         begin = self._noise(noise, seed, np.arange(count), size, count)
         student = self._student(size, size.step)
         return (self._decode(size, outputs["prediction"]) for _, outputs in student.steps_on_device(begin, tensors))

@@ -181,7 +181,7 @@ class OnnxStudent:
         """
         if self.info.form != "step":
             raise InputError(
-                f"{self.path} is of the form {self.info.form!r}, which gives the sample alone; "
+                f"{self.path} is of the form {self.info.form!r}, which only gives the sample; "
                 "export the student with --form step to see each prediction"
             )
         tensors, count = self._check(labels, condition, noise)

@@ -74,12 +74,12 @@ def sample(
         compile: compile the steps with `torch.compile`; pays off after some hundred samples.
         cuda_graph: replay the S passes as one CUDA graph.
         progress: show a progress bar.
-        network: class of the backbone of a folder's student that is none of pyard's, or "package.module:Class".
+        network: class of the student's backbone, if it is not one of pyard's, or "package.module:Class".
         sample_shape: [C, ...] of the samples of a student that was trained on several; None: the usual one.
         height: of the pictures in pixels, in place of sample_shape.
         width: likewise.
         pipeline: folder of the diffusers pipeline whose text encoders a text-to-image student's prompts need; None: its
-            teacher's, where it was in training.
+            teacher's, at its path during training.
 
     Returns:
         float32 on the CPU: [n, C, ...], or [n, S, C, ...] with `return_trajectory`. Images are about -1 to 1, not clipped.
@@ -155,7 +155,7 @@ def condition_numbers(labels: Sequence[int | str] | np.ndarray | torch.Tensor, s
     if not isinstance(labels, Sequence) or not any(isinstance(label, str) for label in labels):
         return check_labels(labels, table.count)
     if not isinstance(table, ClassConditions):
-        raise InputError(f"labels: found names, but this student knows no classes; give numbers from 0 to {table.count - 1}")
+        raise InputError(f"labels: found names, but this student has no classes; give numbers from 0 to {table.count - 1}")
     return check_labels(table.find(labels), table.count)
 
 
@@ -203,13 +203,13 @@ def sample_to_file(
         dtype: of weights and activations; none: those of the student's folder, float32.
         compile: compile the steps with torch.compile.
         cuda_graph: replay the steps as one CUDA graph.
-        network: package.module:Class of the backbone of a student that is made of none of pyard's.
+        network: package.module:Class of the student's backbone, if it is not one of pyard's.
         sample_shape: [C, ...] of the samples of a student that was trained on several; none: the usual one.
         prompts: of a text-to-image student, in place of labels: texts, or one file of them (`.txt`, `.jsonl`).
         height: of the pictures in pixels, in place of sample_shape; none: the usual one.
         width: likewise.
-        pipeline: folder of the diffusers pipeline whose text encoders the prompts need; none: the teacher's, where it was in
-            training.
+        pipeline: folder of the diffusers pipeline whose text encoders the prompts need; none: the teacher's, at its path
+            during training.
     """
     from pyard.models.student import Student
 

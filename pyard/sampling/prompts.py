@@ -63,7 +63,7 @@ def condition_of_prompts(student: Student, texts: Sequence[str], *, folder: str 
     Args:
         student: made of a text-to-image pipeline.
         texts: at least one.
-        folder: of the pipeline; None: where it was in training.
+        folder: of the pipeline; None: at its path during training.
     """
     if not texts:
         raise InputError("prompts: an empty list; expected at least one text")
@@ -82,7 +82,7 @@ def text_encoder_of(
 
     Args:
         student: made of a text-to-image pipeline.
-        folder: of the pipeline; None: where it was in training.
+        folder: of the pipeline; None: at its path during training.
         device: where to encode.
 
     Raises:

@@ -86,7 +86,7 @@ def open_npz(path: Path) -> Iterator[ArrayArchive]:
         infos, size = archive.infolist(), os.fstat(file.fileno()).st_size
         total = sum(info.file_size for info in infos)
         if len(infos) > _MOST_ARRAYS or total > _MOST_EXPANSION * size + _ALWAYS_ALLOWED:
-            raise InputError(f"{path}: {size} bytes that unpack to {total} in {len(infos)} arrays; no such file is read")
+            raise InputError(f"{path}: {size} bytes that unpack to {total} in {len(infos)} arrays; such a file is not read")
         if len({info.filename for info in infos}) < len(infos):
             raise InputError(f"{path}: two arrays of one name; it is damaged")
         yield ArrayArchive(archive, path)

@@ -132,7 +132,7 @@ class Checkpoints:
         if damaged:
             step, what = damaged[0]
             raise InputError(
-                f"checkpoint {self.folder(step)} is damaged ({what}), and there is none before it that is not; restore it, or "
+                f"checkpoint {self.folder(step)} is damaged ({what}), and no earlier one is intact; restore it, or "
                 f"remove {self.path} to start over"
             )
         return 0

@@ -40,7 +40,7 @@ def only_one(folder: Path, work: str) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout:
         raise InputError(
-            f"{folder}: {_said(holder)} is at work here ({work}); wait for it, stop it, or use another folder"
+            f"{folder}: {_holder_text(holder)} is at work here ({work}); wait for it, stop it, or use another folder"
         ) from None
     try:
         since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
@@ -59,7 +59,7 @@ def only_one(folder: Path, work: str) -> Iterator[None]:
         lock.release()
 
 
-def _said(holder: Path) -> str:
+def _holder_text(holder: Path) -> str:
     try:
         about = read_object(holder)
         return f"process {about['process']} of {about['host']}, since {about['since']},"

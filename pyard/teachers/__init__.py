@@ -57,7 +57,7 @@ def load_teacher(
         schedule: overrides the noise schedule that the source comes with; needed where it comes with none.
         vae: folder of the diffusers autoencoder (`pyard.models.codec.LatentCodec`) of a teacher in latent space that comes
             without one, as `.pt` files do.
-        network: class of the backbone of a teacher's folder that is none of pyard's, or its "package.module:Class".
+        network: class of the teacher's backbone, if it is not one of pyard's, or its "package.module:Class".
         weights: of a `.pt` or `.safetensors` with several: `ema` or `model`; None: the averaged ones where there are any.
         dtype: of the weights of a text-to-image pipeline: `float32` (None), `bfloat16` or `float16`; others are float32.
         variant: of a text-to-image pipeline's weights, such as `fp16`.
@@ -89,7 +89,7 @@ def load_teacher(
             pipeline, dtype=dtype or "float32", variant=variant, max_sequence_length=max_sequence_length, **paths
         )
     if given := [name for name, value in of_pipeline.items() if value is not None]:
-        raise InputError(f"teacher {source}: {given[0]} is for text-to-image pipelines of diffusers; this is none")
+        raise InputError(f"teacher {source}: {given[0]} is for text-to-image pipelines of diffusers; this teacher is not one")
     teacher = _load(source, family, num_heads, num_classes, schedule, network, weights)
     if vae is not None:
         from pyard.models.codec import LatentCodec
@@ -145,7 +145,7 @@ def _load(
         )
     for name, given in (("family", family), ("num_heads", num_heads), ("num_classes", num_classes), ("weights", weights)):
         if given is not None:
-            raise InputError(f"teacher {path}: {name} is for .pt and .safetensors files; a folder says it itself")
+            raise InputError(f"teacher {path}: {name} is for .pt and .safetensors files; a folder has its own value")
     from pyard.teachers.diffusers_folder import is_diffusers_folder, load_diffusers
     from pyard.teachers.mixture_teacher import MixtureTeacher, is_mixture_folder
 

@@ -33,21 +33,22 @@ def convert(
     Example: pyard convert runs/sd35-4 --to lora --out sd35-4-lora
 
     Args:
-        source: what `pyard train --teacher` takes: a `.pt` or `.safetensors` of DiT, SiT or REPA, a diffusers folder,
-            a teacher's; for `transformer` and `lora` a run's or student's folder of a text-to-image student.
+        source: a teacher as `pyard train --teacher` takes it: a `.pt` or `.safetensors` of DiT, SiT or REPA, a diffusers
+            folder, or a teacher's folder; for `transformer` and `lora`, the run or student folder of a text-to-image student.
         out: the folder to write, or for `dit` the `.pt` or `.safetensors`.
-        to: `pyard`; `dit`, the names of DiT's own code (of SiT's for a flow); `diffusers`, a `DiTPipeline` folder. Of a
+        to: `pyard`; `dit`, the names of DiT's own code (of SiT's for a flow); `diffusers`, a `DiTPipeline` folder. For a
             text-to-image student without a history: `transformer`, the folder of a diffusers transformer; `lora`, a file that
-            the pipeline's `load_lora_weights` reads (an adapter folder of PEFT where it has none); a README.md in it has the
-            lines of Python that use it.
-        family: of a `.pt` or `.safetensors` whose name does not say it.
-        num_heads: attention heads of a `.pt` or `.safetensors` of another width than the published models.
-        num_classes: of a `.pt` or `.safetensors` without a row for "no class".
-        vae: folder of the diffusers autoencoder that belongs to the source, where it comes without; it goes along.
-        weights: of a `.pt` or `.safetensors` with several: `ema` or `model`; none: the averaged ones where there are any.
-        network: package.module:Class of the backbone of a teacher's folder that is none of pyard's.
-        rank: for `lora`, of a student that was trained in full: the best LoRA of this rank; none: the LoRA must be exact.
-        pipeline: for `transformer` and `lora`, the pipeline's folder; none: the teacher's, where it was in training.
+            the pipeline's `load_lora_weights` reads (an adapter folder of PEFT if it has none); the README.md in the folder
+            has the code that uses it.
+        family: of a `.pt` or `.safetensors` file, if neither its name nor its contents tell.
+        num_heads: attention heads of a `.pt` or `.safetensors` file, if its width is not that of a published model.
+        num_classes: of a `.pt` or `.safetensors` file without a row for "no class".
+        vae: folder of the diffusers autoencoder of a source that has none; it is copied into `out`.
+        weights: of a `.pt` or `.safetensors` file with several: `ema` or `model`; none: the averaged ones if there are any.
+        network: package.module:Class of the teacher's backbone, if it is not one of pyard's.
+        rank: for `lora`, approximate a student that was trained in full by the best LoRA of this rank; none: the LoRA must
+            be exact.
+        pipeline: for `transformer` and `lora`, the pipeline's folder; none: the teacher's, at its path during training.
     """
     if to in ("transformer", "lora"):
         from pyard.teachers.convert_student import convert_student
@@ -55,7 +56,7 @@ def convert(
         of_teachers = {"family": family, "num_heads": num_heads, "num_classes": num_classes, "vae": vae, "weights": weights,
                        "network": network}  # fmt: skip
         if given := [name for name, value in of_teachers.items() if value is not None]:
-            raise InputError(f"convert: {given[0]} is for teachers; --to {to} takes a student, which says it itself")
+            raise InputError(f"convert: {given[0]} is for teachers; --to {to} takes a student, which records it")
         if rank is not None and to != "lora":
             raise InputError("convert: rank is for --to lora")
         convert_student(source, out, to=to, rank=rank, pipeline=pipeline)

@@ -54,7 +54,7 @@ def convert_student(
         to: `transformer`, what diffusers' class of it reads; `lora`, a file for the pipeline's `load_lora_weights`, or an
             adapter folder of PEFT for pipelines without.
         rank: of a LoRA that approximates a student that was trained in full; None: the LoRA must be exact.
-        pipeline: folder of the pipeline that it is used with; None: its teacher's, where it was in training.
+        pipeline: folder of the pipeline that it is used with; None: its teacher's, at its path during training.
 
     Raises:
         InputError: a student that stock sampling cannot draw with, or that is no LoRA.

@@ -135,7 +135,7 @@ def from_diffusers(transformer: Any, schedule: NoiseSchedule) -> DiT:
         if unequal:
             raise InputError(
                 f"transformer: the time and label embedder of block {i} differs from that of block 0 ({unequal[0]}); diffusers "
-                "gives each block one of its own, DiT has one for all, and so does pyard"
+                "has one in each block, but DiT and pyard have one for all blocks"
             )
     network = DiT(config)
     network.load_state_dict({**ours, **embedders[0]})
@@ -206,7 +206,7 @@ def save_diffusers(teacher: NetworkTeacher, path: str | Path) -> None:
     scheduler = scheduler_of(teacher.schedule)
     vae = None if teacher.codec is None else require_latent_codec(teacher.codec, "a DiTPipeline").vae
     if vae is not None and not isinstance(vae, AutoencoderKL):
-        raise InputError(f"a DiTPipeline decodes with an AutoencoderKL alone; this teacher's VAE is a {type(vae).__name__}")
+        raise InputError(f"a DiTPipeline only decodes with an AutoencoderKL; this teacher's VAE is a {type(vae).__name__}")
     with new_folder(Path(path), owned=("model_index.json", "transformer", "scheduler", "vae")) as folder:
         if vae is not None:
             names = None if teacher.class_names is None else dict(enumerate(teacher.class_names))

@@ -58,7 +58,7 @@ class NetworkTeacher:
         trunk = network.trunk
         if conditions is None:
             if trunk.num_classes is None:
-                raise InputError(f"teacher: {type(trunk).__name__} knows no classes; give conditions=")
+                raise InputError(f"teacher: {type(trunk).__name__} has no classes; give conditions=")
             conditions = ClassConditions(trunk.num_classes, self.class_names, has_null=trunk.has_null_class)
         self.conditions = conditions
 

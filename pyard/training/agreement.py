@@ -105,7 +105,7 @@ def agree_with_pipeline(
     if not isinstance(teacher, PipelineTeacher):
         wrong = [name for name in _OF_A_PIPELINE if getattr(config, name) is not None]
         if wrong:
-            raise InputError(f"training: {wrong[0]} is for text-to-image pipelines of diffusers, and the teacher is none")
+            raise InputError(f"training: {wrong[0]} is for text-to-image pipelines of diffusers; the teacher is not one")
         return config
     table = stores[0].conditions
     assert isinstance(table, PromptTable)

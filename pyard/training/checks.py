@@ -90,8 +90,8 @@ def check_ranges(config: TrainConfig) -> None:
         raise InputError("training: adversarial has settings, but stage is 'regression'; expected 'adversarial' and a student")
     if config.stage == "adversarial" and (config.gradient_accumulation > 1 or config.rollout_probability):
         raise InputError(
-            "training: the adversarial stage knows neither gradient_accumulation, for its weight is that of a whole batch "
-            "(use activation_checkpointing or more processes), nor rollout_probability"
+            "training: the adversarial stage supports neither gradient_accumulation (its weight is computed on a whole batch; "
+            "use activation_checkpointing or more processes) nor rollout_probability"
         )
     if config.stage == "adversarial" and isinstance(config.trajectories, list) and len(config.trajectories) > 1:
         raise InputError("training: the adversarial stage takes one store of trajectories, of the real data's shape")

@@ -48,71 +48,71 @@ class TrainConfig:
         teacher: `digits`, or a teacher's folder.
         out: the run folder.
         trajectories: a store that `generate_trajectories` wrote with this teacher, or a list of stores, one for each sample
-            shape: every batch is of one store; none: generated in `out`/trajectories.
+            shape (each batch comes from one store); none: generated in `out`/trajectories.
 
-        stage: `regression`, or `adversarial`: go on from `student`, with discriminators beside the regression.
-        student: run folder or student's folder to start from, in either stage; it decides all about the student, and what is
-            given of that must agree.
-        network: package.module:Class of the backbone of a teacher that is made of none of pyard's.
+        stage: `regression`, or `adversarial`: continue from `student`, with discriminators beside the regression.
+        student: run folder or student folder to start from, in either stage. It determines all settings of the student;
+            those that are given must agree with it.
+        network: package.module:Class of the teacher's backbone, if it is not one of pyard's.
 
         num_steps: S, network passes of the student; none: as many as a given store has jumps, else 4.
         history_layers: N, how many of the lowest attentions see earlier steps; 0 is step distillation; none: a quarter of
             the teacher's layers, rounded up.
         mask: which earlier steps they see: diagonal | window | anchor | causal; none: causal, or a given student's.
-        window: steps seen with the `window` mask, own one included.
+        window: steps seen with the `window` mask, including the current one.
         target: what a step predicts: the ODE `state`, or the teacher's `denoised` prediction (the authors' code); none:
-            `state`, or what a given store keeps alone.
+            `state`, or the only one that a given store has.
         output: `direct` as in the authors' code, or `jump` (needs `state` targets): start as the teacher's own unguided
-            sampler; none: `jump` for `state` targets and three steps or more, else `direct`. `docs/quality.md` has what each
-            choice costs.
+            sampler; none: `jump` for `state` targets and three steps or more, else `direct`. `docs/quality.md` compares
+            them.
         heads: an output head `per_step`, or one `shared`; none: `per_step`, or a given student's.
         history_bias: start value of a learned bias on the attention to earlier steps; none: no bias; auto: -4 for `jump`
-            outputs, so that they start nearly as that sampler with a history, too, and none for `direct` ones.
+            outputs, so that with a history they start close to that sampler, too, and no bias for `direct` ones.
         lora_rank: train low-rank additions to the blocks (PEFT) and the heads, not all weights. The folder of a text-to-image
-            student then holds what was trained and names its base; that of another has the additions added in. none: train
-            everything.
+            student then holds only the trained weights and names its base; in any other student the additions are merged into
+            the weights. none: train everything.
         lora_heads: with lora_rank, what is trained of the heads: `whole`, low-rank additions (`lora`), or nothing (`frozen`). A
             stock LoRA can express the latter two. none: `lora` where a stock pipeline could draw with the student
             (text-to-image, history_layers 0, `jump`, a `shared` head), else `whole`.
 
-        num_trajectories: how many to generate if there is no store; none: 8192. If there is one, what is given of these
-            settings must agree with it, and what is not comes from it.
-        teacher_steps: steps of the teacher's solver in those; none: 25, or about as many as a text-to-image pipeline takes.
-        solver: the teacher's in those: ddim | euler | heun | dpm++2m; none: ddim or euler, or a text-to-image pipeline's.
-        cfg_scale: guidance weight in those; 1 is none; none: 1.5, or a text-to-image pipeline's own.
-        cfg_channels: guide only the first so many channels in those, as DiT's public code does with 3 of 4; none: all.
-        trajectory_dtype: how those are stored: float32 | float16 | bfloat16; none: float32.
-        trajectory_keep: what is stored of those: state | denoised | both; none: both.
-        trajectory_precision: what the teacher computes in: float32 | bfloat16; none: float32.
+        num_trajectories: how many to generate if there is no store; none: 8192. If there is a store, the settings of this group
+            come from it, and those that are given must agree with it.
+        teacher_steps: steps of the teacher's solver; none: 25, or about as many as a text-to-image pipeline takes.
+        solver: of the teacher: ddim | euler | heun | dpm++2m; none: ddim or euler, or a text-to-image pipeline's.
+        cfg_scale: guidance weight; 1: no guidance; none: 1.5, or that of a text-to-image pipeline.
+        cfg_channels: guide only the first channels, this many, as DiT's public code does with 3 of 4; none: all.
+        trajectory_dtype: of stored trajectories: float32 | float16 | bfloat16; none: float32.
+        trajectory_keep: what is stored: state | denoised | both; none: both.
+        trajectory_precision: that the teacher computes in: float32 | bfloat16; none: float32.
 
-        prompts: of a text-to-image pipeline, in those: a `.txt` or `.jsonl` file, or a folder with `metadata.jsonl`.
-        height: of a text-to-image pipeline's pictures in those, in pixels; none: its own.
+        prompts: for a text-to-image pipeline: a `.txt` or `.jsonl` file, or a folder with `metadata.jsonl`.
+        height: of a text-to-image pipeline's pictures, in pixels; none: the pipeline's own.
         width: likewise.
-        embedded_guidance: what a pipeline such as FLUX.1-dev tells its transformer of guidance in those; none: its default.
+        embedded_guidance: guidance scale that a pipeline such as FLUX.1-dev passes to its transformer; none: its default.
         variant: of a text-to-image pipeline's weights, such as fp16.
         transformer: a fine-tuned transformer in place of the pipeline's, folder or single file.
         lora: a LoRA that is added to the pipeline's transformer.
 
-        max_steps: updates. With `constant` and `constant_with_warmup`, a run goes on to more of them than it was begun with.
-        batch_size: trajectories an update, over all processes and accumulated micro-batches.
-        gradient_accumulation: micro-batches that a process's share of an update is cut into; saves memory, not time.
+        max_steps: updates. With `constant` and `constant_with_warmup`, a run can be extended by a larger number.
+        batch_size: trajectories per update, over all processes and accumulated micro-batches.
+        gradient_accumulation: micro-batches that each process's share of an update is split into; saves memory, not time.
         learning_rate: of AdamW.
         lr_schedule: diffusers' names; `cosine` and `linear` fall to zero at max_steps.
-        warmup_steps: updates over which the learning rate rises from zero; `constant` knows none.
+        warmup_steps: updates over which the learning rate rises from zero; ignored by `constant`.
         weight_decay: of AdamW.
         adam_betas: of AdamW.
         grad_clip: largest gradient norm.
-        ema_decay: of the average of the weights that is the result; of several, the first is; the others are kept in
-            `student-ema-DECAY/`. It warms up as (1 + n) / (10 + n).
+        ema_decay: decay of the averaged weights, which are the result. Of several decays, the first gives the result, and the
+            others are kept in `student-ema-DECAY/`. It warms up as (1 + n) / (10 + n).
         mixed_precision: no | bf16 | fp16 (on a GPU only).
-        steps_per_update: k of the S steps that an update learns, drawn anew each time: all S run through the lowest
-            history_layers layers, these k alone through the others and the loss. Saves memory and time, and gives the full
-            gradient on average, with more noise; none: all S.
-        activation_checkpointing: keep only the blocks' inputs and compute the rest twice: less memory, a third more time.
+        steps_per_update: learn only k of the S steps in each update, drawn at random. All S run through the lowest
+            history_layers layers, but only these k through the others and the loss. Saves memory and time; the gradient is
+            the full one on average, with more noise. none: all S.
+        activation_checkpointing: keep only the inputs of blocks and recompute the rest: less memory, a third more time.
         compile: compile the student with torch.compile; its results differ in the last bits.
-        parallel: what several processes do: `ddp`, each holds all weights; `fsdp`, they are split (FSDP2). Same results to
-            rounding.
-        seed: of the order of the trajectories and whatever else is drawn.
+        parallel: with several processes: `ddp`, each holds all weights; `fsdp`, the weights are split (FSDP2). The results are
+            the same up to rounding.
+        seed: of the order of the trajectories and of everything else that is random.
 
         loss: of a step's prediction: `mse`, or `pseudo_huber`, sqrt(|d|^2 + c^2) - c of the whole sample (Song & Dhariwal
             2024, section 3.3).
@@ -120,20 +120,20 @@ class TrainConfig:
         step_weights: `uniform`; `min_snr`, min(SNR, min_snr_gamma) at the time that a step arrives at (after Hang et al. 2023);
             or S numbers. All are scaled to a mean of 1.
         min_snr_gamma: where min_snr cuts off.
-        rollout_probability: share of the updates in which the student learns on its own history, not on the teacher's.
-        rollout_start: first so many updates in which it never does: fine-tuning on its own history after teacher forcing.
-        rollout_gradient: `detach`: own history is an input like another; `backprop`: the loss also flows through the
-            predictions and the cached keys and values that it was made of (S times the memory).
+        rollout_probability: share of updates in which the student learns on its own history instead of the teacher's.
+        rollout_start: number of first updates without that: fine-tuning on its own history after teacher forcing.
+        rollout_gradient: `detach`: the own history is a constant input; `backprop`: gradients also flow through the
+            predictions, keys and values that it was computed from (S times the memory).
 
         save_every: updates between checkpoints.
-        keep_last: newest checkpoints that stay.
-        keep_every: checkpoints of multiples of so many updates stay as well; none: no others.
+        keep_last: number of newest checkpoints to keep.
+        keep_every: also keep checkpoints at multiples of this many updates; none: no others.
         log_every: updates between lines of the log.
         evaluate_every: updates between sample grids and exposure-bias curves; 0: none.
-        evaluation_trajectories: trajectories of the teacher that those curves compare with, of a seed of their own.
-        max_skipped_in_a_row: updates whose loss or gradient is not finite are skipped; so many in a row end the run.
+        evaluation_trajectories: trajectories for these curves, generated from a separate seed.
+        max_skipped_in_a_row: updates with a non-finite loss or gradient are skipped; this many in a row end the run.
         trackers: `auto`: TensorBoard if it is installed and `evaluate_every` is not 0; `none`; or tensorboard | wandb.
-        peak_tflops: of the device in the precision used, for the model FLOPs utilisation; none: known for common GPUs.
+        peak_tflops: of the device in the precision used, for the model FLOPs utilisation; none: looked up for common GPUs.
         progress: show a progress bar.
 
         adversarial: settings of the adversarial stage.

@@ -58,30 +58,30 @@ def train(
 ) -> Student:
     """Distil a teacher into a student of a few steps.
 
-    Missing trajectories are generated first. A run that was stopped, however, resumes from its last checkpoint and ends with
-    the same weights as one that was not. SIGTERM or SIGUSR1 make it write a checkpoint, or leave what it prepares where it is,
-    and end with status 75. Ctrl-C does the same with status 130, and a second Ctrl-C ends it at once. On several processes
-    (`torchrun -m pyard train ...`, `accelerate launch -m pyard train ...`) each update is shared among them.
+    Missing trajectories are generated first. An interrupted run resumes from its last checkpoint and ends with the same weights
+    as an uninterrupted one. On SIGTERM or SIGUSR1 a run writes a checkpoint (or stops its preparations) and ends with status
+    75. Ctrl-C does the same with status 130; a second Ctrl-C ends it at once. Several processes
+    (`torchrun -m pyard train ...`, `accelerate launch -m pyard train ...`) share each update.
 
     The folder `out` holds `student/` (averaged weights), `settings.yaml` (all settings: `pyard train --config` reads it),
-    `log.jsonl`, `checkpoints/`, and, with `evaluate_every`, `exposure_bias.jsonl` and `tensorboard/`; of
-    a text-to-image student, pictures of the first prompts in `grids/` as well.
+    `log.jsonl`, `checkpoints/`, and, with `evaluate_every`, `exposure_bias.jsonl` and `tensorboard/`; for
+    a text-to-image student, also pictures of the first prompts in `grids/`.
 
     Example: pyard train --config recipes/digits.yaml --out runs/digits
 
     Args:
-        teacher: `digits`, a teacher's folder, a teacher; or a whole `TrainConfig`, alone.
+        teacher: `digits`, a teacher's folder, or a teacher; or a whole `TrainConfig` as the only argument.
         trajectories: a store that `generate_trajectories` wrote with this teacher, or its folder; or several, one for each
-            sample shape: every batch is of one store, in proportion to its full batches; None: generated.
+            sample shape (each batch comes from one store, in proportion to its full batches); None: generated.
         out: the run folder.
-        settings: further fields of `TrainConfig`, which says what they mean.
+        settings: further fields of `TrainConfig`, which documents them.
 
     Returns:
         The student with its averaged weights, in evaluation mode.
 
     Raises:
-        InputError: settings that do not fit each other, the store or the run in `out`, which another process may be training
-            in; updates that are not finite; out of memory; a disk that is full.
+        InputError: settings that do not fit each other, the store or the run in `out`; another process is training in `out`;
+            too many non-finite updates; out of memory; the disk is full.
         Preempted: (a SystemExit) a signal asked the run to end.
     """
     given_teacher, given_store = teacher, trajectories
@@ -90,7 +90,7 @@ def train(
         settings["network"] = f"{backbone.__module__}:{backbone.__qualname__}"
     if isinstance(teacher, TrainConfig):
         if trajectories is not None or out is not None or settings:
-            raise InputError("train: a TrainConfig comes alone; use dataclasses.replace to change a field of it")
+            raise InputError("train: a TrainConfig must be the only argument; use dataclasses.replace to change a field of it")
         config = teacher
         given_teacher, given_store, backbone = config.teacher, config.trajectories, config.network
     else:

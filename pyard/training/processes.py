@@ -77,8 +77,8 @@ class Processes:
         if parallel == "fsdp" and not self.reopens and (self.world == 1 or mixed_precision == "fp16"):
             raise InputError(
                 f"training: parallel 'fsdp' on {self.world} processes in {mixed_precision}; expected several processes "
-                "(torchrun), and 'bf16' or 'no', for its loss scaling knows no shards; of a run that has not ended, `pyard "
-                "consolidate` turns a checkpoint into a student"
+                "(torchrun), and 'bf16' or 'no', since the loss scaling of fp16 does not support shards. `pyard consolidate` "
+                "converts a checkpoint of an unfinished run into a student"
             )
         self.sharded = parallel == "fsdp" and not self.reopens
         self._dtype = _DTYPES.get(mixed_precision)

@@ -170,16 +170,16 @@ class ShardedCheckpoints(Checkpoints):
 
 
 def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str = "ema", network: str | None = None) -> Student:
-    """Make one student's folder of a checkpoint, sharded or not.
+    """Convert a checkpoint, sharded or not, into a student folder.
 
     Example: pyard consolidate --run runs/xl2 --out runs/xl2-step-100000 --step 100000
 
     Args:
         run: the run folder.
         out: the student's folder to write.
-        step: updates done at the checkpoint; none: the newest.
+        step: number of updates at the checkpoint; none: the newest.
         weights: `ema` for the averaged weights, `ema-DECAY` for a further average, `model` for the weights themselves.
-        network: package.module:Class of the backbone of a student that is made of none of pyard's.
+        network: package.module:Class of the student's backbone, if it is not one of pyard's.
 
     Returns:
         The student, with the VAE beside the run's student, the one it started from or the teacher.
@@ -294,8 +294,8 @@ def _student_of(
         student = Student(config, *teacher.network.trunk.for_student(teacher.network.head))
     else:
         raise InputError(
-            f"checkpoint {folder} holds what was trained alone, and {SETTINGS_NAME} names no teacher to add it to; write the "
-            "teacher to a folder, and its path into that file"
+            f"checkpoint {folder} only holds what was trained, and {SETTINGS_NAME} names no teacher to add it to; save the "
+            "teacher in a folder, and write its path into that file"
         )
     add_lora(student, state["lora_rank"], heads)
     return student

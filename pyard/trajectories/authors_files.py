@@ -59,14 +59,14 @@ def convert_trajectories(
     Args:
         source: a folder with `zt/` (their `latent_trajectory`), or a store.
         out: the store, or the folder that is to hold `zt/` and `pred_z0/`.
-        teacher: who computed an imported tree, so that students of that teacher can be trained on it; none: nobody knows.
+        teacher: that computed an imported tree, so that its students can be trained on it; none: unknown.
         num_steps: S of the store; the tree must hold the steps of its grid.
         num_classes: classes of the teacher, if none is named.
         cfg_scale: guidance that the tree was computed with, which its files do not say.
         cfg_channels: channels that were guided: 3 in DiT's public code; none: all.
         dtype: how an imported store keeps states and predictions.
         progress: show a progress bar.
-        network: package.module:Class of the backbone of a teacher's folder that is none of pyard's.
+        network: package.module:Class of the teacher's backbone, if it is not one of pyard's.
 
     Returns:
         The store that was imported; nothing after an export.

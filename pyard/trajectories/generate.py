@@ -89,62 +89,62 @@ def generate_trajectories(
 ) -> TrajectoryStore:
     """Write a teacher's ODE trajectories, from noise to data, to a store that students learn from.
 
-    The same call resumes what was interrupted, and a larger count appends to what is there. Sample i is a function of
-    `seed` and i: its noise and label bit by bit on every machine, its states bit by bit for equal batch_size on one
-    kind of machine. Before it starts it says how many bytes and how much time it will take.
+    The same call resumes an interrupted one, and a larger count appends to the store. Sample i is a function of
+    `seed` and i: its noise and label are bit-identical on every machine, its states for equal batch_size on one
+    kind of machine. Before the start, the bytes and the time that it will take are printed.
 
-    Any number of processes write one store: those of `torchrun` and `accelerate launch` share the work by themselves, others
-    by `part`, in one folder or in several that `pyard trajectories merge` joins. See also `pyard trajectories verify`, `stats`
-    and `convert`.
+    Any number of processes can write one store. Those of `torchrun` and `accelerate launch` share the work automatically;
+    others use `part`, in one folder or in several that `pyard trajectories merge` joins. See also
+    `pyard trajectories verify`, `stats` and `convert`.
 
     Args:
         teacher: a teacher, `digits` for the built-in one, or a teacher's folder.
         out: folder of the store.
-        count: how many trajectories the store is to hold in all.
-        num_steps: S, the jumps of the student-to-be: states and denoised predictions are stored at S places each.
+        count: total number of trajectories in the store.
+        num_steps: S, the number of steps of the students: states and denoised predictions are stored at S times each.
         teacher_steps: steps of the teacher's solver; None: 25, or about as many as a text-to-image pipeline takes.
-        grid: the places themselves; overrides num_steps and teacher_steps.
-        cfg_scale: classifier-free guidance weight s, F_u + s (F_c - F_u); 1 is none and halves the cost; None: 1.5, or that of
-            a text-to-image pipeline.
-        cfg_channels: guide only the first so many channels, as DiT's public code does with 3 of 4; None guides all.
+        grid: these times themselves; overrides num_steps and teacher_steps.
+        cfg_scale: classifier-free guidance weight s, F_u + s (F_c - F_u); 1: no guidance, at half the cost; None: 1.5, or that
+            of a text-to-image pipeline.
+        cfg_channels: guide only the first channels, this many, as DiT's public code does with 3 of 4; None: all.
         cfg_interval: lowest and highest teacher time (0 to 999 for DiT, 0 to 1 for flows) with guidance; None: all times.
         solver: `ddim` for diffusion schedules; `euler` or `heun` (two evaluations a step) for flows; `dpm++2m` (DPM-Solver++
             of second order) for both; None: ddim or euler.
         keep: what to store beside noise and label: `state` (x_t at the grid times), `denoised` (of x_0) or `both`.
-        dtype: how states and predictions are stored, the noise always in float32. Sidecars record the rounding error.
+        dtype: of stored states and predictions; noise is always float32. Sidecars record the rounding error.
         seed: of noise and labels, 0 to 2**64 - 1.
         labels: condition numbers, such as classes: `uniform` (drawn), `balanced` (in turn) or a list, taken in turn; None:
             uniform, or as prompt_order says.
         batch_size: samples that the teacher computes together, twice that with guidance; None: 64, or the store's.
-        shard_size: samples in a file, a multiple of batch_size, of which a kill loses one; None: at most 1024 samples
-            and 256 MiB, or the store's.
-        precision: `bfloat16` lets the teacher compute in it by autocast, which is faster on GPUs, and is what a text-to-image
-            pipeline's weights are read in; the solver stays in float32. None: float32, or as a given teacher.
+        shard_size: samples in a file, a multiple of batch_size; a kill loses at most the unfinished files. None: at most 1024
+            samples and 256 MiB, or the store's.
+        precision: `bfloat16`: the teacher computes in autocast, which is faster on GPUs, and a text-to-image pipeline's weights
+            are read in bfloat16; the solver stays in float32. None: float32, or that of a given teacher.
         compile: compile the teacher by torch.compile, with CUDA graphs on a GPU.
-        device: where a teacher given by name computes, such as `cuda:1`; None: a GPU if there is one, each process its own.
-        part: k/n with k from 1 to n: write only every n-th shard, n processes or machines in all; None: as torchrun's or
-            Accelerate's environment says, or all. `1/1` is all in any case.
+        device: of a teacher given by name, such as `cuda:1`; None: a GPU if there is one, a different one for each process.
+        part: k/n with k from 1 to n: of n processes or machines, this one writes the k-th part of the shards; None: the part
+            that the environment of torchrun or Accelerate gives, or all. `1/1`: always all.
         progress: show a progress bar with rate, time left and disk use.
-        network: class of the backbone of a teacher's folder that is none of pyard's, or its "package.module:Class".
+        network: class of the teacher's backbone, if it is not one of pyard's, or its "package.module:Class".
         sample_shape: [C, ...] of the samples, of a teacher that takes several sizes; None: its usual one.
         prompts: of a text-to-image pipeline: a `.txt` file with a prompt a line, a `.jsonl` file with `prompt` and
             `negative_prompt`, a folder with `metadata.jsonl`, or a list. Each distinct text is encoded once, into `conditions/`
-            of the store, which a later call goes on with.
-        prompt_order: `in_turn`: sample i has prompt i modulo their number; `uniform`: it is drawn.
+            of the store; a later call reuses it.
+        prompt_order: `in_turn`: sample i has prompt i modulo their number; `uniform`: a random one.
         height: of a text-to-image pipeline's pictures, in pixels; None: the pipeline's own.
         width: likewise.
-        embedded_guidance: what a pipeline such as FLUX.1-dev tells its transformer of guidance; None: its default.
+        embedded_guidance: guidance scale that a pipeline such as FLUX.1-dev passes to its transformer; None: its default.
         max_sequence_length: limit of text tokens; None: the pipeline's.
         variant: of a pipeline's weights, such as `fp16`.
         transformer: a fine-tuned transformer in place of the pipeline's: a folder or a single file.
         lora: a LoRA that is added to the pipeline's transformer.
 
     Returns:
-        The store; complete, unless only a `part` was asked for.
+        The store, complete unless only a `part` was requested.
 
     Raises:
-        InputError: the teacher takes no samples of that shape; the folder holds trajectories of another teacher, grid or other
-            setting; the disk cannot hold them; the teacher computes numbers that are not finite; or another process writes the
+        InputError: the teacher does not take samples of that shape; the folder holds trajectories of another teacher, grid or
+            other setting; the disk cannot hold them; the teacher computes non-finite numbers; or another process writes the
             same shards.
     """
     mine = Part.parse(part)
@@ -231,7 +231,7 @@ def _shape(teacher: Teacher, wanted: tuple[int, ...] | None, height: int | None,
     if shape != teacher.sample_shape:
         check = getattr(teacher, "check_sample", None)
         if check is None:
-            raise InputError(f"trajectories: sample_shape is {shape}; this teacher makes {teacher.sample_shape} alone")
+            raise InputError(f"trajectories: sample_shape is {shape}; this teacher only makes {teacher.sample_shape}")
         check(shape)
     return shape
 

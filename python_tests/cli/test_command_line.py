@@ -148,7 +148,7 @@ def test_flags_beat_the_file_wherever_they_stand(tmp_path: Path, monkeypatch):
     recipe.write_text("teacher: digits\nmax_steps: 3\nlearning-rate: 5e-4\nadversarial: {width: 8}\n", encoding="utf-8")
     seen = []
     monkeypatch.setattr("pyard.training.train_command", seen.append)
-    monkeypatch.setattr("pyard.cli.command_line.command_line_face", lambda function: function)
+    monkeypatch.setattr("pyard.cli.command_line.typable_function", lambda function: function)
     flags = ["--max-steps", "7", "--stage", "adversarial", "--student", "s", "--adversarial.depth=2"]
     assert main(["train", *flags, "--out", "o", "--config", str(recipe)]) == 0
     assert main(["train", "--config", str(recipe), *flags, "--out", "o"]) == 0

@@ -97,7 +97,7 @@ def test_a_folder_never_causes_an_import(planted, capsys):
         ["convert", "--source", teacher, "--out", out],
     ):
         assert main([str(word) for word in words]) == 2, words
-        assert "is made of the network evil:Class, which is none of pyard's" in capsys.readouterr().err, words
+        assert "is made of the network evil:Class, which is not one of pyard's" in capsys.readouterr().err, words
     recipe = planted / "recipe.yaml"
     recipe.write_text(f"teacher: {teacher}\n")
     assert main(["estimate", str(recipe)]) == 2

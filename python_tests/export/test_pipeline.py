@@ -283,7 +283,7 @@ def test_several_sizes_over_one_file_of_weights_from_embeddings_alone(tmp_path: 
         assert pipeline.sample(condition=arrays, **size).shape == (1, 4 * shape[1], 4 * shape[2], 3)
     with pytest.raises(InputError, match="was exported without text encoders"):
         pipeline.sample(PROMPTS)
-    with pytest.raises(InputError, match="has the form sampler alone"):
+    with pytest.raises(InputError, match="only has the form sampler"):
         pipeline.stream(condition=arrays)
     with pytest.raises(InputError, match="this student draws 32 x 32, 24 x 48 pixels"):
         pipeline.sample(condition=arrays, height=24, width=32)

@@ -186,9 +186,9 @@ def test_weights_that_are_missing_or_cut_off_are_one_line(tmp_path: Path) -> Non
 @pytest.mark.parametrize("shape", [(3, 4, 4), (2, 2, 4, 4), (4, 2), (2, 4), (5, 8)])
 def test_shapes_that_hold_no_latents_are_refused(shape: tuple[int, ...]) -> None:
     codec = LatentCodec(plain_vae())
-    with pytest.raises(InputError, match=r"latents of 2 channels|5 packed tokens make up no square"):
+    with pytest.raises(InputError, match=r"latents of 2 channels|5 packed tokens do not form a square"):
         codec.check(shape)
-    with pytest.raises(InputError, match=r"latents of 2 channels|5 packed tokens make up no square"):
+    with pytest.raises(InputError, match=r"latents of 2 channels|5 packed tokens do not form a square"):
         codec.decode(torch.zeros(1, *shape))
 
 

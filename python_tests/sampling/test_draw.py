@@ -68,7 +68,7 @@ def test_labels_of_any_integer_array():
 
 def test_names_stand_for_classes_where_the_student_knows_them():
     named = tiny_student(2, history_layers=1)
-    with pytest.raises(InputError, match="knows no class names"):
+    with pytest.raises(InputError, match="has no class names"):
         condition_numbers(["zero"], named)
     names = ("tench, Tinca tinca", "goldfish", "white shark", "cock", "hen")
     named.conditions = ClassConditions(5, names)

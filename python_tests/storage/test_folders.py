@@ -133,6 +133,7 @@ def test_a_student_saved_into_a_run_leaves_the_run(tmp_path: Path) -> None:
         student.save_pretrained(tmp_path)
         assert Student.from_pretrained(tmp_path).config == student.config
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "README.md",
         "checkpoints",
         "config.json",
         "model.safetensors",

@@ -207,7 +207,7 @@ def test_a_teacher_without_vae_saves_transformer_and_scheduler(tmp_path: Path):
     assert again.fingerprint == teacher.fingerprint
     assert again.codec is None
     again.codec = LatentCodec(qwen_vae())
-    with pytest.raises(InputError, match="decodes with an AutoencoderKL alone; this teacher's VAE is a AutoencoderKLQwenImage"):
+    with pytest.raises(InputError, match="only decodes with an AutoencoderKL; this teacher's VAE is a AutoencoderKLQwenImage"):
         save_diffusers(again, tmp_path / "pipeline")
     assert not (tmp_path / "pipeline").exists()
 

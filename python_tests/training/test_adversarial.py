@@ -273,7 +273,7 @@ def test_stage_and_student_go_together(tmp_path):
         TrainConfig(**config, stage="adversarial")
     assert TrainConfig(**config, student="x").stage == "regression"
     for settings in (dict(gradient_accumulation=2), dict(rollout_probability=0.5)):
-        with pytest.raises(InputError, match="knows neither"):
+        with pytest.raises(InputError, match="supports neither"):
             TrainConfig(**config, stage="adversarial", student="x", **settings)
 
 

@@ -92,7 +92,7 @@ def test_wrong_settings_are_named(settings, message, tmp_path):
 
 
 def test_a_config_comes_alone(tmp_path):
-    with pytest.raises(InputError, match="comes alone"):
+    with pytest.raises(InputError, match="must be the only argument"):
         train(TrainConfig(teacher="digits", out=tmp_path), max_steps=3)
     with pytest.raises(InputError, match="out is missing"):
         train("digits")

@@ -113,8 +113,8 @@ def training_flops(workshop: Workshop, settings: dict[str, Any], student: Studen
     """Of all updates: the student's, its rollouts', the discriminators'."""
     config = TrainConfig.of({"teacher": "", "out": Path(), **settings})
     network = workshop.subject.teacher.network
-    ghost = without_weights(network)
-    made = Student(student, *ghost.trunk.for_student(ghost.head)).requires_grad_(True)
+    weightless = without_weights(network)
+    made = Student(student, *weightless.trunk.for_student(weightless.head)).requires_grad_(True)
     if student.base is not None:
         add_lora(made, student.base.rank, student.base.heads)
     conditions = workshop.conditions

@@ -94,8 +94,8 @@ def read_checkpoint(path: Path, *, weights: Weights | None = None) -> Checkpoint
     chosen = [one for one in found if one.weights == (weights or kinds[0])]  # "ema" before "model"
     if len(chosen) > 1:
         raise InputError(
-            f"{path} has several networks ({_listed(chosen)}), and nothing says which is the teacher; save "
-            "that one's tensors alone"
+            f"{path} has several networks ({_listed(chosen)}), and it is unclear which is the teacher; save only "
+            "the tensors of that one"
         )
     return Checkpoint(_clean(chosen[0].tensors, path), _settings_of(content, args, path))
 

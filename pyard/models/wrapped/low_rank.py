@@ -84,8 +84,8 @@ def low_rank(
             others += float((tensor.double() - base[name].double()).square().sum())
     if rank is None and left_out:
         raise InputError(
-            f"a LoRA holds matrices of linear layers alone; {_count(left_out)} of the student differs from its base, too: use "
-            "--to transformer, or train with lora_rank and the output layers as LoRA or frozen"
+            f"a LoRA can only hold matrices of linear layers; {_count(left_out)} of the student differs from its base, too: "
+            "use --to transformer, or train with lora_rank and the output layers as LoRA or frozen"
         )
     found = LowRank({name: d.factors for name, d in layers.items() if len(d.factors.down)}, tuple(left_out), 0.0)
     whole = sum(d.square for d in layers.values()) + others
@@ -185,7 +185,7 @@ def _check_low(layers: Mapping[str, _Difference], found: LowRank, whole: float) 
 def _check_names(student: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor]) -> None:
     if student.keys() != base.keys():
         differing = sorted(student.keys() ^ base.keys())
-        raise InputError(f"the base is another model: {differing[0]} is in one of them alone ({len(differing)} such tensors)")
+        raise InputError(f"the base is another model: {differing[0]} is in only one of them ({len(differing)} such tensors)")
     for name, tensor in student.items():
         if tensor.shape != base[name].shape:
             raise InputError(f"the base is of another size: {name} is {tuple(base[name].shape)}, here {tuple(tensor.shape)}")
