@@ -146,7 +146,7 @@ def inputs(base: Path, seed: int, count: int) -> list[Input]:
         files = sorted(
             {str(f.relative_to(base / target.name)) for p in target.files for f in (base / target.name).glob(p) if f.is_file()}
         )
-        file = rng.choice([name for name in files if Path(name).name != ".lock"])
+        file = rng.choice([name for name in files if Path(name).name not in (".lock", "README.md")])
         damage = rng.choice(damages_of(file, target))
         found.append(Input(number, target, file, damage, rng.randrange(2**32)))
     return found

@@ -131,7 +131,7 @@ def run(name: str, command: Command, argv: Sequence[str]) -> int:
     shows = [word for word in argv if word in ("--print_config", "--print-config")]
     try:
         words = [word for word in argv if word not in shows]
-        found = read_flags(words, flags, bare=command.bare, positional=command.positional)
+        found = read_flags(words, flags, bare=command.bare, positional=command.positional, complete=not shows)
         if shows:
             print(as_yaml(target, found), end="")
             return 0

@@ -41,7 +41,14 @@ def flags_of(target: Any) -> dict[str, Flag]:
     return flags
 
 
-def read_flags(argv: Sequence[str], flags: dict[str, Flag], *, bare: Sequence[str] = (), positional: Sequence[str] = ()) -> Any:
+def read_flags(
+    argv: Sequence[str],
+    flags: dict[str, Flag],
+    *,
+    bare: Sequence[str] = (),
+    positional: Sequence[str] = (),
+    complete: bool = True,
+) -> Any:
     """The values that words and the YAML files of `--config` give to flags, by name; flags come before files.
 
     Args:
@@ -50,6 +57,7 @@ def read_flags(argv: Sequence[str], flags: dict[str, Flag], *, bare: Sequence[st
         flags: what there is.
         bare: flags that may stand without a value, for their default.
         positional: flags whose values may stand first, without the flag.
+        complete: refuse words that leave out a flag that has no default.
 
     Raises:
         InputError: an unknown flag, with the nearest one; a value that does not fit; a flag that is missing.
@@ -68,7 +76,7 @@ def read_flags(argv: Sequence[str], flags: dict[str, Flag], *, bare: Sequence[st
             given[name] = _from_words(name, values, flag.hint)
     found = {**files, **given}
     missing = [name for name, flag in flags.items() if flag.default is _REQUIRED and name not in found]
-    if missing:
+    if missing and complete:
         raise InputError(f"{' and '.join(f'--{name}' for name in missing)} {'is' if len(missing) == 1 else 'are'} missing")
     return found
 
@@ -194,16 +202,18 @@ def _flattened(content: dict[Any, Any], flags: dict[str, Flag]) -> list[tuple[st
 
 
 def as_yaml(target: Callable[..., Any], found: dict[str, Any]) -> str:
-    """All settings of a command, given or by default, as a file that `--config` reads."""
+    """All settings of a command that were given or have a default, as a file that `--config` reads."""
     import yaml
 
     nested: dict[str, Any] = {}
     for name, flag in flags_of(target).items():
+        value = found.get(name, flag.default)
+        if value is _REQUIRED:
+            continue
         *outer, last = name.split(".")
         place = nested
         for part in outer:
             place = place.setdefault(part, {})
-        value = found.get(name, flag.default)
-        place[last] = None if value is _REQUIRED else value
+        place[last] = value
     plain = json.loads(json.dumps(nested, default=lambda value: str(value) if isinstance(value, Path) else None))
     return str(yaml.safe_dump(plain, sort_keys=False))

@@ -59,7 +59,11 @@ def check_info(info: OnnxStudentInfo, session: Any, path: Path) -> None:
         raise InputError(f"{path}: its graph takes noise of {start[1:]}, its metadata say {list(info.sample_shape)}")
 
 
+class NotFiniteError(InputError):
+    """A student drew NaN or infinity."""
+
+
 def require_finite(samples: NDArray[Any], path: Path) -> None:
-    """Raises InputError if a student drew something that is no picture."""
+    """Raises NotFiniteError if a student drew something that is no picture."""
     if samples.dtype != np.uint8 and not np.isfinite(samples).all():
-        raise InputError(f"{path} drew NaN or infinity: its weights are damaged, or its precision is too low for them")
+        raise NotFiniteError(f"{path} drew NaN or infinity: its weights are damaged, or its precision is too low for them")

@@ -235,6 +235,13 @@ def test_printed_settings_are_read_again(tmp_path: Path, capsys):
     assert (again.max_steps, again.out, again.batch_size) == (9, Path("runs/x"), TrainConfig.read("digits").batch_size)
 
 
+def test_settings_are_printed_without_those_that_are_still_to_be_given(capsys):
+    assert main(["train", "--config", "digits", "--print_config"]) == 0
+    printed = capsys.readouterr().out
+    assert "teacher: digits" in printed
+    assert not any(line.startswith("out:") for line in printed.splitlines())
+
+
 def test_columns_of_an_estimate_do_not_touch(capsys):
     assert main(["estimate", "digits", "--device", "rtx4090"]) == 0
     (heading,) = (line for line in capsys.readouterr().out.splitlines() if "checkpointing" in line)
