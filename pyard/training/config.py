@@ -84,6 +84,7 @@ class TrainConfig:
         trajectory_dtype: how those are stored: float32 | float16 | bfloat16; none: float32.
         trajectory_keep: what is stored of those: state | denoised | both; none: both.
         trajectory_precision: what the teacher computes in: float32 | bfloat16; none: float32.
+        trajectory_batch_size: samples that the teacher computes together; none: 64, or fewer of large text-to-image samples.
 
         prompts: of a text-to-image pipeline, in those: a `.txt` or `.jsonl` file, or a folder with `metadata.jsonl`.
         height: of a text-to-image pipeline's pictures in those, in pixels; none: its own.
@@ -165,6 +166,7 @@ class TrainConfig:
     trajectory_dtype: DType | None = None
     trajectory_keep: Keep | None = None
     trajectory_precision: Precision | None = None
+    trajectory_batch_size: int | None = None
 
     prompts: str | None = None
     height: int | None = None
