@@ -30,6 +30,7 @@ max_steps: 3
 batch_size: 8
 learning_rate: 1.0e-3
 stage: adversarial
+student: runs/first
 adversarial:
   real: digits
   r1: 0.1

@@ -141,6 +141,36 @@ def _sd3() -> Any:
     )
 
 
+def _aura_flow() -> Any:
+    from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    tokenizer = t5_tokenizer()
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_mmdit_layers=2,
+        num_single_dit_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=20,
+        caption_projection_dim=32,
+        pos_embed_max_size=128**2,  # its pipeline draws 1024 pixels unless it is asked for others
+    )
+    config = UMT5Config(
+        vocab_size=len(tokenizer), d_model=20, d_kv=8, d_ff=24, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    return AuraFlowPipeline(
+        tokenizer=tokenizer,
+        text_encoder=randomise(UMT5EncoderModel(config), 5),
+        vae=_vae(scaling_factor=0.13025),
+        transformer=randomise(transformer, 1),
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.73),
+    )
+
+
 def _flux() -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextModel
@@ -275,6 +305,7 @@ TINY_PIPELINES: dict[str, Callable[[], Any]] = {
     "pixart_alpha_1024": _pixart_alpha_1024,
     "pixart_sigma": _pixart_sigma,
     "sd3": _sd3,
+    "aura_flow": _aura_flow,
     "flux": _flux,
     "qwen_image": _qwen_image,
     "z_image": _z_image,

@@ -18,6 +18,7 @@ FAMILIES = {
     "PixArt-α": ("pixart", "pixart_alpha"),
     "PixArt-Σ": ("pixart", "pixart_sigma"),
     "SD3, SD3.5": ("sd3", "sd3"),
+    "AuraFlow": ("aura_flow", "aura_flow"),
     "FLUX.1": ("flux", "flux"),
     "Qwen-Image": ("qwen_image", "qwen_image"),
     "Z-Image": ("z_image", "z_image"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -19,13 +20,15 @@ class Condition(Mapping[str, torch.Tensor]):
 
     Args:
         tensors: by the names that the network knows, each [B, ...], at least one.
+        lengths: of each row, the entries of `mask` that are set, where they are known; None: `lengths` counts them.
 
     Raises:
         InputError: no tensors, or tensors of different batch sizes.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+    def __init__(self, tensors: Mapping[str, torch.Tensor], lengths: Sequence[int] | None = None):
         self._tensors = dict(tensors)
+        self._lengths = lengths
         # Sizes are compared, not put into a set: an exporter's symbolic size would become a constant there, and in len() too.
         sizes = [tensor.shape[0] if tensor.ndim else -1 for tensor in self._tensors.values()]
         if not sizes or any(size != sizes[0] or size == -1 for size in sizes):
@@ -59,24 +62,49 @@ class Condition(Mapping[str, torch.Tensor]):
         described = (f"{name}={str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for name, t in self._tensors.items())
         return f"Condition({', '.join(described)})"
 
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Entries of `mask` [B, n] that are set in each row, as numbers of the host.
+
+        They are counted before a condition moves to a device, because asking the device later would wait for all of its work.
+        """
+        if self._lengths is None:
+            self._lengths = self["mask"].sum(dim=1).tolist()
+        return self._lengths
+
     def to(self, device: torch.device | str) -> Condition:
         """The condition on another device; the copy does not wait where the memory is pinned."""
-        return Condition({name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors.items()})
+        moves = "mask" in self._tensors and self["mask"].device.type == "cpu" and torch.device(device).type != "cpu"
+        lengths = self.lengths if moves else self._lengths
+        return self.with_tensors(
+            {name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors.items()}, lengths
+        )
+
+    def with_tensors(self, tensors: Mapping[str, torch.Tensor], lengths: Sequence[int] | None = None) -> Condition:
+        """Other tensors of as many rows with the same masks, such as these in another dtype."""
+        return Condition(tensors, self._lengths if lengths is None else lengths)
 
     def index(self, rows: slice | torch.Tensor | Sequence[int]) -> Condition:
         """The condition of some of the samples."""
-        return Condition({name: tensor[rows] for name, tensor in self._tensors.items()})
+        lengths = self._lengths[rows] if isinstance(rows, slice) and self._lengths is not None else None
+        return Condition({name: tensor[rows] for name, tensor in self._tensors.items()}, lengths)
 
     def repeat(self, steps: int) -> Condition:
         """Each row `steps` times in a row, [B * steps, ...]: for networks that fold steps into the batch."""
         if steps == 1:
             return self
-        return Condition({name: tensor.repeat_interleave(steps, dim=0) for name, tensor in self._tensors.items()})
+        lengths = None if self._lengths is None else [length for length in self._lengths for _ in range(steps)]
+        return Condition({name: tensor.repeat_interleave(steps, dim=0) for name, tensor in self._tensors.items()}, lengths)
 
     def split(self, count: int) -> list[Condition]:
         """`count` conditions of equal batch size, in order."""
         pieces = [tensor.chunk(count) for tensor in self._tensors.values()]
-        return [Condition(dict(zip(self._tensors, piece, strict=True))) for piece in zip(*pieces, strict=True)]
+        found = [Condition(dict(zip(self._tensors, piece, strict=True))) for piece in zip(*pieces, strict=True)]
+        if self._lengths is not None:
+            begins = itertools.accumulate((piece.batch_size for piece in found), initial=0)
+            for begin, piece in zip(begins, found, strict=False):
+                piece._lengths = self._lengths[begin : begin + piece.batch_size]
+        return found
 
     @classmethod
     def cat(cls, conditions: Sequence[Condition]) -> Condition:
@@ -85,7 +113,10 @@ class Condition(Mapping[str, torch.Tensor]):
         Tensors of different lengths, as prompts have, are padded with zeros at the end of each dimension; a mask of zeros
         says that the padding is none of the condition.
         """
-        return cls({name: _cat([condition[name] for condition in conditions]) for name in conditions[0]})
+        known = [condition._lengths for condition in conditions]
+        lengths = [length for one in known for length in one or ()]
+        tensors = {name: _cat([condition[name] for condition in conditions]) for name in conditions[0]}
+        return cls(tensors, None if None in known else lengths)
 
 
 def as_condition(condition: Condition | torch.Tensor) -> Condition:

@@ -5,7 +5,9 @@ P prompts · T distinct texts · B batch · n tokens of a text · D width of a t
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -270,14 +272,19 @@ class PromptTable:
             raise InputError("; ".join(broken))
 
     def save(self, folder: Path) -> None:
-        """Copy the table into a folder that is being built; the copy is verified.
+        """Write the table into a folder that is being built, and verify it there.
+
+        Shards, which nobody changes in place, are hard links where the file system has them: their megabytes a prompt are then
+        on the disk once, until the last of their names is removed.
 
         Raises:
             InputError: the table is damaged, or the disk is full.
         """
         try:
             (folder / SHARDS).mkdir()
-            for name in (PROMPTS_NAME, INDEX_NAME, *(f"{SHARDS}/{name}" for name in self._names), ABOUT_NAME):
+            for name in self._names:
+                _link_or_copy(self.folder / SHARDS / name, folder / SHARDS / name)
+            for name in (PROMPTS_NAME, INDEX_NAME, ABOUT_NAME):
                 shutil.copyfile(self.folder / name, folder / name)
         except OSError as error:
             raise InputError(f"{self.folder}: cannot be copied to {folder.parent} ({error.strerror})") from error
@@ -318,3 +325,13 @@ class PromptTable:
                 raise InputError(f"{path}: the embedding of text {text} is damaged; {_REMEDY}")
             self._checked[text] = True
         return tokens, pooled
+
+
+def _link_or_copy(source: Path, to: Path) -> None:
+    try:
+        os.link(source, to)
+    except OSError as error:
+        # Another file system, one without links, or one that lets nobody link what belongs to somebody else.
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        shutil.copyfile(source, to)

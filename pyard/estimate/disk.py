@@ -10,7 +10,8 @@ from pyard.diffusion.solvers import solver_of
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.teachers.published import TeacherOutline
 from pyard.training.config import TrainConfig, known
-from pyard.trajectories.generate import DEFAULT_BATCH_SIZE, DEFAULT_CFG_SCALE, DEFAULT_TEACHER_STEPS, default_shard_size
+from pyard.trajectories.batch_size import USUAL, default_batch_size
+from pyard.trajectories.generate import DEFAULT_CFG_SCALE, DEFAULT_TEACHER_STEPS, default_shard_size
 from pyard.trajectories.manifest import SAFETENSORS_DTYPES, TrajectoryManifest
 from pyard.trajectories.store import shard_ranges
 
@@ -39,6 +40,9 @@ def manifest_of(config: TrainConfig, teacher: TeacherOutline, conditions: int) -
     """
     pipeline = teacher.pipeline
     usual = DEFAULT_CFG_SCALE if pipeline is None else pipeline.cfg_scale
+    shape = sample_shape_of(config, teacher)
+    usual_batch = USUAL if pipeline is None else default_batch_size(teacher.network.trunk, shape)
+    batch_size = config.trajectory_batch_size or usual_batch
     manifest = TrajectoryManifest(
         teacher_fingerprint="0" * 64,
         solver=solver_of(teacher.schedule, config.solver or (None if pipeline is None else pipeline.solver)),
@@ -49,14 +53,14 @@ def manifest_of(config: TrainConfig, teacher: TeacherOutline, conditions: int) -
         cfg_interval=None,
         precision=config.trajectory_precision or "float32",
         compiled=False,
-        sample_shape=sample_shape_of(config, teacher),
+        sample_shape=shape,
         num_classes=conditions,
         keep=known(config.trajectory_keep),
         dtype=known(config.trajectory_dtype),
         seed=config.seed,
         labels="uniform" if pipeline is None else "balanced",
-        batch_size=DEFAULT_BATCH_SIZE,
-        shard_size=DEFAULT_BATCH_SIZE,
+        batch_size=batch_size,
+        shard_size=batch_size,
     )
     return dataclasses.replace(manifest, shard_size=default_shard_size(manifest))
 

@@ -31,6 +31,7 @@ _SEED = 1
 _WIDTHS = {
     "pixart": ("caption_channels", None),
     "sd3": ("joint_attention_dim", "pooled_projection_dim"),
+    "aura_flow": ("joint_attention_dim", None),
     "flux": ("joint_attention_dim", "pooled_projection_dim"),
     "qwen_image": ("joint_attention_dim", None),
     "z_image": ("cap_feat_dim", None),

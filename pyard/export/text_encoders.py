@@ -155,6 +155,11 @@ def _t5(encoder: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tenso
     return [encoder(ids, attention_mask=mask)[0]]
 
 
+def _t5_without_padding(encoder: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+    tokens = encoder(ids, attention_mask=mask)[0]
+    return [tokens * mask[..., None].to(tokens.dtype)]
+
+
 def _unmasked_t5(encoder: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
     return [encoder(ids)[0]]
 
@@ -218,6 +223,11 @@ def _flux(encoder: PipelineTextEncoder, components: Mapping[str, Any], transform
     return layout, {"text_encoder": _clip, "text_encoder_2": _unmasked_t5}
 
 
+def _aura_flow(encoder: PipelineTextEncoder, components: Mapping[str, Any], transformer: Mapping[str, Any]) -> Found:
+    t5 = _settings(components, "", outputs=("tokens",), max_length=encoder.max_sequence_length, pads_to="max_length")
+    return TextLayout((t5,), (("text_encoder",),), masked=False), {"text_encoder": _t5_without_padding}
+
+
 def _qwen_image(encoder: PipelineTextEncoder, components: Mapping[str, Any], transformer: Mapping[str, Any]) -> Found:
     about = encoder.settings
     prefix, suffix = about["template"].split("{}")
@@ -248,6 +258,7 @@ def _z_image(encoder: PipelineTextEncoder, components: Mapping[str, Any], transf
 _FAMILIES: dict[str, Callable[[PipelineTextEncoder, Mapping[str, Any], Mapping[str, Any]], Found]] = {
     "pixart": _pixart,
     "sd3": _sd3,
+    "aura_flow": _aura_flow,
     "flux": _flux,
     "qwen_image": _qwen_image,
     "z_image": _z_image,

@@ -98,6 +98,7 @@ class Backbone(nn.Module, abc.ABC):
         config_class: its configuration, a frozen dataclass (`BackboneConfig`).
         row_arguments: names of those arguments of a block's `forward` that hold a row for each step, for training on some of
             the steps (`steps_per_update`); None: it is refused.
+        not_compiled: why training with torch.compile is refused; None: it is not.
         folds_steps: whether those are [B * S, ...], a sample's steps side by side, or [B, S, ...].
 
     Attributes:
@@ -107,6 +108,7 @@ class Backbone(nn.Module, abc.ABC):
 
     config_class: ClassVar[type[Any]]
     row_arguments: ClassVar[tuple[str, ...] | None] = None
+    not_compiled: ClassVar[str | None] = None
     folds_steps: ClassVar[bool] = True
     config: BackboneConfig
     blocks: nn.ModuleList

@@ -18,6 +18,7 @@ FAMILIES = {
     "lightning_dit": "pyard.models.lightning_dit.network:LightningDiT",
     "pixart": "pyard.models.pixart.network:PixArt",
     "sd3": "pyard.models.sd3.network:SD3",
+    "aura_flow": "pyard.models.aura_flow.network:AuraFlow",
     "flux": "pyard.models.flux.network:Flux",
     "qwen_image": "pyard.models.qwen_image.network:QwenImage",
     "z_image": "pyard.models.z_image.network:ZImage",

@@ -100,6 +100,9 @@ def check_config(config: Mapping[str, Any], path: Path, tensors: Mapping[str, tu
         path: of the configuration, for messages.
         tensors: shapes of the weights; empty: they are pickles or elsewhere, and only limits for any model hold.
     """
+    places = config.get("pos_embed_max_size")
+    if "num_mmdit_layers" in config and isinstance(places, int) and places > 0:  # AuraFlow's: of all places, not of a side
+        config = {**config, "pos_embed_max_size": math.isqrt(places)}
     blocks = len(tensors) or _MOST_ITEMS
     for name, value in _settings(config, path):
         most = next((limit for pattern, limit in _MOST_BY_NAME if pattern.search(name)), _MOST)

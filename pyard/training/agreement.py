@@ -68,6 +68,7 @@ def _settings_of(manifest: TrajectoryManifest) -> dict[str, Any]:
         "cfg_scale": manifest.cfg_scale,
         "cfg_channels": manifest.cfg_channels,
         "trajectory_precision": manifest.precision,
+        "trajectory_batch_size": manifest.batch_size,
         "trajectory_dtype": manifest.dtype,
         "trajectory_keep": manifest.keep,
     }

@@ -64,7 +64,7 @@ def check_ranges(config: TrainConfig) -> None:
         check_mask(config.mask or DEFAULTS["mask"], config.window)
     if config.output == "jump" and config.target == "denoised":
         raise InputError("training: output 'jump' starts from a state, so it needs target 'state', not 'denoised'")
-    for name, least in (("history_layers", 0), ("lora_rank", 1)):
+    for name, least in (("history_layers", 0), ("lora_rank", 1), ("trajectory_batch_size", 1)):
         if getattr(config, name) is not None and getattr(config, name) < least:
             raise InputError(f"training: {name} is {getattr(config, name)}; expected at least {least}, or none")
     if config.steps_per_update is not None:

@@ -84,6 +84,7 @@ class TrainConfig:
         trajectory_dtype: of stored trajectories: float32 | float16 | bfloat16; none: float32.
         trajectory_keep: what is stored: state | denoised | both; none: both.
         trajectory_precision: that the teacher computes in: float32 | bfloat16; none: float32.
+        trajectory_batch_size: samples that the teacher computes together; none: 64, or fewer of large text-to-image samples.
 
         prompts: for a text-to-image pipeline: a `.txt` or `.jsonl` file, or a folder with `metadata.jsonl`.
         height: of a text-to-image pipeline's pictures, in pixels; none: the pipeline's own.
@@ -165,6 +166,7 @@ class TrainConfig:
     trajectory_dtype: DType | None = None
     trajectory_keep: Keep | None = None
     trajectory_precision: Precision | None = None
+    trajectory_batch_size: int | None = None
 
     prompts: str | None = None
     height: int | None = None

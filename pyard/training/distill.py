@@ -173,6 +173,8 @@ def _run(
     elif wrong := [name for name in ("variant", "transformer", "lora") if getattr(config, name) is not None]:
         raise InputError(f"training: {wrong[0]} is for a teacher given by its folder")
     network = type(teacher.network.trunk)
+    if config.compile and network.not_compiled is not None:
+        raise InputError(f"training: compile does not go with {network.__name__}: {network.not_compiled}; leave it out")
     home = teacher.device
     teacher.to(processes.device)
     shared = teacher.network if isinstance(teacher, PipelineTeacher) else None

@@ -21,8 +21,9 @@ _NOT_OF_THE_RESULT = (
     "evaluation_trajectories", "max_skipped_in_a_row", "trackers", "peak_tflops", "progress",
     "gradient_accumulation", "activation_checkpointing", "compile",
     "num_trajectories", "teacher_steps", "solver", "cfg_scale", "cfg_channels", "trajectory_dtype", "trajectory_keep",
-    "trajectory_precision", "prompts", "height", "width", "embedded_guidance", "variant", "transformer", "lora",
-)  # fmt: skip  # the last two lines are in the manifest of the trajectories, which is compared
+    "trajectory_precision", "trajectory_batch_size", "prompts", "height", "width", "embedded_guidance",
+    "variant", "transformer", "lora",
+)  # fmt: skip  # the last three lines are in the manifest of the trajectories, which is compared
 
 # Schedules of the learning rate that do not depend on how many updates there will be.
 ENDLESS = ("constant", "constant_with_warmup")

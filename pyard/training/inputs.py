@@ -91,6 +91,7 @@ def new_store(teacher: NetworkTeacher, config: TrainConfig) -> TrajectoryStore:
         keep=known(config.trajectory_keep),
         dtype=known(config.trajectory_dtype),
         precision=config.trajectory_precision,
+        batch_size=config.trajectory_batch_size,
         prompts=config.prompts,
         height=config.height,
         width=config.width,

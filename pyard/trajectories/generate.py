@@ -25,6 +25,7 @@ from pyard.storage.typed import checked
 from pyard.storage.units import format_bytes, format_seconds
 from pyard.teachers import Teacher, load_teacher
 from pyard.teachers.text_to_image.teacher import PipelineTeacher
+from pyard.trajectories.batch_size import USUAL, default_batch_size
 from pyard.trajectories.compute import compiled, compute_batch, device_name, drawn_ahead, pack_shard, warm_up
 from pyard.trajectories.manifest import DType, Keep, Precision, TrajectoryManifest
 from pyard.trajectories.parts import Part, wait_for_others, writing
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from pyard.models.backbone import Backbone
     from pyard.teachers.network_teacher import NetworkTeacher
 
-DEFAULT_BATCH_SIZE = 64
 DEFAULT_TEACHER_STEPS = 25
 DEFAULT_CFG_SCALE = 1.5
 MAX_SHARD_SAMPLES = 1024
@@ -115,7 +115,8 @@ def generate_trajectories(
         seed: of noise and labels, 0 to 2**64 - 1.
         labels: condition numbers, such as classes: `uniform` (drawn), `balanced` (in turn) or a list, taken in turn; None:
             uniform, or as prompt_order says.
-        batch_size: samples that the teacher computes together, twice that with guidance; None: 64, or the store's.
+        batch_size: samples that the teacher computes together, twice that with guidance; None: the store's, or 64, or
+                fewer of large text-to-image samples (`default_batch_size`).
         shard_size: samples in a file, a multiple of batch_size; a kill loses at most the unfinished files. None: at most 1024
             samples and 256 MiB, or the store's.
         precision: `bfloat16`: the teacher computes in autocast, which is faster on GPUs, and a text-to-image pipeline's weights
@@ -172,7 +173,7 @@ def generate_trajectories(
         teacher = with_prompts(teacher, lines, out, embedded_guidance=embedded_guidance, progress=progress)
     if labels is None:
         labels = "balanced" if isinstance(teacher, PipelineTeacher) and prompt_order == "in_turn" else "uniform"
-    batch_size = batch_size or (there.batch_size if there else DEFAULT_BATCH_SIZE)
+    batch_size = batch_size or (there.batch_size if there else _default_batch_size(teacher, shape))
     manifest = TrajectoryManifest(
         teacher_fingerprint=teacher.fingerprint,
         solver=solver_of(teacher.schedule, solver or getattr(teacher, "solver", None)),
@@ -216,6 +217,10 @@ def generate_trajectories(
     if mine.same_folder:
         wait_for_others(out, mine, progress)
     return TrajectoryStore.open(out)
+
+
+def _default_batch_size(teacher: Teacher, shape: tuple[int, ...]) -> int:
+    return default_batch_size(teacher.network.trunk, shape) if isinstance(teacher, PipelineTeacher) else USUAL
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import socket
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 import torch
 from conditions.toy_encoder import LINES, TEXTS, WIDTH, ToyEncoder, build, contents, many_lines
 
-from pyard.conditions import Encoded, PromptLine, PromptTable, load_conditions, save_conditions
+from pyard.conditions import Condition, Encoded, PromptLine, PromptTable, load_conditions, save_conditions
 from pyard.conditions.table import FOLDER
 from pyard.errors import InputError
 
@@ -224,7 +227,7 @@ def test_bad_arguments_are_one_line(tmp_path: Path) -> None:
         build(tmp_path / "file")
 
 
-def test_a_table_is_kept_where_it_lies_and_copied_whole_elsewhere(tmp_path: Path) -> None:
+def test_a_table_is_kept_where_it_lies_and_passed_on_whole_elsewhere(tmp_path: Path) -> None:
     table = build(tmp_path / "store" / FOLDER, many_lines(20))
     before = contents(tmp_path / "store")
     save_conditions(table, tmp_path / "store")
@@ -245,3 +248,50 @@ def test_a_table_is_kept_where_it_lies_and_copied_whole_elsewhere(tmp_path: Path
         save_conditions(table, tmp_path / "late")
     assert str(shard) in str(failed.value)
     assert not (tmp_path / "late" / FOLDER).exists()
+
+
+def test_embeddings_that_are_passed_on_are_on_the_disk_once(tmp_path: Path) -> None:
+    table = build(tmp_path / "store" / FOLDER, many_lines(20))
+    shards = sorted((tmp_path / "store" / FOLDER / "shards").iterdir())
+    assert len(shards) > 1
+    # What a writer that was killed left behind goes, and the table it was linked from stays.
+    left = tmp_path / "held-out" / f".{FOLDER}.{socket.gethostname()}-{2**22 + 7}-x.new"  # no process has such a number
+    (left / "shards").mkdir(parents=True)
+    (left / "shards" / shards[0].name).hardlink_to(shards[0])
+    save_conditions(table, tmp_path / "held-out")
+    assert not left.exists()
+    linked = sorted((tmp_path / "held-out" / FOLDER / "shards").iterdir())
+    assert [path.stat().st_ino for path in linked] == [path.stat().st_ino for path in shards]
+    assert all(path.stat().st_nlink == 2 for path in shards)
+    expected = table.take([3])["tokens"]
+    shutil.rmtree(tmp_path / "store")
+    again = load_conditions(tmp_path / "held-out")
+    assert isinstance(again, PromptTable)
+    again.verify()
+    assert torch.equal(again.take([3])["tokens"], expected)
+
+
+def test_on_another_file_system_embeddings_are_copied(tmp_path: Path) -> None:
+    elsewhere = Path("/dev/shm")
+    if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system")
+    table = build(tmp_path / "store" / FOLDER, many_lines(20))
+    with tempfile.TemporaryDirectory(dir=elsewhere) as folder:
+        save_conditions(table, Path(folder))
+        assert contents(Path(folder)) == contents(tmp_path / "store")
+        assert all(path.stat().st_nlink == 1 for path in (Path(folder) / FOLDER / "shards").iterdir())
+
+
+def test_lengths_are_counted_before_a_condition_moves_and_stay_with_its_rows(tmp_path: Path) -> None:
+    table = build(tmp_path / FOLDER, many_lines(6))
+    here = table.take([0, 1, 2, 3, 4, 5])
+    lengths = here["mask"].sum(dim=1).tolist()
+    assert len(set(lengths)) > 1
+    there = here.to("meta")  # a device that has no numbers to ask for
+    assert there.lengths == lengths
+    assert there.index(slice(2, 5)).lengths == lengths[2:5]
+    assert there.repeat(2).lengths == [length for length in lengths for _ in range(2)]
+    assert [piece.lengths for piece in there.split(3)] == [lengths[:2], lengths[2:4], lengths[4:]]
+    assert Condition.cat([there, there.index(slice(0, 2))]).lengths == [*lengths, *lengths[:2]]
+    assert there.with_tensors({"mask": there["mask"]}).lengths == lengths
+    assert here.index([5, 0]).lengths == [lengths[5], lengths[0]]

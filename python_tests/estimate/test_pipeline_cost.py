@@ -36,7 +36,7 @@ from pyard.training.regression import Regression
 from pyard.trajectories import TrajectoryBatch, generate_trajectories
 from pyard.trajectories.generate import grid_of
 
-TINY = ("pixart_alpha", "pixart_alpha_1024", "pixart_sigma", "sd3", "flux", "qwen_image", "z_image")
+TINY = ("pixart_alpha", "pixart_alpha_1024", "pixart_sigma", "sd3", "aura_flow", "flux", "qwen_image", "z_image")
 PROMPTS = ["a red circle", "two small blue squares above a cross", "a dog", "a dog"]
 
 

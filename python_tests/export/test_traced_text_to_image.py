@@ -45,6 +45,7 @@ CASES = [
     pytest.param("pixart_alpha", "step", 23),
     pytest.param("pixart_alpha_1024", "sampler", 20, marks=pytest.mark.slow),
     pytest.param("sd3", "step", 23, marks=pytest.mark.slow),
+    pytest.param("aura_flow", "step", 23, marks=pytest.mark.slow),
     pytest.param("flux", "sampler", 23, marks=pytest.mark.slow),
     pytest.param("qwen_image", "step", 20, marks=pytest.mark.slow),
     pytest.param("qwen_image", "sampler", 23, marks=pytest.mark.slow),

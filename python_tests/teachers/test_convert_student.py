@@ -22,7 +22,7 @@ from pyard.models.student import Student
 from pyard.models.student_config import TextSource
 from pyard.sampling.prompts import condition_of_prompts
 
-NAMES = ("pixart_alpha", "pixart_sigma", "sd3", "flux", "qwen_image", "z_image")
+NAMES = ("pixart_alpha", "pixart_sigma", "sd3", "aura_flow", "flux", "qwen_image", "z_image")
 PROMPT = "a red circle above a blue square"
 SHAPE = (4, 8, 12)
 LORA = "pytorch_lora_weights.safetensors"

@@ -83,6 +83,10 @@ def test_each_size_has_the_grid_of_its_store(folder: Path, run: Path) -> None:
     logged = read_log(run / "log.jsonl")
     assert len(logged) == 8
     assert len(read_log(run / "exposure_bias.jsonl")) == 1
+    # Held-out trajectories share the embeddings of those that are trained on.
+    shards = [folder / place / "conditions" / "shards" for place in ("square", "run/held-out-0", "run/held-out-1")]
+    files = [sorted((path.name, path.stat().st_ino) for path in place.iterdir()) for place in shards]
+    assert files[0] == files[1] == files[2] != []
 
 
 @pytest.mark.parametrize("name", SIZES)

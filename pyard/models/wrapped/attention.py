@@ -49,11 +49,12 @@ def _remembering(kind: type[nn.Module]) -> type[nn.Module]:
             history = place.current.history
             if history is None or place.block >= history.layers:
                 return super().forward(*args, **kwargs)
-            with _WithHistory(history, place) as seen:
+            calls: list[None] = []  # one for each; torch.compile does not show what a mode counts in its attributes
+            with _WithHistory(history, place, calls):
                 output = super().forward(*args, **kwargs)
-            if seen.calls != 1:
+            if len(calls) != 1:
                 raise InputError(
-                    f"history: {kind.__name__} called scaled_dot_product_attention {seen.calls} times, expected once: an "
+                    f"history: {kind.__name__} called scaled_dot_product_attention {len(calls)} times, expected once: an "
                     "attention backend or cache that goes past it cannot see earlier steps; use the native backend"
                 )
             return output
@@ -65,15 +66,17 @@ def _remembering(kind: type[nn.Module]) -> type[nn.Module]:
 class _WithHistory(TorchFunctionMode):
     """Within it, scaled_dot_product_attention is `History.attend_rows`."""
 
-    def __init__(self, history: History, place: Place):
+    def __init__(self, history: History, place: Place, calls: list[None]):
         super().__init__()
-        self.history, self.place, self.calls = history, place, 0
+        self.history, self.place, self.calls = history, place, calls
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.Tensor.unflatten:
+            return torch.unflatten(*args, **kwargs)  # the method is written in Python, and torch.compile cannot follow it here
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        self.calls += 1
+        self.calls.append(None)
         return self._attend(*args, **kwargs)
 
     def _attend(

@@ -253,4 +253,4 @@ class WrappedBackbone(Backbone):
 
 
 def _cast(condition: Condition, dtype: torch.dtype) -> Condition:
-    return Condition({name: t.to(dtype) if t.is_floating_point() else t for name, t in condition.items()})
+    return condition.with_tensors({name: t.to(dtype) if t.is_floating_point() else t for name, t in condition.items()})

@@ -32,6 +32,7 @@ class ZImage(WrappedBackbone):
     block_lists = ("layers",)
     attention_names = ("attention",)
     output_places = {"final_layer": "all_final_layer.2-1"}  # noqa: RUF012
+    not_compiled = "its transformer takes each text by its length, so every batch of prompts would be compiled anew"
     on_tensors: ZImageTensors | None = None
 
     @classmethod
@@ -51,7 +52,7 @@ class ZImage(WrappedBackbone):
         if self.on_tensors is not None:
             return self.unembed(self.on_tensors(x, self._time(times), tokens, mask), tuple(x.shape[1:]))
         # Without numbers, where costs are counted, every text is as long as the longest.
-        lengths = [mask.shape[1]] * len(mask) if mask.is_meta or is_fake(mask) else mask.sum(dim=1).tolist()
+        lengths = [mask.shape[1]] * len(mask) if mask.is_meta or is_fake(mask) else condition.lengths
         texts = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
         pictures = list(x[:, :, None].unbind(0))  # [C, 1, h, w] each: videos of one frame
         output = self.transformer(pictures, self._time(times), texts, return_dict=False)[0]

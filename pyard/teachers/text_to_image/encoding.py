@@ -135,6 +135,15 @@ def _flux_limits(pipeline: Any, texts: list[str], max_length: int) -> list[Limit
     return [clip, Limited(pipeline.tokenizer_2, texts, max_length)]
 
 
+def _aura_flow(pipeline: Any, texts: list[str], max_length: int, device: torch.device) -> list[Tensors]:
+    tokens, *_ = pipeline.encode_prompt(texts, do_classifier_free_guidance=False, device=device, max_sequence_length=max_length)
+    return [{"tokens": one} for one in tokens]
+
+
+def _aura_flow_limits(pipeline: Any, texts: list[str], max_length: int) -> list[Limited]:
+    return [Limited(pipeline.tokenizer, texts, max_length)]
+
+
 def _qwen_image(pipeline: Any, texts: list[str], max_length: int, device: torch.device) -> list[Tensors]:
     tokens, mask = pipeline.encode_prompt(texts, device=device, max_sequence_length=max_length)
     if mask is None:  # no text of the batch is shorter than another
@@ -169,9 +178,10 @@ def _z_image_limits(pipeline: Any, texts: list[str], max_length: int) -> list[Li
     return [Limited(pipeline.tokenizer, whole, max_length)]
 
 
-# Transformers that mask padding, or get lists of tensors, lose nothing with it; those of SD3 and Flux attend to it.
+# Transformers that mask padding, or get lists of tensors, lose nothing with it; those of SD3, Flux and AuraFlow attend to it.
 PIXART = PromptEncoding(_pixart, _pixart_limits, _pixart_settings, width="caption_channels")
 SD3 = PromptEncoding(_sd3, _sd3_limits, pooled="pooled_projection_dim", padded=True, clip_tokens=77)
 FLUX = PromptEncoding(_flux, _flux_limits, pooled="pooled_projection_dim", padded=True)
+AURA_FLOW = PromptEncoding(_aura_flow, _aura_flow_limits, padded=True)
 QWEN_IMAGE = PromptEncoding(_qwen_image, _qwen_image_limits, _qwen_image_settings, template_tokens=34)
 Z_IMAGE = PromptEncoding(_z_image, _z_image_limits, width="cap_feat_dim")

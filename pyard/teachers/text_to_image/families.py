@@ -5,6 +5,7 @@ C latent channels · h, w height and width of the latents · sigma 1 noise ... 0
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,8 +149,9 @@ class PipelineFamily:
     def default_pixels(self, configs: PipelineConfigs) -> tuple[int, int]:
         """(height, width) in pixels that the pipeline draws where nobody names a size."""
         latents = configs.number("sample_size") if self.default_size == "sample_size" else _DEFAULT_LATENTS
-        # ZImagePipeline names 1024 pixels, whatever its VAE.
-        pixels = 1024 if self.backbone == "z_image" and configs.vae is not None else latents * configs.vae_factor
+        # These pipelines name 1024 pixels, whatever their VAE.
+        names_pixels = self.backbone in ("aura_flow", "z_image") and configs.vae is not None
+        pixels = 1024 if names_pixels else latents * configs.vae_factor
         return pixels, pixels
 
     def sample_shape(
@@ -183,10 +185,12 @@ class PipelineFamily:
                 )
             latents.append(pixels // multiple * multiple // factor)
         limit = configs.transformer.get("pos_embed_max_size")
+        if limit is not None and self.backbone == "aura_flow":
+            limit = math.isqrt(configs.number("pos_embed_max_size"))  # it counts all places
         if limit is not None and max(latents) > int(limit) * self.patch_size(configs):
             raise InputError(
                 f"{max(latents) * factor} pixels: the transformer's position embedding ends at "
-                f"{int(limit) * multiple} (pos_embed_max_size {limit})"
+                f"{int(limit) * multiple} (pos_embed_max_size {configs.transformer['pos_embed_max_size']})"
             )
         channels = configs.number("in_channels")
         if self.packs and channels % _PATCH**2:

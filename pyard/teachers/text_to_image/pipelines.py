@@ -54,6 +54,17 @@ _FAMILIES = (
         max_shift=1.16,
     ),
     PipelineFamily(
+        pipeline="AuraFlowPipeline",
+        backbone="aura_flow",
+        encode=encoding.AURA_FLOW,
+        encoders=_components("tokenizer", "text_encoder"),
+        cfg_scale=3.5,
+        num_steps=50,
+        max_sequence_length=256,
+        passes_sigmas=False,
+        passes_mu="never",
+    ),
+    PipelineFamily(
         pipeline="FluxPipeline",
         backbone="flux",
         encode=encoding.FLUX,

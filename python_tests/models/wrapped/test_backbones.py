@@ -76,6 +76,8 @@ def stock_call(name: str, transformer: Any, x: torch.Tensor, time: torch.Tensor,
         return out[:, :4]
     if name == "sd3":
         return transformer(x, c["tokens"], c["pooled"], time * 1000, return_dict=False)[0]
+    if name == "aura_flow":
+        return transformer(x, c["tokens"], time, return_dict=False)[0]
     if name == "flux":
         ids = torch.zeros(rows, columns, 3)
         ids[..., 1], ids[..., 2] = torch.arange(rows)[:, None], torch.arange(columns)

@@ -21,6 +21,11 @@ _SIZES: dict[str, dict[str, Any]] = {
         caption_projection_dim=32, joint_attention_dim=TEXT, pooled_projection_dim=12, pos_embed_max_size=24,
         dual_attention_layers=(0,), qk_norm="rms_norm",
     ),
+    "aura_flow": dict(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_mmdit_layers=2, num_single_dit_layers=2,
+        attention_head_dim=16, num_attention_heads=2, joint_attention_dim=TEXT, caption_projection_dim=32,
+        pos_embed_max_size=144,
+    ),
     "flux": dict(
         patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=TEXT, pooled_projection_dim=12, axes_dims_rope=(4, 4, 8), guidance_embeds=True,

@@ -16,7 +16,7 @@ from tiny_pipelines import tiny_pipeline
 from pyard.errors import InputError
 from pyard.teachers.text_to_image import PIPELINES, PipelineConfigs, PipelineFamily, pipeline_family
 
-NAMES = ("pixart_alpha", "pixart_alpha_1024", "pixart_sigma", "sd3", "flux", "qwen_image", "z_image")
+NAMES = ("pixart_alpha", "pixart_alpha_1024", "pixart_sigma", "sd3", "aura_flow", "flux", "qwen_image", "z_image")
 
 
 class _Opened:
@@ -152,6 +152,7 @@ def test_sd3_refuses_what_its_position_embedding_does_not_reach(tmp_path: Path) 
 SCHEDULERS = {
     "pixart": [{}],
     "sd3": [{}, {"use_dynamic_shifting": True, "max_shift": 1.3, "max_image_seq_len": 64}],
+    "aura_flow": [{}, {"shift": 3.0}],
     "flux": [{}, {"use_dynamic_shifting": False, "shift": 1.0}],
     "qwen_image": [{}, {"use_dynamic_shifting": False, "shift_terminal": None}],
     "z_image": [{}, {"use_dynamic_shifting": True, "base_shift": 0.3}],

@@ -21,7 +21,7 @@ from pyard.errors import InputError
 from pyard.teachers import load_teacher
 from pyard.teachers.text_to_image.teacher import PipelineTeacher
 
-NAMES = ("pixart_alpha", "pixart_sigma", "sd3", "flux", "qwen_image", "z_image")
+NAMES = ("pixart_alpha", "pixart_sigma", "sd3", "aura_flow", "flux", "qwen_image", "z_image")
 PROMPTS = ["a red circle", "two small blue squares above a cross"]
 NEGATIVE = "blurry, a green triangle"
 PACKED = ("flux", "qwen_image")

@@ -16,7 +16,7 @@ from pyard.conditions.prompts import Encoded
 from pyard.errors import InputError
 from pyard.teachers.text_to_image import PipelineTextEncoder, pipeline_family
 
-NAMES = ("pixart_alpha", "pixart_sigma", "sd3", "flux", "qwen_image", "z_image")
+NAMES = ("pixart_alpha", "pixart_sigma", "sd3", "aura_flow", "flux", "qwen_image", "z_image")
 PROMPT, NEGATIVE = "a large red circle above the blue square", "Small"
 TEXTS = ["", "a red circle", PROMPT, 'Zigzag, 3 times; "quoted" & ünïcödé {braces} 50%', NEGATIVE]
 
@@ -51,9 +51,10 @@ def _as_arguments(encoded: Encoded, backbone: str, prefix: str, length: int) -> 
     if "pooled" in encoded.tensors:
         name = f"{prefix}pooled_prompt_embeds"
         return {f"{prefix}prompt_embeds": tokens[None], name: encoded.tensors["pooled"][None]}
+    length = len(tokens) if backbone == "aura_flow" else length  # which attends to padding
     padding = (0, 0, 0, length - len(tokens))
     mask = (torch.arange(length) < len(tokens)).long()[None]
-    name = f"{prefix}prompt_attention_mask" if backbone == "pixart" else f"{prefix}prompt_embeds_mask"
+    name = f"{prefix}prompt_attention_mask" if backbone in ("pixart", "aura_flow") else f"{prefix}prompt_embeds_mask"
     return {f"{prefix}prompt_embeds": pad(tokens, padding)[None], name: mask}
 
 
@@ -94,7 +95,7 @@ def test_padding_stays_where_the_transformer_attends_to_it(folder: Path) -> None
     lengths = [len(one.tensors["tokens"]) for one in PipelineTextEncoder(folder, max_sequence_length=100).encode(TEXTS)]
     if family.backbone == "sd3":
         assert lengths == [77 + 100] * len(TEXTS)
-    elif family.backbone == "flux":
+    elif family.backbone in ("flux", "aura_flow"):
         assert lengths == [100] * len(TEXTS)
     else:
         assert len(set(lengths)) == len(TEXTS)

@@ -1,0 +1,1 @@
+"""AuraFlow as a backbone."""
