@@ -124,7 +124,13 @@ def megabytes(*places: Path) -> float:
     return sum(file.stat().st_size for file in files) / 1e6
 
 
-def measure(run: Path, prompts: int, threads: int) -> dict[str, Any]:
+def export(student: Student, folder: Path, **settings: Any) -> Path:
+    if not folder.exists():
+        export_pipeline(student, folder, text_encoders=TEACHER, **settings)
+    return folder
+
+
+def measure(run: Path, prompts: int, threads: int, exported: Path | None) -> dict[str, Any]:
     torch.set_num_threads(threads)
     student = Student.from_pretrained(run).eval()
     shape = student.sample_shape
@@ -133,25 +139,22 @@ def measure(run: Path, prompts: int, threads: int) -> dict[str, Any]:
     batch = scene_batch(PROMPT_SEED, range(prompts), None, "train")
     text = TEACHER / "text_encoder", TEACHER / "tokenizer"
     facts: dict[str, Any] = {}
-    errors: dict[str, dict[str, float]] = {}
     with TemporaryDirectory() as name, ExitStack() as stack:
         stock = f"{STOCK}, {steps} steps"
         ways: dict[str, Draw] = {stock: in_diffusers(steps, guidance, shape), PYTORCH: in_pytorch(run, shape)}
         weights = (run / "student" if (run / "student").is_dir() else run) / "model.safetensors"
         sizes = {stock: megabytes(TEACHER / "transformer", *text), PYTORCH: megabytes(weights, *text)}
+        place = exported or Path(name)
         for precision in PRECISIONS:
-            folder = Path(name) / precision
             # int8 is above the export's bound; what that costs is what is measured here.
             bound = 10.0 if precision == "int8" else None
-            errors[precision] = export_pipeline(
-                student, folder, form="sampler", precision=precision, text_encoders=TEACHER, parity_bound=bound
-            )
+            folder = export(student, place / precision, form="sampler", precision=precision, parity_bound=bound)
             ways[f"onnxruntime, {precision}"] = in_onnxruntime(folder, threads)
             sizes[f"onnxruntime, {precision}"] = megabytes(folder)
-        export_pipeline(student, Path(name) / "step", form="step", text_encoders=TEACHER)
-        if (browser := in_browser(Path(name) / "step", stack)) is not None:
+        step = export(student, place / "step", form="step")
+        if (browser := in_browser(step, stack)) is not None:
             ways[BROWSER], facts = browser
-            sizes[BROWSER] = megabytes(Path(name) / "step")
+            sizes[BROWSER] = megabytes(step)
         pictures: dict[str, list[np.ndarray]] = {way: [] for way in ways}
         times: dict[str, list[float]] = {way: [] for way in ways}
         for seed, caption in enumerate(tqdm(batch.captions)):
@@ -173,10 +176,10 @@ def measure(run: Path, prompts: int, threads: int) -> dict[str, Any]:
     return dict(
         prompts=prompts,
         student_steps=student.num_steps,
+        size=f"{shape[2]} x {shape[1]}",
         machine=machine,
         versions=versions,
         browser=facts,
-        export_errors=errors,
         rows=rows,
     )
 
@@ -191,9 +194,9 @@ def table(result: dict[str, Any]) -> str:
     machine = result["machine"]
     lines += [
         "",
-        f"{result['prompts']} prompts, one at a time, from text to picture (32 x 32 pixels); medians, in turns. The student",
-        f"has {result['student_steps']} steps. {machine['processor']}, {machine['threads']} threads, load average",
-        f"{machine['load_average']} at the end. MB: weights and text encoder, no libraries. In brackets: 95 % intervals.",
+        f"{result['prompts']} prompts, one at a time, from text to picture ({result['size']} pixels); medians, in turns.",
+        f"Student of {result['student_steps']} steps. {machine['processor']}, {machine['threads']} thread(s), load",
+        f"average {machine['load_average']} at the end. MB: weights, text encoder. In brackets: 95 % intervals.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -202,10 +205,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("student", type=Path, help="run folder of a student of scenes-text")
     parser.add_argument("--prompts", type=int, default=400)
-    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch and onnxruntime; the browser takes its own choice")
+    parser.add_argument("--exported", type=Path, help="folder to keep exports in; those that are there are not made again")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    result = measure(options.student, options.prompts, options.threads)
+    result = measure(options.student, options.prompts, options.threads, options.exported)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "deployment.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (options.out / "deployment.md").write_text(table(result), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""docs/deployment.md: its commands for installing without torch and for the browser are run as they stand there."""
+"""docs/deployment.md: its commands are run as they stand there, on other ports."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 from factories import digits_student, scenes_student
-
-from pyard.export import export_onnx
+from services import answers, free_port, wait_until
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/deployment.md").read_text(encoding="utf-8")
@@ -33,14 +33,36 @@ def commands(title: str) -> list[str]:
     return "".join(re.findall(r"```bash\n(.*?)```", section, re.DOTALL)).splitlines()
 
 
-@pytest.fixture
-def clone(tmp_path: Path) -> Path:
+def copy_of_the_tree(folder: Path) -> Path:
     """What the commands are typed in: a copy, since installing leaves files in the tree."""
     left_out = shutil.ignore_patterns("__pycache__", "*.so", "build", "*.egg-info", "node_modules")
     for name in ("pyard", "runtime", "examples"):
-        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=left_out)
-    shutil.copy(ROOT / "LICENSE", tmp_path)
-    return tmp_path
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=left_out)
+    shutil.copy(ROOT / "LICENSE", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The clone after the page's first commands, and after its first two for a machine without torch."""
+    clone = copy_of_the_tree(tmp_path_factory.mktemp("clone"))
+    digits_student().save_pretrained(clone / "runs/digits")
+    scenes_student().save_pretrained(clone / "runs/scenes")
+    exports = commands("Deployment")
+    assert len(exports) == 2
+    for line in exports:
+        done = bash(line, clone, PYTHONPATH=str(ROOT))
+        assert done.returncode == 0, done.stderr
+    for line in commands("Python without torch")[:2]:
+        install(line, clone)
+    return clone
+
+
+def install(line: str, clone: Path) -> None:
+    done = bash(line, clone)
+    if "No matching distribution" in done.stderr:
+        pytest.skip(f"pip finds no package index here: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
 
 
 def bash(line: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -49,25 +71,76 @@ def bash(line: str, folder: Path, **variables: str) -> subprocess.CompletedProce
     return subprocess.run(["bash", "-ec", line], cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_python_without_torch(clone: Path):
-    export_onnx(digits_student(), clone / "student.onnx")
-    lines = commands("Python without torch")
-    assert len(lines) == 4
+def test_python_without_torch(exported: Path):
+    lines = commands("Python without torch")[2:]
+    assert len(lines) == 3
+    printed = []
     for line in lines:
-        done = bash(line, clone)
-        if " install " in line and "No matching distribution" in done.stderr:
-            pytest.skip(f"pip finds no package index here: {done.stderr.strip().splitlines()[-1]}")
+        done = bash(line, exported)
         assert done.returncode == 0, done.stderr
-    assert done.stdout == "(1, 1, 8, 8)\n"
+        printed.append(done.stdout)
+    assert printed[1:] == ["(1, 1, 8, 8)\n", "(1, 16, 16, 3)\n"]
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (exported / "snippet.py").write_text(code, encoding="utf-8")
+    done = bash("serving/bin/python snippet.py", exported)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "student.onnx: sampler of 4 steps, fp32, on CPUExecutionProvider", *["(1, 16, 16, 3)"] * 3
+    ]  # fmt: skip
 
 
-def test_in_the_browser(clone: Path):
+def test_one_machine(exported: Path):
+    printed = typed("One machine", exported)
+    assert b"IEND" in (exported / "three.png").read_bytes()
+    assert (exported / "circles.png").read_bytes().startswith(b"\x89PNG")
+    assert (exported / "previews.multipart").read_bytes().count(b"IEND") == 3
+    assert '{"status":"ok","waiting":0}' in printed
+    assert '"num_classes":10' in printed
+    assert 'pyard_requests_total{status="200"} 1.0' in printed
+
+
+def test_many_machines(exported: Path):
+    printed = typed("Many machines", exported)
+    assert (exported / "three-by-ray.png").read_bytes().startswith(b"\x89PNG")
+    assert '{"status":"ok"}' in printed
+
+
+def typed(title: str, clone: Path) -> str:
+    """What the commands of a section print, services aside: those run until the section ends."""
+    ports: dict[str, int] = {}
+    printed = ""
+    with ExitStack() as stack:
+        for line in commands(title):
+            for port in set(re.findall(r"\b800\d\b", line)):
+                line = line.replace(port, str(ports.setdefault(port, free_port())))
+            if "serve.py" in line:
+                environment = {**os.environ, "PYTHONPATH": "", "RAY_USAGE_STATS_ENABLED": "0"}
+                process = subprocess.Popen(["bash", "-c", f"exec {line}"], cwd=clone, env=environment)
+                stack.callback(process.wait, 120)
+                stack.callback(process.terminate)
+                wait_until(partial(stopped_or_answers, process, int(line.split("--port ")[1].split()[0])), seconds=180)
+                assert process.poll() is None, line
+            elif " install " in line:
+                install(line, clone)
+            else:
+                done = bash(line, clone)
+                assert done.returncode == 0, (line, done.stderr)
+                printed += done.stdout
+    return printed
+
+
+def stopped_or_answers(process: subprocess.Popen[bytes], port: int) -> bool:
+    return process.poll() is not None or answers(port)
+
+
+def test_in_the_browser(tmp_path: Path):
+    clone = copy_of_the_tree(tmp_path)
     if shutil.which("npm") is None:
         pytest.skip("no npm: install Debian's npm")
     digits_student().save_pretrained(clone / "runs/digits")
     scenes_student().save_pretrained(clone / "runs/scenes")
-    install, *others = commands("In the browser")
-    done = bash(install, clone)
+    first, *others = commands("In the browser")
+    done = bash(first, clone)
     if done.returncode and re.search(r"ENOTFOUND|ECONN|ETIMEDOUT|EAI_AGAIN|ENETUNREACH", done.stderr):
         pytest.skip(f"npm reaches no registry: {done.stderr.strip().splitlines()[0]}")
     assert done.returncode == 0, done.stderr

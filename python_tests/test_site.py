@@ -15,7 +15,16 @@ from pyard.cli.command_line import COMMANDS, typable_function
 from pyard.cli.flags import flags_of, read_flags
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("dit-to-fid.md", "clusters.md", "lora-four-steps.md", "ship-it.md", "out-of-memory.md", "resume.md", "recipes.md")
+PAGES = (
+    "dit-to-fid.md",
+    "clusters.md",
+    "lora-four-steps.md",
+    "ship-it.md",
+    "out-of-memory.md",
+    "resume.md",
+    "recipes.md",
+    "export.md",
+)
 
 
 def code_of(page: str, language: str) -> list[str]:
@@ -56,6 +65,16 @@ def test_every_page_is_short() -> None:
     longest = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "docs").glob("*.md")}
     assert {name: lines for name, lines in longest.items() if lines > 250} == {}
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100
+
+
+@pytest.mark.parametrize("name", ["deployment", "load"])
+def test_tables_are_those_that_were_measured(name: str) -> None:
+    page = (ROOT / "docs/deployment.md").read_text(encoding="utf-8")
+    rows = [
+        line for line in (ROOT / f"benchmarks/results/{name}.md").read_text(encoding="utf-8").splitlines() if line[:1] == "|"
+    ]
+    assert len(rows) > 5
+    assert "\n".join(rows) in page
 
 
 @pytest.mark.slow

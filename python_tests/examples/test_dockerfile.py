@@ -71,6 +71,8 @@ class Steps:
     def step_copy(self, rest: str) -> None:
         *options, source, target = rest.split()
         origin = ROOT / source
+        kept = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+        assert options or f"!{source}" in kept, "Docker does not see it"
         for option in options:
             origin = self.stages[option.removeprefix("--from=")] / source.lstrip("/")
         to = self.root / target.lstrip("/") if target.startswith("/") else self.here / target
