@@ -86,7 +86,7 @@ build/fuzz_shard: $(FUZZ_SOURCES) $(wildcard csrc/trajectory/*.h)
 	@$(FUZZ_CXX) -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Icsrc $(FUZZ_SOURCES) -o $@
 
 CRASH_FLAGS ?= --trials 500 --jobs 2
-crash: $(INSTALLED) ## Stop commands at random moments, cut power, fill disks, start them twice: nothing may be lost (CRASH_FLAGS)
+crash: $(INSTALLED) ## Stop commands at random moments, cut power, fill disks, fail reads, start them twice: nothing may be lost (CRASH_FLAGS)
 	@$(RUN) benchmarks.crash $(CRASH_FLAGS)
 
 # A copy of the package with a library of its own; PYTHONPATH leads to it. gcc's runtimes must be loaded before Python.

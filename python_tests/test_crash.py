@@ -47,6 +47,12 @@ def test_the_table_counts() -> None:
     assert "not tried" not in text
 
 
+def test_the_page_shows_the_table_of_the_results() -> None:
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    shown = page.split("<!-- benchmarks/results/crash.md -->\n")[1].split("<!-- end -->")[0]
+    assert shown == (ROOT / "benchmarks" / "results" / "crash.md").read_text(encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What commands read."""

@@ -79,10 +79,10 @@ class Running:
                     self.codes[pid] = os.waitstatus_to_exitcode(status)
         return len(self.codes) == len(self.pids)
 
-    def send(self, number: int, *, first_only: bool = False) -> bool:
-        """Send a signal to those that still run; whether there were any."""
+    def send(self, number: int, rank: int | None = None) -> bool:
+        """Send a signal to those that still run, or to one of them; whether there were any."""
         self.ended()
-        left = [pid for pid in self.pids if pid not in self.codes][: 1 if first_only else None]
+        left = [pid for i, pid in enumerate(self.pids) if pid not in self.codes and rank in (None, i)]
         for pid in left:
             os.kill(pid, number)
         return bool(left)

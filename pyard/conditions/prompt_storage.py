@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from pyard.conditions.prompt_file import PromptLine
 from pyard.errors import InputError
-from pyard.storage.reading import read_bytes, reading
+from pyard.storage.reading import UnreadableError, read_bytes, reading
 from pyard.storage.tensor_files import read_safetensors, read_with_metadata
 
 ABOUT_NAME = "conditions.json"
@@ -266,7 +266,7 @@ def whole_shards(folder: Path, settings: TableSettings, num_texts: int) -> list[
                 if read_with_metadata(path, whole=False)[1].get("table") != settings.digest:
                     raise ForeignShardError(f"{path}: written for other prompts or by another text encoder; use another folder")
                 map_shard(path, settings.dtype)
-            except ForeignShardError:
+            except (ForeignShardError, UnreadableError):  # what cannot be read now may be whole
                 raise
             except InputError:
                 whole = False

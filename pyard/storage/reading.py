@@ -35,6 +35,10 @@ DAMAGE: tuple[type[BaseException], ...] = (
 )  # fmt: skip
 
 
+class UnreadableError(InputError):
+    """The system cannot read a file, which may be whole: a failing disk, a lost network, no permission."""
+
+
 @contextmanager
 def reading(path: Path | str, expected: str = "", *also: type[BaseException], what: str = "") -> Iterator[None]:
     """What a damaged file makes the block raise becomes an InputError that names the file.
@@ -63,7 +67,8 @@ def damaged(path: Path | str, error: BaseException, expected: str = "", what: st
     elif not found or type(error) not in (ValueError, InputError):
         found = f"{type(error).__name__}: {found}" if found else type(error).__name__
     read = f"cannot be read {what}".rstrip()
-    return InputError(f"{path} {read} ({found})" + (f"; {expected}" if expected else ""))
+    kind = UnreadableError if isinstance(error, OSError) and error.errno is not None else InputError
+    return kind(f"{path} {read} ({found})" + (f"; {expected}" if expected else ""))
 
 
 @contextmanager

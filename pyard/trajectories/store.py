@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pyard.conditions import ClassConditions, Conditions, PromptTable, load_conditions
 from pyard.errors import InputError
 from pyard.storage.files import file_sha256, to_bytes, write_atomically
-from pyard.storage.reading import read_json
+from pyard.storage.reading import UnreadableError, read_json
 from pyard.trajectories.manifest import MOST_SHARDS, TrajectoryManifest
 from pyard.trajectories.shard import ForeignShardError, ShardRecord, map_shard, read_record, shard_name, shard_range
 
@@ -183,6 +183,8 @@ def list_shards(path: Path, manifest: TrajectoryManifest) -> tuple[tuple[ShardRe
             record = read_record(sidecar, manifest)
         except ForeignShardError as error:
             raise InputError(f"trajectories {path}: {error}; restore what it was") from None
+        except UnreadableError:  # which does not mean that there is no shard
+            raise
         except InputError as error:
             problems.append(str(error))
             continue

@@ -1,4 +1,4 @@
-"""A mapped file that cannot be read ends a command in one line, not by a signal."""
+"""A file that cannot be read is not one that is missing, and a mapped one ends a command in one line, not by a signal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from factories import tiny_teacher
 from trajectories.native import require_native
+
+from pyard.errors import InputError
+from pyard.trajectories import TrajectoryStore, generate_trajectories, merge_trajectories
 
 # A file that became shorter while it was mapped is, for the process, a disk that fails.
 MAPPED = """
@@ -30,3 +34,20 @@ def test_the_line_names_the_file(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith(f"pyard train: error: {file} cannot be read (the disk has an error")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_sidecar_that_cannot_be_read_is_not_taken_for_a_missing_shard(tmp_path: Path) -> None:
+    generate_trajectories(
+        tiny_teacher(), tmp_path / "store", 16, num_steps=2, teacher_steps=4, batch_size=8, shard_size=8, progress=False
+    )
+    sidecar = max((tmp_path / "store" / "shards").glob("*.json"))
+    content = sidecar.read_bytes()
+    sidecar.unlink()
+    sidecar.symlink_to(sidecar.name)  # to itself: the system refuses to open it
+    with pytest.raises(InputError, match=rf"{sidecar.name} cannot be read"):
+        TrajectoryStore.open(tmp_path / "store")
+    with pytest.raises(InputError, match=rf"{sidecar.name} cannot be read"):
+        merge_trajectories([tmp_path / "store"], tmp_path / "merged", progress=False)
+    sidecar.unlink()
+    sidecar.write_bytes(content)
+    assert TrajectoryStore.open(tmp_path / "store").count == 16
