@@ -1,0 +1,1 @@
+../../../pyard/cli/help_text.py
