@@ -152,6 +152,10 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
         known = {"student": [[_HERE, "StudentModel"]], "vae": [["diffusers", kind] for kind in AUTOENCODERS]}
         for name, component in index.items():
             if name in TEXT_COMPONENTS and isinstance(component, list) and component[:1] == ["transformers"]:
+                if str(component[-1]).startswith("Auto"):  # transformers would ask whether to run the folder's code
+                    raise InputError(
+                        f"{path / cls.config_name}: {name} is {component}; expected a class of transformers by name"
+                    )
                 continue
             if not name.startswith("_") and component not in (*known.get(name, ()), [None, None]):
                 raise InputError(
@@ -184,7 +188,7 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
         upload = {key: options.pop(key) for key in ("private", "token", "commit_message", "create_pr") if key in options}
         self._save(folder, None, *arguments, **options)
         if push_to_hub:
-            self.push_to_hub(repo_id or folder.name, **upload)
+            self.push_to_hub(repo_id or folder.name, **upload, **options)
 
     def _save(self, folder: Path, name: str | None, *arguments: Any, **options: Any) -> None:
         super().save_pretrained(str(folder), *arguments, **options)

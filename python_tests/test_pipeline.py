@@ -56,6 +56,14 @@ def test_a_saved_pipeline_draws_the_same(student, tmp_path: Path):
     assert from_folder.codec is not None
 
 
+def test_a_class_that_would_run_the_code_of_a_folder_is_refused(student, tmp_path: Path):
+    ARDPipeline(student).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text()) | {"text_encoder": ["transformers", "AutoModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"text_encoder is .*AutoModel.*expected a class of transformers by name"):
+        ARDPipeline.from_pretrained(tmp_path)
+
+
 def test_what_train_writes_is_read_as_a_pipeline(student, tmp_path: Path):
     student.save_pretrained(tmp_path / "run" / "student")
     pipe = ARDPipeline.from_pretrained(tmp_path / "run")

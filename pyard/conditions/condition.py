@@ -74,7 +74,8 @@ class Condition(Mapping[str, torch.Tensor]):
 
     def to(self, device: torch.device | str) -> Condition:
         """The condition on another device; the copy does not wait where the memory is pinned."""
-        moves = "mask" in self._tensors and self["mask"].device.type == "cpu" and torch.device(device).type != "cpu"
+        mask = self._tensors.get("mask")
+        moves = mask is not None and mask.ndim == 2 and mask.device.type == "cpu" and torch.device(device).type != "cpu"
         lengths = self.lengths if moves else self._lengths
         return self.with_tensors(
             {name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors.items()}, lengths

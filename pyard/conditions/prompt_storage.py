@@ -308,6 +308,8 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """
     try:
         return read_safetensors(path, whole=False)
+    except UnreadableError:
+        raise
     except InputError as error:
         raise InputError(f"{error}; {_remedy(path)}") from None
 

@@ -329,9 +329,11 @@ class PromptTable:
 
 def _link_or_copy(source: Path, to: Path) -> None:
     try:
-        os.link(source, to)
+        os.link(source.resolve(), to)  # a store may be a download, whose names are links
     except OSError as error:
         # Another file system, one without links, or one that lets nobody link what belongs to somebody else.
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS):
+        if error.errno not in (
+            errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL,
+        ):  # fmt: skip
             raise
         shutil.copyfile(source, to)

@@ -18,6 +18,8 @@ from pyard.storage.reading import read_object, require_readable, require_regular
 from pyard.storage.tensor_files import require_finite, tensor_shapes
 
 _CONFIG_NAME = "config.json"
+# Names under which diffusers, transformers and PEFT read pickles; a folder may hold others, such as training_args.bin.
+PICKLED_WEIGHTS = ("*model*.bin", "*weights*.bin")
 # What counts blocks, of which each has a tensor of its own.
 _COUNTS = re.compile(r"(?:^|_)(?<!window_)(?:layers|depth|blocks|layers_per_block)$")
 # What is squared in a table of positions, and what else sets the length of a table; limits far beyond any model there is.
@@ -71,8 +73,9 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
     tensors: dict[str, tuple[int, ...]] = {}
     for file in folder.glob("*.safetensors"):
         tensors |= tensor_shapes(file)
-    for file in () if tensors else folder.glob("*.bin"):  # which are read where there are no safetensors
-        require_sound(file)
+    for pattern in PICKLED_WEIGHTS:  # which libraries read where they miss the safetensors that they look for
+        for file in folder.glob(pattern):
+            require_sound(file)
     check_config(config, folder / _CONFIG_NAME, tensors)
     return config
 

@@ -28,6 +28,9 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
         if isinstance(value, bool | str | bytes):
             raise TypeError
         found = value if type(value) in (int, float) else float(value)
+        float(found)
+    except OverflowError:
+        raise InputError(f"{name} is a number of {len(str(value))} digits; expected one that a float can hold") from None
     except (TypeError, ValueError):
         raise InputError(f"{name} is {value!r}; expected a number") from None
     if not math.isfinite(found) or not low <= found <= high:

@@ -41,7 +41,14 @@ DTYPES = {str(value).removeprefix("torch.") for value in vars(torch).values() if
 _PLAIN = {"set", "frozenset", "complex", "int", "float", "list", "dict", "tuple", "bool", "str"}
 # What a pickle may name, by module.
 _KNOWN = {
-    "torch._utils": {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state"},
+    "torch._utils": {
+        "_rebuild_tensor",
+        "_rebuild_tensor_v2",
+        "_rebuild_tensor_v3",
+        "_rebuild_parameter",
+        "_rebuild_parameter_with_state",
+    },
+    "torch._tensor": {"_rebuild_from_type_v2"},
     "torch.nn.parameter": {"Parameter"},
     "torch": {"Size", "device", "Tensor", *DTYPES, *_STORAGES},
     "torch.storage": {"UntypedStorage"},
@@ -182,12 +189,6 @@ class _Inert:
 
     def __setitem__(self, key: Any, value: Any) -> None:
         pass
-
-    def __hash__(self) -> int:
-        return 0
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
 
     def append(self, item: Any) -> None:
         pass

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from pyard.errors import InputError
-from pyard.storage.reading import damaged, regular_file, require_readable
+from pyard.storage.reading import UnreadableError, damaged, regular_file, require_readable
 
 _MOST_HEADER_BYTES = 10**8  # as the format has it
+_CHECKED_TOGETHER = 2**22  # numbers
 
 
 def read_safetensors(path: Path, *, whole: bool = True) -> dict[str, torch.Tensor]:
@@ -67,11 +68,13 @@ def require_finite(tensors: Mapping[str, torch.Tensor], where: Path | str) -> No
     for name, tensor in tensors.items():
         if not (tensor.is_floating_point() and tensor.numel() and not tensor.is_meta):
             continue
-        # A sum is finite if its terms are, unless it overflows; it takes no memory.
-        if not torch.isfinite(tensor.sum(dtype=torch.float64)) and not torch.isfinite(tensor.float()).all():
-            raise InputError(
-                f"{where}: {name} holds NaN or infinity, and so would every sample; its training diverged, or it is damaged"
-            )
+        # In parts, since torch copies what it sums in another dtype.
+        for part in tensor.detach().flatten().split(_CHECKED_TOGETHER):
+            # A sum is finite if its terms are, unless it overflows.
+            if not torch.isfinite(part.sum(dtype=torch.float64)) and not torch.isfinite(part.float()).all():
+                raise InputError(
+                    f"{where}: {name} holds NaN or infinity, and so would every sample; its training diverged, or it is damaged"
+                )
 
 
 def _require_header(path: Path) -> None:
@@ -84,4 +87,6 @@ def _require_header(path: Path) -> None:
 
 def _unreadable(path: Path, error: Exception) -> InputError:
     found: Any = " ".join(str(error).split())[:300]
+    if isinstance(error, OSError | MemoryError) or "mmap" in found:  # no word about what is in the file
+        return UnreadableError(f"{path} cannot be read ({found})")
     return InputError(f"{path} cannot be read ({found}); it is cut off or no safetensors file")

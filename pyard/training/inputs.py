@@ -166,6 +166,7 @@ def first_student(
             raise InputError(
                 f"student {config.student} and the trajectories {store.path} have other grids; give those it learnt from"
             )
+    earlier.scores = None  # they are of the weights that it starts from
     earlier.conditions = earlier.conditions or teacher.conditions  # prompts are the trajectories', not the student's
     return earlier
 

@@ -271,6 +271,20 @@ def test_embeddings_that_are_passed_on_are_on_the_disk_once(tmp_path: Path) -> N
     assert torch.equal(again.take([3])["tokens"], expected)
 
 
+def test_embeddings_under_links_are_passed_on_themselves(tmp_path: Path) -> None:
+    """A download of the Hugging Face hub is a folder of links."""
+    table = build(tmp_path / "store" / FOLDER, many_lines(20))
+    (tmp_path / "blobs").mkdir()
+    for shard in (tmp_path / "store" / FOLDER / "shards").iterdir():
+        shard.rename(tmp_path / "blobs" / shard.name)
+        shard.symlink_to(f"../../../blobs/{shard.name}")
+    save_conditions(table, tmp_path / "deep" / "held-out")
+    assert not any(path.is_symlink() for path in (tmp_path / "deep" / "held-out" / FOLDER / "shards").iterdir())
+    again = load_conditions(tmp_path / "deep" / "held-out")
+    assert isinstance(again, PromptTable)
+    again.verify()
+
+
 def test_on_another_file_system_embeddings_are_copied(tmp_path: Path) -> None:
     elsewhere = Path("/dev/shm")
     if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
@@ -295,3 +309,5 @@ def test_lengths_are_counted_before_a_condition_moves_and_stay_with_its_rows(tmp
     assert Condition.cat([there, there.index(slice(0, 2))]).lengths == [*lengths, *lengths[:2]]
     assert there.with_tensors({"mask": there["mask"]}).lengths == lengths
     assert here.index([5, 0]).lengths == [lengths[5], lengths[0]]
+    pictures = Condition({"mask": torch.ones(2, 1, 4, 4)}).to("meta")  # a mask of something else is left alone
+    assert pictures["mask"].shape == (2, 1, 4, 4)

@@ -8,6 +8,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from pyard.storage.arrays import open_npz, read_npy, read_npz
 from pyard.storage.files import write_text
 from pyard.storage.folders import new_folder
 from pyard.storage.log import read_log
-from pyard.storage.pickles import ForeignObjectError, read_pickle, require_names, require_sound
+from pyard.storage.numbers import number
+from pyard.storage.pickles import ForeignObjectError, _Inert, read_pickle, require_names, require_sound
 from pyard.storage.reading import MAX_DEPTH, parse_json, parse_yaml, read_bytes, read_json, read_text, read_yaml, reading
 from pyard.storage.tensor_files import read_safetensors, require_finite, tensor_shapes
 
@@ -133,6 +135,36 @@ def test_pickles_hold_what_was_saved(tmp_path: Path) -> None:
         assert torch.equal(found["a"], weight)
         assert torch.equal(found["h"], content["h"])
         assert (found["args"].n, found["x"]) == (3, content["x"])
+
+
+@dataclass(frozen=True)
+class Key:
+    """What names a part of a tensor in the index of a sharded checkpoint."""
+
+    number: int
+
+
+def test_pickles_of_many_named_things_are_walked(tmp_path: Path) -> None:
+    """As in a checkpoint of many ranks, whose keys are looked up by their hashes."""
+    path = tmp_path / "many.pkl"
+    path.write_bytes(pickle.dumps({Key(i): i for i in range(1000)}))
+    require_names(path, {Key.__module__: {"Key"}})
+    keys = [_Inert() for _ in range(1000)]
+    assert len(set(map(hash, keys))) > 900
+
+
+def test_numbers_beyond_floats_are_refused() -> None:
+    with pytest.raises(InputError, match="rms is a number of 401 digits; expected one that a float can hold"):
+        number("rms", 10**400)
+
+
+def test_pickles_with_numbers_of_eight_bits_are_read(tmp_path: Path) -> None:
+    saved = {"weight": torch.randn(4, 3).to(torch.float8_e4m3fn), "count": torch.tensor([1, 65535], dtype=torch.uint16)}
+    torch.save(saved, tmp_path / "x.pt")
+    found = read_pickle(tmp_path / "x.pt")
+    assert found["weight"].dtype == torch.float8_e4m3fn
+    assert torch.equal(found["weight"].float(), saved["weight"].float())
+    assert found["count"].tolist() == [1, 65535]
 
 
 def test_pickles_of_optimisers_and_random_states_are_read(tmp_path: Path) -> None:

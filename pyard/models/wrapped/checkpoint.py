@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pyard.errors import InputError
-from pyard.models.pretrained import check_config, read_pretrained
+from pyard.models.pretrained import PICKLED_WEIGHTS, check_config, read_pretrained
 from pyard.storage.numbers import whole_number
 from pyard.storage.pickles import require_sound
 from pyard.storage.reading import read_object, reading
@@ -82,7 +82,9 @@ def add_stock_lora(transformer: Any, pipeline: type[Any], path: Path) -> None:
     if not hasattr(pipeline, "lora_state_dict"):
         raise InputError(f"lora {path}: {pipeline.__name__} reads no LoRA files; expected an adapter folder of PEFT")
     before = {name: id(module) for name, module in transformer.named_modules()}
-    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+    for file in (
+        [path] if path.is_file() else sorted(f for kind in ("*.safetensors", *PICKLED_WEIGHTS) for f in path.glob(kind))
+    ):
         if file.suffix == ".safetensors":
             require_finite(read_safetensors(file), file)
         else:
