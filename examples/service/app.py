@@ -97,9 +97,11 @@ def make_app(student: OnnxStudent | OnnxPipeline, limits: Limits | None = None) 
         try:
             async with asyncio.timeout_at(deadline):
                 done = [await job.next() for job in jobs]
-        except TimeoutError:
+        except BaseException as error:  # a picture of them could not be drawn, or the client has gone
             leave(jobs)
-            raise HTTPException(504, f"not drawn within {limits.time_limit:g} s") from None
+            if isinstance(error, TimeoutError):
+                raise HTTPException(504, f"not drawn within {limits.time_limit:g} s") from None
+            raise
         return png(*(picture for picture, _ in done)), max(together for _, together in done)
 
     async def parts(first: bytes, jobs: list[Job], deadline: float) -> AsyncIterator[bytes]:

@@ -21,6 +21,7 @@ from typing import IO, Any
 from pyard.errors import InputError
 
 # JSON takes up to 40 times its size in memory; the longest that pyard writes are manifests with a label for every sample.
+MOST_LABELLED_BYTES = 2**30  # of what lists a label for each sample
 MOST_JSON_BYTES = 2**25
 # PyYAML reads about 100 KB a second.
 MOST_YAML_BYTES = 2**19
@@ -54,6 +55,8 @@ def reading(path: Path | str, expected: str = "", *also: type[BaseException], wh
     except InputError:
         raise
     except (*DAMAGE, *also) as error:
+        if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
+            raise  # torch's, of which the file is not guilty
         raise damaged(path, error, expected, what) from None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from pyard.errors import InputError
 from pyard.storage.checkpoints import Checkpoints
 from pyard.storage.files import write_text
-from pyard.storage.reading import read_object
+from pyard.storage.reading import MOST_LABELLED_BYTES, read_object
 from pyard.training.config import SETTINGS_NAME, TrainConfig
 
 IDENTITY_NAME = "train.json"
@@ -81,7 +81,7 @@ def begun(config: TrainConfig) -> dict[str, Any] | None:
     file = config.out / IDENTITY_NAME
     if not file.exists():
         return None
-    return read_object(file, "what a run began with; use another --out")
+    return read_object(file, "what a run began with; use another --out", MOST_LABELLED_BYTES)
 
 
 def is_finished(config: TrainConfig) -> bool:

@@ -42,7 +42,7 @@ from pyard.models.student_config import LoraHeads, StudentConfig
 from pyard.storage.checkpoints import Checkpoints, Stateful
 from pyard.storage.numbers import whole_number
 from pyard.storage.pickles import DTYPES, require_names
-from pyard.storage.reading import as_object, read_object, read_yaml, reading
+from pyard.storage.reading import MOST_LABELLED_BYTES, as_object, read_object, read_yaml, reading
 from pyard.storage.tensor_files import read_safetensors, require_finite, tensor_shapes
 from pyard.storage.trained import load_trained, trained_names
 from pyard.teachers import load_teacher
@@ -303,7 +303,7 @@ def _student_of(
 
 def precision_of_run(file: Path) -> str:
     """What the teacher of a run computed its trajectories in, by the record of what the run began with."""
-    manifest: Any = read_object(file, "what a run began with").get("manifest")
+    manifest: Any = read_object(file, "what a run began with", MOST_LABELLED_BYTES).get("manifest")
     manifest = manifest[0] if isinstance(manifest, list) and manifest else manifest
     found = as_object(manifest, file, "the trajectories' manifest").get("precision")
     if not isinstance(found, str):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pyard.conditions import ClassConditions, Conditions, PromptTable, load_conditions
 from pyard.errors import InputError
 from pyard.storage.files import file_sha256, to_bytes, write_atomically
-from pyard.storage.reading import UnreadableError, read_json
+from pyard.storage.reading import MOST_LABELLED_BYTES, UnreadableError, read_json
 from pyard.trajectories.manifest import MOST_SHARDS, TrajectoryManifest
 from pyard.trajectories.shard import ForeignShardError, ShardRecord, map_shard, read_record, shard_name, shard_range
 
@@ -154,7 +154,7 @@ def read_manifest(path: Path) -> TrajectoryManifest | None:
     if not file.exists():
         return None
     try:
-        return TrajectoryManifest.from_json(read_json(file))
+        return TrajectoryManifest.from_json(read_json(file, MOST_LABELLED_BYTES))
     except InputError as error:
         raise InputError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
 
