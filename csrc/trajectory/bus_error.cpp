@@ -4,6 +4,7 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 
@@ -13,6 +14,8 @@ namespace {
 // A signal handler may neither allocate nor lock, so all that it needs is here.
 char g_program[256];
 char g_line[8192];
+std::atomic_flag g_entered = ATOMIC_FLAG_INIT;
+struct sigaction g_before{};
 
 void say(const char* text) {
   if (write(STDERR_FILENO, text, std::strlen(text)) < 0) _exit(2);
@@ -54,10 +57,22 @@ const char* mapped_path(uintptr_t address) {
   return nullptr;
 }
 
-void on_bus_error(int, siginfo_t* info, void*) {
+void on_bus_error(int number, siginfo_t* info, void*) {
+  if (info->si_code != BUS_ADRERR) {  // somebody's signal, or broken memory: not of a file
+    sigaction(number, &g_before, nullptr);
+    raise(number);
+    return;
+  }
+  // Several threads may read from the same failing disk; the first one speaks for all.
+  while (g_entered.test_and_set()) pause();
   const char* path = mapped_path(reinterpret_cast<uintptr_t>(info->si_addr));
   say(g_program);
   say(": error: ");
+  if (path != nullptr && std::strncmp(path, "/dev/shm/", 9) == 0) {
+    say("shared memory is full (/dev/shm); make it larger, of a container by --shm-size, and give the same command "
+        "again\n");
+    _exit(2);
+  }
   say(path == nullptr ? "a mapped file" : path);
   say(" cannot be read (the disk has an error, or the file became shorter); check the disk and give the same command "
       "again\n");
@@ -72,7 +87,9 @@ void exit_on_bus_errors(const std::string& program) {
   action.sa_sigaction = on_bus_error;
   action.sa_flags = SA_SIGINFO;
   sigemptyset(&action.sa_mask);
-  sigaction(SIGBUS, &action, nullptr);
+  struct sigaction before{};
+  sigaction(SIGBUS, &action, &before);
+  if (before.sa_sigaction != on_bus_error) g_before = before;
 }
 
 }  // namespace pyard::trajectory

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,29 @@ def test_the_line_names_the_file(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith(f"pyard train: error: {file} cannot be read (the disk has an error")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc says what is mapped")
+def test_full_shared_memory_is_not_taken_for_a_disk() -> None:
+    require_native()
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+        Path(file.name).write_bytes(bytes(10000))
+        done = subprocess.run([sys.executable, "-c", MAPPED, file.name], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("pyard train: error: shared memory is full (/dev/shm)")
+
+
+def test_a_signal_that_somebody_sends_ends_the_process_as_before() -> None:
+    require_native()
+    code = """
+import os, signal
+from pyard._trajectory import exit_on_bus_errors
+for name in ("pyard train", "pyard train"):
+    exit_on_bus_errors(name)
+os.kill(os.getpid(), signal.SIGBUS)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == -signal.SIGBUS
 
 
 def test_a_sidecar_that_cannot_be_read_is_not_taken_for_a_missing_shard(tmp_path: Path) -> None:
