@@ -17,7 +17,7 @@ from pyard.models.backbone import Backbone
 from pyard.models.card import CARD_NAME, may_write_card, student_card
 from pyard.models.codec import AUTOENCODERS, LatentCodec, require_latent_codec
 from pyard.models.hub import local_folder, push_folder
-from pyard.models.pretrained import check_model_folder
+from pyard.models.pretrained import check_files, check_model_folder
 from pyard.models.student import Student
 from pyard.models.student_config import TextSource
 from pyard.sampling.draw import condition_numbers as numbers_of
@@ -164,8 +164,9 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
         if "student" not in kwargs:
             kwargs["student"] = StudentModel.from_pretrained(path / "student", network=network, **kwargs)
         for name in index:
-            if (path / name / "config.json").exists() and name != "student":
-                check_model_folder(path / name)
+            if name != "student":
+                check = check_model_folder if (path / name / "config.json").exists() else check_files
+                check(path / name)
         try:
             return super().from_pretrained(str(path), **kwargs)
         except Exception as error:  # as in read_pretrained

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -58,8 +59,12 @@ def test_a_saved_pipeline_draws_the_same(student, tmp_path: Path):
 
 def test_a_class_that_would_run_the_code_of_a_folder_is_refused(student, tmp_path: Path):
     ARDPipeline(student).save_pretrained(tmp_path)
-    index = json.loads((tmp_path / "model_index.json").read_text()) | {"text_encoder": ["transformers", "AutoModel"]}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    os.mkfifo(tmp_path / "vae" / "a.json")
+    with pytest.raises(InputError, match=r"a\.json"):
+        ARDPipeline.from_pretrained(tmp_path)
+    (tmp_path / "vae" / "a.json").unlink()
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"text_encoder": ["transformers", "AutoModel"]}))
     with pytest.raises(InputError, match=r"text_encoder is .*AutoModel.*expected a class of transformers by name"):
         ARDPipeline.from_pretrained(tmp_path)
 
