@@ -144,7 +144,7 @@ def test_wrong_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no such file.*inception-2015-12-05\.pt.*downloads nothing"):
         FileFeatures(tmp_path / "inception-2015-12-05.pt")
     torch.save(Plain().state_dict(), tmp_path / "weights.pt")
-    with pytest.raises(InputError, match=r"no TorchScript file.*state_dict"):
+    with pytest.raises(InputError, match=r"not a TorchScript file.*state_dict"):
         FileFeatures(tmp_path / "weights.pt")
     (tmp_path / "bad.onnx").write_bytes(b"no graph")
     with pytest.raises(InputError, match=r"bad\.onnx: no ONNX file"):
