@@ -212,7 +212,7 @@ def test_damaged_shards_are_named(folder):
     assert set(wait(start(folder, "run", 2, **settings))) == {1}
     for rank in range(2):
         error = (folder / f"run.error-{rank}").read_text()
-        assert "step-0000002 is damaged (shards/__1_0.distcp is not the file that was written), and there is none" in error
+        assert "step-0000002 is damaged (shards/__1_0.distcp is not the file that was written), and no earlier one is" in error
     with pytest.raises(InputError, match=r"step-0000002 is damaged \(shards/__1_0.distcp .*choose another --step of \[2\]"):
         consolidate(folder / "run", folder / "whole")
 
