@@ -20,9 +20,10 @@ from typing import IO, Any
 
 from pyard.errors import InputError
 
-# JSON takes up to 40 times its size in memory; the longest that pyard writes are manifests with a label for every sample.
-MOST_LABELLED_BYTES = 2**30  # of what lists a label for each sample
+# JSON takes up to 40 times its size in memory.
 MOST_JSON_BYTES = 2**25
+# Of the longest that pyard writes: manifests, and what a run began with, may list a label for each of some ten million samples.
+MOST_LABELLED_BYTES = 2**27
 # PyYAML reads about 100 KB a second.
 MOST_YAML_BYTES = 2**19
 MAX_DEPTH = 100

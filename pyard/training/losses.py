@@ -39,8 +39,8 @@ class RegressionLoss:
             student: who learns.
             sample_shape: [C, ...] of the samples, whose times may depend on it; None: the usual one.
         """
-        grid = student.grid_of(student.trained_shape(sample_shape))
-        numbers = math.prod(student.network.sample_shape)
+        shape = student.trained_shape(sample_shape)
+        grid, numbers = student.grid_of(shape), math.prod(shape)
         huber_c = 0.00054 * math.sqrt(numbers) if config.huber_c is None else config.huber_c
         if config.step_weights == "uniform":
             weights = [1.0] * grid.num_steps

@@ -116,7 +116,7 @@ def generate_trajectories(
         labels: condition numbers, such as classes: `uniform` (drawn), `balanced` (in turn) or a list, taken in turn; None:
             uniform, or as prompt_order says.
         batch_size: samples that the teacher computes together, twice that with guidance; None: the store's, or 64, or
-                fewer of large text-to-image samples (`default_batch_size`).
+            fewer of large text-to-image samples (`default_batch_size`).
         shard_size: samples in a file, a multiple of batch_size; a kill loses at most the unfinished files. None: at most 1024
             samples and 256 MiB, or the store's.
         precision: `bfloat16`: the teacher computes in autocast, which is faster on GPUs, and a text-to-image pipeline's weights

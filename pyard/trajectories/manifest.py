@@ -130,7 +130,9 @@ class TrajectoryManifest:
         if self.cfg_interval is not None:
             interval = tuple(float(time) for time in self.cfg_interval)
             if len(interval) != 2 or not -math.inf < interval[0] <= interval[1] < math.inf:
-                raise InputError(f"trajectories: cfg_interval is {interval}; expected (lowest, highest) teacher time")
+                raise InputError(
+                    f"trajectories: cfg_interval is {interval}; expected (lowest, highest) teacher time, both finite"
+                )
             object.__setattr__(self, "cfg_interval", interval)
         if not isinstance(self.compiled, bool):
             raise InputError(f"trajectories: compiled is {self.compiled!r}; expected true or false")

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from pyard.errors import InputError
 from pyard.storage.numbers import number
-from pyard.storage.reading import parse_json, read_json, regular_file
+from pyard.storage.reading import damaged, parse_json, read_json, regular_file
 from pyard.trajectories.manifest import SAFETENSORS_DTYPES, TensorLayout, TrajectoryManifest
 
 # numpy has no bfloat16: its bits are read as uint16.
@@ -116,8 +116,10 @@ def read_record(path: Path, manifest: TrajectoryManifest) -> ShardRecord:
     shard = path.with_suffix(".safetensors")
     try:
         about = shard.stat()
-    except OSError:
+    except FileNotFoundError:
         raise InputError(f"{shard.name}: missing, though its sidecar is there") from None
+    except OSError as error:
+        raise damaged(shard, error) from None
     found = about.st_size if stat.S_ISREG(about.st_mode) else -1
     if found != record.num_bytes:
         raise InputError(f"{shard.name}: {found} bytes, its sidecar says {record.num_bytes}: truncated or overwritten")

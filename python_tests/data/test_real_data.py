@@ -123,3 +123,14 @@ def test_no_data(tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"no")
     with pytest.raises(InputError, match="cannot be read"):
         RealData.load(tmp_path / "bad.safetensors", (2, 8, 8), 5)
+
+
+def test_a_sample_that_is_no_picture_is_named_when_it_is_used(tmp_path):
+    images = torch.randn(4, 1, 8, 8)
+    images[2, 0, 3, 3] = torch.nan
+    save_file({"images": images, "labels": torch.arange(4)}, tmp_path / "real.safetensors")
+    data = RealData.load(tmp_path / "real.safetensors", (1, 8, 8), 10)
+    noise = torch.zeros(2, 1, 8, 8)
+    assert data.gather([0, 3], [False, True], noise)[1].tolist() == [0, 3]
+    with pytest.raises(InputError, match="real data: sample 2 holds NaN or infinity"):
+        data.gather([1, 2], [False, False], noise)
