@@ -2,110 +2,51 @@
 
 from __future__ import annotations
 
-import importlib
+import json
 import os
-import re
-import shutil
+import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
-from damaged_files import Damage
-from damaged_inputs import Input, build, code_was_executed, inputs, run
-from damaged_targets import TARGETS
-from forked_calls import Outcome, forked
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits memory and asks /proc for it")
 
 SEED = 2026
-SECONDS, GIB = 10, 2.0
-# Imported once, before the processes are forked.
-_MODULES = (
-    "pyard.evaluation",
-    "pyard.training",
-    "pyard.export",
-    "pyard.estimate.recipe_cost",
-    "pyard.estimate.student_cost",
-    "pyard.sampling.draw",
-    "pyard.teachers.convert",
-    "pyard.trajectories",
-    "pyard.runtime",
-    "pyard.teachers.text_to_image.text_encoder",
-    "onnx",
-    "diffusers",
-    "transformers",
-    "torch.distributed.checkpoint",
-)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("good")
-    # In a process of its own: forked processes must not find the threads of libraries that have computed already.
-    ((_, outcome),) = forked([folder], build, workers=1, seconds=600, gib=8)
-    assert outcome.status == 0, outcome.errors
-    for module in _MODULES:
-        importlib.import_module(module)
-    return folder
+    return tmp_path_factory.mktemp("good")
 
 
-def fault(damaged: Input, outcome: Outcome, folder: Path) -> str | None:
-    """What is wrong with an answer; None: nothing."""
-    lines = [line for line in outcome.errors.splitlines() if re.match(r"pyard[\w .]*: error: ", line)]
-    if code_was_executed(folder):
-        return "code was executed"
-    if "Traceback" in outcome.errors or outcome.status not in (0, 2):
-        return f"status {outcome.status}"
-    if outcome.status == 2 and (len(lines) != 1 or not outcome.errors.rstrip().endswith(lines[0])):
-        return f"{len(lines)} lines of error"
-    if outcome.status == 0 and damaged.damage.certain and damaged.damage.name not in damaged.target.tolerates:
-        return "accepted"
-    if outcome.cpu_seconds > SECONDS:
-        return f"{outcome.cpu_seconds:.1f} s"
-    if outcome.grown_bytes > GIB * 2**30:
-        return f"{outcome.grown_bytes / 2**30:.1f} GiB"
-    return None
+def trial(base: Path, *words: object) -> dict[str, Any]:
+    script = Path(__file__).with_name("damaged_trial.py")
+    command = [sys.executable, str(script), str(base), *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(script.parents[1]), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=2400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
-def examine(base: Path, folder: Path, seed: int, count: int) -> tuple[list[str], Counter[int]]:
-    found, statuses = [], Counter[int]()
-
-    def call(damaged: Input) -> int | None:
-        place = folder / str(damaged.number)
-        place.mkdir()
-        return run(base, damaged, place)
-
-    for damaged, outcome in forked(inputs(base, seed, count), call, workers=os.cpu_count() or 1, seconds=SECONDS, gib=GIB):
-        place = folder / str(damaged.number)
-        wrong = fault(damaged, outcome, place)
-        if wrong is not None:
-            found.append(f"{damaged}: {wrong}: {outcome.errors.strip()[-400:]}")
-        statuses[outcome.status] += 1
-        shutil.rmtree(place, ignore_errors=True)
-    return found, statuses
+def test_good_inputs_are_read(base: Path) -> None:
+    found = trial(base, "good")
+    assert not found["faults"], "\n".join(found["faults"])
+    assert set(found["statuses"]) == {"0"}
 
 
-def test_good_inputs_are_read(base: Path, tmp_path: Path) -> None:
-    """The calls themselves work, so that what is refused is refused for its damage."""
-    calls = [Input(i, target, "", Damage("none", lambda path, rng: None, False), 0) for i, target in enumerate(TARGETS)]
-
-    def call(good: Input) -> int | None:
-        shutil.copytree(base / good.target.name, tmp_path / str(good.number))
-        return good.target.read(tmp_path / str(good.number))
-
-    for good, outcome in forked(calls, call, workers=2, seconds=60, gib=GIB):
-        assert outcome.status == 0, (good, outcome.errors)
-
-
-def test_a_few_damaged_inputs(base: Path, tmp_path: Path) -> None:
-    faults, _ = examine(base, tmp_path, SEED + 1, 40)
-    assert not faults, "\n".join(faults)
+def test_a_few_damaged_inputs(base: Path) -> None:
+    found = trial(base, "examine", SEED + 1, 40)
+    assert not found["faults"], "\n".join(found["faults"])
+    assert sum(found["statuses"].values()) == 40
 
 
 @pytest.mark.slow
-def test_a_thousand_damaged_inputs(base: Path, tmp_path: Path) -> None:
-    faults, statuses = examine(base, tmp_path, SEED, 1200)
-    print(f"1200 damaged inputs: {statuses[2]} refused in one line, {statuses[0]} read, {len(faults)} faults")
-    assert not faults, f"{len(faults)} faults:\n" + "\n".join(faults)
-    assert statuses[2] > 600
+def test_a_thousand_damaged_inputs(base: Path) -> None:
+    found = trial(base, "examine", SEED, 1200)
+    refused, read = (found["statuses"].get(status, 0) for status in ("2", "0"))
+    print(f"1200 damaged inputs: {refused} refused in one line, {read} read, {len(found['faults'])} faults")
+    assert not found["faults"], f"{len(found['faults'])} faults:\n" + "\n".join(found["faults"])
+    assert refused > 600

@@ -51,7 +51,8 @@ class Batches:
         max_batch: pictures that are drawn together.
         max_wait: seconds that the first of them waits for others.
         max_queue: pictures that may wait.
-        drawn: called after each batch with its size and the seconds that it took.
+        drawn: called for each batch that was drawn, with its size and the seconds that it took, before the last pictures
+            are handed on: whoever has a picture finds it counted.
     """
 
     def __init__(self, drawer: Drawer, max_batch: int, max_wait: float, max_queue: int, drawn: Callable[[int, float], None]):
@@ -74,13 +75,11 @@ class Batches:
     async def draw_for_ever(self) -> None:
         while True:
             batch = await self._collect()
-            begin = time.perf_counter()
             try:
                 await asyncio.to_thread(self._draw, batch, asyncio.get_running_loop())
             except Exception as error:  # whatever it is, those who wait must hear of it, and the next batch may do better
                 for job in batch:
                     job.finish(error)
-            self.drawn(len(batch), time.perf_counter() - begin)
 
     async def _collect(self) -> list[Job]:
         batch = [await self._take()]
@@ -103,7 +102,13 @@ class Batches:
     def _draw(self, batch: list[Job], loop: asyncio.AbstractEventLoop) -> None:
         """Runs in a thread of its own."""
         what, noise = [job.what for job in batch], np.concatenate([job.noise for job in batch])
-        draw = self.drawer.previews if batch[0].previews else lambda *of: [self.drawer.draw(*of)]
-        for pictures in draw(what, noise):
+        if batch[0].previews:
+            draw, parts = self.drawer.previews, self.drawer.steps
+        else:
+            draw, parts = lambda *of: [self.drawer.draw(*of)], 1
+        begin = time.perf_counter()
+        for part, pictures in enumerate(draw(what, noise), 1):
+            if part == parts:
+                loop.call_soon_threadsafe(self.drawn, len(batch), time.perf_counter() - begin)
             for job, picture in zip(batch, pictures, strict=True):
                 loop.call_soon_threadsafe(job.finish, (picture, len(batch)))

@@ -173,7 +173,10 @@ def test_what_is_not_finite_on_either_side_changes_nothing(broken, precision):
         made.processes._dtype = torch.float16
         made.processes.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     data = batch()
-    (data.target if broken == "target" else made.real.data.shards[0]["images"])[:] = float("nan")
+    if broken == "target":
+        data.target[:] = float("nan")
+    else:
+        made.real.data.shards[0]["images"][:] = 1e38  # a number, so that it is read; its square is not
     before = [{name: p.detach().clone() for name, p in m.named_parameters()} for m in (made.student, made.discriminator)]
     for step in (1, 2, 3):
         assert not made.compute(step, data).finite()

@@ -59,7 +59,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(folder, damage):
     assert (out / "student" / "model.safetensors").read_bytes() == student
     for checkpoint in (before, newest):
         (checkpoint / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(InputError, match=r"step-0000012 is damaged .*none before it"):
+    with pytest.raises(InputError, match=r"step-0000012 is damaged .*no earlier one is intact"):
         train_in(folder, "run")
 
 
