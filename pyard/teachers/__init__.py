@@ -1,4 +1,4 @@
-"""Who can teach: anything that predicts, knows its noise schedule and can be told from another by its fingerprint."""
+"""Teachers: anything that predicts, has a noise schedule, and is identified by a fingerprint."""
 
 from __future__ import annotations
 
@@ -50,26 +50,29 @@ def load_teacher(
             folder that pyard wrote; a diffusers folder (`DiTPipeline`, or a `DiTTransformer2DModel` with its scheduler; a
             text-to-image pipeline of `pyard.teachers.text_to_image.PIPELINES`); the `.pt` or `.safetensors` of DiT, SiT, REPA,
             REPA-E or LightningDiT.
-        family: for a `.pt` or `.safetensors` that does not say it: `dit`, `sit`, `repa` (REPA-E as well) or
-            `lightningdit`.
-        num_heads: for a `.pt` or `.safetensors` of another width than the published models: attention heads.
-        num_classes: for a `.pt` or `.safetensors` whose label table has no row for "no class" and whose settings do not say so.
-        schedule: overrides the noise schedule that the source comes with; needed where it comes with none.
-        vae: folder of the diffusers autoencoder (`pyard.models.codec.LatentCodec`) of a teacher in latent space that comes
-            without one, as `.pt` files do.
+        family: code that a `.pt` or `.safetensors` comes from, if the file does not say so: `dit`, `sit`, `repa` (also for
+            REPA-E) or `lightningdit`.
+        num_heads: attention heads, for a `.pt` or `.safetensors` whose width is none of the published models'.
+        num_classes: number of classes, for a `.pt` or `.safetensors` whose label table has no row for "no class" and whose
+            settings do not say so.
+        schedule: overrides the source's noise schedule; required if the source has none.
+        vae: folder of a diffusers autoencoder (`pyard.models.codec.LatentCodec`), for a teacher in latent space whose source
+            has none, such as a `.pt` file.
         network: class of the teacher's backbone, if it is not one of pyard's, or its "package.module:Class".
-        weights: of a `.pt` or `.safetensors` with several: `ema` or `model`; None: the averaged ones where there are any.
-        dtype: of the weights of a text-to-image pipeline: `float32` (None), `bfloat16` or `float16`; others are float32.
-        variant: of a text-to-image pipeline's weights, such as `fp16`.
-        transformer: a fine-tuned transformer in place of a text-to-image pipeline's: a folder or a single file.
-        lora: a LoRA that is added to a text-to-image pipeline's transformer.
-        max_sequence_length: limit of a text-to-image pipeline's text tokens; None: the pipeline's own.
+        weights: which weights to read from a `.pt` or `.safetensors` that has several: `ema` or `model`; None: the averaged
+            ones (`ema`) if there are any.
+        dtype: dtype of a text-to-image pipeline's weights: `float32` (None), `bfloat16` or `float16`. The weights of other
+            teachers are float32.
+        variant: variant of a text-to-image pipeline's weights, such as `fp16`.
+        transformer: a fine-tuned transformer to use instead of the text-to-image pipeline's own: a folder or a single file.
+        lora: a LoRA to add to a text-to-image pipeline's transformer.
+        max_sequence_length: largest number of text tokens of a text-to-image pipeline; None: the pipeline's own limit.
 
     Returns:
         The teacher, ready for `generate_trajectories` and `train`.
 
     Raises:
-        InputError: nothing there that pyard knows how to read, or that it would not reproduce.
+        InputError: there is nothing that pyard can read, or nothing that it would reproduce exactly.
     """
     of_pipeline = {"variant": variant, "transformer": transformer, "lora": lora, "max_sequence_length": max_sequence_length}
     pipeline = pipeline_folder(source)
@@ -105,12 +108,12 @@ def load_teacher(
 
 
 def is_text_to_image(source: str | Path) -> bool:
-    """Whether a teacher's name or folder is that of a text-to-image pipeline."""
+    """Whether `source` is the name or folder of a text-to-image pipeline."""
     return pipeline_folder(source) is not None
 
 
 def pipeline_folder(source: str | Path) -> Path | None:
-    """The folder of a text-to-image pipeline that a teacher is named by; None: another kind of teacher."""
+    """The folder of the text-to-image pipeline that `source` names; None if it names another kind of teacher."""
     from pyard.teachers.text_to_image.teacher import is_pipeline_folder
 
     path = SCENES_TEXT if str(source) == "scenes-text" else Path(source)

@@ -1,4 +1,4 @@
-"""What trajectories need of a teacher."""
+"""The protocol of a teacher: all that generating trajectories needs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from pyard.diffusion.noise_schedule import NoiseSchedule
 
 @runtime_checkable
 class Teacher(Protocol):
-    """What trajectories are generated with.
+    """A model whose trajectories a student learns from.
 
     Attributes:
-        schedule: forward process and what `predict` returns.
+        schedule: the forward process, and what `predict` returns.
         sample_shape: [C, ...] of one sample, such as (C, H, W).
-        conditions: what it can be asked for: `pyard.conditions.ClassConditions(10)` for ten classes.
-        fingerprint: changes whenever the predictions do; trajectories and students remember it.
-        device: where `predict` wants its tensors.
+        conditions: the table of its conditions, such as `pyard.conditions.ClassConditions(10)` for ten classes.
+        fingerprint: a text that changes whenever the predictions do; trajectories and students record it.
+        device: the device that `predict` expects its tensors on.
 
-    It may have more: `guidance` and `cfg_normalization`, how `pyard.teachers.guidance.combine` guides it, and `solver_options`,
-    of its own `dpm++2m` solver (`pyard.diffusion.multistep.OPTIONS`). Its fingerprint then changes with them.
+    Optional attributes are `guidance` and `cfg_normalization`, which decide how `pyard.teachers.guidance.combine` combines its
+    predictions, and `solver_options`, settings of the `dpm++2m` solver (`pyard.diffusion.multistep.OPTIONS`). The fingerprint
+    must change with them.
     """
 
     schedule: NoiseSchedule
@@ -43,5 +44,5 @@ class Teacher(Protocol):
         time: float,
         condition: Condition,  # B rows
     ) -> torch.Tensor:  # [B, C, ...]
-        """The network's output F at one time for a batch; what it means is `schedule.prediction`."""
+        """The network's output F for a batch at one time, to be interpreted as `schedule.prediction` says."""
         ...

@@ -1,8 +1,8 @@
-"""The folder of a trajectory store, where whoever reads and whoever writes it starts.
+"""The folder of a trajectory store: where reading and writing a store begins.
 
 - `manifest.json`: what decides the numbers; written once, never changed.
-- `request.json`: how many trajectories were last asked for, so that a store that is not finished is known to be not.
-- `shards/`: see shard.py; what is there is found by listing it, so that many writers never share a file.
+- `request.json`: the number of trajectories last requested, which shows whether the store is complete.
+- `shards/`: see shard.py. Readers find the shards by listing the folder, so several writers never share a file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_COUNT = 10**10 - 1
 
 @dataclass(frozen=True)
 class TrajectoryStore:
-    """A store as it was when it was opened.
+    """A trajectory store, as it was when it was opened.
 
     Example:
         store = TrajectoryStore.open("trajectories/digits")
@@ -37,10 +37,10 @@ class TrajectoryStore:
 
     Args:
         path: its folder.
-        manifest: what decides its numbers.
-        requested_count: trajectories last asked for.
-        shards: whole shards by first sample, at most one for each.
-        problems: one line for each sidecar that does not vouch for a shard.
+        manifest: all settings that determine the stored numbers.
+        requested_count: the number of trajectories last requested.
+        shards: the complete shards by their first sample, at most one for each.
+        problems: one line for each sidecar (the `.json` beside a shard) whose shard is missing or incomplete.
     """
 
     path: Path
@@ -51,13 +51,13 @@ class TrajectoryStore:
 
     @classmethod
     def open(cls, path: str | Path) -> TrajectoryStore:
-        """Read what a store says about itself; no trajectory is read.
+        """Open a store: read its manifest and list its shards, without reading any trajectory.
 
         Args:
             path: the folder that `generate_trajectories` wrote.
 
         Raises:
-            InputError: no store there, one of another format version, or one whose manifest was changed.
+            InputError: there is no store, its format version is another one, or its manifest was changed.
         """
         path = Path(path)
         manifest = read_manifest(path)
@@ -81,10 +81,10 @@ class TrajectoryStore:
 
     @functools.cached_property
     def conditions(self) -> Conditions:
-        """What condition numbers are rows of: classes, or the table in the store's folder.
+        """The table that condition numbers are rows of: classes, or the table in the store's folder.
 
         Raises:
-            InputError: the table is missing, or another one than the manifest names.
+            InputError: the table is missing, or is not the one that the manifest names.
         """
         manifest = self.manifest
         if not manifest.conditions:
@@ -98,11 +98,11 @@ class TrajectoryStore:
         return table
 
     def missing(self) -> list[tuple[int, int]]:
-        """(first, end) of the shards that the request asks for and that are not there, or not long enough."""
+        """(first, end) of each requested shard that is missing or too short."""
         return missing_shards(self.manifest, self.shards, self.requested_count)
 
     def require_complete(self) -> None:
-        """Raises InputError if trajectories that were asked for are missing."""
+        """Raise an InputError if requested trajectories are missing."""
         missing = self.missing()
         if missing:
             reasons = f" ({'; '.join(self.problems[:3])})" if self.problems else ""
@@ -115,16 +115,14 @@ class TrajectoryStore:
     def tensors(self, shard: ShardRecord) -> dict[str, NDArray[Any]]:
         """Memory maps of a shard's tensors: `noise` [n, C, ...], `label` [n], `state` and `denoised` [n, S, C, ...].
 
-        bfloat16 comes as its bits, uint16.
+        bfloat16 tensors are returned as their bits, in uint16.
         """
         return map_shard(self.path / "shards" / f"{shard.name}.safetensors", self.manifest.layout(shard.count))
 
     def verify(self) -> None:
-        """Read everything and compare it with its checksums.
-
-        Raises:
-            InputError: names every shard that is missing, changed or has labels that the manifest does not give it, or every
-                damaged file of the table of prompts.
+        """Read all shards, and the table of prompts if there is one, and compare them with their checksums.  Raises:
+        InputError: names every shard that is missing, changed or has labels that the manifest does not give it, or every
+        damaged file of the table of prompts.
         """
         self.require_complete()
         if isinstance(self.conditions, PromptTable):
