@@ -1,4 +1,4 @@
-"""A student as a diffusers pipeline, so that it lives where its users keep their models."""
+"""A student as a diffusers pipeline, so that it can be saved and used like other diffusers models."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ _HERE = "pyard.pipeline"  # where diffusers looks for this module's classes
 
 
 class StudentModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """A `Student` that diffusers saves and loads as a component: it knows only components of its own base classes.
+    """A `Student` that diffusers can save and load as a component, which must be a subclass of diffusers' base classes.
 
-    Its folder is the student's folder; `pyard.Student.from_pretrained` reads it, and this class a student's.
+    Its folder has the format of a student's folder, so `pyard.Student.from_pretrained` and this class read each other's
+    folders.
 
     Args:
         student: the student.
@@ -50,7 +51,7 @@ class StudentModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return self.student(history, condition)
 
     def save_pretrained(self, save_directory: str | Path, **unused: Any) -> None:
-        """Write the student's folder, with all weights, and without its VAE, which is a component of its own."""
+        """Write the student's folder, with all weights, but without its VAE, which is a separate component."""
         codec, self.student.codec = self.student.codec, None
         try:
             self.student.save_named(save_directory, merge=True, card=False)
@@ -59,7 +60,7 @@ class StudentModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> StudentModel:
-        """Read a student's folder; of diffusers' loading options, the dtype alone applies, and `network` is `Student`'s."""
+        """Read a student's folder. Only diffusers' loading option for the dtype applies; `network` is that of `Student`."""
         return cls(_cast(Student.from_pretrained(path, network=options.get("network")), options)).eval()
 
 
@@ -68,7 +69,7 @@ TEXT_COMPONENTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2",
 
 
 class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """Prompts, class labels or other conditions to images, with a few-step student.
+    """A diffusers pipeline that draws images from prompts, class labels or other conditions with a few-step student.
 
     Example:
         pipe = pyard.ARDPipeline.from_pretrained("runs/sd35-4")
@@ -78,10 +79,10 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
         images = pipe(class_labels=[207, "tench"]).images
 
     Args:
-        student: the component.
-        vae: of a student in latent space (`pyard.models.codec.LatentCodec` says which).
-        tokenizer, text_encoder, tokenizer_2, text_encoder_2, tokenizer_3, text_encoder_3: of a text-to-image student, those of
-            its teacher's pipeline.
+        student: the student as a component.
+        vae: the autoencoder of a student in latent space (`pyard.models.codec.LatentCodec` lists the supported ones).
+        tokenizer, text_encoder, tokenizer_2, text_encoder_2, tokenizer_3, text_encoder_3: for a text-to-image student, the
+            components of its teacher's pipeline.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->student->vae"
@@ -126,18 +127,18 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
         pipeline: str | Path | None = None,
         **kwargs: Any,
     ) -> ARDPipeline:
-        """Read a pipeline's folder, or the run folder or student's folder that `pyard.train` wrote.
+        """Read a pipeline's folder, or a run folder or student's folder written by `pyard.train`.
 
         Args:
             pretrained_model_name_or_path: the folder, or its name on the Hugging Face hub.
             network: class of the student's backbone, if it is not one of pyard's families, or "package.module:Class".
-            pipeline: of a text-to-image student's run folder: the diffusers pipeline that its text encoders are read from,
-                and the frozen weights of one trained by LoRA; None: its teacher's, at its path during training.
-            kwargs: of `diffusers.DiffusionPipeline.from_pretrained`; for a run or student's folder, `dtype` alone.
+            pipeline: for a text-to-image student's run folder, the diffusers pipeline from which its text encoders are read,
+                and for a LoRA student also the frozen weights; None: its teacher's pipeline, at its path during training.
+            kwargs: options of `diffusers.DiffusionPipeline.from_pretrained`; for a run or student's folder, only `dtype`.
 
         Raises:
-            InputError: no student there, a folder whose index names other components than a pipeline of pyard has, or text
-                encoders that are not there.
+            InputError: there is no student, the folder's index names components that pyard's pipelines do not have, or text
+                encoders are missing.
         """
         names = ("revision", "token", "cache_dir", "local_files_only", "force_download")
         path = local_folder(pretrained_model_name_or_path, **{name: kwargs[name] for name in names if name in kwargs})
@@ -177,13 +178,13 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
     def save_pretrained(
         self, save_directory: str | Path, *arguments: Any, push_to_hub: bool = False, repo_id: str | None = None, **options: Any
     ) -> None:
-        """Write the pipeline's folder with a model card; a README.md in it that pyard did not write stays.
+        """Write the pipeline's folder with a model card. A README.md there that pyard did not write is kept.
 
         Args:
             save_directory: the folder.
-            arguments, options: of `diffusers.DiffusionPipeline.save_pretrained`.
-            push_to_hub: upload it as well, see `push_to_hub`.
-            repo_id: where to; None: the folder's name, in your namespace.
+            arguments, options: arguments of `diffusers.DiffusionPipeline.save_pretrained`.
+            push_to_hub: also upload the folder, as the method `push_to_hub` does.
+            repo_id: repository to upload to; None: the folder's name, in your namespace.
         """
         folder = Path(save_directory)
         upload = {key: options.pop(key) for key in ("private", "token", "commit_message", "create_pr") if key in options}
@@ -208,12 +209,12 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Upload the pipeline's folder to the Hugging Face hub; returns the address of the commit.
 
         Args:
-            repo_id: `owner/name`; made if there is none. A README.md in it that pyard did not write stays.
+            repo_id: `owner/name`; created if it does not exist. A README.md there that pyard did not write is kept.
             commit_message: None: "Upload ARDPipeline".
-            private: of a new repository; None: the owner's default.
-            token: of the hub; None: that of `hf auth login`.
+            private: whether a new repository is private; None: the owner's default.
+            token: access token of the hub; None: that of `hf auth login`.
             create_pr: open a pull request instead of committing.
-            options: of `diffusers.DiffusionPipeline.save_pretrained`.
+            options: options of `diffusers.DiffusionPipeline.save_pretrained`.
         """
         return push_folder(
             lambda folder, name: self._save(folder, name, **options),
@@ -246,31 +247,31 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
         condition: Condition | None = None,
         sample_shape: tuple[int, ...] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw images. One of prompt, prompt_embeds, class_labels, condition_numbers and condition is given.
+        """Draw images. Give exactly one of prompt, prompt_embeds, class_labels, condition_numbers and condition.
 
         Args:
-            prompt: a text, or one for each image.
-            height, width: of the images, in pixels; None: the usual size of the student.
+            prompt: a text, or a list of texts.
+            height, width: size of the images in pixels; None: the student's usual size.
             num_images_per_prompt: images of each prompt, side by side in the result.
-            generator: of the starting noise, as in every diffusers pipeline; one, or one for each image.
-            latents: noise to start from instead of the generator's, [n, C, h, w].
-            prompt_embeds: in place of prompts, token embeddings [n, tokens, D].
+            generator: generator of the initial noise, as in every diffusers pipeline; one, or one for each image.
+            latents: initial noise [n, C, h, w] to use instead of the generator's.
+            prompt_embeds: token embeddings [n, tokens, D] to use instead of prompts.
             output_type: `pil`, `np` (float32 [n, H, W, C], 0 to 1), `pt` ([n, C, H, W], 0 to 1) or `latent` (the student's own
                 samples).
             return_dict: return an `ImagePipelineOutput` with `images`, else a tuple of them.
-            callback_on_step_end: called with (pipeline, step, time, {"latents": ...}) after each step; what it returns under
-                `latents` is only looked at, since a student's next step continues from its own history.
+            callback_on_step_end: called with (pipeline, step, time, {"latents": ...}) after each step. Latents that it returns
+                are not used, because a student's next step continues from its own history.
             negative_prompt: ignored with a warning: guidance was distilled into the student.
-            pooled_prompt_embeds: beside prompt_embeds, [n, E], where the student's family has them.
-            prompt_embeds_mask: beside prompt_embeds, bool [n, tokens]; None: all are text.
-            class_labels: numbers, or names where the student knows them.
-            condition_numbers: rows of the student's table of conditions.
-            condition: the tensors themselves, n rows.
-            sample_shape: [C, h, w] of a student that was trained on several; None: that of `latents`, or the usual one.
+            pooled_prompt_embeds: pooled embeddings [n, E] to use with prompt_embeds, if the student's family has them.
+            prompt_embeds_mask: bool [n, tokens], which of prompt_embeds are text and not padding; None: all.
+            class_labels: class numbers, or names if the student has class names.
+            condition_numbers: row numbers of the student's table of conditions.
+            condition: the condition's tensors, with n rows.
+            sample_shape: [C, h, w] to draw, if the student was trained on several; None: that of `latents`, or the usual one.
 
         Raises:
-            InputError: not one condition, labels out of range, a shape that the student was not trained on, or images asked of
-                a student in latent space that has no VAE.
+            InputError: not exactly one kind of condition was given, labels are out of range, the student was not trained on the
+                shape, or images were requested from a student in latent space that has no VAE.
         """
         student, device = self.student.student, self._execution_device
         given = (prompt, prompt_embeds, class_labels, condition_numbers, condition)

@@ -1,4 +1,4 @@
-"""What a sample is conditioned on: a number on disk, a bundle of tensors at the network's door."""
+"""What a sample is conditioned on: stored as a number, given to the network as named tensors."""
 
 from pyard.conditions.condition import Condition, as_condition
 from pyard.conditions.prompt_file import PromptLine, read_prompts

@@ -1,4 +1,4 @@
-"""A bundle of named tensors with a leading batch dimension: what a network is conditioned on beside the time."""
+"""Named tensors with a leading batch dimension: what a network is conditioned on besides the time."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Condition(Mapping[str, torch.Tensor]):
         teacher.predict(x, time, condition)
 
     Args:
-        tensors: by the names that the network knows, each [B, ...], at least one.
-        lengths: of each row, the entries of `mask` that are set, where they are known; None: `lengths` counts them.
+        tensors: at least one tensor [B, ...], by the names that the network uses.
+        lengths: number of set entries of `mask` in each row, if known; None: the attribute `lengths` counts them.
 
     Raises:
         InputError: no tensors, or tensors of different batch sizes.
@@ -41,7 +41,7 @@ class Condition(Mapping[str, torch.Tensor]):
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """The device of the tensors."""
         return next(iter(self._tensors.values())).device
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -64,16 +64,16 @@ class Condition(Mapping[str, torch.Tensor]):
 
     @property
     def lengths(self) -> Sequence[int]:
-        """Entries of `mask` [B, n] that are set in each row, as numbers of the host.
+        """The number of set entries of `mask` [B, n] in each row, as Python integers.
 
-        They are counted before a condition moves to a device, because asking the device later would wait for all of its work.
+        They are counted before the condition moves to a device, because counting there would wait for all of its work.
         """
         if self._lengths is None:
             self._lengths = self["mask"].sum(dim=1).tolist()
         return self._lengths
 
     def to(self, device: torch.device | str) -> Condition:
-        """The condition on another device; the copy does not wait where the memory is pinned."""
+        """The condition on another device; the copy is asynchronous if the memory is pinned."""
         mask = self._tensors.get("mask")
         moves = mask is not None and mask.ndim == 2 and mask.device.type == "cpu" and torch.device(device).type != "cpu"
         lengths = self.lengths if moves else self._lengths
@@ -82,23 +82,23 @@ class Condition(Mapping[str, torch.Tensor]):
         )
 
     def with_tensors(self, tensors: Mapping[str, torch.Tensor], lengths: Sequence[int] | None = None) -> Condition:
-        """Other tensors of as many rows with the same masks, such as these in another dtype."""
+        """A condition of the same rows and masks with other tensors, such as its own in another dtype."""
         return Condition(tensors, self._lengths if lengths is None else lengths)
 
     def index(self, rows: slice | torch.Tensor | Sequence[int]) -> Condition:
-        """The condition of some of the samples."""
+        """The condition of a subset of the samples."""
         lengths = self._lengths[rows] if isinstance(rows, slice) and self._lengths is not None else None
         return Condition({name: tensor[rows] for name, tensor in self._tensors.items()}, lengths)
 
     def repeat(self, steps: int) -> Condition:
-        """Each row `steps` times in a row, [B * steps, ...]: for networks that fold steps into the batch."""
+        """Each row repeated `steps` times consecutively, [B * steps, ...]: for networks that fold steps into the batch."""
         if steps == 1:
             return self
         lengths = None if self._lengths is None else [length for length in self._lengths for _ in range(steps)]
         return Condition({name: tensor.repeat_interleave(steps, dim=0) for name, tensor in self._tensors.items()}, lengths)
 
     def split(self, count: int) -> list[Condition]:
-        """`count` conditions of equal batch size, in order."""
+        """Split into `count` conditions of equal batch size, in order."""
         pieces = [tensor.chunk(count) for tensor in self._tensors.values()]
         found = [Condition(dict(zip(self._tensors, piece, strict=True))) for piece in zip(*pieces, strict=True)]
         if self._lengths is not None:
@@ -109,10 +109,10 @@ class Condition(Mapping[str, torch.Tensor]):
 
     @classmethod
     def cat(cls, conditions: Sequence[Condition]) -> Condition:
-        """The rows of several conditions below each other.
+        """Concatenate the rows of several conditions.
 
-        Tensors of different lengths, as prompts have, are padded with zeros at the end of each dimension; a mask of zeros
-        says that the padding is none of the condition.
+        Tensors of different lengths, such as those of prompts, are padded with zeros at the end of each dimension; zeros in
+        the mask mark the padding.
         """
         known = [condition._lengths for condition in conditions]
         lengths = [length for one in known for length in one or ()]
@@ -121,7 +121,7 @@ class Condition(Mapping[str, torch.Tensor]):
 
 
 def as_condition(condition: Condition | torch.Tensor) -> Condition:
-    """A condition as it is; class labels, int64 [B], as the condition `{"label": labels}`."""
+    """Return a condition unchanged, and class labels, int64 [B], as the condition `{"label": labels}`."""
     return condition if isinstance(condition, Condition) else Condition({"label": condition})
 
 
@@ -131,7 +131,7 @@ def _cat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def pad_to(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:  # [B, ...] -> [B, *shape]
-    """Zeros at the end of every dimension but the first, up to a shape."""
+    """Pad every dimension except the first with zeros at its end, up to a shape."""
     if list(tensor.shape[1:]) == list(shape):
         return tensor
     missing = [(0, size - have) for size, have in zip(shape, tensor.shape[1:], strict=True)]

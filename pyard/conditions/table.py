@@ -1,4 +1,4 @@
-"""Tables of conditions: a sample keeps the number of its row, and the table gives the row's tensors.
+"""Tables of conditions: a stored sample has the number of its row, and the table has the row's tensors.
 
 B batch · n tokens of a row · D width of a token
 """
@@ -34,10 +34,10 @@ Numbers = Sequence[int] | NDArray[np.integer[Any]] | torch.Tensor
 
 @runtime_checkable
 class Conditions(Protocol):
-    """What a teacher can be asked for.
+    """The table of a teacher's conditions.
 
     Attributes:
-        count: rows that a sample may have: numbers are 0 ... count - 1. Null rows have further numbers.
+        count: number of rows that a sample may have, 0 ... count - 1. Null rows have the numbers after these.
     """
 
     @property
@@ -45,7 +45,7 @@ class Conditions(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever a row does; empty for classes, whose rows are their numbers."""
+        """A text that changes whenever a row does; empty for classes, whose rows contain only their number."""
         ...
 
     def take(self, numbers: Numbers) -> Condition:
@@ -54,11 +54,11 @@ class Conditions(Protocol):
 
     @property
     def free_sizes(self) -> Mapping[str, Mapping[int, str]]:
-        """Sizes that depend on the rows taken: tensor to its free dimensions, each with a name; equal names, equal sizes."""
+        """Names of the dimensions whose size depends on the rows taken, by tensor; equal names have equal sizes."""
         ...
 
     def null(self, numbers: Numbers) -> torch.Tensor:
-        """For each row the number of the one that guidance leads away from (no class, the negative prompt): int64 [B]."""
+        """For each row, the number of the row that guidance leads away from (no class, the negative prompt): int64 [B]."""
         ...
 
 
@@ -66,9 +66,9 @@ class ClassConditions:
     """Classes: row c is `{"label": c}`, and the null row, "no class", has the number `count`.
 
     Args:
-        count: how many classes.
-        names: of the classes, in order; synonyms are separated by commas. None: they have numbers alone.
-        has_null: whether the network knows "no class".
+        count: number of classes.
+        names: names of the classes, in order, with synonyms separated by commas. None: the classes only have numbers.
+        has_null: whether the network was trained with "no class".
     """
 
     def __init__(self, count: int, names: Sequence[str] | None = None, *, has_null: bool = True):
@@ -91,12 +91,12 @@ class ClassConditions:
         return torch.full_like(as_numbers(numbers), self.count)
 
     def find(self, labels: Sequence[int | str]) -> list[int]:
-        """Class numbers of labels, of which texts are looked up among the names and their synonyms.
+        """The class numbers of labels; texts are looked up among the names and their synonyms.
 
-        A whole name comes before a synonym of another class, and its exact spelling before one in other letters.
+        A whole name takes precedence over a synonym of another class, and an exact match over one that differs in case.
 
         Raises:
-            InputError: an unknown name, one that several classes share, or no names to look it up in.
+            InputError: a name is unknown or shared by several classes, or the classes have no names.
         """
         if self.names is None:
             raise InputError(f"this student has no class names; give numbers from 0 to {self.count - 1}")
@@ -140,7 +140,7 @@ class EmbeddingTable:
         rows: count + 1 tensors [n_i, D] of one floating-point dtype, n_i at least 1; the last one is the null row.
 
     Raises:
-        InputError: fewer than two rows, or rows that do not fit each other.
+        InputError: there are fewer than two rows, or their widths or dtypes differ.
     """
 
     def __init__(self, rows: Sequence[torch.Tensor]):
@@ -156,7 +156,7 @@ class EmbeddingTable:
 
     @property
     def count(self) -> int:
-        """Rows without the null row."""
+        """Number of rows, without the null row."""
         return len(self._begin) - 2
 
     @functools.cached_property
@@ -204,10 +204,10 @@ class EmbeddingTable:
 
 
 def save_conditions(conditions: Conditions, folder: Path) -> None:
-    """Write a table into the sub-folder `conditions`, unless an equal one is there; classes need none.
+    """Write a table into the sub-folder `conditions`, unless an equal table is already there. Classes need no table.
 
     Raises:
-        InputError: a table of a kind that cannot be kept, or another table is there.
+        InputError: tables of this class cannot be saved, or another table is there.
     """
     from pyard.conditions.prompts import PromptTable  # which needs this module
 
@@ -227,7 +227,7 @@ def save_conditions(conditions: Conditions, folder: Path) -> None:
 
 
 def load_conditions(*folders: Path) -> Conditions | None:
-    """The table in the sub-folder `conditions` of the first of these folders that has one; None: none has."""
+    """The table in the sub-folder `conditions` of the first of these folders that has one; None if there is none."""
     for folder in folders:
         path = folder / FOLDER
         if not (path / _ABOUT_NAME).exists():
@@ -247,7 +247,7 @@ def load_conditions(*folders: Path) -> Conditions | None:
 
 
 def as_numbers(numbers: Numbers) -> torch.Tensor:
-    """Condition numbers as int64 [B], where they are."""
+    """Condition numbers as int64 [B], on their device."""
     tensor = numbers if isinstance(numbers, torch.Tensor) else torch.as_tensor(np.asarray(numbers))
     if tensor.ndim != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
         if tensor.numel():

@@ -1,7 +1,7 @@
 """Forward processes x_t = alpha(t) x_0 + sigma(t) eps, and what a network's output means in them.
 
-Times are the teacher's own: a diffusion schedule (`ddpm`) numbers its noise levels 0 ... n-1 and calls clean data -1; a flow
-(`flow`) runs from 1, pure noise, to 0, clean data. A fraction between two noise levels is a level between them.
+Times are in the teacher's own units. In a diffusion schedule (`ddpm`), noise levels are numbered 0 ... n-1, clean data is -1,
+and a fraction is a noise level between two others; a flow (`flow`) runs from 1, pure noise, to 0, clean data.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ class NoiseSchedule:
     """How noise and data are mixed at every time, and what the network predicts.
 
     Args:
-        kind: `ddpm`, discrete noise levels from a list of betas, or `flow`, continuous times along a `path`.
+        kind: `ddpm` (discrete noise levels from a list of betas) or `flow` (continuous times along a `path`).
         prediction: what the network returns: `eps`; `denoised` x_0; `v_prediction`, alpha eps - sigma x_0 (Salimans & Ho 2022);
             `velocity`, dx/dt = alpha' x_0 + sigma' eps, on a linear path eps - x_0; `score`, -eps / sigma.
-        num_train_timesteps: noise levels of a `ddpm` schedule.
-        beta_schedule: `linear`, `scaled_linear` (linear in sqrt(beta)) or `squaredcos_cap_v2` (cosine); diffusers' names.
+        num_train_timesteps: number of noise levels of a `ddpm` schedule.
+        beta_schedule: in diffusers' terms, `linear`, `scaled_linear` (linear in sqrt(beta)) or `squaredcos_cap_v2` (cosine).
         beta_start, beta_end: first and last beta of the linear schedules.
-        trained_betas: the betas themselves; overrides the three above.
+        trained_betas: the betas themselves; overrides the arguments from beta_schedule on.
         rescale_betas_zero_snr: rescale so that the last level is pure noise (Lin et al. 2023, algorithm 1).
-        shift: timestep shift of a `flow` (SD3, section 5.3.2): t -> shift t / (1 + (shift - 1) t); 1 leaves times as they are.
-        path: of a `flow`, with its time t from 0, data, to 1, noise (SiT, Ma et al. 2024, section 2.3, where it runs from noise
-            to data): `linear`, (1 - t, t); `gvp`, (cos, sin) of pi t / 2; `vp`, the variance-preserving diffusion of betas from
-            0.1 to 20, which ends near noise, not at it.
-        start: time of a `flow` at which x_T, pure noise, is put: 1, or a little less where the network says nothing at 1.
-        spacing: which times a solver with fewer steps visits: `linspace` (first and last included: DiT's respacing), `leading`
-            or `trailing` (diffusers' names).
+        shift: timestep shift of a `flow` (SD3, section 5.3.2): t -> shift t / (1 + (shift - 1) t); 1 means no shift.
+        path: (alpha, sigma) of a `flow` at time t, from 0 (data) to 1 (noise); SiT (Ma et al. 2024, section 2.3) counts time
+            the other way. `linear`: (1 - t, t); `gvp`: (cos, sin) of pi t / 2; `vp`: the variance-preserving diffusion with
+            betas from 0.1 to 20, which ends near pure noise, but not at it.
+        start: time of a `flow` at which x_T, pure noise, is placed: 1, or slightly less if the network is not defined at 1.
+        spacing: the times that a solver with fewer steps visits: `linspace` (including the first and last, as in DiT's
+            respacing), or diffusers' `leading` or `trailing`.
     """
 
     kind: Literal["ddpm", "flow"] = "ddpm"
@@ -93,7 +93,7 @@ class NoiseSchedule:
 
     @property
     def noisiest_time(self) -> float:
-        """The time of x_T, the noise that sampling starts from."""
+        """The time of x_T, the pure noise from which sampling starts."""
         return float(self.num_train_timesteps - 1) if self.kind == "ddpm" else self.start
 
     @property
@@ -124,10 +124,11 @@ class NoiseSchedule:
 
     @functools.cached_property
     def log_noise_ratios(self) -> np.ndarray:
-        """log(sigma(t) / alpha(t)) of a `ddpm` schedule for t = 0 ... n-1, linear in between: float64 [n].
+        """log(sigma(t) / alpha(t)) of a `ddpm` schedule for t = 0 ... n-1, to be interpolated linearly: float64 [n].
 
-        Karras' and other sigmas lie between noise levels (Karras et al. 2022, equation 5). A last level of pure noise, where
-        the ratio is infinite, counts as alpha^2 = 2^-24, as in diffusers' schedulers, or less if that before it has less.
+        The sigmas of Karras et al. (2022, equation 5) and others lie between noise levels. If the last level is pure noise,
+        where the ratio is infinite, its alpha^2 is taken to be 2^-24, as in diffusers' schedulers, or less if the level before
+        it has less.
         """
         alphas_cumprod = self.alphas_cumprod.copy()
         if alphas_cumprod[-1] == 0:

@@ -1,4 +1,4 @@
-"""The coarse grid T = tau_S > ... > tau_0 on which a student jumps, tied to the teacher steps it was cut from."""
+"""The coarse grid T = tau_S > ... > tau_0 on which a student jumps, and the teacher steps that it corresponds to."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ Target = Literal["denoised", "state"]
 
 @dataclass(frozen=True)
 class TimeGrid:
-    """Where the S jumps of a student begin and end on a teacher's trajectory of n steps.
+    """The times at which a student's S jumps begin and end, on a teacher's trajectory of n steps.
 
-    It travels with the trajectories and with the student, so that the two cannot disagree.
+    It is stored with the trajectories and with the student, so a disagreement between them is found.
 
     Args:
         times: S + 1 teacher times, decreasing; the first is pure noise, the last clean data.
-        embed_times: S times that the student's time embedding sees, one for each of its inputs.
-        state_index: S + 1 numbers of teacher steps done at each grid time: 0 first, n last.
-        denoised_index: S - 1 teacher evaluations, counted from 1, whose denoised prediction is an input and a target of a
-            student with `target="denoised"` (its first input is the noise, its last target the trajectory's end).
-        teacher_times: n + 1 times that the teacher's solver visits, clean data last; None: the schedule's own.
-        teacher_embed_times: n times that the teacher's network is told; None: teacher_times without the last.
+        embed_times: S times that are given to the student's time embedding, one for each input.
+        state_index: for each of the S + 1 grid times, the number of teacher steps done by then: from 0 to n.
+        denoised_index: numbers, counted from 1, of the S - 1 teacher evaluations whose denoised prediction is an input and a
+            target of a student with `target="denoised"`. (Its first input is the noise, and its last target the trajectory's
+            end.)
+        teacher_times: the n + 1 times that the teacher's solver visits, clean data last; None: the schedule's own times.
+        teacher_embed_times: the n times that are given to the teacher's network; None: teacher_times without the last.
     """
 
     times: tuple[float, ...]
@@ -82,16 +83,16 @@ class TimeGrid:
 
     @property
     def num_steps(self) -> int:
-        """S, the jumps of the student."""
+        """S, the number of the student's jumps."""
         return len(self.times) - 1
 
     @property
     def teacher_steps(self) -> int:
-        """n, the steps of the teacher's trajectory."""
+        """n, the number of steps of the teacher's trajectory."""
         return self.state_index[-1]
 
     def visits(self, schedule: NoiseSchedule) -> Visits:
-        """What the teacher's solver visits, for `pyard.diffusion.solvers.integrate`; the schedule's times if none are named."""
+        """The times of the teacher's solver, for `pyard.diffusion.solvers.integrate`; by default the schedule's times."""
         if self.teacher_times is None:
             return Visits.of(schedule, self.teacher_steps)
         return Visits.of(schedule, Visits(self.teacher_times, self.teacher_embed_times or self.teacher_times[:-1]))
@@ -108,21 +109,22 @@ class TimeGrid:
         embed_times: Sequence[float] | None = None,
         visits: Visits | None = None,
     ) -> TimeGrid:
-        """Cut `num_steps` jumps out of a trajectory of `teacher_steps` steps.
+        """Divide a trajectory of `teacher_steps` steps into `num_steps` jumps.
 
         Args:
-            schedule: the teacher's noise schedule, which names the times of its steps.
+            schedule: the teacher's noise schedule, which determines the times of its steps.
             num_steps: S.
             teacher_steps: n; None: those of `visits`, or 25.
-            state_index: teacher steps done at each grid time; None: floor(s n / S), evenly spaced.
-            denoised_index: evaluations whose denoised prediction is used; None: floor((s + 1) n / (S + 1)), s = 1 ... S - 1,
-                which is the published 10, 15, 20 of 25 for S = 4.
-            embed_times: what the time embedding sees; None: the published T (1 - s / S). `for_target` changes it.
-            visits: the times of the teacher's solver, such as `pyard.diffusion.scheduler_times.visited` reads; None: those of
-                the schedule.
+            state_index: number of teacher steps done at each grid time; None: evenly spaced, floor(s n / S).
+            denoised_index: numbers of the evaluations whose denoised prediction is used; None: floor((s + 1) n / (S + 1)) for s
+                = 1 ... S - 1, which for S = 4 and n = 25 gives the published 10, 15, 20.
+            embed_times: times given to the time embedding; None: the published T (1 - s / S). `for_target` changes them.
+            visits: the times of the teacher's solver, such as those from `pyard.diffusion.scheduler_times.visited`; None: the
+                schedule's times.
 
         Raises:
-            InputError: more jumps than teacher steps, an index that does not fit, or visits of another schedule.
+            InputError: there are more jumps than teacher steps, an index is out of range or order, or the visits belong to
+                another schedule.
         """
         if teacher_steps is None:
             teacher_steps = 25 if visits is None else len(visits.embed_times)
@@ -161,10 +163,10 @@ class TimeGrid:
         )
 
     def for_target(self, target: Target) -> TimeGrid:
-        """The same grid with the embed_times that suit a target.
+        """The same grid, with embed_times that suit a target.
 
-        A student of `state` targets reads states, so it is told the times that the teacher's network was told there. One of
-        `denoised` targets keeps the published, evenly spaced ones: its inputs carry no noise.
+        The inputs of a student with `state` targets are states, so it is given the times that the teacher's network was given
+        there. A student with `denoised` targets keeps the published, evenly spaced times, because its inputs contain no noise.
         """
         if target == "denoised":
             return self
@@ -173,7 +175,7 @@ class TimeGrid:
         return dataclasses.replace(self, embed_times=embed_times)
 
     def same_trajectory(self, other: TimeGrid) -> bool:
-        """True if both grids cut the same places out of the same trajectory; embed_times are the student's own business."""
+        """Whether both grids divide the same trajectory at the same places; embed_times may differ."""
         mine, theirs = (dataclasses.asdict(grid) for grid in (self, other))
         return {**mine, "embed_times": None} == {**theirs, "embed_times": None}
 

@@ -1,4 +1,4 @@
-"""What a student costs: parameters, multiplications, cache, and how much of that the history adds."""
+"""The cost of a student: parameters, FLOPs and cache, and how much of them the history adds."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from pyard.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class Description:
-    """The costs of a student for one image; a multiplication with its addition counts as two FLOPs.
+    """The cost of a student for one image; a multiply-add counts as two FLOPs.
 
     Args:
-        num_steps: S.
-        history_layers: N.
-        parameters: of the whole student.
-        trainable_parameters: of those, what training changes.
-        flops_per_pass: of each of the S passes; later ones see more history.
-        flops_without_history: of all S passes with N = 0.
-        flops_per_update: of an update on one trajectory, forward and backward.
-        cache_bytes: keys and values that are kept between the passes, in the dtype of the weights.
-        teacher: what it is made from and how that draws, where a teacher was asked about; None: a student.
+        num_steps: S, the number of steps.
+        history_layers: N, the number of layers with a history.
+        parameters: number of parameters of the whole student.
+        trainable_parameters: number of parameters that training changes.
+        flops_per_pass: FLOPs of each of the S passes; later passes see more history.
+        flops_without_history: FLOPs of all S passes with N = 0.
+        flops_per_update: FLOPs of an update on one trajectory, forward and backward.
+        cache_bytes: bytes of the keys and values that are kept between the passes, in the dtype of the weights.
+        teacher: the cost of the teacher, if `describe` was given a teacher; None: it was given a student.
     """
 
     num_steps: int
@@ -50,12 +50,12 @@ class Description:
 
     @property
     def flops_per_image(self) -> int:
-        """Of all S passes."""
+        """FLOPs of all S passes."""
         return sum(self.flops_per_pass)
 
     @property
     def history_percent(self) -> float:
-        """What the history adds to the FLOPs of the same student with N = 0."""
+        """By how many percent the history increases the FLOPs, compared with the same student with N = 0."""
         return 100 * (self.flops_per_image / self.flops_without_history - 1)
 
     def __str__(self) -> str:
@@ -75,13 +75,13 @@ class Description:
 
 @dataclass(frozen=True)
 class TeacherDescription:
-    """The costs of a teacher for one image.
+    """The cost of a teacher for one image.
 
     Args:
-        parameters: of its network.
-        steps: of its solver, as many as `pyard.generate_trajectories` takes by default.
-        passes: of its network, guidance included.
-        flops_per_image: of all of them.
+        parameters: number of parameters of its network.
+        steps: number of solver steps that `pyard.generate_trajectories` takes by default.
+        passes: number of network passes, including those for guidance.
+        flops_per_image: FLOPs of all passes.
     """
 
     parameters: int
@@ -166,12 +166,13 @@ def _of_teacher(
 
 
 def count(student: Student, condition: Condition | None = None, steps_per_update: int | None = None) -> Description:
-    """The numbers of `describe`, counted while the student runs without data.
+    """The numbers of `describe`, counted while the student runs without data (on the meta device).
 
     Args:
-        student: on any device.
-        condition: of one sample; None: the first row of the student's table, or of a text-to-image student the longest prompt.
-        steps_per_update: of the update that is counted; None: all steps.
+        student: the student, on any device.
+        condition: condition of one sample; None: the first row of the student's table, or for a text-to-image student a prompt
+            of the greatest length.
+        steps_per_update: number of steps that an update learns; None: all steps.
 
     Raises:
         InputError: more steps than the student has, or none.

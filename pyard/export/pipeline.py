@@ -138,7 +138,7 @@ def export_folder(student: Student, folder: Path, *, unused: Sequence[str], prec
     """`export_pipeline` on the command line.
 
     Args:
-        student: made of a text-to-image pipeline.
+        student: a student made from a text-to-image pipeline.
         folder: to write.
         unused: flags that were given and are of single files.
         precision, settings: of `export_pipeline`.

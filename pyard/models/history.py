@@ -1,8 +1,9 @@
-"""What a student's lowest layers remember: the cache of keys and values, and the attention that reads it.
+"""The history of a student's lowest layers: the cache of keys and values, and the attention that uses it.
 
-The cache is explicit: passed in and returned.
 
-    A attentions that remember · B batch · H heads · S steps · T tokens per step · Dh head dim
+The cache is explicit: it is passed in and returned.
+
+    A attentions with a history · B batch · H heads · S steps · T tokens per step · Dh head dim
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from pyard.ops.masks import Mask, visible_steps
 
 
 class HistoryCache(Protocol):
-    """What a cached step needs: room for its own keys and values behind those of the earlier steps."""
+    """The cache that a step needs: it appends the step's keys and values to those of earlier steps."""
 
     def extend(
         self, attention: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:  # [B, H, T, Dh] twice -> [B, H, steps*T, Dh] twice
-        """Append one step's keys and values to an attention; return all of that attention's so far."""
+        """Append one step's keys and values to those of an attention; return all that this attention has so far."""
         ...
 
     def advance(self) -> HistoryCache:
-        """The cache after a step, ready for the next."""
+        """The cache for the next step."""
         ...
 
 
@@ -38,9 +39,9 @@ class PreallocatedCache:
     """One buffer for all steps, written in place: for sampling.
 
     Args:
-        keys, values: of each attention, [B, H, S*T, Dh].
+        keys, values: keys and values of each attention, [B, H, S*T, Dh].
         num_steps: S.
-        step: steps that are in the buffers.
+        step: number of steps in the buffers so far.
     """
 
     keys: Sequence[torch.Tensor]
@@ -60,10 +61,10 @@ class PreallocatedCache:
 
 
 class ConcatenatingCache:
-    """Tensors grown by concatenation: for autograd through a rollout and for export, which dislike writes in place.
+    """Tensors that grow by concatenation: for autograd through a rollout and for export, which cannot use in-place writes.
 
     Args:
-        past: of each attention, the keys and values of the earlier steps, [B, H, steps*T, Dh]; None: nothing yet.
+        past: keys and values of the earlier steps for each attention, [B, H, steps*T, Dh]; None: there are none yet.
     """
 
     def __init__(self, past: list[tuple[torch.Tensor, torch.Tensor]] | None = None):
@@ -83,14 +84,15 @@ class ConcatenatingCache:
 
 @dataclass(frozen=True)
 class History:
-    """The attention of a student's lowest layers during one pass; a backbone calls it in order of execution.
+    """The attention of a student's lowest layers during one pass. A backbone calls it for each attention, in order of
+    execution.
 
     Args:
-        layers: N, lowest blocks that remember.
-        steps: steps of this pass: S in the parallel pass, 1 in a cached one.
-        mask, window: which earlier steps a step sees, see `pyard.ops.masks.visible`.
+        layers: N, the number of lowest blocks with a history.
+        steps: number of steps in this pass: S in the parallel pass, 1 in a cached one.
+        mask, window: which earlier steps a step sees; see `pyard.ops.masks.visible`.
         bias: [A, H], added to the logits of earlier steps' keys; None: nothing is added.
-        cache: of the earlier steps; None in the parallel pass.
+        cache: keys and values of the earlier steps; None in the parallel pass.
     """
 
     layers: int
@@ -107,7 +109,7 @@ class History:
         k: torch.Tensor,  # [B, H, steps*T, Dh]
         v: torch.Tensor,  # [B, H, steps*T, Dh]
     ) -> torch.Tensor:  # [B, H, steps*T, Dh]
-        """Attention of whole samples, a sample's steps side by side, by pyard's own operator."""
+        """Attention over the concatenated steps of each sample, by pyard's own operator."""
         tokens = q.shape[2] // self.steps
         if self.cache is not None:
             k, v = self.cache.extend(attention, k, v)
@@ -127,18 +129,18 @@ class History:
     ) -> torch.Tensor:  # [B*steps, H, Q, Dh]
         """Scaled dot-product attention that also sees the image keys of earlier steps, in front of its own.
 
-        For networks that fold steps into the batch: rows are a sample's steps side by side. The slices of one step attend in
-        turn, so no mask over steps is needed.
+        For networks that fold steps into the batch, so that consecutive rows are the steps of one sample. Attention is computed
+        step by step, so no mask over steps is needed.
 
         Args:
-            attention: which remembering attention, counted in order of execution.
+            attention: number of the attention with a history, in order of execution.
             q, k, v: as scaled_dot_product_attention takes them, after normalisation and rotary embedding.
-            image: where image tokens stand among the keys; others, such as text tokens, are not remembered.
+            image: position of the image tokens among the keys; other tokens, such as text, are not kept for later steps.
             attn_mask: bool or float, broadcastable to [B*steps, H, Q, K]; earlier keys are visible to all queries.
-            scale: of the logits; None: 1 / sqrt(Dh).
+            scale: factor of the logits; None: 1 / sqrt(Dh).
 
         Raises:
-            InputError: a backbone called more attentions than it said it has.
+            InputError: the backbone calls more attentions than it declared.
         """
         if self.bias is not None and attention >= len(self.bias):
             raise InputError(f"history: attention {attention} remembers, but the student was made for {len(self.bias)}")

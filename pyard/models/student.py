@@ -1,7 +1,7 @@
 """The student: the teacher's transformer, run on S noise levels at once, with a history in its lowest N attentions.
 
-Everything but those N attentions sees B*S independent samples, so any pass, parallel (training) or cached (sampling), is the
-same few lines with another number of steps.
+Everything except those N attentions sees B*S independent samples, so the parallel pass (training) and the cached pass
+(sampling) are the same few lines with a different number of steps.
 
     B batch · S steps · T tokens per step · D hidden · C channels · N history layers
 """
@@ -39,7 +39,7 @@ from pyard.storage.trained import load_trained, sharing, tensors_of
 
 
 class Source(Protocol):
-    """What a student is made from: a teacher with a network."""
+    """What a student can be made from: a teacher with a network."""
 
     schedule: NoiseSchedule
     codec: Codec | None
@@ -64,15 +64,16 @@ class Student(nn.Module):
     """A few-step student of a diffusion transformer.
 
     Args:
-        config: what it is. The weights are fresh; `from_teacher` copies a teacher's, `from_pretrained` reads a folder.
-        trunk: its backbone; None: a fresh one of the configuration's family.
-        head: copied for every step that has a head of its own; None: a fresh one.
+        config: its configuration. The weights are newly initialised; `from_teacher` copies a teacher's, and `from_pretrained`
+            reads a folder.
+        trunk: its backbone; None: a new one of the configuration's family.
+        head: output layers, copied for every step that has its own; None: new ones.
 
     Attributes:
-        codec: the VAE that turns its samples into images, if the teacher had one.
-        conditions: what it can be asked for; None: it takes conditions as tensors alone.
-        lora: low-rank additions that it has (`pyard.models.lora.add_lora`); None: none.
-        scores: what `pyard.evaluate` measured of these weights, for the model card; None: nothing.
+        codec: the VAE that decodes its samples to images, if the teacher had one.
+        conditions: its table of conditions; None: it only takes conditions as tensors.
+        lora: its low-rank additions (`pyard.models.lora.add_lora`); None: it has none.
+        scores: the results of `pyard.evaluate` for these weights, for the model card; None: not measured.
     """
 
     def __init__(self, config: StudentConfig, trunk: Backbone | None = None, head: nn.Module | None = None):
@@ -102,7 +103,7 @@ class Student(nn.Module):
 
     @property
     def num_conditions(self) -> int:
-        """Condition numbers are 0 ... num_conditions - 1; of a class-conditional student, its classes.
+        """The number of condition numbers, 0 ... num_conditions - 1; for a class-conditional student, the number of classes.
 
         Raises:
             InputError: the student has no table of conditions.
@@ -111,17 +112,17 @@ class Student(nn.Module):
 
     @property
     def num_classes(self) -> int | None:
-        """Classes of a class-conditional student; None: it is conditioned on something else."""
+        """Number of classes of a class-conditional student; None: it has other conditions."""
         return self.trunk.num_classes
 
     @property
     def embed_times(self) -> torch.Tensor:
-        """[S], float32: the times that the network is told; of several sizes, those of the usual one."""
+        """[S], float32: the times given to the network; with several sizes, those of the usual size."""
         return self.times.embed_times()
 
     @property
     def jumps(self) -> list[tuple[float, float]]:
-        """(a_s, b_s) of the updates a_s u_s + b_s F, of the usual size; none of `direct` outputs."""
+        """(a_s, b_s) of the updates a_s u_s + b_s F, for the usual size; empty for `direct` outputs."""
         return self.times.jumps()
 
     @property
@@ -131,7 +132,7 @@ class Student(nn.Module):
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """[C, ...] of one sample; of several sizes, the usual one."""
+        """[C, ...] of one sample; with several sizes, the usual one."""
         return self.config.usual_shape
 
     def trained_shape(self, sample_shape: Sequence[int] | None) -> tuple[int, ...]:
@@ -143,7 +144,7 @@ class Student(nn.Module):
         return self.config.trained_shape(sample_shape)
 
     def of_size(self, sample_shape: Sequence[int]) -> Student:
-        """The student for one of its sizes alone: the weights are shared, and grid and usual shape are those of that size."""
+        """The student restricted to one of its sizes: it shares the weights, and has that size's grid and shape."""
         shape = self.trained_shape(sample_shape)
         grid = self.config.grid_of(shape)
         one = copy.copy(self)
@@ -158,7 +159,7 @@ class Student(nn.Module):
         return self.conditions
 
     def as_condition(self, condition: Condition | torch.Tensor) -> Condition:
-        """A condition as it is, or that of condition numbers, such as class labels, int64 [B]."""
+        """Return a condition unchanged, or look up condition numbers, such as class labels, int64 [B]."""
         return condition if isinstance(condition, Condition) else self.require_conditions().take(condition)
 
     def forward(
@@ -179,7 +180,7 @@ class Student(nn.Module):
         condition: Condition | torch.Tensor,  # B rows, or their numbers
         cache: HistoryCache,
     ) -> tuple[torch.Tensor, HistoryCache]:  # [B, C, ...]
-        """The cached pass: one step on the history in `cache`. Returns the prediction and the cache for the next step."""
+        """The cached pass: one step, given the history in `cache`. Returns the prediction and the cache for the next step."""
         prediction = self._run(latest[:, None], self.as_condition(condition), first=step, cache=cache)[:, 0]
         return prediction, cache.advance()
 
@@ -204,7 +205,7 @@ class Student(nn.Module):
         return self.trunk.prepare(self.times.embed_times(sample_shape)[None], condition)
 
     def new_cache(self, batch_size: int, sample_shape: tuple[int, ...] | None = None) -> PreallocatedCache:
-        """An empty cache for `batch_size` samples, of the parameters' dtype and device."""
+        """An empty cache for `batch_size` samples, with the dtype and device of the parameters."""
         weight = next(self.trunk.parameters())
         shapes = self.trunk.attention_shapes(self.config.history_layers, sample_shape or self.sample_shape)
         sizes = [(batch_size, shape.heads, self.num_steps * shape.tokens, shape.head_dim) for shape in shapes]
@@ -212,7 +213,7 @@ class Student(nn.Module):
         return PreallocatedCache(keys, values, self.num_steps)
 
     def history(self, steps: int, cache: HistoryCache | None) -> History | None:
-        """The attention of the lowest layers in a pass of `steps` steps; None: no layer remembers."""
+        """The history for the lowest layers' attention in a pass of `steps` steps; None: no layer has a history."""
         config = self.config
         if not config.history_layers:
             return None
@@ -256,14 +257,15 @@ class Student(nn.Module):
         text: TextSource | None = None,
         share: bool = False,
     ) -> Student:
-        """A student with the teacher's weights; heads are copies of the teacher's, less its predicted-variance channels.
+        """Make a student from the teacher's weights; its heads are copies of the teacher's, without predicted-variance
+        channels.
 
         Args:
             teacher: a teacher with a network, such as `load_teacher` returns.
-            grid: where it jumps, or a list with the grid of each of `sample_shapes`; `embed_times` are set for the target
-                (`TimeGrid.for_target`).
+            grid: the times of its jumps, or a list with a grid for each of `sample_shapes`; `embed_times` are set to suit the
+                target (`TimeGrid.for_target`).
             history_layers, mask, window, target, output, heads, history_bias, sample_shapes, text: as in `StudentConfig`.
-            share: the trunk's weights are the teacher's own tensors, for `add_lora` to freeze; False: copies.
+            share: use the teacher's own tensors as the trunk's weights, for `add_lora` to freeze; False: copy them.
         """
         network = teacher.network
         shared = [*network.trunk.parameters(), *network.trunk.buffers()] if share else []
@@ -296,19 +298,19 @@ class Student(nn.Module):
     def save_pretrained(self, path: str | Path, *, merge: bool = False) -> None:
         """Write `config.json`, `model.safetensors`, a model card and, with a codec, `vae/`.
 
-        An interrupted write leaves the old folder; a README.md that pyard did not write stays.
+        If writing is interrupted, the old folder stays as it was. A README.md that pyard did not write is kept.
 
-        Low-rank additions are added to the weights, unless the student names a base (`StudentConfig.base`): then only what was
-        trained is written, and `from_pretrained` reads the base from where it is.
+        Low-rank additions are merged into the weights, unless the student names a base (`StudentConfig.base`). In that case
+        only the trained tensors are written, and `from_pretrained` reads the base from its own path.
 
         Args:
             path: the folder.
-            merge: write all weights, additions included, of a student that names a base, too.
+            merge: also merge the additions of a student that names a base, and write all weights.
         """
         self.save_named(path, merge=merge)
 
     def save_named(self, path: str | Path, name: str | None = None, *, merge: bool = False, card: bool = True) -> None:
-        """As `save_pretrained`; the card's lines load `name`, a repository on the hub. Without `card` there is none."""
+        """Like `save_pretrained`, with code in the card that loads `name`, a repository on the hub; without `card`, no card."""
         drop_foreign_scores(self)
         if self.lora is None:
             self.write_folder(path, self.state_dict(), name=name, card=card)
@@ -324,7 +326,7 @@ class Student(nn.Module):
     def write_folder(
         self, path: str | Path, tensors: dict[str, torch.Tensor], *, name: str | None = None, card: bool = True
     ) -> None:
-        """Write a folder of this student with these tensors, such as trained ones that were gathered from shards."""
+        """Write this student's folder with the given tensors, such as trained ones gathered from shards."""
         path = Path(path)
 
         def beside(folder: Path) -> None:
@@ -340,9 +342,9 @@ class Student(nn.Module):
         """Upload the student's folder to the Hugging Face hub; returns the address of the commit.
 
         Args:
-            repo_id: `owner/name`; made if there is none. A README.md in it that pyard did not write stays.
-            private: of a new repository; None: the owner's default.
-            token: of the hub; None: that of `hf auth login`.
+            repo_id: `owner/name`; created if it does not exist. A README.md there that pyard did not write is kept.
+            private: whether a new repository is private; None: the owner's default.
+            token: access token of the hub; None: that of `hf auth login`.
         """
         return push_folder(self.save_named, repo_id, private=private, token=token)
 
@@ -354,17 +356,17 @@ class Student(nn.Module):
         network: type[Backbone] | str | None = None,
         base: str | Path | Denoiser | None = None,
     ) -> Student:
-        """Read a student's folder, or a run's or a pipeline's folder with one in `student/`.
+        """Read a student's folder, or the folder of a run or pipeline, which has a student in `student/`.
 
         Args:
-            path: the folder, or `owner/name` of one on the Hugging Face hub.
+            path: the folder, or `owner/name` of a repository on the Hugging Face hub.
             network: class of the student's backbone, if it is not one of pyard's families, or "package.module:Class" to
                 import it from (`docs/own-teacher.md`).
-            base: of a LoRA student, where its base is now: the pipeline's folder, or a transformer (folder or file); or the
-                teacher's network, whose weights are then shared; None: at its path during training.
+            base: for a LoRA student, where its base is now: the pipeline's folder, or a transformer (folder or file); or the
+                teacher's network, whose weights are then shared; None: the base's path during training.
 
         Raises:
-            InputError: no student there, files that do not fit, or a base that is not there or has changed.
+            InputError: there is no student, its files do not match each other, or the base is missing or has changed.
         """
         path = local_folder(path)
         folder = path / "student" if (path / "student").is_dir() else path

@@ -1,4 +1,4 @@
-"""What a student is: sizes, grid, history and output; stored beside its weights."""
+"""The configuration of a student (sizes, grid, history, output), which is stored beside its weights."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class TextSource:
     """Where a text-to-image student's text encoders and VAE are, and how texts are encoded for it.
 
     Args:
-        pipeline: diffusers' class of its teacher's pipeline, such as `FluxPipeline`.
-        folder: of that pipeline.
-        max_sequence_length: limit of text tokens; None: the pipeline's.
-        constants: what every prompt is conditioned on beside its text, such as `{"guidance": 3.5}`.
+        pipeline: name of the diffusers class of its teacher's pipeline, such as `FluxPipeline`.
+        folder: folder of that pipeline.
+        max_sequence_length: largest number of text tokens; None: the pipeline's limit.
+        constants: further conditions that are the same for every prompt, such as `{"guidance": 3.5}`.
     """
 
     pipeline: str
@@ -51,18 +51,19 @@ class TextSource:
 
 @dataclass(frozen=True)
 class BaseSource:
-    """The frozen weights that a LoRA student stands on; its folder holds the trained ones alone.
+    """The frozen weights of a LoRA student, whose folder contains only the trained ones.
 
-    They are those of the transformer of `TextSource.folder`, unless a fine-tuned one took its place.
+
+    They are the weights of the transformer in `TextSource.folder`, unless a fine-tuned one replaced it.
 
     Args:
-        fingerprint: sha256 of their values, see `pyard.models.fingerprint.weights_digest`.
-        dtype: that they were read in: float32 | bfloat16 | float16.
-        rank: of the additions.
-        heads: what was trained of the output layers: whole | lora | frozen.
-        transformer: a fine-tuned one in the place of the folder's: folder or single file.
-        lora: a LoRA that was added to the transformer before.
-        variant: of the transformer's weights, such as `fp16`.
+        fingerprint: sha256 of the weights' values, see `pyard.models.fingerprint.weights_digest`.
+        dtype: dtype in which they were read: float32 | bfloat16 | float16.
+        rank: rank of the additions.
+        heads: how the output layers were trained: whole | lora | frozen.
+        transformer: a fine-tuned transformer that replaced the folder's: folder or single file.
+        lora: a LoRA that was added to the transformer before training.
+        variant: variant of the transformer's weights, such as `fp16`.
     """
 
     fingerprint: str
@@ -80,38 +81,41 @@ class BaseSource:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """What a student is; stored beside its weights.
+    """The configuration of a student, which is stored beside its weights.
 
     Args:
-        network: sizes of the backbone, whose output has the C channels that the student predicts.
-        grid: the jumps, and the times that the embedding sees; of several sizes, those of the usual one.
+        network: configuration of the backbone, whose output has the C channels that the student predicts.
+        grid: the times of the jumps, and those given to the time embedding; with several sizes, the grid of the usual size.
         schedule: the teacher's forward process.
-        history_layers: N, how many of the lowest blocks see earlier steps; 0 is step distillation; None: a quarter of the
-            backbone's, rounded up.
-        mask: which earlier steps they see: `diagonal` none, `window` the last `window` (own one included), `anchor` the first
-            (pure noise), `causal` all (figure 1b of the paper).
-        window: steps of the `window` mask, own one included; None for the other masks.
+        history_layers: N, the number of lowest blocks that see earlier steps. 0 is step distillation; None: a quarter of the
+            backbone's blocks, rounded up.
+        mask: which steps those blocks see: `diagonal`, only the step itself; `window`, the last `window` steps including
+            itself; `anchor`, itself and the first one (pure noise); `causal`, itself and all earlier ones (figure 1b of the
+            paper).
+        window: number of steps that the `window` mask shows, including the step itself; None for the other masks.
         target: what a step predicts: the ODE `state` at the next grid time, or the teacher's `denoised` prediction.
-        output: `direct`, the head's output is the prediction, as in the authors' code: the head is the teacher's, though it now
-            has to say something else; it suits `denoised` targets, whose inputs carry no noise to start from. `jump`, it
-            enters the teacher's own update a_s u_s + b_s F, so that the untrained student with N = 0 is the teacher's unguided
-            DDIM/Euler sampler: training begins from a sampler, not from noise, and needs `state` targets. None: `jump` for
-            `state` targets and three steps or more, else `direct`.
+        output: with `direct`, the head's output is the prediction, as in the authors' code. The head starts from the teacher's
+            weights but has to learn another quantity; this suits `denoised` targets, whose inputs contain no noise. With
+            `jump`, the head's output F goes through the teacher's own update a_s u_s + b_s F, so the untrained student
+            with N = 0 is the teacher's unguided DDIM/Euler sampler and training starts from a working sampler; this needs
+            `state` targets. None: `jump` for `state` targets and three steps or more, else `direct`.
         heads: one head `per_step`, or one `shared` by all.
-        history_bias: start value of a learned bias per head on the logits of earlier steps' keys, which the teacher never saw:
-            strongly negative, it keeps the start of `jump` with N > 0 too; None: no bias; `auto`: -4 for `jump`, else none.
-        teacher_fingerprint: of the teacher that it was made from.
-        class_names: of the classes, in order, where the teacher knows them; synonyms are separated by commas.
+        history_bias: initial value of a learned bias per head, added to the logits of earlier steps' keys. The teacher has
+            never seen these keys, so a strongly negative value lets a `jump` student with N > 0 also start as the teacher's
+            sampler. None: no bias; `auto`: -4 for `jump`, else no bias.
+        teacher_fingerprint: fingerprint of the teacher that it was made from.
+        class_names: names of the classes, in order, if the teacher has them; synonyms are separated by commas.
         family: name of the backbone's family (`pyard.models.families`), or `package.module:Class` of the user's own.
-        sample_shapes: [C, ...] of the samples that it was trained on; None: those of `network.sample_shape` alone.
-        grids: one for each of `sample_shapes`, where the times depend on the size; None: `grid` is that of all of them.
-        text: of a student that draws from prompts, where its texts are encoded; None: it is given numbers or tensors.
-        base: of a student trained by LoRA over a text-to-image pipeline, the frozen weights, which its folder does not hold;
-            None: its folder holds all weights.
-        cfg_scale: guidance weight of the trajectories that it was trained on; None: unknown, and so are the next three.
-        cfg_channels: channels that were guided in them; None: all.
-        cfg_interval: lowest and highest teacher time that was guided in them; None: all.
-        solver: of the teacher in them.
+        sample_shapes: all shapes [C, ...] that it was trained on; None: only `network.sample_shape`.
+        grids: a grid for each of `sample_shapes`, if the times depend on the size; None: `grid` applies to all of them.
+        text: for a student that draws from prompts, where its text encoders are; None: it is given condition numbers or
+            tensors.
+        base: for a student trained by LoRA on a text-to-image pipeline, the frozen weights, which its folder does not contain;
+            None: its folder contains all weights.
+        cfg_scale: guidance weight of the trajectories of its training; None: unknown, as are the next three.
+        cfg_channels: number of channels that were guided; None: all.
+        cfg_interval: lowest and highest teacher time that was guided; None: all.
+        solver: the teacher's solver.
     """
 
     network: BackboneConfig
@@ -175,19 +179,19 @@ class StudentConfig:
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """[C, ...] of the samples that it was trained on, at least one."""
+        """All shapes [C, ...] that it was trained on, at least one."""
         return self.sample_shapes or (tuple(self.network.sample_shape),)
 
     @property
     def usual_shape(self) -> tuple[int, ...]:
-        """[C, ...] of the samples that it draws unless it is asked for others."""
+        """The shape [C, ...] that it draws by default."""
         return usual_shape(self.shapes, self.network)
 
     def grid_of(self, sample_shape: Sequence[int]) -> TimeGrid:
-        """The grid for samples of a shape.
+        """The time grid for samples of a shape.
 
         Raises:
-            InputError: the student was not trained on that shape, which only matters where each has its own grid.
+            InputError: the student was not trained on that shape. This is only checked if every shape has its own grid.
         """
         if self.grids is None:
             return self.grid
@@ -207,7 +211,7 @@ class StudentConfig:
 
     @property
     def teacher_settings(self) -> dict[str, Any] | None:
-        """How the teacher sampled the trajectories that it was trained on, by name; None: unknown."""
+        """The settings, by name, with which the teacher sampled the trajectories of its training; None: unknown."""
         if self.cfg_scale is None:
             return None
         return {"teacher_steps": self.grid.teacher_steps, **{name: getattr(self, name) for name in _OF_THE_TRAJECTORIES}}
@@ -231,7 +235,7 @@ class StudentConfig:
 
         Args:
             config: the dictionary.
-            network: class of a backbone that is none of pyard's, or where to import it from.
+            network: class of a backbone that is not one of pyard's, or "package.module:Class".
         """
         if not all(isinstance(config.get(name), Mapping) for name in ("network", "grid", "schedule")):
             raise InputError("student: its config.json has no network, grid and schedule; pyard did not write it")
@@ -256,7 +260,7 @@ class StudentConfig:
 
 
 def usual_shape(shapes: Sequence[tuple[int, ...]], network: BackboneConfig) -> tuple[int, ...]:
-    """Of the shapes that a student was trained on, the one that it draws unless it is asked for others."""
+    """The shape that a student draws by default, among those that it was trained on."""
     usual = tuple(network.sample_shape)
     return usual if usual in shapes else shapes[0]
 
@@ -264,8 +268,8 @@ def usual_shape(shapes: Sequence[tuple[int, ...]], network: BackboneConfig) -> t
 def default_output(target: Target, num_steps: int) -> Output:
     """`jump` for state targets and three steps or more, else `direct`.
 
-    A student of `jump` starts as the teacher's own sampler of S steps, and ends far closer to the teacher where that sampler is
-    any good: measured on the built-in digits, for S = 1, 2 and 4, in `docs/quality.md`.
+    A `jump` student starts as the teacher's own sampler with S steps, and if that sampler is reasonable, ends far closer to the
+    teacher. `docs/quality.md` has measurements on the built-in digits for S = 1, 2 and 4.
     """
     return "jump" if target == "state" and num_steps >= 3 else "direct"
 
@@ -276,5 +280,5 @@ def default_history_layers(depth: int) -> int:
 
 
 def default_history_bias(output: Output, history_layers: int) -> float | None:
-    """Switched off for `jump` outputs with a history, so that they start nearly as the teacher's sampler; else none."""
+    """A bias that switches the history of `jump` students off at first, so they start as the teacher's sampler; else None."""
     return HISTORY_SWITCHED_OFF if output == "jump" and history_layers > 0 else None

@@ -1,4 +1,4 @@
-"""An exported student in onnxruntime: numpy and onnxruntime are all that this package imports."""
+"""Exported students in onnxruntime: this package imports only numpy and onnxruntime."""
 
 from pyard.runtime.conditions import ConditionTensor
 from pyard.runtime.onnx_pipeline import OnnxPipeline

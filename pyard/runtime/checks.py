@@ -1,4 +1,4 @@
-"""What an ONNX file says of itself, compared with its graph before anything is computed; numpy alone."""
+"""Checks of an ONNX file's metadata against its graph, before anything is computed; needs only numpy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OUTPUTS = {"sampler": {"sample"}, "step": {"prediction"}}
 
 
 def check_info(info: OnnxStudentInfo, session: Any, path: Path) -> None:
-    """Raises InputError if a file's metadata are not those of its graph, or of no student at all."""
+    """Raise an InputError if a file's metadata do not match its graph, or are not those of a student."""
     where = f"{path}: its metadata"
     if info.form not in _INPUTS:
         raise InputError(f"{where}: form is {info.form!r:.60}; expected {' or '.join(_INPUTS)}. Export the student again")
@@ -64,6 +64,6 @@ class NotFiniteError(InputError):
 
 
 def require_finite(samples: NDArray[Any], path: Path) -> None:
-    """Raises NotFiniteError if a student drew something that is no picture."""
+    """Raise a NotFiniteError if a student's output contains NaN or infinity."""
     if samples.dtype != np.uint8 and not np.isfinite(samples).all():
         raise NotFiniteError(f"{path} drew NaN or infinity: its weights are damaged, or its precision is too low for them")

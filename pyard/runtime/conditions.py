@@ -1,4 +1,4 @@
-"""What an exported student takes beside the noise, and the check of what a caller gives; numpy alone."""
+"""The conditions that an exported student takes besides the noise, and the check of a caller's; needs only numpy."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class ConditionTensor:
     """One tensor of a condition.
 
     Args:
-        name: of the graph's input.
-        dtype: numpy's name of it.
-        shape: of [B, ...]; a free size is a name, and equal names are equal sizes.
+        name: name of the graph's input.
+        dtype: numpy's name of the dtype.
+        shape: the shape [B, ...], in which a name stands for a size that is not fixed; equal names are equal sizes.
     """
 
     name: str
@@ -37,16 +37,17 @@ def check_condition(
     tensors: Sequence[ConditionTensor],
     num_classes: int | None,
 ) -> dict[str, NDArray[Any]]:
-    """The arrays of a condition by name, [n, ...] each.
+    """The arrays of a condition by name, each [n, ...], after checking them.
 
     Args:
-        labels: integers [n], of a class-conditional student; or None.
+        labels: integers [n], for a class-conditional student; or None.
         condition: arrays by name; or None.
-        tensors: what the student takes.
+        tensors: the tensors that the student takes.
         num_classes: labels are 0 to num_classes - 1; None: the student takes no classes.
 
     Raises:
-        InputError: both of them or none, other names, dtypes or shapes than those of `tensors`, or a label out of range.
+        InputError: both or neither of `labels` and `condition` are given, names, dtypes or shapes are not those of `tensors`,
+            or a label is out of range.
     """
     expected = ", ".join(map(str, tensors))
     if (labels is None) == (condition is None):

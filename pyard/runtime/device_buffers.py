@@ -1,4 +1,4 @@
-"""Inputs and outputs that stay where the model runs: onnxruntime's IOBinding, and CUDA graphs on top of it."""
+"""Inputs and outputs that stay on the model's device: onnxruntime's IOBinding, and CUDA graphs on top of it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 
 
 class FixedBuffers:
-    """Runs a session on buffers that keep their addresses, one set for each set of shapes, as CUDA graphs need them.
+    """Runs a session on buffers with fixed addresses, as CUDA graphs need them; there is one set of buffers per set of shapes.
 
-    The first call of a batch size, and of the sizes of a condition, records its graph (onnxruntime's `gpu_graph_id`), later
-    ones replay it: one launch instead of thousands. On the CPU the same calls run without a graph.
+    The first call with a batch size and condition sizes records a CUDA graph (onnxruntime's `gpu_graph_id`). Later calls replay
+    it, with one launch instead of thousands. On the CPU the same calls run without a graph.
 
     Args:
-        session: of the form `sampler`; on CUDA, opened with the provider option `enable_cuda_graph`.
+        session: a session of the form `sampler`; on CUDA, opened with the provider option `enable_cuda_graph`.
         output: name of its output.
-        shape: of one row of the output.
-        dtype: of the output.
+        shape: shape of one row of the output.
+        dtype: dtype of the output.
         device: `cuda` or `cpu`.
     """
 

@@ -1,4 +1,4 @@
-"""A text-to-image student in onnxruntime: prompts in, pictures out, with numpy and onnxruntime alone.
+"""A text-to-image student in onnxruntime: draws pictures from prompts with only numpy and onnxruntime.
 
 n pictures · C channels · h, w sides of a sample · H, W sides of a picture in pixels
 """
@@ -26,9 +26,9 @@ from pyard.storage.typed import checked
 
 
 class OnnxPipeline:
-    """A folder written by `python -m pyard.export --onnx DIR/`.
+    """A text-to-image student in a folder written by `python -m pyard.export --onnx DIR/`.
 
-    Graphs are opened when they are first needed, once. Any number of threads may call a pipeline at once.
+    Each graph is opened once, when it is first needed. Any number of threads may use a pipeline at once.
 
     Example:
         pipeline = OnnxPipeline.from_folder("sd35-onnx")
@@ -37,17 +37,18 @@ class OnnxPipeline:
             show(preview[0])
 
     Args:
-        folder: of the pipeline.
-        providers, threads: as of `OnnxStudent`.
-        share: other pipelines; a component that one of them has with the same files is not opened again.
+        folder: the pipeline's folder.
+        providers, threads: as in `OnnxStudent`.
+        share: other pipelines; components that one of them has already opened from the same files are used again.
 
     Attributes:
-        sizes: of pictures; the first one is the usual.
+        sizes: sizes of the pictures that can be drawn; the first is the usual one.
         num_steps: S.
-        constants: what every prompt is conditioned on beside its text.
+        constants: further conditions that are the same for every prompt.
 
     Raises:
-        InputError: no such folder, files that are missing or cut off, a folder of a newer pyard, an unknown provider.
+        InputError: the folder does not exist, has missing or truncated files, or was written by a newer pyard; or a provider is
+            unknown.
     """
 
     @checked("OnnxPipeline")
@@ -82,17 +83,17 @@ class OnnxPipeline:
         *,
         share: Sequence[OnnxPipeline] = (),
     ) -> OnnxPipeline:
-        """The pipeline of a folder; arguments as of the class."""
+        """Open the pipeline of a folder; the arguments are those of the class."""
         return cls(folder, providers, threads, share=share)
 
     def encode(self, prompts: str | Sequence[str]) -> dict[str, NDArray[Any]]:
-        """The condition of prompts, which `sample` and `stream` take in their place.
+        """Encode prompts as a condition, which `sample` and `stream` accept instead of the prompts.
 
         Returns:
             tokens float32 [n, tokens, D], mask bool [n, tokens] and, by family, pooled float32 [n, E] and constants [n].
 
         Raises:
-            InputError: the folder has no text encoders, no prompts, or `tokenizers` is not installed.
+            InputError: there are no prompts, the folder has no text encoders, or `tokenizers` is not installed.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts or not all(isinstance(text, str) for text in texts):
@@ -114,26 +115,27 @@ class OnnxPipeline:
         condition: Mapping[str, NDArray[Any]] | None = None,
         output_type: Literal["np", "pil"] = "np",
     ) -> Any:
-        """Draw a picture of each prompt, or of each row of a condition.
+        """Draw a picture for each prompt, or for each row of a condition.
 
         Picture i starts from the noise of `(seed, i)`, as in `pyard.sample`, whatever the batch size.
 
         Args:
-            prompts: one text or more.
-            seed: of the noise, 0 to 2**64 - 1.
-            height, width: of the pictures, in pixels; None: the usual size, or the one that fits the other.
-            batch_size: pictures that are drawn together; bounds memory. None: all at once.
-            noise: float32 [n, C, h, w] to start from instead of the seed's.
-            condition: instead of prompts, `tokens` float32 [n, tokens, D], `mask` bool [n, tokens] (missing: all are text),
-                and, by family, `pooled` float32 [n, E], as `encode` gives them.
-            output_type: `np`, an array; `pil`, a list of Pillow's images.
+            prompts: one text or a list of texts.
+            seed: random seed of the noise, 0 to 2**64 - 1.
+            height, width: size of the pictures in pixels; None: the usual size, or if only one of them is given, the size that
+                has it.
+            batch_size: number of pictures drawn together, which limits memory. None: all at once.
+            noise: initial noise, float32 [n, C, h, w], to use instead of the seed's.
+            condition: instead of prompts, `tokens` float32 [n, tokens, D], `mask` bool [n, tokens] (if missing, all tokens are
+                text) and, depending on the family, `pooled` float32 [n, E], as returned by `encode`.
+            output_type: `np` for an array, `pil` for a list of Pillow images.
 
         Returns:
             uint8 [n, H, W, 3], or n images.
 
         Raises:
-            InputError: not one of prompts and condition; a size that the student did not learn; wrong shapes; `pil` where
-                Pillow is not installed.
+            InputError: both or neither of prompts and condition are given; the student was not trained on the size; shapes are
+                wrong; or `pil` is requested and Pillow is not installed.
         """
         tensors, count = self._condition(prompts, condition)
         size = self._size(height, width)
@@ -153,7 +155,7 @@ class OnnxPipeline:
     def latents(
         self, condition: Arrays, noise: NDArray[np.float32], *, height: int | None = None, width: int | None = None
     ) -> NDArray[np.float32]:
-        """Samples before they are decoded, float32 [n, C, h, w]; arguments as of `sample`."""
+        """Draw samples without decoding them, float32 [n, C, h, w]; the arguments are those of `sample`."""
         tensors, count = self._condition(None, condition)
         size = self._size(height, width)
         begin = self._noise(noise, 0, np.arange(count), size, count)
@@ -171,16 +173,16 @@ class OnnxPipeline:
         noise: NDArray[np.float32] | None = None,
         condition: Mapping[str, NDArray[Any]] | None = None,
     ) -> Iterator[NDArray[np.uint8]]:
-        """Draw pictures and show them while they form: S of them, the last is that of `sample`.
+        """Draw pictures and return a preview after each of the S steps; the last one is the result of `sample`.
 
         Args:
-            prompts, seed, height, width, noise, condition: as for `sample`.
+            prompts, seed, height, width, noise, condition: as in `sample`.
 
         Returns:
-            An iterator over S arrays uint8 [n, H, W, 3]; each is computed when it is asked for.
+            An iterator over S arrays uint8 [n, H, W, 3]; each is computed when it is requested.
 
         Raises:
-            InputError: as for `sample`; the folder has no graph of single steps.
+            InputError: as in `sample`; or the folder has no graph of single steps.
         """
         tensors, count = self._condition(prompts, condition)
         size = self._size(height, width)
@@ -194,7 +196,7 @@ class OnnxPipeline:
         """Compare every file with its checksum.
 
         Raises:
-            InputError: naming the first file that differs.
+            InputError: a file differs; the message names the first one.
         """
         for name, about in self.config["files"].items():
             with (self.folder / name).open("rb") as file:
@@ -213,7 +215,7 @@ class OnnxPipeline:
         return tensors, len(tensors["tokens"])
 
     def _complete(self, condition: Arrays) -> dict[str, NDArray[Any]]:
-        """With the mask and the constants that are missing, and of the shapes that the graphs take."""
+        """Add a missing mask and missing constants, and check the shapes."""
         tokens = condition.get("tokens")
         if not isinstance(tokens, np.ndarray) or tokens.ndim != 3 or not len(tokens):
             found = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, np.ndarray) else type(tokens).__name__
@@ -269,7 +271,7 @@ class OnnxPipeline:
             return self._opened[place]
 
     def _opened_as(self, place: str, checksums: dict[str, str]) -> Any:
-        """The component at a place, opened if need be; None: it is another one."""
+        """The component at a place, opened if necessary; None: it is another component."""
         if self._checksums(place) != checksums:
             return None
         if place.startswith("transformer/"):
@@ -277,7 +279,7 @@ class OnnxPipeline:
         return self._session(place)
 
     def _checksums(self, place: str) -> dict[str, str]:
-        """Of a graph and of the weights that may be its own."""
+        """Checksums of a graph and of its weights' file, if it has one."""
         folder = place.rpartition("/")[0]
         files: dict[str, Any] = self.config["files"]
         return {
@@ -288,7 +290,7 @@ class OnnxPipeline:
 
 
 def as_images(pictures: NDArray[np.uint8]) -> list[Any]:  # [n, H, W, C]
-    """Pictures as Pillow's images."""
+    """Convert pictures to Pillow images."""
     try:
         from PIL import Image
     except ImportError:
@@ -297,6 +299,6 @@ def as_images(pictures: NDArray[np.uint8]) -> list[Any]:  # [n, H, W, C]
 
 
 def to_pictures(samples: NDArray[np.float32]) -> NDArray[np.uint8]:  # [n, C, H, W] -> [n, H, W, C]
-    """Pictures from -1 to 1 as 8-bit ones, rounded to the nearest level."""
+    """Convert pictures from -1 ... 1 to 8 bits, rounded to the nearest level."""
     levels = np.clip(np.rint((samples.astype(np.float64) + 1) * 127.5), 0, 255).astype(np.uint8)
     return levels.transpose(0, 2, 3, 1)

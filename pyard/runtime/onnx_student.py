@@ -1,4 +1,4 @@
-"""Sampling an exported student with onnxruntime: numpy and onnxruntime are all that this module imports."""
+"""Sampling an exported student with onnxruntime: this module imports only numpy and onnxruntime."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 @dataclass(frozen=True)
 class OnnxStudentInfo:
-    """What an exported student says about itself, and where it runs.
+    """The metadata of an exported student, and where it runs.
 
     Args:
-        form: `sampler`, all S passes in one graph, or `step`, one of them.
+        form: `sampler`, where the graph runs all S passes, or `step`, where it runs one.
         num_steps: S.
         history_layers: N.
         num_classes: labels are 0 ... num_classes - 1; None: the student is conditioned on something else.
-        num_conditions: rows of the table that the student was trained with; None: it has no table.
+        num_conditions: number of rows of the table that the student was trained with; None: it has no table.
         conditions: the tensors that condition it.
-        sample_shape: (C, ...) of the noise, and of a sample that is no picture.
-        output_shape: of what `sample` returns for each label: `sample_shape`, or (height, width, 3) of a picture.
+        sample_shape: (C, ...) of the noise, and of samples that are not pictures.
+        output_shape: shape of what `sample` returns for each label: `sample_shape`, or (height, width, 3) for pictures.
         times: the S + 1 grid times, in the teacher's time.
-        precision: `fp32`, `fp16`, `int8` or `int8-static`, of weights and products.
-        pictures: whether a decoder turns samples into pictures, uint8.
-        pyard_version: of the exporter.
-        weights_sha256: of the student's weights, equal in every export of the same student.
-        teacher_fingerprint: of the teacher that the student was distilled from.
-        parity: relative error against PyTorch that the export measured, by batch size.
+        precision: precision of weights and products: `fp32`, `fp16`, `int8` or `int8-static`.
+        pictures: whether a decoder in the file turns samples into uint8 pictures.
+        pyard_version: version of pyard that wrote the file.
+        weights_sha256: sha256 of the student's weights, the same in every export of the student.
+        teacher_fingerprint: fingerprint of the teacher that the student was distilled from.
+        parity: relative error to PyTorch that the export measured, by batch size.
         provider: the onnxruntime execution provider that runs it.
-        teacher_settings: how the teacher sampled the trajectories that it was trained on, by name; None: the file does not
-            say.
+        teacher_settings: settings, by name, with which the teacher sampled the trajectories of the student's training; None:
+            the file does not have them.
     """
 
     form: str
@@ -74,17 +74,17 @@ class OnnxStudent:
 
     Args:
         path: the file.
-        providers: onnxruntime execution providers, best first, by name or as (name, options); None takes CUDA where the
+        providers: onnxruntime execution providers in order of preference, by name or as (name, options); None uses CUDA if the
             installed onnxruntime and the machine have it, else the CPU.
-        threads: CPU threads of one call; None leaves the choice to onnxruntime (one for each physical core).
-        cuda_graphs: on CUDA, record the whole sampler once for each batch size and replay it; calls of several threads then
+        threads: CPU threads per call; None leaves the choice to onnxruntime (one per physical core).
+        cuda_graphs: on CUDA, record the whole sampler once for each batch size and replay it; calls from several threads then
             wait for each other.
 
-    `repr(student)` says in one line what it is and where it runs.
+    `repr(student)` describes the student and its provider in one line.
 
     Raises:
-        InputError: no such file, a damaged one, one that is too new for this onnxruntime, a model that is not pyard's, an
-            unknown provider.
+        InputError: the file does not exist, is damaged, is too new for this onnxruntime, or was not written by pyard; or a
+            provider is unknown.
 
     Example:
         student = OnnxStudent("student.onnx")
@@ -124,21 +124,21 @@ class OnnxStudent:
     ) -> NDArray[Any]:
         """Draw one sample for each label, or for each row of a condition.
 
-        Sample i starts from `pyard.diffusion.noise.standard_normal(seed, [i], sample_shape)` whatever the batch size, as it
-        does in `pyard.sample`, so both draw the same samples up to rounding. Any number of threads may call it at once.
+        Whatever the batch size, sample i starts from `pyard.diffusion.noise.standard_normal(seed, [i], sample_shape)`. So does
+        `pyard.sample`, so both draw the same samples up to rounding. Any number of threads may call this at once.
 
         Args:
-            labels: class of each sample, 0 ... num_classes - 1, integers [n]; of a class-conditional student.
-            seed: of the noise, 0 to 2**64 - 1.
-            batch_size: samples that run together; bounds memory. None runs all at once.
-            noise: float32 [n, C, ...] to start from instead of the seed's.
-            condition: instead of labels, arrays [n, ...] by name, with dtypes and shapes as in `info.conditions`.
+            labels: for a class-conditional student, the class of each sample, integers [n] in 0 ... num_classes - 1.
+            seed: random seed of the noise, 0 to 2**64 - 1.
+            batch_size: number of samples drawn together, which limits memory. None: all at once.
+            noise: initial noise, float32 [n, C, ...], to use instead of the seed's.
+            condition: instead of labels, arrays [n, ...] by name, with the dtypes and shapes in `info.conditions`.
 
         Returns:
             float32 [n, C, ...], in the range of the training data; uint8 [n, height, width, 3] from a file with a decoder.
 
         Raises:
-            InputError: labels, condition, noise, seed or batch size out of range or of the wrong shape or type.
+            InputError: labels, condition, noise, seed or batch size are out of range or have the wrong shape or type.
         """
         tensors, count = self._check(labels, condition, noise)
         shape = self.info.sample_shape
@@ -168,16 +168,16 @@ class OnnxStudent:
         noise: NDArray[np.float32] | None = None,
         condition: Mapping[str, NDArray[Any]] | None = None,
     ) -> Iterator[NDArray[Any]]:
-        """Draw samples and show them while they form: the S predictions one by one, coarse ones first.
+        """Draw samples and return a preview after each step: the S predictions one by one, coarse ones first.
 
         Args:
-            labels, seed, noise, condition: as for `sample`.
+            labels, seed, noise, condition: as in `sample`.
 
         Returns:
-            An iterator over S arrays like those of `sample`; each is computed when it is asked for, the last is the sample.
+            An iterator over S arrays like those of `sample`; each is computed when it is requested, and the last is the sample.
 
         Raises:
-            InputError: as for `sample`; the file is of the form `sampler`, which computes all steps in one go.
+            InputError: as in `sample`; or the file has the form `sampler`, which computes all steps in one call.
         """
         if self.info.form != "step":
             raise InputError(
@@ -195,7 +195,7 @@ class OnnxStudent:
     def run_steps(
         self, noise: NDArray[np.float32], condition: Mapping[str, NDArray[Any]]
     ) -> Iterator[tuple[dict[str, Any], NDArray[Any]]]:
-        """What each step of the form `step` is fed with, and its prediction (a picture where the file has a decoder).
+        """Yield each step's inputs in the form `step`, and its prediction (a picture if the file has a decoder).
 
         Keys, values and latents stay on the device from one step to the next.
         """
@@ -205,7 +205,7 @@ class OnnxStudent:
     def steps_on_device(
         self, noise: NDArray[np.float32], condition: Mapping[str, NDArray[Any]]
     ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """Inputs and outputs of each step of the form `step`; the outputs are OrtValues where the model runs."""
+        """Yield the inputs and outputs of each step in the form `step`; the outputs are OrtValues on the model's device."""
         latest: Any = np.ascontiguousarray(noise)
         tensors = {name: np.ascontiguousarray(array) for name, array in condition.items()}
         past: dict[str, Any] = {
@@ -221,7 +221,7 @@ class OnnxStudent:
             yield inputs, outputs
 
     def sample_on_device(self, noise: NDArray[np.float32], condition: Mapping[str, NDArray[Any]]) -> Any:
-        """The sample of either form, an OrtValue where the model runs."""
+        """The sample, for either form, as an OrtValue on the model's device."""
         if self.info.form == "step":
             *_, (_, outputs) = self.steps_on_device(noise, condition)
             return outputs["prediction"]

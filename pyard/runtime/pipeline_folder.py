@@ -1,4 +1,4 @@
-"""What the folder of an exported text-to-image student says, and the tensors that its graphs take; numpy alone.
+"""The folder of an exported text-to-image student: its configuration, and the tensors that its graphs take; needs only numpy.
 
 C channels · h, w sides of a sample
 """
@@ -25,14 +25,14 @@ Arrays = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class PictureSize:
-    """One size of pictures that a pipeline draws, and the graphs that draw it, by their places in the folder.
+    """One size of pictures that a pipeline draws, and the graphs that draw it, by their paths in the folder.
 
     Args:
-        height, width: in pixels.
+        height, width: size in pixels.
         sample_shape: [C, h, w] of the noise.
         sampler: all steps in one call; None: not exported.
-        step: one step a call; None: not exported.
-        decoder: samples to pictures; None: samples are pictures, -1 to 1.
+        step: one step per call; None: not exported.
+        decoder: decodes samples to pictures; None: samples are pictures, -1 to 1.
     """
 
     height: int
@@ -44,14 +44,14 @@ class PictureSize:
 
 
 def check_tensors(given: Arrays, expected: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
-    """The tensors that the graphs take, in their dtypes.
+    """Check a caller's tensors and convert them to the dtypes that the graphs take.
 
     Args:
-        given: by name.
-        expected: name, dtype and shape of each, None for a size that is free.
+        given: the caller's tensors by name.
+        expected: name, dtype and shape of each tensor, with None for a size that is not fixed.
 
     Raises:
-        InputError: a tensor that is missing, unknown, or of another shape.
+        InputError: a tensor is missing, unknown, or has another shape.
     """
     shapes = ", ".join(f"{item['name']} {item['dtype']} {item['shape']}" for item in expected)
     unknown = set(given) - {item["name"] for item in expected}

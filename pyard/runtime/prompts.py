@@ -1,4 +1,4 @@
-"""Prompts to the tensors that a text-to-image student is conditioned on, by text encoders in onnxruntime.
+"""Encodes prompts with text encoders in onnxruntime, as the tensors that a text-to-image student is conditioned on.
 
 B batch · n tokens · D width of a token
 """
@@ -23,9 +23,9 @@ class PromptEncoder:
     """Tokenizers and text encoders of an exported pipeline.
 
     Args:
-        folder: of the pipeline.
+        folder: the pipeline's folder.
         layout: `text` of its `config.json` (`pyard.export.text_encoders.TextLayout`).
-        open_session: from the name of a text encoder to its session; called once for each, when it is first needed.
+        open_session: returns the session of a text encoder by its name; called once for each, when it is first needed.
     """
 
     def __init__(self, folder: Path, layout: Mapping[str, Any], open_session: Callable[[str], onnxruntime.InferenceSession]):
@@ -34,7 +34,7 @@ class PromptEncoder:
         self._lock = threading.Lock()  # a tokenizer is set up once
 
     def encode(self, texts: Sequence[str]) -> Arrays:
-        """The condition of texts: tokens float32 [B, n, D], mask bool [B, n], and pooled float32 [B, E] where there is one.
+        """Encode texts: tokens float32 [B, n, D], mask bool [B, n] and, if the student takes it, pooled float32 [B, E].
 
         Raises:
             InputError: the package `tokenizers` is not installed.
@@ -71,7 +71,7 @@ class PromptEncoder:
         return np.concatenate([found[name, "tokens"] for name in row], axis=2, dtype=np.float32)
 
     def inputs(self, settings: Mapping[str, Any], texts: Sequence[str]) -> Arrays:
-        """input_ids and attention_mask of one text encoder, int64 [B, n] each; `settings` are its entry in the layout."""
+        """The inputs of one text encoder, input_ids and attention_mask, int64 [B, n]; `settings` is its entry in the layout."""
         texts = [text.lower().strip() for text in texts] if settings["plain"] else list(texts)
         whole = [f"{settings['prefix']}{text}{settings['suffix']}" for text in texts]
         rows = [encoded.ids for encoded in self._tokenizer(settings).encode_batch(whole)]

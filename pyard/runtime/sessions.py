@@ -1,4 +1,4 @@
-"""Opening ONNX files in onnxruntime: which providers run them, and what is wrong with a file that does not open."""
+"""Opening ONNX files in onnxruntime: the choice of providers, and clear errors for files that do not open."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Provider = str | tuple[str, Mapping[str, Any]]
 
 
 def choose_providers(providers: Sequence[Provider] | None) -> list[tuple[str, dict[str, Any]]]:
-    """Execution providers by name, with their options; None: CUDA where it works, then the CPU.
+    """Execution providers by name, with their options; None chooses CUDA if it works, then the CPU.
 
     Raises:
-        InputError: a provider that this onnxruntime does not have.
+        InputError: this onnxruntime does not have a provider.
     """
     available = onnxruntime.get_available_providers()
     if providers is None:
@@ -55,10 +55,10 @@ def _cuda_driver_works() -> bool:
 def open_session(
     path: Path, providers: list[tuple[str, dict[str, Any]]], threads: int | None, cuda_graphs: bool
 ) -> onnxruntime.InferenceSession:
-    """A session of an ONNX file.
+    """Open a session of an ONNX file.
 
     Raises:
-        InputError: no such file, a damaged one, one that is too new for this onnxruntime, weights that are missing.
+        InputError: the file does not exist, is damaged or is too new for this onnxruntime; or its weights are missing.
     """
     if not path.exists() or path.is_dir():
         raise InputError(f"{path}: no such file; expected a student.onnx written by python -m pyard.export")
@@ -96,7 +96,7 @@ def open_session(
 
 
 def _external_data(path: Path) -> list[Path]:
-    """The files that a model names as homes of its weights, whatever the model itself is called now."""
+    """The files that a model names as external data for its weights, even if the model was renamed since."""
     # In a protobuf message: key (field 1) "location", then value (field 2), whose length is one byte for short names.
     found = re.findall(rb"\x0a\x08location\x12([\x01-\x7f])([^\x00]{1,127})", path.read_bytes())
     names = {name[: length[0]] for length, name in found}

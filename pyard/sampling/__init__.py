@@ -1,1 +1,1 @@
-"""Drawing samples with a student: in batches, compiled, as a diffusers pipeline; and its exposure bias."""
+"""Drawing samples with a student, in batches or compiled, and measuring its exposure bias."""

@@ -1,4 +1,4 @@
-"""Drawing samples: S cached passes, from noise that depends on a seed and the sample's number alone."""
+"""Drawing samples: S cached passes, from noise that depends only on the seed and the sample's number."""
 
 from __future__ import annotations
 
@@ -55,23 +55,23 @@ def sample(
     width: int | None = None,
     pipeline: str | Path | None = None,
 ) -> torch.Tensor:
-    """Draw one sample for each condition: images if the student has a VAE, else what it was trained on.
+    """Draw one sample for each condition: images if the student has a VAE, otherwise samples like those it was trained on.
 
-    Sample i starts from `pyard.diffusion.noise.standard_normal(seed, [i], shape)` whatever the batch size, and
-    `pyard.runtime.OnnxStudent.sample` starts from the same.
+    Whatever the batch size, sample i starts from `pyard.diffusion.noise.standard_normal(seed, [i], shape)`, as in
+    `pyard.runtime.OnnxStudent.sample`.
 
     Args:
         student: the student, or the path of its folder.
-        labels: class of each sample, 0 ... num_classes - 1, or its name where the student knows names; of another student,
-            condition numbers, rows of its table.
-        prompts: in place of labels, of a text-to-image student: texts, a file of them (`.txt`, `.jsonl`), or one text.
-        condition: in place of labels, the tensors themselves.
-        seed: of the noise; or one for each sample, which then starts from `standard_normal(seed[i], [0], shape)`.
-        batch_size: samples that run together; None: as many as fit. Batches that run out of memory are halved.
+        labels: class of each sample, 0 ... num_classes - 1, or its name if the student has class names; for other students,
+            condition numbers (rows of its table).
+        prompts: instead of labels, for a text-to-image student: texts, a file of texts (`.txt`, `.jsonl`), or one text.
+        condition: instead of labels, the condition's tensors.
+        seed: random seed of the noise; or one for each sample, which then starts from `standard_normal(seed[i], [0], shape)`.
+        batch_size: number of samples drawn together; None: as many as fit. Batches that run out of memory are halved.
         return_trajectory: return all S predictions instead of the last.
-        latents: return latents although there is a VAE.
-        dtype: of weights and activations; None: those of the student. Jumps are computed in float32 all the same.
-        compile: compile the steps with `torch.compile`; pays off after some hundred samples.
+        latents: return latents even if there is a VAE.
+        dtype: dtype of weights and activations; None: the student's. Jumps are always computed in float32.
+        compile: compile the steps with `torch.compile`, which pays off after some hundred samples.
         cuda_graph: replay the S passes as one CUDA graph.
         progress: show a progress bar.
         network: class of the student's backbone, if it is not one of pyard's, or "package.module:Class".
@@ -85,8 +85,8 @@ def sample(
         float32 on the CPU: [n, C, ...], or [n, S, C, ...] with `return_trajectory`. Images are about -1 to 1, not clipped.
 
     Raises:
-        InputError: a label, a name or a seed that does not fit; a shape that the student was not trained on; CUDA graphs
-            without CUDA.
+        InputError: a label, name or seed is out of range or unknown; the student was not trained on the shape; or CUDA graphs
+            are requested without CUDA.
     """
     if isinstance(student, str | Path):
         from pyard.models.student import Student
@@ -142,10 +142,10 @@ def sample(
 
 
 def condition_numbers(labels: Sequence[int | str] | np.ndarray | torch.Tensor, student: Student) -> np.ndarray:
-    """Labels as rows of the student's conditions, int64 [n]: names of classes are looked up, synonyms included.
+    """The row numbers of labels in the student's table of conditions, int64 [n]; class names and their synonyms are looked up.
 
     Raises:
-        InputError: an unknown name, a number out of range, or a student without a table of conditions.
+        InputError: a name is unknown, a number is out of range, or the student has no table of conditions.
     """
     if isinstance(labels, str):
         raise InputError(f"labels: found the text {labels!r}; expected a list, such as [{labels!r}]")

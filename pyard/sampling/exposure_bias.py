@@ -16,13 +16,13 @@ from pyard.trajectories import TrajectoryBatch
 
 @dataclass(frozen=True)
 class ExposureBias:
-    """Errors to the teacher at each step.
+    """A student's errors relative to the teacher at each step.
 
     Args:
-        times: S, the grid times that the predictions belong to (tau_{S-1} ... tau_0); of several sizes with
-            their own times, those of the first.
+        times: the S grid times of the predictions (tau_{S-1} ... tau_0); if sizes have their own times, those of the first
+            size.
         teacher_forced: S mean squared errors on the teacher's history.
-        rollout: S mean squared errors on the student's own.
+        rollout: S mean squared errors on the student's own history.
     """
 
     times: tuple[float, ...]
@@ -32,11 +32,11 @@ class ExposureBias:
 
 @torch.no_grad()
 def exposure_bias(student: Student, batches: Iterable[TrajectoryBatch]) -> ExposureBias:
-    """Measure a student against trajectories of its teacher.
+    """Measure a student's errors on trajectories of its teacher.
 
     Args:
-        student: in evaluation mode.
-        batches: trajectories with the student's grid and target.
+        student: a student in evaluation mode.
+        batches: batches of trajectories with the student's grid and target.
     """
     device = student.embed_times.device
     errors = np.zeros((2, student.num_steps))

@@ -1,4 +1,4 @@
-"""Running a student fast: many batches with one cache, compiled steps, CUDA graphs, and batches that fit into memory.
+"""Running a student fast: one cache for many batches, compiled steps, CUDA graphs, and batches that fit into memory.
 
 B batch · S steps · C channels · N history layers · H heads · T tokens per step · Dh head dim · D hidden
 """
@@ -29,7 +29,7 @@ LARGEST_BATCH = 256
 
 
 def plain_rollout(student: Student) -> Rollout:
-    """The cached rollout; batches of one size share one cache."""
+    """The cached rollout; batches of the same size share a cache."""
     kept: dict[torch.Size, PreallocatedCache] = {}
 
     def run(noise: torch.Tensor, condition: Condition) -> list[torch.Tensor]:
@@ -42,19 +42,19 @@ def plain_rollout(student: Student) -> Rollout:
 
 
 def compiled(student: Student) -> Student:
-    """The student, weights shared, with its cached step compiled by `torch.compile`: one graph for each step of the grid."""
+    """A student with the same weights whose cached step is compiled by `torch.compile`: one graph per step of the grid."""
     faster = copy.copy(student)
     faster.step = torch.compile(student.step)  # type: ignore[method-assign]
     return faster
 
 
 def graphed_rollout(student: Student, batch_size: int, like: Condition, sample_shape: tuple[int, ...] | None = None) -> Rollout:
-    """The whole rollout as one CUDA graph for batches of up to `batch_size`: no launch costs between its kernels.
+    """The whole rollout as one CUDA graph for batches of up to `batch_size`, without launch costs between its kernels.
 
     Args:
-        student: on a CUDA device.
-        batch_size: of the largest batch.
-        like: any condition of the kind and length that will be drawn; longer ones are refused.
+        student: a student on a CUDA device.
+        batch_size: size of the largest batch.
+        like: any condition of the kind and length that will be used; longer ones are refused.
         sample_shape: [C, ...] of all samples; None: the usual one.
 
     Raises:
@@ -90,7 +90,7 @@ def graphed_rollout(student: Student, batch_size: int, like: Condition, sample_s
 
 
 def batch_size_that_fits(student: Student, sample_shape: tuple[int, ...] | None = None) -> int:
-    """How many samples may run together in half of the free memory; at most 256, beyond which nothing gets faster."""
+    """How many samples fit together into half of the free memory; at most 256, because larger batches are not faster."""
     weight = next(student.trunk.parameters())
     # The widest moment of a block: the residual stream, its norm, the MLP's hidden units (four times the width) before and
     # after their activation; q, k, v and their copies are less. float32 copies inside operators double it.
@@ -103,7 +103,7 @@ def batch_size_that_fits(student: Student, sample_shape: tuple[int, ...] | None 
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
+    """Free memory of a device, in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -114,5 +114,5 @@ def free_memory(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for torch's complaint that a device or the machine has no memory left."""
+    """Whether an exception is torch's error that a device or the machine is out of memory."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""Prompts to what a text-to-image student is conditioned on, by the text encoders of its teacher's pipeline."""
+"""Encodes prompts as conditions of a text-to-image student, with the text encoders of its teacher's pipeline."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _BATCH = 16
 
 
 def texts_of(prompts: str | Path | Sequence[str]) -> list[str]:
-    """Prompts as texts: a list as it is, those of a file (`read_prompts`), or the one text itself.
+    """Return prompts as a list of texts: a given list, the prompts of a file (`read_prompts`), or one text.
 
     Raises:
-        InputError: a file that cannot be read, or no prompts.
+        InputError: the file cannot be read, or there are no prompts.
     """
     if isinstance(prompts, str) and Path(prompts).suffix.lower() not in (".txt", ".jsonl") and not _exists(prompts):
         return [prompts]
@@ -39,12 +39,12 @@ def _exists(path: str) -> bool:
 
 
 def encode_prompts(encoder: TextEncoder, texts: Sequence[str], constants: Mapping[str, float]) -> Condition:
-    """The condition of texts, one row each; a text that comes twice is encoded once.
+    """Encode texts as a condition with one row each; repeated texts are encoded once.
 
     Args:
-        encoder: of the student's pipeline.
+        encoder: text encoder of the student's pipeline.
         texts: at least one.
-        constants: by name, what every prompt is conditioned on beside its text.
+        constants: further conditions that are the same for every prompt, by name.
     """
     distinct = list(dict.fromkeys(texts))
     rows: dict[str, Condition] = {}
@@ -58,12 +58,12 @@ def encode_prompts(encoder: TextEncoder, texts: Sequence[str], constants: Mappin
 
 
 def condition_of_prompts(student: Student, texts: Sequence[str], *, folder: str | Path | None = None) -> Condition:
-    """The condition of texts for a student, whose text encoders are read, used and dropped.
+    """Encode texts as a condition for a student; its text encoders are loaded, used and freed.
 
     Args:
-        student: made of a text-to-image pipeline.
+        student: a student made from a text-to-image pipeline.
         texts: at least one.
-        folder: of the pipeline; None: at its path during training.
+        folder: the pipeline's folder; None: its path during training.
     """
     if not texts:
         raise InputError("prompts: an empty list; expected at least one text")
@@ -81,12 +81,12 @@ def text_encoder_of(
     """The text encoder of a student's pipeline, in the dtype that the student computes in.
 
     Args:
-        student: made of a text-to-image pipeline.
-        folder: of the pipeline; None: at its path during training.
-        device: where to encode.
+        student: a student made from a text-to-image pipeline.
+        folder: the pipeline's folder; None: its path during training.
+        device: the device to encode on.
 
     Raises:
-        InputError: a student that is not drawn from prompts, or whose pipeline's folder is not there.
+        InputError: the student does not draw from prompts, or its pipeline's folder is missing.
     """
     from pyard.teachers.text_to_image import PIPELINES, PipelineTextEncoder
 
@@ -109,10 +109,10 @@ def text_encoder_of(
 
 
 def shape_of_pixels(student: Student, height: int | None, width: int | None) -> tuple[int, ...] | None:
-    """The sample shape of pictures of a size in pixels; None where neither is given.
+    """The sample shape for pictures of a size in pixels; None if neither height nor width is given.
 
     Raises:
-        InputError: a size that no sample of this student has.
+        InputError: the student has no samples of this size.
     """
     if height is None and width is None:
         return None
@@ -127,7 +127,7 @@ def shape_of_pixels(student: Student, height: int | None, width: int | None) -> 
 
 
 def _pixels_of(student: Student) -> int:
-    """Pixels along a side of a sample's number."""
+    """Number of pixels per element along one side of a sample."""
     if student.codec is None:
         return 1
     return student.codec.image_shape(student.sample_shape)[1] // student.sample_shape[-2]

@@ -1,4 +1,4 @@
-"""Batches of trajectories, and the preallocated memory that they are views of."""
+"""Batches of trajectories, which are views of preallocated memory."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from pyard.errors import InputError
 
 @dataclass(frozen=True)
 class TrajectoryBatch:
-    """What a student learns from in one step.
+    """A batch of trajectories, from which a student learns in one update.
 
-    `history` and `target` are views of one tensor [B, 1 + S, C, ...], the noise first: change neither in place. The memory
-    of a reader's batch is used again only when nothing refers to any view of it, so a batch may be kept as long as one likes.
+    `history` and `target` are views of one tensor [B, 1 + S, C, ...] that begins with the noise: change neither in place. A
+    reader reuses a batch's memory only when no view of it is referenced any more, so a batch may be kept for any length of
+    time.
 
     Args:
-        history: its S inputs, x_T first, [B, S, C, ...].
-        target: its S outputs, x_0 last, [B, S, C, ...].
-        condition: B rows of the store's conditions; condition numbers that are classes, int64 [B], are taken for labels.
-        frames: the tensor of which history and target are views, if they are.
-        buffer: the reader's memory that the frames lie in, if they do.
+        history: the student's S inputs, [B, S, C, ...], x_T first.
+        target: the outputs to learn, [B, S, C, ...], x_0 last.
+        condition: B rows of the store's conditions. Class labels, int64 [B], are accepted too.
+        frames: the tensor that history and target are views of, if there is one.
+        buffer: the reader's memory that contains the frames, if there is any.
     """
 
     history: torch.Tensor
@@ -55,7 +56,7 @@ class TrajectoryBatch:
         condition: Condition,  # B rows
         buffer: BatchBuffer | None = None,
     ) -> TrajectoryBatch:
-        """The batch whose inputs are all frames but the last, and whose outputs are all but the first; no copy."""
+        """A batch whose inputs are all frames except the last, and whose outputs all except the first, without a copy."""
         return cls(frames[:, :-1], frames[:, 1:], condition, frames, buffer)
 
     def __len__(self) -> int:
@@ -67,7 +68,7 @@ class TrajectoryBatch:
         return f"TrajectoryBatch({', '.join(described)})"
 
     def to(self, device: torch.device | str) -> TrajectoryBatch:
-        """The batch on another device; frames cross once, and the copy does not wait where the memory is pinned."""
+        """The batch on another device. The frames are copied once, asynchronously if the memory is pinned."""
         if self.frames is None:
             history, target = (t.to(device, non_blocking=True) for t in (self.history, self.target))
             return TrajectoryBatch(history, target, self.condition.to(device))
@@ -79,7 +80,7 @@ class TrajectoryBatch:
 
 
 class BatchBuffer:
-    """Memory of one batch, pinned where CUDA is, that knows whether a tensor still looks into it.
+    """Memory of one batch, pinned if there is CUDA, which knows whether any tensor still refers to it.
 
     Args:
         frames_shape: [B, 1 + S, C, ...].
@@ -98,14 +99,14 @@ class BatchBuffer:
         self._references_if_free = self._references()
 
     def is_free(self) -> bool:
-        """Whether nothing but this object refers to the memory."""
+        """Whether only this object refers to the memory."""
         return self._references() == self._references_if_free
 
     def _references(self) -> tuple[int, int]:
         return sys.getrefcount(self.frames), sys.getrefcount(self.numbers)
 
     def wait_until_copied(self) -> None:
-        """Return when the last copy to a GPU has read the memory."""
+        """Wait until the last copy to a GPU has read the memory."""
         if self.being_copied is not None:
             self.being_copied.synchronize()
             self.being_copied = None
@@ -119,12 +120,12 @@ class BatchBuffer:
 
 
 class BufferPool:
-    """Buffers of one shape; more are made only while more batches are alive.
+    """Buffers of one shape; new ones are allocated only while all others are in use.
 
     Args:
         frames_shape: [B, 1 + S, C, ...] of the largest batch.
         dtype: of the frames.
-        keep: buffers that are kept for the next batches when nothing refers to them.
+        keep: number of unreferenced buffers to keep for the next batches.
     """
 
     def __init__(self, frames_shape: tuple[int, ...], dtype: torch.dtype, keep: int):

@@ -1,4 +1,4 @@
-"""The reader: shuffled batches of a store for ever, epoch after epoch, that resume at the exact sample."""
+"""The reader: an endless stream of shuffled batches from a store, which resumes at the exact sample."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from pyard.trajectories.store import TrajectoryStore
 
 
 class TrajectoryReader:
-    """Iterates shuffled `TrajectoryBatch`es for ever.
+    """An endless iterator over shuffled `TrajectoryBatch`es.
 
-    An epoch visits every trajectory at most once: all ranks together take consecutive slices of world_size * batch_size
-    from one permutation, which is a function of (seed, epoch). Which backend reads makes no difference to the batches.
+    An epoch visits every trajectory at most once. The ranks together take consecutive slices of world_size * batch_size
+    samples from a permutation that depends only on (seed, epoch). All backends give the same batches.
 
     Example:
         reader = TrajectoryReader("trajectories/digits", 64, target="denoised")
@@ -31,22 +31,23 @@ class TrajectoryReader:
 
     Args:
         store: a complete store, or its folder.
-        batch_size: B, trajectories in a batch of this rank.
+        batch_size: B, the number of trajectories in this rank's batch.
         target: `denoised` (history [noise, denoised[:-1]], target denoised) or `state` (the same with states).
-        seed: of the order, 0 to 2**64 - 1.
-        rank: which of world_size readers this is.
-        world_size: how many readers share an epoch.
-        drop_last: leave out an epoch's last slice if it is not full; if False, its samples are dealt to the ranks as evenly as
-            can be, in smaller batches (and left out only if they are fewer than the ranks).
-        dtype: `float32`, or `stored`: what the store keeps, noise rounded to it.
-        backend: `native` (threads, memory maps, batches gathered ahead), `python`, or `auto`: native if it was built.
-        prefetch: batches that the native backend gathers ahead.
-        num_threads: threads of the native backend; None: one for each processor, at most 8.
-        count: read the first so many trajectories of the store alone; None: all.
-        resident: device on which to hold all trajectories, such as `cuda`; batches are made there. None: read from the disk.
+        seed: random seed of the order, 0 to 2**64 - 1.
+        rank: number of this reader, 0 to world_size - 1.
+        world_size: number of readers that share an epoch.
+        drop_last: leave out an epoch's last slice if it is not full. If False, its samples are divided among the ranks as
+            evenly as possible, in smaller batches (and left out only if there are fewer samples than ranks).
+        dtype: dtype of the batches: `float32`, or `stored`, the store's own dtype, to which the noise is rounded.
+        backend: `native` (threads, memory maps, prefetched batches), `python`, or `auto`: native if it was built.
+        prefetch: number of batches that the native backend prepares in advance.
+        num_threads: threads of the native backend; None: one per processor, at most 8.
+        count: read only the first `count` trajectories of the store; None: all.
+        resident: device on which to keep all trajectories, such as `cuda`; batches are gathered there. None: read from the
+            disk.
 
     Raises:
-        InputError: a store that is not complete, does not keep `target`, or is smaller than one batch of all ranks.
+        InputError: the store is incomplete, does not contain `target`, or is smaller than one batch of all ranks together.
     """
 
     @checked("reader")
@@ -133,7 +134,7 @@ class TrajectoryReader:
         """The batch of the given samples, in that order.
 
         Raises:
-            InputError: a number that is none of a sample.
+            InputError: a number is out of range.
         """
         numbers = np.asarray(indices)
         if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
@@ -148,10 +149,10 @@ class TrajectoryReader:
         return {"epoch": self._epoch, "batch": self._batch, **self._order_settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to where `state_dict` was taken.
+        """Continue from the position at which `state_dict` was called.
 
         Raises:
-            InputError: the state is of a reader that visits other samples, or the same ones in another order.
+            InputError: the state comes from a reader of other samples, or of the same samples in another order.
         """
         mine = self._order_settings()
         theirs = {name: state.get(name) for name in mine}

@@ -1,4 +1,4 @@
-"""The ARD authors' checkpoints as students, in both directions."""
+"""Reading and writing the ARD authors' checkpoints as students."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def load_ard_student(
 ) -> Student:
     """Read a checkpoint of the ARD authors' code: {"model", "ema", "opt"}, DiT's names and `final_layer2` … for later steps.
 
-    The number of steps is that of the heads. N, the schedule (1000 linear betas) and the grid (`denoised` targets out of 25
-    teacher steps, times 999 (1 - s/S)) are their code's; no tensor records them.
+    The number of steps is the number of heads. N, the schedule (1000 linear betas) and the grid (`denoised` targets out of 25
+    teacher steps, times 999 (1 - s/S)) are not in the file: N is an argument, and the others are taken from the authors' code.
 
     Args:
         path: the `.pt` or `.safetensors`.
-        history_layers: N that it was trained with.
-        teacher_steps: n of the trajectories that it was trained on.
-        num_heads: H; needed for widths other than the published ones.
-        num_classes: needed if the label table has no row for "no class".
-        weights: `ema` or `model`, of a file that has both; none: `ema`.
+        history_layers: N, the number of layers with a history in its training.
+        teacher_steps: n, the number of teacher steps in the trajectories of its training.
+        num_heads: H, the number of attention heads; needed for widths other than the published ones.
+        num_classes: number of classes; needed if the label table has no row for "no class".
+        weights: `ema` or `model`, if the file has both; None: `ema`.
 
     Raises:
-        InputError: a file that cannot be read or is no such checkpoint.
+        InputError: the file cannot be read, or is not such a checkpoint.
     """
     checkpoint = read_checkpoint(Path(path), weights=weights)
     tensors = checkpoint.tensors
@@ -75,11 +75,12 @@ def load_ard_student(
 def save_ard_student(student: Student, path: str | Path) -> None:
     """Write a student as a checkpoint of the ARD authors' code.
 
-    Their heads have 2C output channels, of which the last C, the teacher's variance, are unused; a student of pyard does not
-    keep them, so they are written as zeros. "opt" is an AdamW without moments: their training starts afresh from it.
+    The authors' heads have 2C output channels, of which the last C, the teacher's variance, are unused. pyard's students do not
+    have these channels, so they are written as zeros. "opt" is the state of an AdamW without moments, from which the authors'
+    training starts afresh.
 
     Raises:
-        InputError: the student does something that their code would not do with its weights.
+        InputError: the authors' code would compute something else with the student's weights.
     """
     config = student.config
     if not isinstance(student.trunk, Trunk) or not isinstance(config.network, DiTConfig):

@@ -1,1 +1,1 @@
-"""Transformers of diffusers as backbones: unchanged models whose lowest self-attentions also see earlier steps."""
+"""diffusers transformers as backbones: the models are unchanged, but their lowest self-attentions also see earlier steps."""

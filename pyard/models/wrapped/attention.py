@@ -1,7 +1,7 @@
-"""A history for the self-attentions of any diffusers transformer, whose code stays as it is.
+"""A history for the self-attentions of any diffusers transformer, without changes to its code.
 
-They all end in scaled_dot_product_attention, after QK norm and rotary embedding. While one of the lowest N blocks' attentions
-runs, that call gets the image keys and values of earlier steps in front of its own.
+All of them end in scaled_dot_product_attention, after QK norm and rotary embedding. While one of the lowest N blocks'
+attentions runs, the image keys and values of earlier steps are prepended to the arguments of that call.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from pyard.models.wrapped.current_pass import CurrentPass
 
 
 def remember(attention: nn.Module, place: Place) -> None:
-    """Make an attention module look into the history; its weights, their names and its code stay what they are."""
+    """Let an attention module see the history; its weights, their names and its code do not change."""
     attention.__class__ = _remembering(type(attention))  # type: ignore[arg-type]
     attention.history_place = place  # type: ignore[assignment]
 
 
 class Place:
-    """Where a self-attention is.
+    """The position of a self-attention in the network.
 
     Args:
-        current: the pass that it belongs to.
-        block: number of its block in order of execution.
-        attention: number among all self-attentions, likewise.
-        image_first: whether image tokens stand in front of the text tokens, or behind them.
+        current: the pass that is running.
+        block: number of its block, in order of execution.
+        attention: its number among all self-attentions, in order of execution.
+        image_first: whether image tokens come before the text tokens, or after them.
     """
 
     def __init__(self, current: CurrentPass, block: int, attention: int, image_first: bool):
@@ -64,7 +64,7 @@ def _remembering(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 class _WithHistory(TorchFunctionMode):
-    """Within it, scaled_dot_product_attention is `History.attend_rows`."""
+    """A context in which scaled_dot_product_attention is replaced by `History.attend_rows`."""
 
     def __init__(self, history: History, place: Place, calls: list[None]):
         super().__init__()

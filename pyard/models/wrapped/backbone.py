@@ -1,4 +1,4 @@
-"""A transformer of diffusers as a backbone.
+"""A diffusers transformer as a backbone.
 
 B batch · S steps · R = B * S rows · C channels · h, w sides of a sample · n text tokens · T image tokens · D hidden
 """
@@ -27,22 +27,23 @@ from pyard.models.wrapped.output_layers import OutputLayers, put_output, take_ou
 
 
 class WrappedBackbone(Backbone):
-    """A diffusers transformer whose output layers are a head of their own, and whose lowest self-attentions remember.
+    """A diffusers transformer whose output layers are separated as a head, and whose lowest self-attentions have a history.
 
-    A family says in a few lines how it is called, where its self-attentions are, and how its tokens become samples.
+    A subclass for each family defines in a few lines how the transformer is called, where its self-attentions are, and how its
+    tokens become samples.
 
     Args:
-        config: sizes.
-        transformer: the model, changed in place: its output layers must have been taken. None: a fresh one.
+        config: the sizes.
+        transformer: the model, which is changed in place; its output layers must have been taken out. None: a new one.
 
     Class attributes:
-        transformer_name: its class in diffusers.
-        block_lists: attributes of the transformer with its blocks, in order of execution.
-        attention_names: self-attentions of a block that image tokens pass, in order of execution; a block may lack some.
-        output_places: the output layers, name to path in the transformer.
-        image_first: whether image tokens stand in front of text tokens in those attentions.
-        unread_layers: layers of the last block whose output nothing reads, such as those that text tokens pass last.
-        flow_time_scale: what the pipelines multiply a flow's sigma by before they tell it the transformer.
+        transformer_name: name of its class in diffusers.
+        block_lists: attributes of the transformer that contain its blocks, in order of execution.
+        attention_names: names of a block's self-attentions over image tokens, in order of execution; a block may lack some.
+        output_places: paths in the transformer of the output layers, by name.
+        image_first: whether image tokens come before text tokens in those attentions.
+        unread_layers: layers of the last block whose output is not used, such as the last ones for text tokens.
+        flow_time_scale: factor by which the pipelines multiply a flow's sigma before they pass it to the transformer.
     """
 
     config_class: ClassVar[type[Any]] = WrappedConfig
@@ -73,7 +74,7 @@ class WrappedBackbone(Backbone):
 
     @classmethod
     def wrap(cls, transformer: Any, sample_shape: Sequence[int], *, time_scale: float, pixels: int = 8) -> Denoiser:
-        """A network around a transformer that has been read, whose weights are not copied.
+        """A network around a loaded transformer, whose weights are not copied.
 
         Args:
             transformer: the diffusers model; changed in place.
@@ -87,7 +88,7 @@ class WrappedBackbone(Backbone):
 
     @classmethod
     def check_settings(cls, config: WrappedConfig) -> None:
-        """Raises InputError for settings of the transformer that pyard would not reproduce."""
+        """Raise an InputError for settings of the transformer that pyard would not reproduce."""
 
     @property
     def blocks(self) -> nn.ModuleList:  # type: ignore[override]  # no module of its own, which would name the weights twice
@@ -122,24 +123,24 @@ class WrappedBackbone(Backbone):
         times: torch.Tensor,  # [R], pyard's
         condition: Condition,  # R rows
     ) -> torch.Tensor:  # [R, C_out, h, w], pyard's prediction
-        """Call the transformer as its pipeline does."""
+        """Call the transformer in the same way as its pipeline."""
 
     @abc.abstractmethod
     def time_vector(self, times: torch.Tensor, condition: Condition) -> torch.Tensor:  # [B], B rows -> [B, E]
-        """What the network makes of the time, and of whatever enters with it."""
+        """The network's embedding of the time and of other conditions that enter with it."""
 
     @property
     def patch(self) -> int:
-        """Numbers of a sample along one side of a token."""
+        """Side length of a token's patch, in elements of the sample."""
         return int(self.config.transformer.get("patch_size") or 1)
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the blocks compute in: the dtype of their first matrix."""
+        """The dtype in which the blocks compute: that of their first matrix."""
         return next(module.weight.dtype for module in self.blocks.modules() if isinstance(module, nn.Linear))
 
     def count_tokens(self, sample_shape: tuple[int, ...]) -> int:
-        """T of a sample of this shape."""
+        """T, the number of tokens of a sample of this shape."""
         return (sample_shape[1] // self.patch) * (sample_shape[2] // self.patch)
 
     def check_sample(self, sample_shape: tuple[int, ...]) -> None:
@@ -157,7 +158,7 @@ class WrappedBackbone(Backbone):
         return [self.attention_shape(attention, sample_shape) for group in per_block for attention in group]
 
     def attention_shape(self, attention: nn.Module, sample_shape: tuple[int, ...]) -> AttentionShape:
-        """Keys of one step in one self-attention."""
+        """The shape of one step's keys in one self-attention."""
         width, heads = int(attention.to_k.out_features), int(attention.heads)  # type: ignore[arg-type, union-attr]
         head_dim = int(attention.to_q.out_features) // heads  # type: ignore[arg-type, union-attr]
         return AttentionShape(width // head_dim, self.count_tokens(sample_shape), head_dim)
@@ -176,7 +177,7 @@ class WrappedBackbone(Backbone):
         return copy.deepcopy(self), copy.deepcopy(head)
 
     def stock(self, head: nn.Module) -> Any:
-        """The diffusers transformer with the weights of backbone and head: a copy that knows no history."""
+        """A copy of the original diffusers transformer, with the weights of backbone and head and without a history."""
         with self.without_weights():
             whole = self._new(self.config.transformer)
         put = copy.deepcopy(self.transformer)
@@ -185,7 +186,7 @@ class WrappedBackbone(Backbone):
         return whole.eval()
 
     def stock_state(self, head: nn.Module) -> dict[str, torch.Tensor]:
-        """Tensors of the diffusers transformer with the weights of backbone and head, by its names; nothing is copied."""
+        """The weights of backbone and head under the names of the diffusers transformer; nothing is copied."""
         state = dict(self.transformer.state_dict())
         for name, tensor in head.state_dict().items():
             layer, dot, rest = name.partition(".")
@@ -193,16 +194,16 @@ class WrappedBackbone(Backbone):
         return state
 
     def on_base(self, state: dict[str, torch.Tensor], base: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A student's tensors in the shapes of the transformer that it was made from.
+        """A student's tensors, in the shapes of the transformer that it was made from.
 
         Args:
-            state: of the student, as `stock_state` has them.
-            base: of the transformer.
+            state: tensors of the student, as from `stock_state`.
+            base: tensors of the transformer.
         """
         return state
 
     def lora_targets(self) -> list[str]:
-        """The matrices of attentions and MLPs; modulations, which are norms' and see no tokens, stay as they are."""
+        """The matrices of attentions and MLPs. Modulation layers are left out: they belong to norms and see no tokens."""
         blocks = {id(block) for block in self.blocks}
         names = [name for name, module in self.transformer.named_modules() if id(module) in blocks]
         unread = self._unread()
@@ -226,9 +227,10 @@ class WrappedBackbone(Backbone):
         return self.current.again()
 
     def prepare_for_export(self, sample_shape: tuple[int, ...]) -> None:
-        """Replace, in place, what an exported graph cannot hold: complex numbers, lists of samples, lengths as Python numbers.
+        """Replace, in place, what a graph cannot express: complex numbers, lists of samples, lengths as Python integers.
 
-        Results for samples of this shape stay the same up to rounding. It runs under `ExportableCalls` alone from then on.
+        Results for samples of this shape stay the same up to rounding. Afterwards, the network only runs within
+        `ExportableCalls`.
         """
 
     @classmethod

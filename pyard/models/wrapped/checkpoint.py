@@ -1,4 +1,4 @@
-"""A diffusers transformer from disk: the folder of a pipeline, a fine-tuned one in its place, a LoRA on top."""
+"""Reading a diffusers transformer: from a pipeline's folder, or a fine-tuned replacement, with an optional LoRA."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def read_transformer(
     variant: str | None = None,
     replacement: Path | None = None,
 ) -> Any:
-    """Read a transformer in the dtype that it is to compute in.
+    """Read a transformer in the dtype in which it will compute.
 
     Args:
-        kind: its diffusers class.
-        folder: of the pipeline's own transformer, with `config.json`; its weights may be sharded.
-        dtype: of the weights.
-        variant: such as `fp16`; None: the plain files, else the only variant there is.
-        replacement: a fine-tuned transformer that is read instead: a folder, or a single `.safetensors` with diffusers' names
-            or, where diffusers can convert them, the original ones.
+        kind: name of its diffusers class.
+        folder: folder of the pipeline's own transformer, with `config.json`; its weights may be sharded.
+        dtype: dtype of the weights.
+        variant: variant of the weights, such as `fp16`; None: the files without a variant, or else the only variant there is.
+        replacement: a fine-tuned transformer to read instead: a folder, or a single `.safetensors` with diffusers' tensor names
+            or, if diffusers can convert them, the original ones.
 
     Raises:
-        InputError: files that are missing, damaged, or of another class or size.
+        InputError: files are missing or damaged, or belong to another class or size.
     """
     if replacement is not None and not replacement.exists():
         raise InputError(f"transformer {replacement}: no such file or folder")
@@ -55,7 +55,7 @@ def read_transformer(
 
 
 def only_variant(folder: Path, name: str) -> str | None:
-    """`fp16` or another variant where the folder has the weights `name` in no other precision."""
+    """`fp16` or another variant, if the folder has the weights `name` only in this variant."""
     if any((folder / f"{name}.{kind}{index}").is_file() for kind in ("safetensors", "bin") for index in ("", ".index.json")):
         return None
     files = sorted(file.name for file in folder.glob(f"{name}.*"))
@@ -67,12 +67,12 @@ def add_stock_lora(transformer: Any, pipeline: type[Any], path: Path) -> None:
     """Add a LoRA to the weights of a transformer, in place.
 
     Args:
-        transformer: as read.
-        pipeline: class of its diffusers pipeline, which reads its users' LoRA files.
+        transformer: the transformer, as read.
+        pipeline: class of its diffusers pipeline, whose loader reads the LoRA file.
         path: a LoRA that the pipeline's `load_lora_weights` reads, or an adapter folder of PEFT.
 
     Raises:
-        InputError: nothing there, or a LoRA for another model.
+        InputError: there is no LoRA, or it is for another model.
     """
     if not path.exists():
         raise InputError(f"lora {path}: no such file or folder")
@@ -151,12 +151,12 @@ def _from_single_file(kind: type[Any], file: Path, folder: Path, dtype: torch.dt
 
 
 def _with_config(folder: Path) -> Path:
-    """The folder itself, or the transformer of the pipeline that it is."""
+    """The folder itself, or if it is a pipeline, the folder of its transformer."""
     return folder / "transformer" if (folder / "model_index.json").is_file() else folder
 
 
 def _check_ranks(file: Path, tensors: Mapping[str, Any]) -> None:
-    """Raises InputError if an adapter asks for a higher rank than its tensors have, before additions of it are made."""
+    """Raise an InputError if an adapter declares a higher rank than its tensors have, before memory is taken for it."""
     config = read_object(file, "the configuration of a PEFT adapter")
     patterns = config.get("rank_pattern")
     ranks = [config.get("r", 8), *(patterns.values() if isinstance(patterns, dict) else ())]

@@ -1,4 +1,4 @@
-"""Sizes of a wrapped transformer: its own settings, and what a pass needs to know beside them."""
+"""The configuration of a wrapped transformer: its own settings, and what else a pass needs to know."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ class WrappedConfig:
     """Configuration of a backbone that is a diffusers transformer.
 
     Args:
-        transformer: settings of the diffusers class, as its `config.json` has them.
+        transformer: settings of the diffusers class, as in its `config.json`.
         sample_shape: [C, h, w] of the usual sample.
-        time_scale: what pyard's time is multiplied by before the network is told: 1 where it is told noise levels.
-        pixels: of a picture along one side of a sample's number, the factor of the VAE; 1: samples are pictures.
+        time_scale: factor by which pyard's time is multiplied before it is given to the network; 1 if the network takes noise
+            levels.
+        pixels: number of pixels per element along one side of a sample, which is the VAE's factor; 1: samples are pictures.
 
     Class attributes:
-        depth_settings: settings that count blocks, in order of execution.
-        heads_setting: the one that counts query heads.
+        depth_settings: names of the settings that count blocks, in order of execution.
+        heads_setting: name of the setting that counts query heads.
     """
 
     transformer: Mapping[str, Any]
@@ -56,21 +57,21 @@ class WrappedConfig:
 
     @property
     def depth(self) -> int:
-        """L, blocks in order of execution."""
+        """L, the number of blocks."""
         return sum(int(self.transformer[name]) for name in self.depth_settings)
 
     @property
     def num_heads(self) -> int:
-        """H, query heads of the self-attentions."""
+        """H, the number of query heads of the self-attentions."""
         return int(self.transformer[self.heads_setting])
 
     def to_json(self) -> dict[str, Any]:
-        """The keyword arguments that make an equal configuration."""
+        """The keyword arguments that create an equal configuration."""
         return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
 
 def _plain(value: Any) -> Any:
-    """Lists for tuples: what JSON gives back."""
+    """Replace tuples by lists, as JSON returns them."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,4 +1,4 @@
-"""What the modules inside a wrapped transformer need to know of the pass that runs: its history, its heads, its tokens."""
+"""The state of the running pass that modules inside a wrapped transformer need: its history, heads and tokens."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pyard.models.history import History
 
 @dataclass
 class CurrentPass:
-    """Shared by a backbone with the attentions and output layers inside its transformer.
+    """State that a backbone shares with the attentions and output layers inside its transformer.
 
     Attributes:
-        history: what the lowest attentions remember; None: nothing.
-        heads: output layers of the pass's steps; one entry: the same for all.
-        samples: B; rows are B * S, a sample's steps side by side.
-        tokens: T, image tokens of a row.
+        history: the history of the lowest attentions; None: there is none.
+        heads: output layers for each step of the pass; a single entry is used for all steps.
+        samples: B; there are B * S rows, in which the steps of a sample are consecutive.
+        tokens: T, the number of image tokens in a row.
     """
 
     history: History | None = None
@@ -30,7 +30,7 @@ class CurrentPass:
 
     @contextlib.contextmanager
     def running(self, history: History | None, heads: Sequence[nn.Module], samples: int, tokens: int) -> Iterator[None]:
-        """The pass inside the `with` block; what ran around it goes on after it."""
+        """Set the state for the pass inside the `with` block, and restore the previous state after it."""
         before = self.history, self.heads, self.samples, self.tokens
         self.history, self.heads, self.samples, self.tokens = history, heads, samples, tokens
         try:
@@ -39,5 +39,5 @@ class CurrentPass:
             self.history, self.heads, self.samples, self.tokens = before
 
     def again(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
-        """Makes a context in which the pass that runs now runs again, for what is recomputed after it ended."""
+        """Return a function that makes a context with the state of the current pass, to recompute parts of it later."""
         return functools.partial(self.running, self.history, self.heads, self.samples, self.tokens)

@@ -1,7 +1,8 @@
-"""What transformers of diffusers call, in a form that torch.export and ONNX have.
+"""Functions that diffusers transformers call, in a form that torch.export and ONNX can express.
 
-Some rotate queries and keys by `view_as_complex`, a product, and `view_as_real`, and ONNX has no complex numbers. Within
-`ExportableCalls` the same code, unchanged, computes the product in pairs of real numbers.
+
+Some of them rotate queries and keys with `view_as_complex`, a product, and `view_as_real`, but ONNX has no complex numbers.
+Within `ExportableCalls`, the same unchanged code computes the product with pairs of real numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Rotation:
-    """Pairs of real numbers that stand for complex ones, with what rotary embeddings do to them.
+    """Pairs of real numbers that represent complex ones, with the operations that rotary embeddings use.
 
     Args:
         pairs: float32 [..., 2], real and imaginary parts.
@@ -28,7 +29,7 @@ class Rotation:
         return NotImplemented
 
     def unsqueeze(self, dim: int) -> Rotation:
-        """One more dimension in front of `dim`, counted from the front."""
+        """Insert a dimension before `dim`, which is counted from the front."""
         return Rotation(self.pairs.unsqueeze(dim))
 
     def __mul__(self, other: Rotation) -> Rotation:
@@ -38,7 +39,7 @@ class Rotation:
 
 
 class ExportableCalls(TorchFunctionMode):
-    """Within it, `view_as_complex` gives a `Rotation`, `view_as_real` its pairs, and `as_tensor` keeps a size symbolic."""
+    """A context where `view_as_complex` gives a `Rotation`, `view_as_real` its pairs, and `as_tensor` keeps sizes symbolic."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.view_as_complex:

@@ -1,4 +1,4 @@
-"""What a student learned as low-rank additions to its base's matrices, for readers of LoRA files.
+"""Expresses what a student learned as low-rank additions to its base's matrices, for programs that read LoRA files.
 
 W base's matrix [m, n] · D difference to it · D = up @ down, up [m, r], down [r, n]
 """
@@ -32,11 +32,11 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class LowRank:
-    """Additions that make a student of its base.
+    """Additions that turn a base into its student.
 
     Attributes:
-        factors: by name of the linear layer.
-        left_out: tensors that differ and are no matrix of a linear layer, which stay as the base has them.
+        factors: additions by the name of the linear layer.
+        left_out: tensors that differ but are not matrices of linear layers; the base's values are kept for them.
         error: || student - base - additions || / || student - base ||, over all tensors.
     """
 
@@ -46,7 +46,7 @@ class LowRank:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """r by name of the layer."""
+        """The rank r by the name of the layer."""
         return {name: len(factors.down) for name, factors in self.factors.items()}
 
 
@@ -61,13 +61,14 @@ def low_rank(
     """The difference of two models as additions of low rank, found by singular value decomposition.
 
     Args:
-        student, base: tensors by name, of the same shapes; the base in the dtype that the student began in.
-        linear: names of the linear layers, whose `.weight` may get an addition.
-        rank: the highest that is kept; None: that of the difference up to rounding, which must be low.
-        stored: additions that were trained as such; they are taken as they are where they are the difference.
+        student, base: tensors by name, of the same shapes; the base in the dtype from which the student's training started.
+        linear: names of the linear layers whose `.weight` may get an addition.
+        rank: largest rank to keep; None: the rank of the difference up to rounding, which must be low.
+        stored: additions that were trained as such; they are used unchanged if they equal the difference.
 
     Raises:
-        InputError: models of different shapes; without `rank`, a difference that is not of low rank or lies in other tensors.
+        InputError: the models have different shapes; or, without `rank`, the difference is not of low rank or is in other
+            tensors.
     """
     layers: dict[str, _Difference] = {}
     left_out: list[str] = []
@@ -99,8 +100,8 @@ def stored_factors(file: Path, places: Mapping[str, str]) -> dict[str, Factors]:
     """Additions in a safetensors file, under PEFT's names: `<layer>.lora_A.<adapter>.weight`, with or without an adapter.
 
     Args:
-        file: of a student.
-        places: prefix of a name in the file, to that of the same layers in the transformer.
+        file: file with a student's weights.
+        places: prefixes of names in the transformer, by the prefixes of the same layers in the file.
     """
     pattern = re.compile(r"(.+)\.lora_([AB])(?:\.\w+)?\.weight")
     sides: dict[str, dict[str, torch.Tensor]] = {}
@@ -115,7 +116,7 @@ def stored_factors(file: Path, places: Mapping[str, str]) -> dict[str, Factors]:
 
 @dataclass(frozen=True)
 class _Difference:
-    """Of one matrix: its additions, its squared norm, and its leading singular values."""
+    """The difference of one matrix: its additions, its squared norm, and its leading singular values."""
 
     factors: Factors
     square: float
@@ -123,7 +124,7 @@ class _Difference:
     shape: tuple[int, int]
 
     def rest(self, rank: int) -> float:
-        """Squared norm of what additions of a rank do not have."""
+        """Squared norm of the part that additions of a rank leave out."""
         return max(self.square - float(self.values[:rank].square().sum()), 0.0)
 
 
@@ -151,7 +152,7 @@ def _difference(
 
 
 def _svd(matrix: torch.Tensor, small: float, rank: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The leading singular vectors and values of a matrix: all that are not small, or a rank of them."""
+    """The leading singular vectors and values of a matrix: `rank` of them, or all that are not small."""
     smaller = min(matrix.shape)
     if smaller > _WHOLE_SVD:
         sketch = _FIRST_SKETCH if rank is None else rank + 16

@@ -1,4 +1,4 @@
-"""The output layers of a diffusers transformer as a head that a student has one of, or one for each step."""
+"""The output layers of a diffusers transformer as a head, of which a student has one, or one for each step."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pyard.models.wrapped.current_pass import CurrentPass
 
 
 class OutputLayers(nn.Module):
-    """The layers behind the last block.
+    """The layers after the last block.
 
     Args:
-        layers: modules, or tables of parameters, by name.
+        layers: modules or parameter tables, by name.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module | nn.Parameter]):
@@ -26,10 +26,10 @@ class OutputLayers(nn.Module):
 
 
 class LayerSlot(nn.Module):
-    """Stands where an output layer stood, and runs that of the pass's heads.
+    """Replaces an output layer in the transformer, and runs the layer of the current pass's heads.
 
     Args:
-        name: of the layer in `OutputLayers`.
+        name: name of the layer in `OutputLayers`.
         current: the pass.
     """
 
@@ -51,10 +51,10 @@ class LayerSlot(nn.Module):
 
 
 class TableSlot(nn.Module):
-    """Stands where a table of parameters [n, D] stood, of which a transformer takes `table[None]` and the device.
+    """Replaces a parameter table [n, D] in the transformer, which uses its `table[None]` and its device.
 
     Args:
-        name: of the table in `OutputLayers`.
+        name: name of the table in `OutputLayers`.
         current: the pass.
     """
 
@@ -68,7 +68,7 @@ class TableSlot(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the table is."""
+        """The device of the table."""
         device: torch.device = getattr(self.current.heads[0], self.name).device
         return device
 
@@ -78,11 +78,11 @@ def take_output(transformer: nn.Module, places: Mapping[str, str], current: Curr
 
     Args:
         transformer: changed in place.
-        places: name in `OutputLayers` to path in the transformer.
-        current: the pass that the slots look at.
+        places: paths in the transformer, by name in `OutputLayers`.
+        current: the pass that the slots use.
 
     Returns:
-        The layers that were there.
+        The layers that were replaced.
     """
     layers: dict[str, nn.Module | nn.Parameter] = {}
     for name, path in places.items():
@@ -115,5 +115,5 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _named(layer: nn.Module, unnamed: int, names: tuple[str, ...]) -> Callable[..., Any]:
-    """The layer with its last arguments by position."""
+    """Call the layer with its last arguments by position."""
     return lambda *rows: layer(*rows[:unnamed], **dict(zip(names, rows[unnamed:], strict=True)))

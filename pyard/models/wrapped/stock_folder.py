@@ -1,4 +1,4 @@
-"""A student without a history as what diffusers reads: a transformer's folder, a LoRA file, an adapter of PEFT."""
+"""Writes a student without a history in diffusers' formats: a transformer's folder, a LoRA file, or a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ADAPTER_NAMES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def backbone_of(student: Student) -> WrappedBackbone:
-    """The backbone of a student that was made of a diffusers transformer."""
+    """The backbone of a student that was made from a diffusers transformer."""
     assert isinstance(student.trunk, WrappedBackbone)
     return student.trunk
 
@@ -41,16 +41,16 @@ def empty_transformer(backbone: WrappedBackbone) -> Any:
 
 
 def student_additions(student: Student, base: nn.Module, file: Path | None = None, rank: int | None = None) -> LowRank:
-    """What makes a student of the transformer that it was made from, as additions of low rank.
+    """The difference between a student and the transformer that it was made from, as low-rank additions.
 
     Args:
-        student: with one head.
+        student: a student with one head.
         base: the transformer of its teacher's pipeline, in the student's dtype.
-        file: the student's weights, in which additions may be stored; None: none are.
-        rank: the highest that is kept; see `low_rank`.
+        file: file of the student's weights, which may contain the additions; None: it does not.
+        rank: largest rank to keep; see `low_rank`.
 
     Raises:
-        InputError: the student cannot be had by additions of low rank.
+        InputError: the student cannot be expressed by low-rank additions.
     """
     backbone = backbone_of(student)
     tensors = base.state_dict()
@@ -65,9 +65,9 @@ def save_lora(additions: LowRank, pipeline: type[Any], folder: Path) -> None:
     """Write `pytorch_lora_weights.safetensors`, which the pipeline's `load_lora_weights` reads.
 
     Args:
-        additions: by layer of the transformer.
+        additions: additions by layer of the transformer.
         pipeline: diffusers' class of the pipeline.
-        folder: is there.
+        folder: an existing folder.
     """
     pipeline.save_lora_weights(
         str(folder),
@@ -77,7 +77,7 @@ def save_lora(additions: LowRank, pipeline: type[Any], folder: Path) -> None:
 
 
 def save_adapter(additions: LowRank, folder: Path) -> None:
-    """Write an adapter's folder for `peft.PeftModel.from_pretrained(transformer, folder)`."""
+    """Write an adapter folder for `peft.PeftModel.from_pretrained(transformer, folder)`."""
     from safetensors.torch import save_file
 
     config = {**_lora_config(additions), "peft_type": "LORA", "task_type": None, "inference_mode": True}
@@ -87,7 +87,7 @@ def save_adapter(additions: LowRank, folder: Path) -> None:
 
 
 def with_targets(additions: LowRank, base: nn.Module) -> LowRank:
-    """The additions, and empty ones for layers that PEFT would take for one of them, as it matches the ends of names."""
+    """The additions, and empty ones for layers that PEFT would confuse with them, because it matches the ends of names."""
     missing = {
         name: module
         for name, module in base.named_modules()
@@ -110,7 +110,7 @@ def _tensors(factors: Mapping[str, Factors]) -> dict[str, torch.Tensor]:
 
 
 def _lora_config(additions: LowRank) -> dict[str, Any]:
-    """Settings of PEFT's LoraConfig; every layer's alpha is its rank, so that additions enter with weight 1."""
+    """Settings of PEFT's LoraConfig; every layer's alpha equals its rank, so additions have weight 1."""
     ranks = additions.ranks
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
     # ^ as in diffusers: the whole name, not its end.
