@@ -1,4 +1,4 @@
-"""Writing a prompt table: one process encodes what is missing, shard by shard."""
+"""Writing a prompt table: one process encodes the missing texts, shard by shard."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Encoding:
         return table
 
     def _finished(self, settings: TableSettings, distinct: DistinctTexts, content: bytes) -> PromptTable | None:
-        """The table that is there, if it is whole."""
+        """The existing table, if it is complete."""
         if not (self.folder / ABOUT_NAME).is_file():
             return None
         self._require_equal(ABOUT_NAME, settings, distinct)
@@ -98,7 +98,7 @@ class Encoding:
         return table if _holds(self.folder / PROMPTS_NAME, content) else None
 
     def _prepare(self, settings: TableSettings, distinct: DistinctTexts, content: bytes) -> list[str]:
-        """Say what the table will be, before there is any of it; returns the names of the shards that are there."""
+        """Record the table's settings before its first shard is written; return the names of the existing shards."""
         if (self.folder / BUILDING_NAME).is_file():
             self._require_equal(BUILDING_NAME, settings, distinct)
         there = whole_shards(self.folder, settings, len(distinct.texts))
@@ -108,7 +108,7 @@ class Encoding:
         return there
 
     def _require_equal(self, name: str, wanted: TableSettings, distinct: DistinctTexts) -> None:
-        """Raises InputError naming what differs between the table that is there and the one that is wanted."""
+        """Raise an InputError that names the differences between the existing table and the requested one."""
         path = self.folder / name
         there = TableSettings.from_json(read_json(path), path)
         differences = [
@@ -144,7 +144,7 @@ class Encoding:
         return "other prompts"
 
     def _encode(self, settings: TableSettings, texts: list[str], there: list[str]) -> None:
-        """Write the shards that are not there."""
+        """Write the missing shards."""
         ranges = [shard_range(name) for name in there]
         ends, firsts = [0, *(end for _, end in ranges)], [*(first for first, _ in ranges), len(texts)]
         gaps = [(end, first) for end, first in zip(ends, firsts, strict=True) if end < first]
@@ -169,7 +169,7 @@ class Encoding:
     def _pieces(
         self, texts: list[str], first: int, end: int, bar: Any
     ) -> Iterator[tuple[int, list[dict[str, Any]], list[bool]]]:
-        """(number of the first text, embeddings, whether each was cut) of shard after shard, each of whole batches."""
+        """Yield (first text's number, embeddings, whether each was cut) for each shard, which consists of whole batches."""
         begin, embeddings, cut, size = first, list[dict[str, torch.Tensor]](), list[bool](), 0
         for start in range(first, end, self.batch_size):
             batch = texts[start : min(start + self.batch_size, end)]
@@ -188,7 +188,7 @@ class Encoding:
                 begin, embeddings, cut, size = start + len(batch), [], [], 0
 
     def _stored(self, text: str, encoded: Encoded, other: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
-        """An embedding in the dtype that is stored."""
+        """An embedding in the dtype in which it is stored."""
         tensors = {n: t.detach().cpu().to(DTYPES[self.dtype], copy=True) for n, t in encoded.tensors.items()}
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         tokens, pooled = found.get("tokens", ()), found.get("pooled")
@@ -211,7 +211,7 @@ class Encoding:
         return tensors
 
     def _finish(self, settings: TableSettings, distinct: DistinctTexts) -> PromptTable:
-        """Write the index, then the file that says the table is whole."""
+        """Write the index, then the file that marks the table as complete."""
         from safetensors.torch import save
 
         paths = [self.folder / SHARDS / name for name in whole_shards(self.folder, settings, len(distinct.texts))]
@@ -253,7 +253,7 @@ def _holds(path: Path, content: bytes) -> bool:
 
 
 def _plain(constants: Mapping[str, float | Sequence[float]]) -> dict[str, float | list[float]]:
-    """Constants as they are kept: numbers, or lists of numbers, all finite."""
+    """Constants as they are stored: finite numbers, or lists of them."""
     plain: dict[str, float | list[float]] = {}
     for name, value in constants.items():
         try:
@@ -271,7 +271,7 @@ def _plain(constants: Mapping[str, float | Sequence[float]]) -> dict[str, float 
 
 @contextmanager
 def _alone(folder: Path, progress: bool) -> Iterator[None]:
-    """Wait until no other process writes the table; the system releases the lock of a process that ends, however it ends."""
+    """Wait until no other process writes the table. When a process ends for any reason, the system releases its lock."""
     shards = folder / SHARDS
     new = [path for path in (shards, *shards.parents) if not path.exists()]
     shards.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Reading prompts: a text file, JSON lines, a picture folder with captions, or Python strings."""
+"""Reading prompts from a text file, JSON lines, a picture folder with captions, or Python strings."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _CAPTION_KEYS = ("text", "prompt", "caption")
 
 
 class PromptLine(NamedTuple):
-    """A prompt, and what guidance leads away from.
+    """A prompt, and the negative prompt that guidance leads away from.
 
     Args:
         prompt: the text; never blank.
-        negative_prompt: may be empty; None: the default of the teacher's pipeline.
+        negative_prompt: the text, which may be empty; None: the default of the teacher's pipeline.
     """
 
     prompt: str
@@ -28,23 +28,24 @@ class PromptLine(NamedTuple):
 
 
 def read_prompts(source: str | Path | Sequence[str | PromptLine]) -> list[PromptLine]:
-    """Read prompts in their order; a text that appears twice is two prompts.
+    """Read prompts in order; a text that appears twice counts as two prompts.
 
     Example:
         read_prompts("prompts.txt")
         read_prompts(["a red circle", PromptLine("a blue square", negative_prompt="blurry")])
 
     Args:
-        source: a `.txt` file with one prompt a line; a `.jsonl` file of objects with `prompt` and, if wanted,
-            `negative_prompt`; a folder of pictures whose `metadata.jsonl` has `text`, `prompt` or `caption` in each line
-            (the first of these counts) and may have `negative_prompt`; or a list. Files are UTF-8, with or without a byte
-            order mark, with either line ending. Other keys are ignored. Texts are kept as they are, leading spaces included.
+        source: a `.txt` file with one prompt per line; a `.jsonl` file of objects with `prompt` and optionally
+            `negative_prompt`; a folder of pictures whose `metadata.jsonl` has `text`, `prompt` or `caption` in each line (the
+            first of these is used) and optionally `negative_prompt`; or a list. Files are UTF-8, with or without a byte order
+            mark, with either line ending. Other keys are ignored. Texts are not changed; leading spaces are kept.
 
     Returns:
         At least one prompt.
 
     Raises:
-        InputError: no such file, another kind of file, no prompts in it, or the line that is blank, broken or not UTF-8.
+        InputError: the file does not exist, is of another kind, or has no prompts; or a line is blank, invalid or not UTF-8,
+            which the message names.
     """
     if not isinstance(source, str | Path):
         return _from_list(source)
@@ -72,18 +73,18 @@ def read_prompts(source: str | Path | Sequence[str | PromptLine]) -> list[Prompt
 
 
 def has_captions(folder: str | Path) -> bool:
-    """Whether a folder says in a `metadata.jsonl` what its pictures show."""
+    """Whether a folder has captions for its pictures, in a `metadata.jsonl`."""
     return (Path(folder) / METADATA_NAME).is_file()
 
 
 def read_captions(folder: str | Path) -> list[tuple[Path, PromptLine]]:
-    """The pictures of a folder and what each shows, by its `metadata.jsonl`, in the order of its lines.
+    """The pictures of a folder and their captions, in the order of the lines of its `metadata.jsonl`.
 
     This is the convention of Hugging Face's `imagefolder`: each line has `file_name`, relative to the folder, and `text` (or
-    `prompt`, or `caption`). A picture may be in several lines; pictures in none are left out.
+    `prompt`, or `caption`). A picture may have several lines; pictures without a line are left out.
 
     Raises:
-        InputError: as of `read_prompts`; a line without `file_name`, or with one that is no file in the folder.
+        InputError: as in `read_prompts`; or a line has no `file_name`, or one that is not a file in the folder.
     """
     path = Path(folder) / METADATA_NAME
     captions = []

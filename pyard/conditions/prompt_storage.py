@@ -1,4 +1,4 @@
-"""The folder of a prompt table: texts, their embeddings in shards, and the file that says the table is whole.
+"""The folder of a prompt table: texts, their embeddings in shards, and the file that marks the table as complete.
 
     prompts.jsonl                              each distinct text once, then for each prompt the numbers of its two texts
     shards/0000000000-0000001024.safetensors   texts 0 ... 1023: tokens, pooled, length, digest, cut
@@ -6,8 +6,8 @@
     conditions.json                            what the table is; written last, so that a table that has it is whole
     building.json                              what the table will be; gone when it is whole
 
-Every file appears by write, fsync, rename, and none changes afterwards, so a shard under its name is whole. Each text's
-embedding has a digest of its own: a damaged one is found where it is used, without reading the others.
+Every file is written, flushed and renamed into place, and does not change afterwards, so a shard under its name is complete.
+Each text's embedding has its own digest, so damage is found when an embedding is used, without reading the others.
 
 P prompts · T distinct texts · n texts of a shard · D width of a token · E width of the pooled embedding
 """
@@ -43,17 +43,17 @@ _SHARD_NAME = re.compile(r"(\d{10})-(\d{10})\.safetensors")
 
 
 class ForeignShardError(InputError):
-    """A shard that was written for another table."""
+    """A shard was written for another table."""
 
 
 @dataclass(frozen=True)
 class DistinctTexts:
-    """Prompts as numbers of texts, each text once, in the order in which they first appear.
+    """Prompts as numbers of distinct texts, which are in the order of their first appearance.
 
     Args:
-        texts: T of them.
-        prompt: the text of each prompt, int64 [P].
-        negative_prompt: the text that guidance leads it away from, int64 [P].
+        texts: the T distinct texts.
+        prompt: number of each prompt's text, int64 [P].
+        negative_prompt: number of the text that guidance leads each prompt away from, int64 [P].
     """
 
     texts: list[str]
@@ -62,7 +62,7 @@ class DistinctTexts:
 
     @classmethod
     def of(cls, lines: Sequence[PromptLine], default_negative: str) -> DistinctTexts:
-        """The texts of prompts; `default_negative` where a prompt has no negative one."""
+        """The distinct texts of prompts, with `default_negative` for prompts that have no negative prompt."""
         numbers: dict[str, int] = {}
         rows = [
             [numbers.setdefault(text, len(numbers)) for text in (prompt, default_negative if negative is None else negative)]
@@ -72,7 +72,7 @@ class DistinctTexts:
         return cls(list(numbers), array[:, 0].copy(), array[:, 1].copy())
 
     def to_bytes(self) -> bytes:
-        """As the file `prompts.jsonl`."""
+        """The contents of the file `prompts.jsonl`."""
         lines = [json.dumps({"text": text}, ensure_ascii=False) for text in self.texts]
         pairs = zip(self.prompt.tolist(), self.negative_prompt.tolist(), strict=True)
         lines += [f'{{"prompt": {prompt}, "negative_prompt": {negative}}}' for prompt, negative in pairs]
@@ -83,7 +83,7 @@ class DistinctTexts:
         """Read `prompts.jsonl`.
 
         Raises:
-            InputError: missing, or not the file with this checksum.
+            InputError: the file is missing, or does not have this checksum.
         """
         content = read_bytes(path, None)
         if hashlib.sha256(content).hexdigest() != sha256:
@@ -103,12 +103,12 @@ class DistinctTexts:
 
 @dataclass(frozen=True)
 class TableSettings:
-    """What decides the numbers of a table.
+    """The settings that determine the contents of a table.
 
     Args:
-        encoder: fingerprint of the text encoder.
-        dtype: how embeddings are stored: a key of DTYPES.
-        constants: by name, the same float32 number or numbers for every prompt.
+        encoder: the text encoder's fingerprint.
+        dtype: dtype in which embeddings are stored: a key of DTYPES.
+        constants: float32 numbers that are the same for every prompt, by name.
         prompts: sha256 of `prompts.jsonl`.
     """
 
@@ -119,12 +119,12 @@ class TableSettings:
 
     @property
     def digest(self) -> str:
-        """What shards are marked with. Constants are in none of them."""
+        """The digest that marks shards. It does not include constants, which are not in shards."""
         return hashlib.sha256(json.dumps([self.encoder, self.dtype, self.prompts]).encode()).hexdigest()
 
     @classmethod
     def from_json(cls, about: Any, path: Path) -> TableSettings:
-        """Of a JSON object that may have more keys."""
+        """The settings in a JSON object, which may have other keys as well."""
         kinds = {"encoder": str, "dtype": str, "constants": dict, "prompts": str}
         if not isinstance(about, dict) or about.get("kind") != "prompts":
             raise InputError(f"{path}: {json.dumps(about)[:80]} describes no prompt table; use another folder")
@@ -138,10 +138,10 @@ class TableSettings:
 
 @dataclass(frozen=True)
 class TableRecord(TableSettings):
-    """`conditions.json`: the settings of a table that is whole, and what it holds.
+    """`conditions.json`: the settings of a complete table, and what it contains.
 
     Args:
-        fingerprint: of everything: see `fingerprint_of`.
+        fingerprint: fingerprint of the whole table; see `fingerprint_of`.
         num_prompts: P.
         num_texts: T.
         width: D.
@@ -179,7 +179,7 @@ class TableRecord(TableSettings):
 
 
 class Shard(NamedTuple):
-    """The tensors of a shard, mapped into memory: nothing is read before it is used."""
+    """The tensors of a shard, mapped into memory, so that nothing is read before it is used."""
 
     tokens: torch.Tensor  # [sum of lengths, D]
     pooled: torch.Tensor | None  # [n, E]
@@ -204,9 +204,9 @@ def pack_shard(embeddings: Sequence[Mapping[str, torch.Tensor]], cut: Sequence[b
     """The bytes of a shard.
 
     Args:
-        embeddings: of each text, in the dtype that is stored: `tokens` [length, D] and perhaps `pooled` [E].
+        embeddings: embedding of each text, in the dtype that is stored: `tokens` [length, D] and possibly `pooled` [E].
         cut: whether each text was cut.
-        digest: of the table's settings.
+        digest: digest of the table's settings.
     """
     from safetensors.torch import save
 
@@ -224,10 +224,10 @@ def pack_shard(embeddings: Sequence[Mapping[str, torch.Tensor]], cut: Sequence[b
 
 
 def map_shard(path: Path, dtype: str) -> Shard:
-    """Map a shard into memory, after a check that its tensors fit each other.
+    """Map a shard into memory, after checking that its tensors match each other.
 
     Raises:
-        InputError: missing, truncated, or no shard.
+        InputError: the file is missing, truncated, or not a shard.
     """
     tensors = load_tensors(path)
     try:
@@ -251,10 +251,10 @@ def map_shard(path: Path, dtype: str) -> Shard:
 
 
 def whole_shards(folder: Path, settings: TableSettings, num_texts: int) -> list[str]:
-    """Names of the shards that are there and whole, in order; what a kill or damage left of others is removed.
+    """Names of the complete shards, in order; remains of others, left by a kill or damage, are removed.
 
     Raises:
-        ForeignShardError: a shard of another table.
+        ForeignShardError: a shard belongs to another table.
     """
     names: list[str] = []
     for path in sorted((folder / SHARDS).glob("*")):
@@ -283,7 +283,7 @@ def whole_shards(folder: Path, settings: TableSettings, num_texts: int) -> list[
 def fingerprint_of(
     settings: TableSettings, width: int, pooled_width: int | None, cut: int, index: Mapping[str, torch.Tensor]
 ) -> str:
-    """sha256 of settings, rows and embeddings; how texts are divided into shards does not count."""
+    """sha256 of settings, rows and embeddings; it does not depend on how texts are divided into shards."""
     about = {field.name: getattr(settings, field.name) for field in fields(TableSettings)}
     digest = hashlib.sha256(json.dumps([about, width, pooled_width, cut], sort_keys=True).encode())
     for name in ("prompt", "negative_prompt", "length", "digest"):
@@ -292,7 +292,7 @@ def fingerprint_of(
 
 
 def digest_of(tokens: torch.Tensor, pooled: torch.Tensor | None, cut: torch.Tensor) -> torch.Tensor:  # [32] uint8
-    """sha256 of what is stored of one text: tokens [length, D], pooled [E], cut []."""
+    """sha256 of what is stored for one text: tokens [length, D], pooled [E], cut []."""
     digest = hashlib.sha256()
     for tensor in (tokens, pooled, cut[None]):
         if tensor is not None:
@@ -304,7 +304,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, mapped into memory.
 
     Raises:
-        InputError: missing or damaged.
+        InputError: the file is missing or damaged.
     """
     try:
         return read_safetensors(path, whole=False)

@@ -1,4 +1,4 @@
-"""Prompts as conditions: each distinct text is encoded once, kept on disk, and mapped into memory.
+"""Prompts as conditions: each distinct text is encoded once, stored on disk, and mapped into memory.
 
 P prompts · T distinct texts · B batch · n tokens of a text · D width of a token · E width of the pooled embedding
 """
@@ -44,12 +44,12 @@ _REMEDY = "delete the file and give the command that wrote it again, or restore 
 
 
 class Encoded(NamedTuple):
-    """What a text encoder makes of one text.
+    """A text encoder's result for one text.
 
     Args:
-        tensors: `tokens` [n, D], n at least 1, without padding where the model masks padding; and `pooled` [E] if the model is
-            conditioned on one.
-        cut: whether the text was longer than the encoder's limit, so that its end is not in the tensors.
+        tensors: `tokens` [n, D], n at least 1, without padding if the model masks padding; and `pooled` [E] if the model is
+            conditioned on a pooled embedding.
+        cut: whether the text was longer than the encoder's limit, so that its end was cut off.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -57,11 +57,11 @@ class Encoded(NamedTuple):
 
 
 class TextEncoder(Protocol):
-    """Turns texts into embeddings. One with a method `free` is told when it is no longer needed."""
+    """Turns texts into embeddings. If it has a method `free`, this is called when the encoder is no longer needed."""
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever embeddings may: of tokenizers, weights, templates, the limit of tokens. Cheap: loads no weights."""
+        """Changes whenever embeddings may: with tokenizers, weights, templates, token limit. Cheap: loads no weights."""
         ...
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
@@ -70,14 +70,14 @@ class TextEncoder(Protocol):
 
 
 class PromptTable:
-    """A table of prompts in a folder, which must stay in place while the table is used.
+    """A table of prompts in a folder, which must not be moved while the table is used.
 
     Rows 0 ... P - 1 are the prompts. Rows P, P + 1, ... are the distinct texts in the order in which they first appear,
-    negative prompts among them. `take` gives `{"tokens": [B, n, D], "mask": bool [B, n]}`, padded with zeros to the longest of
-    the batch, with `pooled` [B, E] if the encoder has one, and the table's constants, each float32 [B] or [B, k].
+    including negative prompts. `take` returns `{"tokens": [B, n, D], "mask": bool [B, n]}`, padded with zeros to the longest
+    text of the batch, with `pooled` [B, E] if the encoder returns it, and the table's constants, each float32 [B] or [B, k].
 
-    Opening a table reads its index alone, and `take` the rows that it is asked for. The first time that a row is used in a
-    process, its embedding is compared with its checksum; `verify` compares all of them.
+    Opening a table only reads its index, and `take` only the requested rows. When a row is first used in a process, its
+    embedding is compared with its checksum; `verify` compares all of them.
 
     Example:
         table = PromptTable.build(encoder, read_prompts("prompts.txt"), "trajectories/conditions")
@@ -85,13 +85,13 @@ class PromptTable:
         table.take(table.null([0, 1]))        # of their negative prompts
 
     Args:
-        folder: that `build` wrote.
+        folder: a folder that `build` wrote.
 
     Attributes:
-        dtype: of what `take` gives; `bfloat16` is how embeddings are usually stored.
+        dtype: dtype of what `take` returns; embeddings are usually stored in `bfloat16`.
 
     Raises:
-        InputError: no table there, one that is not finished, or a file that is missing, truncated or changed.
+        InputError: there is no table, it is not finished, or a file is missing, truncated or changed.
     """
 
     free_sizes: Mapping[str, Mapping[int, str]] = MappingProxyType({"tokens": {1: "num_tokens"}, "mask": {1: "num_tokens"}})
@@ -148,29 +148,29 @@ class PromptTable:
         shard_size: int = 1024,
         progress: bool = True,
     ) -> PromptTable:
-        """Encode prompts into a folder, or open the table that is there.
+        """Encode prompts into a folder, or open the table that is already there.
 
-        Each distinct text is encoded once. Killed at any moment, the same call loses at most the shard that was being written,
-        and ends with the same bytes on the same machine. If another process builds the same table, it is waited for. The
-        encoder is asked for nothing but its fingerprint if nothing is missing, and is freed afterwards.
+        Each distinct text is encoded once. After a kill at any moment, the same call continues, having lost at most the shard
+        that was being written, and ends with the same bytes on the same machine. If another process is building the same table,
+        the call waits for it. If nothing is missing, only the encoder's fingerprint is used. The encoder is freed afterwards.
 
         Args:
-            encoder: of the texts.
-            lines: the prompts, in order: see `read_prompts`.
-            folder: the table's own, `conditions` in the folder of a trajectory store.
-            constants: by name, what every prompt is conditioned on beside its text, such as `{"guidance": 3.5}`.
-            default_negative: where a prompt has no negative one.
-            dtype: how embeddings are stored.
-            batch_size: texts that are encoded together; may change the last bits.
-            shard_size: texts in a file, at most; files have at most about 64 MiB.
-            progress: show a progress bar with rate.
+            encoder: the text encoder.
+            lines: the prompts, in order; see `read_prompts`.
+            folder: the table's folder, which is `conditions` in a trajectory store.
+            constants: further conditions that are the same for every prompt, by name, such as `{"guidance": 3.5}`.
+            default_negative: negative prompt of the prompts that have none.
+            dtype: dtype in which embeddings are stored.
+            batch_size: number of texts encoded together; it may change the last bits.
+            shard_size: largest number of texts in a file; files also have at most about 64 MiB.
+            progress: show a progress bar with the rate.
 
         Raises:
-            InputError: the folder holds another table, named by what differs; no prompts; the encoder does not give what it
-                should, or numbers that are not finite; or the disk is full.
+            InputError: the folder contains another table (the message says what differs); there are no prompts; the encoder
+                returns tensors of wrong kinds or non-finite numbers; or the disk is full.
 
         Warns:
-            UserWarning: texts were cut by the encoder's limit.
+            UserWarning: texts were cut at the encoder's limit.
         """
         from pyard.conditions.prompt_encoding import Encoding  # which opens tables
 
@@ -179,7 +179,7 @@ class PromptTable:
 
     @property
     def count(self) -> int:
-        """P."""
+        """P, the number of prompts."""
         return self.record.num_prompts
 
     @property
@@ -189,7 +189,7 @@ class PromptTable:
 
     @property
     def cut(self) -> int:
-        """Distinct texts that were longer than the text encoder's limit."""
+        """Number of distinct texts that were longer than the text encoder's limit."""
         return self.record.cut
 
     @functools.cached_property
@@ -219,7 +219,7 @@ class PromptTable:
         return rows | {prompt: row for row, prompt in reversed(list(enumerate(self.prompts)))}
 
     def find(self, texts: Sequence[str]) -> list[int | None]:
-        """A row of each text: the first prompt that is this text, else the row of the text itself; None: not in the table."""
+        """The row of each text: that of the first prompt with this text, or else of the text itself; None: not in the table."""
         return [self._row_of_text.get(text) for text in texts]
 
     def take(self, numbers: Numbers) -> Condition:
@@ -244,16 +244,16 @@ class PromptTable:
         return Condition(tensors).to(wanted.device)
 
     def null(self, numbers: Numbers) -> torch.Tensor:
-        """The row of each prompt's negative prompt. Rows that are no prompts have none."""
+        """The row of each prompt's negative prompt. Rows that are not prompts have none."""
         wanted = as_numbers(numbers)
         rows = self._within(wanted, self.count)
         return (self._index["negative_prompt"][rows] + self.count).to(wanted.device)
 
     def verify(self) -> None:
-        """Read everything and compare it with its checksums.
+        """Read the whole table and compare it with its checksums.
 
         Raises:
-            InputError: names every file that is damaged.
+            InputError: files are damaged; the message names all of them.
         """
         broken = []
         self._shard.cache_clear()
@@ -274,8 +274,8 @@ class PromptTable:
     def save(self, folder: Path) -> None:
         """Write the table into a folder that is being built, and verify it there.
 
-        Shards, which nobody changes in place, are hard links where the file system has them: their megabytes a prompt are then
-        on the disk once, until the last of their names is removed.
+        Shards are never changed in place, so they are hard-linked if the file system allows it. Their megabytes per prompt are
+        then on the disk only once.
 
         Raises:
             InputError: the table is damaged, or the disk is full.
