@@ -1,6 +1,5 @@
 """The history of a student's lowest layers: the cache of keys and values, and the attention that uses it.
 
-
 The cache is explicit: it is passed in and returned.
 
     A attentions with a history · B batch · H heads · S steps · T tokens per step · Dh head dim

@@ -53,7 +53,6 @@ class TextSource:
 class BaseSource:
     """The frozen weights of a LoRA student, whose folder contains only the trained ones.
 
-
     They are the weights of the transformer in `TextSource.folder`, unless a fine-tuned one replaced it.
 
     Args:

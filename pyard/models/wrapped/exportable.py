@@ -1,6 +1,5 @@
 """Functions that diffusers transformers call, in a form that torch.export and ONNX can express.
 
-
 Some of them rotate queries and keys with `view_as_complex`, a product, and `view_as_real`, but ONNX has no complex numbers.
 Within `ExportableCalls`, the same unchanged code computes the product with pairs of real numbers.
 """

@@ -1,4 +1,4 @@
-"""Text-to-image pipelines of diffusers as teachers: what differs between them, and their text encoders."""
+"""diffusers' text-to-image pipelines as teachers: the differences between them, and their text encoders."""
 
 from pyard.teachers.text_to_image.families import GuidanceKind, PipelineConfigs, PipelineFamily, SchedulerCall
 from pyard.teachers.text_to_image.pipelines import PIPELINES, pipeline_family

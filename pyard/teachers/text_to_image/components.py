@@ -1,4 +1,4 @@
-"""Tokenizers and text encoders in a pipeline's folder: finding their files, reading them, telling them from others."""
+"""Tokenizers and text encoders in a pipeline's folder: finding, reading and identifying them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Component:
     """A tokenizer or text encoder of a pipeline.
 
     Args:
-        name: of the component, which is its sub-folder's, too.
+        name: name of the component and of its sub-folder.
         folder: the sub-folder.
-        kind: name of its class in transformers.
-        variant: which of several sets of weights, as `fp16`; None: the one without a name, or a tokenizer.
+        kind: name of its transformers class.
+        variant: variant of the weights, such as `fp16`; None: the weights without a variant, or a tokenizer.
     """
 
     name: str
@@ -61,14 +61,14 @@ class Component:
             raise InputError(f"{self.folder}: transformers cannot read this {self.kind}: {found}") from None
 
     def files(self) -> list[Path]:
-        """What decides its results: all of a tokenizer, configuration and weights of an encoder."""
+        """The files that determine its results: all files of a tokenizer, or configuration and weights of an encoder."""
         if self.is_tokenizer:
             return sorted(file for file in self.folder.iterdir() if file.is_file() and not file.name.startswith("."))
         weights = _weights(self.folder, self.variant)
         return [self.folder / "config.json", *weights]
 
     def digests(self) -> dict[str, str]:
-        """sha256 of each of its files; the weights of shards count one by one."""
+        """sha256 of each of its files; sharded weights have one for each shard."""
         return {f"{self.name}/{file.name}": _digest(file, *_version(file)) for file in self.files()}
 
 
@@ -78,10 +78,10 @@ def text_components(folder: Path, family: PipelineFamily, variant: str | None) -
     Args:
         folder: of the pipeline.
         family: of the pipeline.
-        variant: which weights to take where there are several, as `fp16`; a component without it has those it has.
+        variant: variant of the weights to use, such as `fp16`; a component without this variant uses the weights that it has.
 
     Raises:
-        InputError: one is missing, or there is no file of this variant in the whole folder.
+        InputError: a component is missing, or the whole folder has no file of this variant.
     """
     index = read_object(folder / INDEX_NAME, "the index of a diffusers pipeline")
     if variant is not None and not any(folder.glob(f"*/*.{glob.escape(variant)}[.-]*")):
@@ -115,7 +115,7 @@ def _component(folder: Path, index: dict[str, Any], name: str, is_needed: bool, 
 
 
 def _variants(folder: Path) -> Iterator[str | None]:
-    """The variants of the weights in a component's folder."""
+    """The weights' variants in a component's folder."""
     names = {file.name for file in folder.iterdir()}
     for stem, suffix in _STEMS:
         whole = re.compile(rf"{stem}(?:\.(\w+))?\.{suffix}")
@@ -130,7 +130,7 @@ def _variants_text(folder: Path) -> str:
 
 
 def _weights(folder: Path, variant: str | None) -> list[Path]:
-    """The files of one variant's weights, without the index of the shards: it says nothing that their tensors do not."""
+    """The files of one variant's weights, without the shards' index, which has no information that the tensors lack."""
     dot = "" if variant is None else f".{variant}"
     for stem, suffix in _STEMS:
         whole = folder / f"{stem}{dot}.{suffix}"

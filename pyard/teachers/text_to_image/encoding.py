@@ -1,4 +1,4 @@
-"""How the text of each pipeline class is encoded: its own `encode_prompt`, and what of the result is text and not padding.
+"""How each pipeline class encodes text: its own `encode_prompt`, and which part of the result is text and not padding.
 
 n tokens of a text · D width of a token · E width of the pooled embedding
 """
@@ -18,7 +18,7 @@ Tensors = dict[str, torch.Tensor]  # tokens [n, D], and pooled [E] where the tra
 
 
 class Limited(NamedTuple):
-    """Texts as one of the pipeline's tokenizers gets them, and how many tokens of each it keeps."""
+    """Texts as given to one of the pipeline's tokenizers, and how many tokens of each it keeps."""
 
     tokenizer: Any
     texts: list[str]
@@ -27,11 +27,11 @@ class Limited(NamedTuple):
 
 @dataclass(frozen=True)
 class TextShape:
-    """What a transformer gets of one text.
+    """The shape of the embeddings that a transformer gets for one text.
 
     Args:
-        tokens: n, of the longest text.
-        width: D.
+        tokens: n, the number of tokens of the longest text.
+        width: D, the width of a token.
         pooled: E; None: no pooled embedding.
         padded: whether every text has n tokens, because the transformer attends to padding.
     """
@@ -43,7 +43,7 @@ class TextShape:
 
     @property
     def numbers(self) -> int:
-        """How many numbers the longest text is."""
+        """The number of values in the embedding of the longest text."""
         return self.tokens * self.width + (self.pooled or 0)
 
     def condition(self, constants: Mapping[str, float]) -> Condition:
@@ -64,14 +64,14 @@ class PromptEncoding:
     """How a pipeline class encodes text.
 
     Args:
-        encode: (pipeline, texts, max_sequence_length, device) to the tensors of each text.
-        limits: (pipeline, texts, max_sequence_length) to what the tokenizers get.
-        settings: what else decides the embeddings, JSON-able.
-        width: setting of the transformer that is D.
-        pooled: the one that is E; None: no pooled embedding.
+        encode: function of (pipeline, texts, max_sequence_length, device) that returns the tensors of each text.
+        limits: function of (pipeline, texts, max_sequence_length) that returns what the tokenizers get.
+        settings: other settings that determine the embeddings, JSON-able.
+        width: name of the transformer's setting that is D.
+        pooled: name of the setting that is E; None: no pooled embedding.
         padded: whether padding is kept.
-        clip_tokens: tokens of CLIP that stand in front of those that `max_sequence_length` limits.
-        template_tokens: that the text encoder sees and the transformer does not.
+        clip_tokens: number of CLIP tokens that precede those limited by `max_sequence_length`.
+        template_tokens: number of template tokens, which the text encoder sees and the transformer does not.
     """
 
     encode: Callable[[Any, list[str], int, torch.device], list[Tensors]]
@@ -84,7 +84,7 @@ class PromptEncoding:
     template_tokens: int = 0
 
     def shape(self, transformer: Mapping[str, Any], max_sequence_length: int) -> TextShape:
-        """What the transformer of these settings gets of a text; an InputError if a setting is missing."""
+        """The shape that a transformer with these settings gets for a text; an InputError if a setting is missing."""
         names = (self.width, self.pooled)
         missing = [name for name in names if name is not None and not isinstance(transformer.get(name), int)]
         if missing:

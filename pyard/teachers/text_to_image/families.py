@@ -1,4 +1,4 @@
-"""What differs between diffusers' text-to-image pipelines: guidance, defaults, sizes, and how each calls its scheduler.
+"""The differences between diffusers' text-to-image pipelines: guidance, defaults, sizes, and how each calls its scheduler.
 
 C latent channels · h, w height and width of the latents · sigma 1 noise ... 0 data
 """
@@ -30,7 +30,7 @@ _DEFAULT_LATENTS = 128
 
 
 class SchedulerCall(TypedDict, total=False):
-    """Keyword arguments of a scheduler's `set_timesteps`, beside the number of steps or in its place."""
+    """Keyword arguments of a scheduler's `set_timesteps`, in addition to the number of steps or instead of it."""
 
     sigmas: list[float]
     mu: float
@@ -38,11 +38,11 @@ class SchedulerCall(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class PipelineConfigs:
-    """Configurations of a pipeline's transformer and VAE, as their config.json has them.
+    """Configurations of a pipeline's transformer and VAE, as in their config.json.
 
     Args:
-        transformer: of the transformer.
-        vae: of the VAE; None: the pipeline has none, its samples are pixels.
+        transformer: configuration of the transformer.
+        vae: configuration of the VAE; None: the pipeline has no VAE, and its samples are pixels.
     """
 
     transformer: Mapping[str, Any]
@@ -50,7 +50,7 @@ class PipelineConfigs:
 
     @classmethod
     def read(cls, folder: str | Path) -> PipelineConfigs:
-        """Of a pipeline folder; an InputError if one of the files is missing or damaged."""
+        """Read the configurations of a pipeline folder; an InputError if one of the files is missing or damaged."""
         folder = Path(folder)
         index = read_object(folder / INDEX_NAME, "the index of a diffusers pipeline")
         vae = None
@@ -59,12 +59,12 @@ class PipelineConfigs:
         return cls(read_object(folder / "transformer" / "config.json", "the configuration of a transformer"), vae)
 
     def number(self, name: str) -> int:
-        """A whole number of the transformer's configuration."""
+        """An integer of the transformer's configuration."""
         return whole_number(f"the transformer's configuration: {name}", self.transformer.get(name), 1, 2**16)
 
     @property
     def vae_factor(self) -> int:
-        """Pixels along a side of a latent."""
+        """Number of pixels along one side of a latent."""
         if self.vae is None:
             return 1
         kind = AUTOENCODERS.get(str(self.vae.get("_class_name")))
@@ -76,34 +76,36 @@ class PipelineConfigs:
 
 @dataclass(frozen=True)
 class PipelineFamily:
-    """What pyard must know of one pipeline class of diffusers.
+    """What pyard needs to know about one diffusers pipeline class.
 
     Args:
-        pipeline: name of the class.
+        pipeline: name of the pipeline class.
         backbone: name of the backbone that its transformer becomes.
-        encode: how its `encode_prompt` is called.
-        encoders: components that it encodes text with, and whether it can do nothing without them.
-        cfg_scale: the default of its guidance, as s in F_u + s (F_c - F_u).
+        encode: how to call its `encode_prompt`.
+        encoders: the components with which it encodes text, and whether each is required.
+        cfg_scale: its default guidance, as s in F_u + s (F_c - F_u).
         num_steps: its default number of steps.
         max_sequence_length: its default limit of text tokens.
-        longest_sequence: what that limit may be at most; None: anything.
-        negative_prompt: the default; `QwenImagePipeline` guides only if one is given, and its model card gives " ".
-        guidance: how both predictions are combined. plain: as above. norm: and each 2 x 2 patch (all channels) is scaled to the
-            norm that it has in F_c. z_image: where 1 - sigma > cfg_truncation, F_c alone; a sample whose norm is more than
-            cfg_normalization (unless 0) times that of F_c is scaled down to it.
-        cfg_normalization: the default, for z_image.
-        cfg_truncation: the default, for z_image.
-        guidance_value: the default of the guidance that a transformer with `guidance_embeds` is told; None: it has none.
-        packs: whether its transformer counts the channels of 2 x 2 latents.
-        default_size: `sample_size`: latents along a side as the transformer's configuration says; `fixed`: 128.
-        sizes: what becomes of a size that is no whole number of patches: `refused`, or `rounded` down.
-        passes_sigmas: whether it gives the scheduler its own, evenly spaced sigmas.
-        passes_mu: when it gives the scheduler a shift that grows with the number of image tokens; `dynamic`: if the
+        longest_sequence: largest allowed limit of text tokens; None: any.
+        negative_prompt: default negative prompt; `QwenImagePipeline` only guides if one is given, and its model card uses " ".
+        guidance: how the two predictions are combined. plain: as above. norm: as above, then each 2 x 2 patch (all channels) is
+            scaled to the norm that it has in F_c. z_image: as above, but only F_c if 1 - sigma > cfg_truncation; a sample whose
+            norm is more than cfg_normalization (unless 0) times that of F_c is scaled down to it.
+        cfg_normalization: default value, for z_image.
+        cfg_truncation: default value, for z_image.
+        guidance_value: default guidance scale that is passed to a transformer with `guidance_embeds`; None: there is none.
+        packs: whether its transformer's channels are those of packed 2 x 2 latents.
+        default_size: number of latents along a side by default: `sample_size`, as in the transformer's configuration, or
+            `fixed`, 128.
+        sizes: whether a size that is not a whole number of patches is `refused` or `rounded` down.
+        passes_sigmas: whether it passes its own, evenly spaced sigmas to the scheduler.
+        passes_mu: when it passes a shift to the scheduler that grows with the number of image tokens; `dynamic`: if the
             scheduler uses it.
-        max_shift: of that shift, where the scheduler's configuration has none.
-        without_guidance: the argument of its call that switches true guidance off, and its value; None: it is off by default.
-        has_resolution_bins: whether its call draws the nearest of a list of sizes unless it is told not to.
-        has_micro_conditions: whether its models of 128 x 128 latents are told height, width and aspect ratio.
+        max_shift: largest value of that shift, if the scheduler's configuration has none.
+        without_guidance: argument of its call that switches classifier-free guidance off, and the value; None: it is off by
+            default.
+        has_resolution_bins: whether its call draws the nearest of a list of sizes by default.
+        has_micro_conditions: whether its models with 128 x 128 latents take height, width and aspect ratio as conditions.
     """
 
     pipeline: str
@@ -130,12 +132,12 @@ class PipelineFamily:
     has_micro_conditions: bool = False
 
     def patch_size(self, configs: PipelineConfigs) -> int:
-        """Latents along a side of an image token."""
+        """Number of latents along one side of an image token."""
         patch = configs.transformer.get("patch_size") if self.default_size == "sample_size" else _PATCH
         return int(patch or _PATCH)
 
     def embedded_guidance(self, configs: PipelineConfigs) -> float | None:
-        """The default of the guidance that is part of the condition; None: the transformer knows none.
+        """The default guidance scale in the condition; None: the transformer takes none.
 
         Raises:
             InputError: the transformer takes one and the pipeline has no default.
@@ -147,7 +149,7 @@ class PipelineFamily:
         return self.guidance_value
 
     def default_pixels(self, configs: PipelineConfigs) -> tuple[int, int]:
-        """(height, width) in pixels that the pipeline draws where nobody names a size."""
+        """(height, width) in pixels that the pipeline draws by default."""
         latents = configs.number("sample_size") if self.default_size == "sample_size" else _DEFAULT_LATENTS
         # These pipelines name 1024 pixels, whatever their VAE.
         names_pixels = self.backbone in ("aura_flow", "z_image") and configs.vae is not None
@@ -157,15 +159,15 @@ class PipelineFamily:
     def sample_shape(
         self, configs: PipelineConfigs, height: int | None = None, width: int | None = None
     ) -> tuple[int, int, int]:
-        """[C, h, w] of the latents of a picture; of its pixels, where the pipeline has no VAE.
+        """[C, h, w] of a picture's latents, or of its pixels if the pipeline has no VAE.
 
-        PixArt's pipelines draw the nearest of a list of sizes and rescale the picture unless they are called with
-        use_resolution_binning=False; this is the shape for exactly the size that was asked for.
+        Unless they are called with use_resolution_binning=False, PixArt's pipelines draw the nearest of a list of sizes and
+        rescale the picture; this is the shape for exactly the requested size.
 
         Args:
-            configs: of the pipeline's folder.
-            height: of the picture, in pixels; None: the default.
-            width: likewise.
+            configs: configurations in the pipeline's folder.
+            height: height of the picture in pixels; None: the default.
+            width: width of the picture, likewise.
 
         Raises:
             InputError: the pipeline cannot draw this size.
@@ -200,10 +202,10 @@ class PipelineFamily:
     def scheduler_call(
         self, scheduler_config: Mapping[str, Any], num_steps: int, sample_shape: tuple[int, ...], patch_size: int = _PATCH
     ) -> SchedulerCall:
-        """What the pipeline calls its scheduler's `set_timesteps` with.
+        """The arguments with which the pipeline calls its scheduler's `set_timesteps`.
 
         Args:
-            scheduler_config: `.config` of the scheduler object, which has the defaults of its class.
+            scheduler_config: `.config` of the scheduler object, which includes the defaults of its class.
             num_steps: number of steps.
             sample_shape: [C, h, w] of the latents.
             patch_size: latents along a side of an image token.
@@ -224,15 +226,18 @@ class PipelineFamily:
         return call
 
     def micro_conditions(self, configs: PipelineConfigs, height: int, width: int) -> dict[str, tuple[float, ...]] | None:
-        """What the pipeline tells the transformer of the picture's size: `resolution` (height, width) in pixels and
-        `aspect_ratio` (height / width,), both in the dtype of the text embeddings; None: nothing."""
+        """The conditions on the picture's size that the pipeline passes to the transformer; None: there are none.
+
+        They are `resolution` (height, width) in pixels and `aspect_ratio` (height / width,), both in the dtype of the text
+        embeddings.
+        """
         if not self.has_micro_conditions or configs.transformer.get("sample_size") != 128:
             return None
         return {"resolution": (height, width), "aspect_ratio": (height / width,)}
 
 
 def component_class(index: Mapping[str, Any], name: str, folder: Path) -> tuple[str, str] | None:
-    """(library, class) of a component, as a pipeline's index names them; None: the pipeline goes without."""
+    """(library, class) of a component in a pipeline's index; None: the pipeline does not have it."""
     found = index.get(name)
     if found is None or (isinstance(found, list) and found[:1] == [None]):
         return None
