@@ -1,4 +1,4 @@
-"""The README of a student that was converted for other programs: what it is, and the lines that draw with it."""
+"""The README of a student that was converted for other programs: what it is, and code to draw with it."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ _WHAT = {
 
 @dataclass(frozen=True)
 class Card:
-    """What a model card says.
+    """The contents of a model card.
 
     Args:
         kind: what is in the folder.
         folder: its path.
-        config: of the student.
-        text: of the student.
-        family: of its pipeline.
+        config: the student's configuration.
+        text: the source of the student's text encoders.
+        family: the pipeline's family.
         transformer: name of the transformer's class in diffusers.
-        base: folder of the pipeline that it is used with.
-        sampling: how the stock pipeline visits its times, at the usual size.
-        dtype: of the weights, such as `bfloat16`.
-        sizes: by (height, width) in pixels, how the stock pipeline visits its times there; the usual size first.
-        about: further lines on what is in the folder.
-        pipeline_warns: whether the pipeline's `load_lora_weights` warns of every LoRA that has none for its text encoders.
+        base: folder of the pipeline with which the student is used.
+        sampling: how the stock pipeline visits the student's times, at the usual size.
+        dtype: dtype of the weights, such as `bfloat16`.
+        sizes: how the stock pipeline visits the student's times, by (height, width) in pixels; the usual size first.
+        about: further lines about the folder's contents.
+        pipeline_warns: whether the pipeline's `load_lora_weights` warns about every LoRA without additions for the text
+            encoders.
     """
 
     kind: Kind
@@ -54,7 +55,7 @@ class Card:
     pipeline_warns: bool = False
 
     def render(self) -> str:
-        """The card as Markdown; its block of Python draws a picture."""
+        """The card as Markdown; its Python code block draws a picture."""
         steps = self.config.grid.num_steps
         told = self.sampling.told_error
         lora = self.kind != "transformer"
@@ -87,7 +88,7 @@ class Card:
         return "\n".join(lines)
 
     def code(self) -> list[str]:
-        """The lines of Python that draw a picture."""
+        """The Python code that draws a picture."""
         scheduler, pipeline = type(self.sampling.scheduler).__name__, self.family.pipeline
         imports = sorted({scheduler, pipeline, *([self.transformer] if self.kind == "transformer" else [])})
         lines = ["import torch", f"from diffusers import {', '.join(imports)}"]
@@ -110,7 +111,7 @@ class Card:
         return lines
 
     def arguments(self) -> dict[str, Any]:
-        """What the pipeline is called with, beside the prompt."""
+        """The arguments of the pipeline's call, besides the prompt."""
         height, width = next(iter(self.sizes))
         found: dict[str, Any] = {"height": height, "width": width, "num_inference_steps": self.config.grid.num_steps}
         if self.family.without_guidance is not None:
@@ -138,7 +139,7 @@ class Card:
         return f"{said}: {'; '.join(each)}"
 
     def _differ(self) -> bool:
-        """Whether sizes have times of their own."""
+        """Whether the times differ between sizes."""
         return any(one.sigmas != self.sampling.sigmas for one in self.sizes.values())
 
     def _comfy(self) -> list[str]:

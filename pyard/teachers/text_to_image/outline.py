@@ -1,4 +1,4 @@
-"""A text-to-image pipeline without its weights: of a folder's configuration files, or a published one by its name."""
+"""A text-to-image pipeline without its weights: from a folder's configuration files, or by the name of a published pipeline."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class EncoderOutline:
     """A text encoder without its weights.
 
     Args:
-        kind: its class in transformers.
-        config: its settings, `model_type` included, as its config.json has them.
-        tokens: that it is given of the longest text.
+        kind: name of its transformers class.
+        config: its settings, including `model_type`, as in its config.json.
+        tokens: number of tokens that it is given for the longest text.
     """
 
     kind: str
@@ -51,11 +51,11 @@ class PipelineOutline(PipelineSettings):
     """A text-to-image pipeline without its weights.
 
     Args:
-        name: of the pipeline, or its folder.
+        name: name of the pipeline, or its folder.
         family, configs, scheduler, schedule: see `PipelineSettings`.
-        network: on the meta device.
-        encoders: of its texts.
-        text: what the transformer gets of a text.
+        network: the network, on the meta device.
+        encoders: its text encoders.
+        text: shape of the embeddings that the transformer gets for a text.
     """
 
     name: str
@@ -69,14 +69,14 @@ class PipelineOutline(PipelineSettings):
 
     @classmethod
     def read(cls, folder: Path, max_sequence_length: int | None = None) -> PipelineOutline:
-        """The pipeline of a folder, of which only the configuration files are read.
+        """Read the outline of a folder's pipeline, from its configuration files only.
 
         Args:
-            folder: of the pipeline.
-            max_sequence_length: limit of text tokens; None: the pipeline's.
+            folder: the pipeline's folder.
+            max_sequence_length: largest number of text tokens; None: the pipeline's limit.
 
         Raises:
-            InputError: a pipeline that pyard does not know, or files that are missing or do not fit.
+            InputError: pyard does not support the pipeline, or files are missing or do not match.
         """
         family = pipeline_family(folder)
         index = read_object(folder / INDEX_NAME, "the index of a diffusers pipeline")
@@ -90,7 +90,7 @@ class PipelineOutline(PipelineSettings):
 
     @classmethod
     def of_published(cls, found: PublishedPipeline) -> PipelineOutline:
-        """A published pipeline, of which nothing is read."""
+        """The outline of a published pipeline, for which no files are read."""
         configs = PipelineConfigs(found.transformer, found.vae)
         scheduler, family = build_scheduler(dict(found.scheduler), found.name), PIPELINES[found.pipeline]
         return cls._of(found.name, family, configs, scheduler, found.encoders, family.max_sequence_length)
@@ -132,7 +132,7 @@ def _network(family: PipelineFamily, configs: PipelineConfigs, schedule: NoiseSc
 
 
 def without_weights(backbone: Any, sizes: Any) -> Denoiser:
-    """A network of these sizes on the meta device."""
+    """A network of the given sizes, on the meta device."""
     try:
         with torch.device("meta"):
             return Denoiser(backbone(sizes))
@@ -149,10 +149,10 @@ def _tokens(config: Mapping[str, Any], limit: int) -> int:
 
 
 def pipeline_outline(source: str | Path) -> PipelineOutline | None:
-    """The outline of a pipeline's folder or of a published one; None: it is neither.
+    """The outline of a pipeline's folder or of a published pipeline; None: it is neither.
 
     Raises:
-        InputError: a folder of a pipeline that pyard does not know, or whose files do not fit.
+        InputError: the folder has a pipeline that pyard does not support, or files that do not match.
     """
     folder = pipeline_folder(source)
     if folder is not None:

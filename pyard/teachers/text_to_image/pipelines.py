@@ -1,4 +1,4 @@
-"""The pipeline classes of diffusers that teach, and the refusal of others."""
+"""The diffusers pipeline classes that can be teachers, and the refusal of others."""
 
 from __future__ import annotations
 
@@ -117,10 +117,10 @@ _REFUSED = {
 
 
 def pipeline_family(folder: str | Path) -> PipelineFamily:
-    """The family of a diffusers pipeline's folder.
+    """The family of the diffusers pipeline in a folder.
 
     Raises:
-        InputError: no pipeline, or one of another class than those of `PIPELINES`, which the message lists.
+        InputError: there is no pipeline, or its class is not one of `PIPELINES`, which the message lists.
     """
     folder = Path(folder)
     file = folder / INDEX_NAME

@@ -1,6 +1,6 @@
-"""Published text-to-image pipelines by name: their settings, from which costs are counted without any weights.
+"""The settings of published text-to-image pipelines by name, from which costs are computed without any weights.
 
-Numbers are those of the config.json files that come with each model, as far as shapes and times depend on them.
+The numbers are those in each model's config.json files, as far as shapes and times depend on them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ class PublishedPipeline:
     """Settings of a published pipeline.
 
     Args:
-        name: short.
-        repository: where it is published, `owner/name`.
-        pipeline: its class in diffusers.
-        transformer, vae: their settings.
-        scheduler: its settings, with `_class_name`.
-        encoders: class in transformers and settings of each text encoder, by component.
+        name: short name.
+        repository: repository in which it is published, `owner/name`.
+        pipeline: name of its diffusers class.
+        transformer, vae: settings of its transformer and VAE.
+        scheduler: settings of its scheduler, with `_class_name`.
+        encoders: transformers class and settings of each text encoder, by component.
     """
 
     name: str
@@ -33,7 +33,7 @@ class PublishedPipeline:
 
 
 def published_pipeline(name: str) -> PublishedPipeline | None:
-    """The pipeline of a short name, a repository (`owner/name`) or the last part of one, in any case; None: not known."""
+    """The pipeline with this short name, repository (`owner/name`) or last part of one, in any case; None: not known."""
     wanted = name.strip("/").lower()
     for found in PUBLISHED:
         if wanted in (found.name, found.repository.lower(), found.repository.lower().rpartition("/")[2]):

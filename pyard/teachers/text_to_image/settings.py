@@ -1,4 +1,4 @@
-"""What the configuration files of a text-to-image pipeline decide about its trajectories; weights have no part in it."""
+"""The settings of a text-to-image pipeline's trajectories that its configuration files determine, without any weights."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class PipelineSettings:
     """A text-to-image pipeline as its configuration files describe it.
 
     Attributes:
-        family: what pyard knows of the pipeline's class.
-        configs: of its transformer and VAE.
-        scheduler: the pipeline's, or the deterministic one in its place.
-        schedule: the forward process of that scheduler.
+        family: what pyard knows about the pipeline's class.
+        configs: configurations of its transformer and VAE.
+        scheduler: the pipeline's scheduler, or the deterministic one that replaces it.
+        schedule: that scheduler's forward process.
     """
 
     family: PipelineFamily
@@ -31,7 +31,7 @@ class PipelineSettings:
 
     @property
     def cfg_scale(self) -> float:
-        """The pipeline's own guidance, as F_u + cfg_scale (F_c - F_u)."""
+        """The pipeline's own guidance weight s in F_u + s (F_c - F_u)."""
         return self.family.cfg_scale
 
     @property
@@ -41,16 +41,16 @@ class PipelineSettings:
 
     @property
     def solver(self) -> Solver:
-        """The solver that the folder's scheduler is, or the nearest one."""
+        """The solver that corresponds to the folder's scheduler, or the nearest one."""
         return own_solver(self.scheduler).solver
 
     @property
     def solver_options(self) -> Mapping[str, Any] | None:
-        """Settings of the folder's multistep solver that are not its defaults."""
+        """Settings of the folder's multistep solver that differ from its defaults."""
         return own_solver(self.scheduler).options
 
     def visits(self, num_steps: int, sample_shape: tuple[int, ...]) -> Visits:
-        """The times that the pipeline visits in so many steps for samples of this shape."""
+        """The times that the pipeline visits in a number of steps, for samples of a shape."""
         patch = self.family.patch_size(self.configs)
         call = self.family.scheduler_call(self.scheduler.config, num_steps, sample_shape, patch)
         return visited(self.scheduler, num_steps, sigmas=call.get("sigmas"), mu=call.get("mu"))
@@ -58,29 +58,30 @@ class PipelineSettings:
     def grid(self, num_steps: int, teacher_steps: int | None, sample_shape: tuple[int, ...]) -> TimeGrid:
         """The grid of a student of `num_steps` jumps, evenly spaced among the teacher's steps.
 
-        Where S divides n these are the times of stock sampling of S steps (the table of `pyard.diffusion.scheduler_times`), but
-        for schedulers whose last step starts next to clean data, as SD3's does: there a jump would have almost nothing to do.
+        If S divides n, these are the times of stock sampling with S steps (the table of `pyard.diffusion.scheduler_times`). The
+        exception are schedulers whose last step starts next to clean data, such as SD3's: there, the last jump would have
+        almost nothing to do.
 
         Args:
-            num_steps: S.
-            teacher_steps: n; None: the pipeline's own number, rounded up to a multiple of S.
+            num_steps: S, the number of jumps.
+            teacher_steps: n, the number of teacher steps; None: the pipeline's own, rounded up to a multiple of S.
             sample_shape: [C, h, w], which some shifts depend on.
         """
         n = -(-self.teacher_steps // num_steps) * num_steps if teacher_steps is None else teacher_steps
         return TimeGrid.build(self.schedule, num_steps, n, visits=self.visits(n, sample_shape))
 
     def shape_of(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        """[C, h, w] of the samples of pictures of so many pixels; None: the pipeline's default."""
+        """[C, h, w] of the samples for pictures of a size in pixels; None: the pipeline's default."""
         return self.family.sample_shape(self.configs, height, width)
 
     def constants(self, embedded_guidance: float | None) -> dict[str, float]:
-        """What every prompt is conditioned on beside its text.
+        """Further conditions that are the same for every prompt, by name.
 
         Args:
-            embedded_guidance: what the transformer is told of guidance; None: the pipeline's default.
+            embedded_guidance: guidance scale to pass to the transformer; None: the pipeline's default.
 
         Raises:
-            InputError: a value, and a transformer that is told none.
+            InputError: a value is given, but the transformer takes none.
         """
         default = self.family.embedded_guidance(self.configs)
         if default is None and embedded_guidance is not None:

@@ -1,7 +1,6 @@
-"""The diffusers scheduler, and the arguments of a pipeline's call, with which stock sampling visits a student's times.
+"""Finds the diffusers scheduler, and the arguments of a pipeline's call, with which stock sampling visits a student's times.
 
-Every candidate is asked where it goes: `set_timesteps` is called as the pipeline calls it, and its times are compared with the
-student's.
+Every candidate is tried: `set_timesteps` is called as the pipeline calls it, and its times are compared with the student's.
 """
 
 from __future__ import annotations
@@ -29,11 +28,12 @@ class StockSampling:
     """How a stock pipeline visits a student's times.
 
     Attributes:
-        scheduler: a diffusers scheduler of first order, whose step is the student's jump.
-        arguments: of the pipeline's call, beside the number of steps: none, `sigmas` or `timesteps`.
-        sigmas: S + 1 noise levels that the states are at, for programs that take them: of a flow sigma from 1 to 0, else
+        scheduler: a first-order diffusers scheduler, whose step is the student's jump.
+        arguments: arguments of the pipeline's call, besides the number of steps: none, `sigmas` or `timesteps`.
+        sigmas: the S + 1 noise levels of the states, for programs that take them: for a flow, sigma from 1 to 0, otherwise
             sigma / alpha.
-        told_error: largest difference between the times that the network is told and those of training, as a share of all.
+        told_error: largest difference between the times given to the network in stock sampling and in training, as a fraction
+            of the whole range.
     """
 
     scheduler: Any
@@ -50,13 +50,14 @@ def stock_samplings(
     own: Any = None,
     patch: int,
 ) -> dict[tuple[int, ...], StockSampling]:
-    """The simplest stock sampling that draws what a student draws, at each of its sizes, by one scheduler.
+    """The simplest stock sampling with one scheduler that equals a student's, at each of its sizes.
 
-    Of one grid for all sizes: `stock_sampling`. Else the pipeline's own scheduler if its shift by size visits all of their
-    times; or one that leaves the times alone that the pipeline's call passes.
+    If all sizes have the same grid, this is `stock_sampling`. Otherwise it uses the pipeline's own scheduler, if its
+    size-dependent shift visits the times of all sizes; or else a scheduler that does not change the times passed by the
+    pipeline's call.
 
     Args:
-        grids: of the student, by sample shape; at least one.
+        grids: the student's grids by sample shape; at least one.
         schedule, family, own, patch: as in `stock_sampling`.
 
     Raises:
@@ -83,18 +84,19 @@ def stock_sampling(
     sample_shape: tuple[int, ...],
     patch: int,
 ) -> StockSampling:
-    """The simplest stock sampling that draws what a student of one grid draws.
+    """The simplest stock sampling that equals that of a student with one grid.
 
-    In this order: the scheduler of the pipeline's own settings; one of another spacing or fixed shift; one that leaves the
-    times alone that the pipeline's call passes. None depends on the picture's size, as the student's times do not.
+    Candidates, in this order, are the scheduler with the pipeline's own settings; one with another spacing or fixed shift; and
+    one that does not change the times passed by the pipeline's call. None of them depends on the picture's size, because the
+    student's times do not either.
 
     Args:
-        grid: of the student.
-        schedule: of the student.
-        family: of its pipeline.
-        own: scheduler object of the pipeline; None: unknown.
+        grid: the student's grid.
+        schedule: the student's noise schedule.
+        family: the family of its pipeline.
+        own: the pipeline's scheduler object; None: unknown.
         sample_shape: [C, h, w].
-        patch: latents along a side of an image token.
+        patch: number of latents along one side of an image token.
 
     Raises:
         InputError: no stock scheduler visits these times.
@@ -135,7 +137,7 @@ def _flows(own: Any, grid: TimeGrid, family: PipelineFamily) -> Iterator[Any]:
 
 
 def _first_order(own: Any) -> Iterator[Any]:
-    """The scheduler of a flow, with steps of first order; none if it is of a class that has no such steps."""
+    """Yield the scheduler of a flow with first-order steps, or nothing if its class has no such steps."""
     name = type(own).__name__
     if name == "FlowMatchEulerDiscreteScheduler":
         yield own
@@ -144,7 +146,7 @@ def _first_order(own: Any) -> Iterator[Any]:
 
 
 def _shifts(grid: TimeGrid) -> Iterator[float]:
-    """Shifts that take evenly spaced times to the grid's, if one does; short numbers first."""
+    """Shifts that map evenly spaced times to the grid's times, if there are any; short numbers first."""
     even = 1 - 1 / grid.num_steps
     second = grid.times[1]
     if even == 0 or not 0 < second < 1:
@@ -202,13 +204,13 @@ def _of_timesteps(grid: TimeGrid, schedule: NoiseSchedule) -> StockSampling:
 
 
 def _differs(visits: Visits, grid: TimeGrid) -> float:
-    """The largest difference of both kinds of times, as a share of the first time."""
+    """The largest difference of both kinds of times, as a fraction of the first time."""
     mine, theirs = (*grid.times, *grid.embed_times), (*visits.times, *visits.embed_times)
     return max(abs(a - b) for a, b in zip(mine, theirs, strict=True)) / grid.times[0]
 
 
 def _short(value: float) -> float:
-    """The shortest number that is the same in float32."""
+    """The shortest decimal number that is equal in float32."""
     return float(str(np.float32(value)))
 
 

@@ -37,14 +37,14 @@ WeightsDType = Literal["float32", "bfloat16", "float16"]
 
 
 class NoPrompts:
-    """The conditions of a teacher that was not given prompts yet."""
+    """The conditions of a teacher that has not been given prompts yet."""
 
     fingerprint = ""
     free_sizes: Mapping[str, Mapping[int, str]] = MappingProxyType({})
 
     @property
     def count(self) -> int:
-        """None of them can be had."""
+        """Always raises an InputError."""
         raise self._missing()
 
     def take(self, numbers: Numbers) -> Condition:
@@ -58,15 +58,15 @@ class NoPrompts:
 
 
 class PipelineTeacher(PipelineSettings, NetworkTeacher):
-    """A text-to-image pipeline of diffusers that teaches; `load_teacher` reads one.
+    """A diffusers text-to-image pipeline as a teacher, as loaded by `load_teacher`.
 
     Attributes:
-        folder: of the pipeline: its text encoders and its VAE stay there until they are needed.
-        family: what pyard knows of the pipeline's class.
-        scheduler: the pipeline's, or the deterministic one in its place.
-        text_encoder: of its prompts.
+        folder: the pipeline's folder, from which text encoders and VAE are read when they are needed.
+        family: what pyard knows about the pipeline's class.
+        scheduler: the pipeline's scheduler, or the deterministic one that replaces it.
+        text_encoder: the encoder of its prompts.
         conditions: a `PromptTable`, after `with_prompts`.
-        origin: what was given to `load_pipeline` of `transformer`, `lora` and `variant`.
+        origin: the arguments `transformer`, `lora` and `variant` of `load_pipeline`.
     """
 
     def __init__(
@@ -88,30 +88,30 @@ class PipelineTeacher(PipelineSettings, NetworkTeacher):
 
     @property
     def backbone(self) -> WrappedBackbone:
-        """The network below its output layers."""
+        """The network without its output layers."""
         trunk = self.network.trunk
         assert isinstance(trunk, WrappedBackbone)
         return trunk
 
     @property
     def precision(self) -> str:
-        """What the weights are in: `float32`, `bfloat16` or `float16`."""
+        """The dtype of the weights: `float32`, `bfloat16` or `float16`."""
         return str(self.backbone.dtype).removeprefix("torch.")
 
     def to(self, device: torch.device | str) -> Self:
-        """Move the network, and where prompts are encoded; returns itself."""
+        """Move the network, and encode prompts on this device from now on; returns itself."""
         super().to(device)
         self.text_encoder.to(device)
         return self
 
     def with_prompts(self, table: PromptTable) -> Self:
-        """The same teacher that draws from a table of prompts."""
+        """The same teacher with a table of prompts."""
         other = copy.copy(self)
         other.conditions = table
         return other
 
     def text_source(self) -> TextSource:
-        """Where a student of this teacher finds what encodes its prompts."""
+        """Where a student of this teacher finds its text encoders."""
         table = self.conditions
         constants: Mapping[str, Any] = table.record.constants if isinstance(table, PromptTable) else {}
         return TextSource(
@@ -122,16 +122,16 @@ class PipelineTeacher(PipelineSettings, NetworkTeacher):
         )
 
     def base_source(self, rank: int, heads: LoraHeads) -> BaseSource:
-        """Where a student that is trained by LoRA finds this teacher's weights.
+        """Where a LoRA student of this teacher finds the frozen weights.
 
         Args:
-            rank, heads: of its additions.
+            rank, heads: rank of its additions, and how its output layers are trained.
         """
         return BaseSource(weights_digest(self.network), self.precision, rank, heads, **self.origin)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of transformer, scheduler and guidance; prompts and encoders are in the table's own."""
+        """sha256 of transformer, scheduler and guidance; prompts and encoders are in the table's own fingerprint."""
         settings = [
             self.network.config.to_json(),
             self.family.pipeline,
@@ -147,7 +147,7 @@ class PipelineTeacher(PipelineSettings, NetworkTeacher):
 
 
 def is_pipeline_folder(path: Path) -> bool:
-    """True for the folder of a diffusers pipeline that is not DiT's."""
+    """Whether this is the folder of a diffusers pipeline other than `DiTPipeline`."""
     file = path / INDEX_NAME
     if not file.is_file():
         return False
@@ -167,19 +167,19 @@ def load_pipeline(
     vae: Path | None = None,
     max_sequence_length: int | None = None,
 ) -> PipelineTeacher:
-    """Read a text-to-image pipeline's transformer and scheduler; the rest stays on disk until it is needed.
+    """Read a text-to-image pipeline's transformer and scheduler; the other components are read when they are needed.
 
     Args:
-        folder: of the pipeline.
-        dtype: of the weights.
-        variant: of the weights, such as `fp16`.
-        transformer: a fine-tuned transformer in place of the folder's: a folder or a single file.
-        lora: a LoRA that is added to the transformer.
-        vae: another autoencoder.
-        max_sequence_length: limit of text tokens; None: the pipeline's.
+        folder: the pipeline's folder.
+        dtype: dtype of the weights.
+        variant: variant of the weights, such as `fp16`.
+        transformer: a fine-tuned transformer to use instead of the folder's: a folder or a single file.
+        lora: a LoRA to add to the transformer.
+        vae: another autoencoder to use instead of the folder's.
+        max_sequence_length: largest number of text tokens; None: the pipeline's limit.
 
     Raises:
-        InputError: a pipeline that pyard does not know, or parts that are missing or do not fit.
+        InputError: pyard does not support the pipeline, or components are missing or do not match.
     """
     import diffusers
 
@@ -214,7 +214,7 @@ def load_pipeline(
 
 
 def read_scheduler(folder: Path) -> Any:
-    """The scheduler of a pipeline's folder, or the deterministic one in its place, with a printed line."""
+    """The scheduler of a pipeline's folder, or the deterministic one that replaces it, which is reported in a printed line."""
     if not (folder / "scheduler").is_dir():
         raise InputError(f"{folder}: there is no scheduler/, so nothing says how it was trained; download the whole folder")
     scheduler, replaced = load_scheduler(folder / "scheduler")

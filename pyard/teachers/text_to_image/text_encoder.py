@@ -1,4 +1,4 @@
-"""The text encoders of a diffusers pipeline, through the pipeline's own `encode_prompt`."""
+"""The text encoders of a diffusers pipeline, used through the pipeline's own `encode_prompt`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from pyard.teachers.text_to_image.pipelines import pipeline_family
 
 
 class PipelineTextEncoder:
-    """Encodes prompts as a pipeline of diffusers does; a `TextEncoder`.
+    """A `TextEncoder` that encodes prompts in the same way as a diffusers pipeline.
 
-    Tokenizers and text encoders are read when the first text is encoded, nothing else of the pipeline ever.
+    Tokenizers and text encoders are read when the first text is encoded. No other component of the pipeline is ever read.
 
     Example:
         encoder = PipelineTextEncoder("stable-diffusion-3.5-medium", dtype=torch.bfloat16, device="cuda")
@@ -33,15 +33,15 @@ class PipelineTextEncoder:
         encoder.free()
 
     Args:
-        folder: of the pipeline.
-        family: of the pipeline; None: what the folder says.
+        folder: the pipeline's folder.
+        family: the pipeline's family; None: the one in the folder's index.
         max_sequence_length: limit of text tokens; None: the pipeline's.
-        dtype: of the encoders' weights.
-        variant: of the encoders' weights, as `fp16`; None: those without a variant, or what there is.
-        device: where the encoders run.
+        dtype: dtype of the encoders' weights.
+        variant: variant of the encoders' weights, such as `fp16`; None: those without a variant, or else those that exist.
+        device: the device that the encoders run on.
 
     Raises:
-        InputError: a component that is missing, a variant that is nowhere, or a limit that the pipeline does not take.
+        InputError: a component is missing, no component has the variant, or the pipeline does not allow the limit.
     """
 
     def __init__(
@@ -76,14 +76,14 @@ class PipelineTextEncoder:
         device: str | torch.device = "cpu",
         transformer: Mapping[str, Any] | None = None,
     ) -> PipelineTextEncoder:
-        """An encoder of tokenizers and text encoders in memory, which it leaves where they are.
+        """An encoder that uses tokenizers and text encoders in memory, on their own device.
 
         Args:
-            family: of their pipeline.
-            components: by their names there.
+            family: the family of their pipeline.
+            components: tokenizers and text encoders, by their names in the pipeline.
             max_sequence_length: limit of text tokens; None: the pipeline's.
-            device: where the encoders are.
-            transformer: settings of the transformer, which SD3's pipeline asks for a width where it has no T5.
+            device: the encoders' device.
+            transformer: settings of the transformer, from which SD3's pipeline takes the width if it has no T5.
         """
         made = cls.__new__(cls)
         made.folder, made.family, made.device, made._components = Path(), family, torch.device(device), []
@@ -100,15 +100,15 @@ class PipelineTextEncoder:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What beside files, limit and dtype decides the embeddings, as the pipeline's class has it."""
+        """The settings of the pipeline's class that determine the embeddings, besides files, limit and dtype."""
         with _quiet():
             return self.family.encode.settings(self._empty_pipeline({}))
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of everything that decides an embedding; reads each file of weights once in a process, and loads none.
+        """sha256 of everything that determines an embedding. Each file of weights is read once per process, but not loaded.
 
-        Two folders with the same files have the same one, wherever they are.
+        Folders with the same files have the same fingerprint, wherever they are.
         """
         about = {
             "pipeline": self.family.pipeline,
@@ -128,10 +128,10 @@ class PipelineTextEncoder:
 
         Returns:
             For each text, on the CPU in the encoder's dtype: `tokens` [n, D]; `pooled` [E] for SD3 and Flux; and whether one of
-            the tokenizers cut it. Their n is the padded length, because their transformers attend to padding.
+            the tokenizers cut it. For SD3 and Flux, n is the padded length, because their transformers attend to padding.
 
         Raises:
-            InputError: transformers cannot read one of the components.
+            InputError: the transformers library cannot read one of the components.
         """
         if not texts:
             return []
@@ -160,7 +160,7 @@ class PipelineTextEncoder:
             torch.cuda.empty_cache()
 
     def _cut(self, texts: list[str]) -> list[bool]:
-        """Whether a tokenizer keeps less of each text than there is."""
+        """For each text, whether a tokenizer cuts it."""
         found = [False] * len(texts)
         for tokenizer, given, limit in self.family.encode.limits(self._pipeline, texts, self.max_sequence_length):
             lengths = [len(ids) for ids in tokenizer(given).input_ids]
@@ -175,7 +175,7 @@ class PipelineTextEncoder:
         return self._empty_pipeline(loaded)
 
     def _empty_pipeline(self, components: dict[str, Any], transformer: Mapping[str, Any] | None = None) -> Any:
-        """The pipeline of these components, without transformer, VAE and scheduler."""
+        """A pipeline of these components, without transformer, VAE and scheduler."""
         import diffusers
 
         kind = getattr(diffusers, self.family.pipeline, None)
@@ -195,7 +195,7 @@ class PipelineTextEncoder:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings of every cut text: who encodes many is told how many were cut."""
+    """Suppress the warning for every cut text, because the number of cut texts is reported at the end."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
