@@ -1,8 +1,8 @@
 """A student as an ONNX file, or a folder: `python -m pyard.export --onnx student.onnx --student RUN`.
 
-Of a DiT, `parts` traces the few different parts of a pass with torch's exporter, and `assembly` puts copies of them together
-with the weights stored once. `traced` traces the students of all other backbones as a whole. `files` lets the result appear,
-checked and equal to PyTorch, or not at all.
+For a DiT, `parts` traces the few different parts of a pass with torch's exporter, and `assembly` combines copies of them, with
+the weights stored once. `traced` traces students of all other backbones as a whole. `files` makes the result appear only after
+it was checked and found equal to PyTorch.
 """
 
 from __future__ import annotations
@@ -160,41 +160,43 @@ def export_onnx(
     examples: Sequence[Condition] = (),
     network: type[Backbone] | str | None = None,
 ) -> dict[int, float]:
-    """Write a student as one ONNX file, of the form `sampler`, noise [B, C, ...], condition -> sample [B, C, ...], or `step`,
-    latent [B, C, ...], condition, step [], past keys and values [B, H, K, Dh] -> prediction, present keys and values.
+    """Write a student as one ONNX file.
 
-    A condition is an input for each of its tensors, by name: `label` int64 [B] of a class-conditional student, `tokens`
-    [B, n, D] and `mask` bool [B, n] of one with an EmbeddingTable. The batch size is free, and so are sizes such as n. Grid,
-    classes, sizes, hashes and pyard's version travel inside the file; the student's
-    `config.json` lies beside it under the file's own name, `student.onnx.json`.
+    The form `sampler` maps noise [B, C, ...] and condition to a sample [B, C, ...]. The form `step` maps latent [B, C, ...],
+    condition, step [] and past keys and values [B, H, K, Dh] to a prediction and present keys and values.
+
+    Each tensor of the condition is an input: `label` int64 [B] for a class-conditional student, `tokens` [B, n, D] and `mask`
+    bool [B, n] for one with an EmbeddingTable. The batch size and sizes such as n are not fixed. The file contains grid,
+    classes, sizes, hashes and pyard's version; the student's `config.json` is written beside it as `student.onnx.json`.
     `pyard.runtime.OnnxStudent` reads both forms.
 
     Args:
-        student: the student, or the path of its folder; it is left as it is.
+        student: the student, which is not changed, or the path of its folder.
         path: the file to write; it appears complete and checked, or not at all.
-        form: see above. `step` counts from 0, and its present keys and values are the next step's past; step 0 takes K = 0.
+        form: see above. The input `step` counts from 0; the present keys and values are the next step's past, and step 0 takes
+            K = 0.
         opset: version of the ONNX operators, 20 to 23: an attention is one node, of ONNX itself in 23 (onnxruntime 1.23 or
             newer, 1.24 for int8-static), of onnxruntime's own (com.microsoft) before (1.21 or newer).
-        precision: of weights and products: `fp32`; `fp16`; `int8`, with ranges of the activations measured in every call;
-            `int8-static`, with ranges fixed by `calibration` samples. Latents, jumps and predictions are float32 in all.
-        calibration: samples whose trajectories calibrate `int8-static`.
-        vae: whose decoder is appended, so that samples are uint8 [B, height, width, 3]: `own`, the student's, if it has one; a
-            diffusers autoencoder (`pyard.models.codec.LatentCodec`), or its folder; `none` or None: samples are latents.
-        external_data: weights in a second file, `<path>.<hash>.data`; None: where one file cannot hold them (2 GB).
-        method: `assembled`, of parts that are traced once, for pyard's DiT: fast to export and to run; `traced` as a whole, for
-            any backbone; `auto`, the first one where it fits.
-        parity_bound: largest relative error with which the file is written; None: `PARITY_BOUND` of the precision, and one
-            level of 255 more for pictures.
-        examples: conditions to trace and check a student with that has no table of conditions, one row or more each; sizes that
-            differ between them are free.
+        precision: precision of weights and products: `fp32`; `fp16`; `int8`, which measures the activations' ranges in every
+            call; `int8-static`, with ranges fixed by `calibration` samples. Latents, jumps and predictions are always float32.
+        calibration: number of samples whose trajectories calibrate `int8-static`.
+        vae: the VAE whose decoder is appended, so that samples are uint8 [B, height, width, 3]: `own`, the student's, if it has
+            one; a diffusers autoencoder (`pyard.models.codec.LatentCodec`), or its folder; `none` or None: samples are latents.
+        external_data: write weights to a second file, `<path>.<hash>.data`; None: only if one file cannot hold them (2 GB).
+        method: `assembled` from parts that are traced once, for pyard's DiT: fast to export and to run; `traced` as a whole,
+            for any backbone; `auto`: assembled if possible.
+        parity_bound: largest relative error that is accepted; None: `PARITY_BOUND` of the precision, plus one grey level of 255
+            for pictures.
+        examples: for a student without a table of conditions, conditions of one row or more with which it is traced and
+            checked; sizes that differ between them are not fixed.
         network: class of the student's backbone, if it is not one of pyard's, or "package.module:Class".
 
     Returns:
         The largest relative error against PyTorch at each batch size that was tried.
 
     Raises:
-        InputError: an opset, form or method out of range, no student there, a path that is a folder, another program's file
-            beside it, a backbone that cannot be traced, with the reason.
+        InputError: an opset, form or method is unknown; there is no student; the path is a folder; another program's file would
+            be overwritten; or the backbone cannot be traced, with the reason.
         ExportError: the exported graph is invalid, deviates from PyTorch by more than the bound, or overflows
             in half precision.
     """
@@ -272,16 +274,15 @@ def export_onnx(
 
 
 class ExportError(InputError, RuntimeError):
-    """A file that would not draw what the student draws, and was not written."""
+    """The exported file would not draw what the student draws; it was not written."""
 
 
 def measure_parity(
     student: Student, exported: OnnxStudent, inputs: ConditionInputs, decoder: Decoder | None = None
 ) -> dict[int, float]:
-    """The largest error of an exported student relative to the largest value of PyTorch's sample, of a picture 255, by batch
-    size.
+    """The largest error of an exported student by batch size, relative to PyTorch's largest value, or to 255 for pictures.
 
-    No batch size or size of a condition is one that the graph was traced with.
+    All batch sizes and condition sizes differ from those with which the graph was traced.
     """
     parity = {}
     for size in PARITY_BATCH_SIZES:
@@ -303,10 +304,10 @@ def measure_parity(
 
 
 def check_parity(parity: dict[int, float], bound: float, path: Path, precision: str = "fp32") -> None:
-    """Fail on a deviation above the bound.
+    """Fail if the deviation is above the bound.
 
     Raises:
-        ExportError: naming the batch size, what was found and what was expected.
+        ExportError: the deviation is too large; the message names the batch size, the deviation and the bound.
     """
     for size, error in parity.items():
         if not np.isfinite(error):
@@ -323,7 +324,7 @@ def check_parity(parity: dict[int, float], bound: float, path: Path, precision: 
 
 
 def check_half_range(student: Student) -> None:
-    """Raises ExportError for weights that fp16 cannot hold."""
+    """Raise an ExportError for weights that fp16 cannot represent."""
     limit = torch.finfo(torch.float16).max
     for name, weight in student.named_parameters():
         largest = float(weight.abs().max()) if weight.numel() else 0.0

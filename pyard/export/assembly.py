@@ -1,7 +1,8 @@
-"""Both ONNX forms of a student, put together from copies of its traced parts; weights are stored once, whatever uses them.
+"""Both ONNX forms of a student, assembled from copies of its traced parts; each weight is stored once.
 
 `sampler`: noise, label -> sample, the S passes one after the other. `step`: latent, label, step, past keys and values ->
-prediction, present keys and values. What depends on time alone is a constant: the time embeddings and the jumps' coefficients.
+    prediction, present keys and values. Everything that depends only on time is a constant: the time embeddings and the jumps'
+    coefficients.
 
     B batch · n steps of one call · D hidden · H heads · Dh head dim · K tokens of earlier steps that are still seen
 """
@@ -35,11 +36,11 @@ def assemble(
     """The ONNX model of a student.
 
     Args:
-        student: on the CPU, in float32.
+        student: a student on the CPU, in float32.
         form: `sampler` or `step`.
         opset: version of the ONNX operators.
-        dtype: of weights, arithmetic and keys and values; latents, jumps and predictions are float32 whatever it is.
-        decoder: turns the sample, or each prediction, into pictures, in float32 (half precision overflows in many of them).
+        dtype: dtype of weights, arithmetic, keys and values; latents, jumps and predictions are always float32.
+        decoder: turns the sample, or each prediction, into pictures, in float32 (many decoders overflow in half precision).
     """
     assembly = _Assembly(student, opset, dtype)
     assembly.decoder = decoder
@@ -53,14 +54,14 @@ def assemble(
 
 
 def remembered_layers(student: Student) -> int:
-    """How many layers keep keys and values from one step to the next: N, or 0 if the mask shows no earlier step."""
+    """The number of layers that keep keys and values from one step to the next: N, or 0 if the mask shows no earlier step."""
     config = student.config
     alone = config.mask == "diagonal" or (config.mask == "window" and config.window == 1) or student.num_steps == 1
     return 0 if alone else config.history_layers
 
 
 class _Assembly:
-    """Nodes and constants of a graph that grows."""
+    """The nodes and constants of a graph under construction."""
 
     def __init__(self, student: Student, opset: int, dtype: torch.dtype):
         if not isinstance(student.trunk, Trunk):
@@ -245,7 +246,7 @@ class _Assembly:
         return self.constants[name]
 
     def _constant(self, value: Any) -> ir.Value:
-        """A value without a name of its own, stored once whoever asks for it; keeps its dtype."""
+        """An unnamed constant, which is stored only once and keeps its dtype."""
         array = np.array(value)
         name = self.known.setdefault((array.dtype.str, array.shape, array.tobytes()), f"constant_{len(self.known)}")
         if name not in self.constants:

@@ -1,4 +1,4 @@
-"""The condition of a student as inputs of a graph: names, dtypes, sizes, and conditions to try it with.
+"""The condition of a student as inputs of a graph: names, dtypes and sizes, and conditions to test it with.
 
 B batch
 """
@@ -32,9 +32,9 @@ class ConditionInput:
     """One tensor of a condition in the graph.
 
     Args:
-        name: that the network knows it by.
-        dtype: float32 for every floating-point tensor, whatever the table keeps.
-        sizes: of a row: numbers, and names of the free ones.
+        name: the network's name for it.
+        dtype: float32 for every floating-point tensor, whatever dtype the table stores.
+        sizes: sizes of a row: a number if it is fixed, otherwise a name.
     """
 
     name: str
@@ -42,21 +42,21 @@ class ConditionInput:
     sizes: tuple[int | str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Name, dtype and shape [B, ...] as the metadata keep them, None for what is free."""
+        """Name, dtype and shape [B, ...] as stored in the metadata, with None for sizes that are not fixed."""
         shape = [None, *(None if isinstance(size, str) else size for size in self.sizes)]
         return {"name": self.name, "dtype": str(self.dtype).removeprefix("torch."), "shape": shape}
 
 
 class ConditionInputs:
-    """What a student's graph takes beside the noise.
+    """The inputs of a student's graph besides the noise.
 
     Args:
-        student: it has a table of conditions, or there are examples.
-        examples: conditions of one row or more. Without a table, sizes that differ between examples are free, and the number
-            of text tokens of a text-to-image student.
+        student: a student with a table of conditions, unless there are examples.
+        examples: conditions of one row or more. Without a table, the sizes that are not fixed are those that differ between
+            examples, and the number of a text-to-image student's text tokens.
 
     Raises:
-        InputError: neither a table nor examples; examples that do not fit each other.
+        InputError: there is neither a table nor an example, or examples do not match each other.
     """
 
     def __init__(self, student: Student, examples: Sequence[Condition] = ()):
@@ -74,18 +74,18 @@ class ConditionInputs:
 
     @property
     def names(self) -> list[str]:
-        """Of the tensors, in order."""
+        """The names of the tensors, in order."""
         return [item.name for item in self.inputs]
 
     def example(self) -> tuple[torch.Tensor, ...]:
-        """Tensors of `TRACED_BATCH` rows and of the traced sizes."""
+        """Tensors with `TRACED_BATCH` rows and the traced sizes."""
         shapes = [[self.traced_sizes[s] if isinstance(s, str) else s for s in item.sizes] for item in self.inputs]
         make = {torch.bool: torch.ones}
         pairs = zip(self.inputs, shapes, strict=True)
         return tuple(make.get(item.dtype, torch.zeros)(TRACED_BATCH, *shape, dtype=item.dtype) for item, shape in pairs)
 
     def draw(self, seed: int, index: NDArray[np.integer[Any]]) -> Condition:
-        """The conditions of samples `index`, drawn uniformly; no free size is one that was traced with."""
+        """Randomly drawn conditions for samples `index`; sizes that are not fixed differ from the traced ones."""
         if self._table is not None:
             condition = _plain(self._table.take(torch.from_numpy(uniform_labels(seed, index, self._table.count))))
         else:
@@ -100,7 +100,7 @@ class ConditionInputs:
 
 
 def as_arrays(condition: Condition) -> dict[str, NDArray[Any]]:
-    """A condition as an exported student takes it."""
+    """A condition in the form that an exported student takes."""
     return {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in _plain(condition).items()}
 
 

@@ -1,4 +1,4 @@
-"""A codec's decoder as a part of the graph: samples of the student in, 8-bit pictures out."""
+"""A codec's decoder as a part of the graph, from the student's samples to 8-bit pictures."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class Decoder(nn.Module):
-    """Samples [B, *sample_shape], as the diffusion model knows them, to uint8 pictures [B, H, W, 3].
+    """Decodes samples [B, *sample_shape] of the diffusion model to uint8 pictures [B, H, W, 3].
 
     Args:
-        codec: whose own decoding is traced; its VAE is copied to the CPU in float32 and left as it is.
+        codec: the codec whose decoding is traced; its VAE is not changed, but copied to the CPU in float32.
     """
 
     def __init__(self, codec: LatentCodec):
@@ -43,15 +43,15 @@ class Decoder(nn.Module):
 
 
 def load_decoder(vae: str | Path | ModelMixin | None, student: Student) -> Decoder | None:
-    """The decoder that an exported student gets; None: it draws samples.
+    """The decoder for an exported student; None: the student draws samples.
 
     Args:
-        vae: `own`, that of the student, if it has one; `none` or None: none; the folder of a diffusers autoencoder, or one in
-            memory.
-        student: that is exported.
+        vae: `own`, the student's VAE, if it has one; `none` or None: no decoder; the folder of a diffusers autoencoder, or one
+            in memory.
+        student: the student to export.
 
     Raises:
-        InputError: no autoencoder there, or one that does not decode the student's samples.
+        InputError: there is no autoencoder, or it cannot decode the student's samples.
     """
     if vae is None or str(vae) == "none":
         return None
@@ -69,21 +69,21 @@ def load_decoder(vae: str | Path | ModelMixin | None, student: Student) -> Decod
 
 
 def expected_pictures(codec: LatentCodec, samples: torch.Tensor) -> np.ndarray:  # uint8 [B, H, W, 3]
-    """What an exported student should draw: samples [B, *sample_shape] by `codec.decode`, rounded to 8 bits by numpy."""
+    """The pictures that an exported student should draw: samples [B, *sample_shape], decoded and rounded to 8 bits."""
     images = codec.decode(samples).cpu().numpy()
     levels = np.clip(np.rint((images.astype(np.float64) + 1) * 127.5), 0, 255).astype(np.uint8)
     return levels.transpose(0, 2, 3, 1)
 
 
 def trace_decoder(decoder: Decoder, sample_shape: tuple[int, ...], opset: int) -> tuple[TracedPart, dict[str, ir.Value]]:
-    """The decoder as a part, and its weights by name."""
+    """The traced decoder, and its weights by name."""
     graph = _trace(decoder, sample_shape, opset)
     part = TracedPart(tuple(graph.inputs), tuple(graph.outputs), tuple(graph))
     return part, {str(name): value for name, value in graph.initializers.items()}
 
 
 def decoder_model(decoder: Decoder, sample_shape: tuple[int, ...], opset: int) -> ir.Model:
-    """The decoder as a graph of its own: latent [B, *sample_shape] -> image uint8 [B, H, W, 3]."""
+    """The decoder as a separate graph: latent [B, *sample_shape] -> image uint8 [B, H, W, 3]."""
     graph = _trace(decoder, sample_shape, opset)
     graph.name = "pyard_vae_decoder"
     return ir.Model(graph, ir_version=IR_VERSION[opset], producer_name="pyard", producer_version=__version__)

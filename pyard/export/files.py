@@ -1,4 +1,4 @@
-"""What an export leaves on disk: the model, perhaps its external data, and the configuration; whole and checked, or nothing."""
+"""The files of an export: the model, its external data and configuration. They appear complete and checked, or not at all."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LARGEST_SINGLE_FILE = 2**31 - 2**26
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """Bytes of all constants of a model."""
+    """The size of all constants of a model, in bytes."""
     return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
 
@@ -40,7 +40,7 @@ def save_model(model: ir.Model, path: Path, *, external_data: bool) -> None:
 
 
 def write_metadata(path: Path, metadata: dict[str, Any]) -> None:
-    """Put pyard's entry into a model file; external data are not touched."""
+    """Write pyard's metadata entry into a model file; external data are not changed."""
     model = onnx.load(path, load_external_data=False)
     # A file's reader infers the shapes in between; onnxruntime's quantiser transposes weights, which would contradict them.
     del model.graph.value_info[:]
@@ -50,14 +50,14 @@ def write_metadata(path: Path, metadata: dict[str, Any]) -> None:
 
 
 def kept_in_float32(path: Path) -> list[str]:
-    """The layers of a student's file in half precision that stay in float32."""
+    """The layers that stay in float32 in a student's half-precision file."""
     properties = {item.key: item.value for item in onnx.load(path, load_external_data=False).metadata_props}
     layers: list[str] = json.loads(properties[METADATA_KEY]).get("kept_in_float32", [])
     return layers
 
 
 def describe(student: Student, **facts: Any) -> dict[str, Any]:
-    """pyard's metadata of a student: grid, classes or number of conditions, sizes, hashes, version, and further `facts`."""
+    """pyard's metadata for a student: grid, classes or number of conditions, sizes, hashes, version, and further `facts`."""
     digest = hashlib.sha256()
     for name, tensor in sorted(student.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
@@ -77,17 +77,17 @@ def describe(student: Student, **facts: Any) -> dict[str, Any]:
 
 
 def config_path(path: Path) -> Path:
-    """Where the configuration of an exported file lies: `student.onnx.json` beside `student.onnx`."""
+    """The path of an exported file's configuration: `student.onnx.json` beside `student.onnx`."""
     return path.with_name(f"{path.name}.json")
 
 
 def config_text(student: Student) -> str:
-    """What `Student.save_pretrained` writes into `config.json`."""
+    """The text that `Student.save_pretrained` writes to `config.json`."""
     return json.dumps({"_class_name": "Student", **student.config.to_json()}, indent=2) + "\n"
 
 
 def check_target(path: Path) -> None:
-    """Refuse a path that is a folder, and one where, or beside which, another program's file would be overwritten."""
+    """Refuse a path that is a folder, or if another program's file at the path or beside it would be overwritten."""
     if path.is_dir():
         raise InputError(f"{path} is a folder; expected the name of a file, such as {path / 'student.onnx'}")
     if path.is_file() and path.stat().st_size and not _is_model(path):
@@ -113,14 +113,14 @@ def _is_model(path: Path) -> bool:
 
 @contextmanager
 def new_files(path: Path, size: int | None = None) -> Iterator[Path]:
-    """A file of the same name in a temporary folder; if the block ends well, all files there move beside `path`.
+    """Yield a path of the same name in a temporary folder; if the block succeeds, all files there are moved beside `path`.
 
-    External data get the name `<name>.<hash>.data`, and the model itself comes last: a kill at any moment leaves the former
-    model with the former data, or the new one with its own. Then the data go that the former model named.
+    External data are named `<name>.<hash>.data`, and the model itself is moved last, so after a kill there is either the former
+    model with the former data, or the new one with its own. Finally the former model's data are removed.
 
     Args:
         path: the file.
-        size: bytes that will be written, where they are known; for the message on a full disk.
+        size: number of bytes that will be written, if known; for the error message if the disk is full.
     """
     with building_folder(path, size) as folder:
         building = folder / path.name
@@ -147,14 +147,14 @@ def new_files(path: Path, size: int | None = None) -> Iterator[Path]:
 
 
 def data_files(path: Path) -> list[Path]:
-    """The files beside an exported one that hold its weights."""
+    """The files beside an exported file that contain its weights."""
     return sorted(path.parent / name for name in external_data(path))
 
 
 def external_data(path: Path) -> set[str]:
-    """The files that a model's weights are in by its own words: of these, the ones that an export may have named.
+    """The files that a model names for its weights, if an export could have given them their names.
 
-    That is `<name>.data`, and `<name>.<hash>.data`. Empty, if the file is no model.
+    Such names are `<name>.data` and `<name>.<hash>.data`. Empty if the file is not a model.
     """
     ours = _data_name(path)
     try:
@@ -169,7 +169,7 @@ def _notes(path: Path) -> Path:
 
 
 def _data_to_remove(path: Path) -> set[str]:
-    """The data of the model that is there, and those that an export which was killed has left."""
+    """The data of the existing model, and those left by an export that was killed."""
     named = external_data(path) if path.exists() else set()
     try:
         left = json.loads(_notes(path).read_text(encoding="utf-8"))
@@ -188,7 +188,7 @@ def _locations(model: onnx.ModelProto) -> list[onnx.StringStringEntryProto]:
 
 
 def _name_data(path: Path) -> set[str]:
-    """Name the data of a model by what is in them, and the names in the model after them; returns the names."""
+    """Name a model's data files by their contents, write these names into the model, and return them."""
     written = external_data(path)
     if not written:
         return written

@@ -1,7 +1,8 @@
-"""A graph in half precision, but for the layers whose numbers it cannot hold.
+"""Converts a graph to half precision, except layers whose values it cannot represent.
 
-A float32 graph is run once to see how large its values become. Nodes that touch a value beyond half of fp16's range stay in
-float32, and so does what half precision would spoil without any overflow: sums of squares, and angles before a sine.
+The float32 graph is run to see how large its values become. Nodes that read or write a value beyond half of fp16's range stay
+in float32, and so do operations that half precision would make inaccurate without overflowing: sums of squares, and angles
+before a sine.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ _PROBE = ".largest"
 
 
 def halve(source: Path, target: Path, feeds: Iterable[Mapping[str, NDArray[Any]]], *, external_data: bool) -> list[str]:
-    """Write a copy of a float32 model in half precision. Inputs and outputs stay float32, but for keys and values.
+    """Write a copy of a float32 model in half precision. Inputs and outputs stay float32, except keys and values.
 
     Args:
         source: the float32 file.
         target: the file to write; metadata are copied.
-        feeds: inputs that are typical of the model, at least one.
-        external_data: weights in `<target>.data`.
+        feeds: typical inputs of the model, at least one.
+        external_data: write weights to `<target>.data`.
 
     Returns:
-        The layers that stay in float32 because their numbers are too large, by the names of their weights.
+        The layers that stay in float32 because their values are too large, by the names of their weights.
 
     Raises:
-        InputError: a model with branches or loops.
+        InputError: the model has branches or loops.
     """
     with TemporaryDirectory(dir=source.parent) as folder:
         typed = Path(folder) / source.name
@@ -68,7 +69,7 @@ def _is_float(value: ir.Value | None) -> bool:
 
 
 def _largest(model: ir.Model, path: Path, feeds: Iterable[Mapping[str, NDArray[Any]]], external_data: bool) -> dict[str, float]:
-    """The largest finite absolute value that each float32 value of the graph takes, by name."""
+    """The largest finite absolute value of each float32 tensor of the graph, by name."""
     probed = model.clone()
     graph = probed.graph
     zero = ir.Value(name=f"zero{_PROBE}", const_value=ir.tensor(np.zeros(1, np.float32), name=f"zero{_PROBE}"))
@@ -112,7 +113,7 @@ def _reaches(node: ir.Node, largest: Mapping[str, float]) -> bool:
 
 
 def _before_angles(graph: ir.Graph) -> set[ir.Node]:
-    """Sines, cosines, and everything that their angles are computed by."""
+    """Sines, cosines, and all nodes that compute their angles."""
     found: set[ir.Node] = set()
     waiting = [node for node in graph if node.op_type in _ANGLES]
     while waiting:
@@ -124,7 +125,7 @@ def _before_angles(graph: ir.Graph) -> set[ir.Node]:
 
 
 def _layer_of(node: ir.Node) -> str:
-    """The name of the weight that a node takes, or else that of the nearest node above it."""
+    """The name of the weight that a node uses, or else the one that the nearest preceding node uses."""
     seen, waiting = {node}, [node]
     while waiting:
         current = waiting.pop(0)
@@ -141,7 +142,7 @@ def _layer_of(node: ir.Node) -> str:
 
 
 def _convert(graph: ir.Graph, exact: set[ir.Node]) -> None:
-    """Give every node but the exact ones half-precision inputs and outputs, with casts in between."""
+    """Give every node except the exact ones half-precision inputs and outputs, with casts in between."""
     inputs, outputs = list(graph.inputs), [value for value in graph.outputs if value is not None]
     floats = {value for node in graph for value in (*node.inputs, *node.outputs) if value is not None and _is_float(value)}
     halves: dict[ir.Value, ir.Value] = {}
@@ -184,7 +185,7 @@ def _convert(graph: ir.Graph, exact: set[ir.Node]) -> None:
 
 
 def _other(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, first: ir.Node) -> ir.Value:
-    """The value in another precision: a constant converted here, or cast behind the node that makes it."""
+    """A value in the other precision: a converted constant, or a cast after the node that computes it."""
     suffix = "half" if dtype == ir.DataType.FLOAT16 else "float"
     if value.is_initializer() and value.const_value is not None:
         kind = np.float16 if dtype == ir.DataType.FLOAT16 else np.float32
