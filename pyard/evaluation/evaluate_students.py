@@ -1,4 +1,4 @@
-"""The public face: students and a teacher in, a table out."""
+"""`pyard.evaluate`: measures students and their teacher, and prints a table."""
 
 from __future__ import annotations
 
@@ -114,8 +114,9 @@ def evaluate(
         The rows, the teacher's first.
 
     Raises:
-        InputError: a student of another teacher, sample shape or number of classes; teacher settings other than those that the
-            students were trained on; no feature network for these images; a file that is missing, or cannot be written.
+        InputError: a student has another teacher, sample shape or number of classes; teacher settings differ from those that
+            the students were trained on; there is no feature network for these images; or a file is missing or cannot be
+            written.
     """
     _check_files(features, reference, samples_npz, out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -206,7 +207,7 @@ def evaluate(
 
 
 def _table_folder(out: Path | None, stack: contextlib.ExitStack) -> Path:
-    """Where prompts' embeddings are kept: beside the results, or until the evaluation ends."""
+    """The folder of the prompts' embeddings: beside the results, or a temporary one."""
     return Path(stack.enter_context(TemporaryDirectory())) / "prompts" if out is None else out.with_suffix("")
 
 
@@ -222,10 +223,10 @@ def _all_of(watching: list[Callable[[str, np.ndarray], None] | None]) -> Callabl
 
 
 def measured_exposure_bias(student: Student, store: TrajectoryStore, batch_size: int) -> ExposureBias:
-    """A student's errors to the trajectories of a store, at each step, on the teacher's history and on its own.
+    """A student's errors on the trajectories of a store at each step, with the teacher's history and with its own.
 
     Raises:
-        InputError: trajectories of another teacher or grid.
+        InputError: the trajectories have another teacher or grid.
     """
     theirs, ours = store.manifest, student.config
     grid = ours.grid_of(theirs.sample_shape)
@@ -243,7 +244,7 @@ def measured_exposure_bias(student: Student, store: TrajectoryStore, batch_size:
 def _check_files(
     features: Path | FileFeatures | None, reference: Path | Reference | None, samples_npz: Path | None, out: Path | None
 ) -> None:
-    """Find a missing file or a bad name before hours of work."""
+    """Find missing files and invalid names before hours of work."""
     if isinstance(features, str | Path):
         require_feature_file(Path(features))
     if isinstance(reference, str | Path) and not Path(reference).exists():
@@ -272,7 +273,7 @@ def _network_and_data(
     progress: bool,
     by_prompts: ByPrompts | None,
 ) -> tuple[FeatureNetwork | None, np.ndarray | Reference | None]:
-    """The feature network and the real data that were asked for; none of both if samples are only to be written."""
+    """The requested feature network and real data; neither if samples are only written."""
     if by_prompts is not None and reference is None:
         # Students are compared with their teacher, whose samples need no real data beside them.
         if features is None:
@@ -307,7 +308,7 @@ def _network_and_data(
 def _sample_file(
     path: Path | None, name: str, labels: LabelPolicy, count: int, num_classes: int, seed: int, quantise: Any
 ) -> Iterator[Callable[[str, np.ndarray], None] | None]:
-    """Writes the images of the row of this name while they are drawn; none: nothing."""
+    """Writes the images of the row with this name while they are drawn; None: writes nothing."""
     if path is None:
         yield None
         return

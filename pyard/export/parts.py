@@ -1,7 +1,7 @@
-"""The few different parts of a student's pass, traced once by torch's ONNX exporter, whatever S and the depth are.
+"""The few different parts of a student's pass, each traced once by torch's ONNX exporter, for any S and depth.
 
-Every layer of every pass is a copy of the same block with other weights, and tracing costs about 10 ms a node; so one block of
-each kind is traced, and `pyard.export.assembly` puts the copies together.
+Every layer of every pass is a copy of the same block with other weights, and tracing costs about 10 ms per node. So one block
+of each kind is traced, and `pyard.export.assembly` assembles the copies.
 
     B batch · n steps of one call · T tokens per step · D hidden · H heads · Dh head dim · K tokens of earlier steps · P patch
 """
@@ -41,11 +41,11 @@ SIGNATURES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class TracedPart:
-    """One part as ONNX nodes; `assembly` copies them with other weights.
+    """One part as ONNX nodes, which `assembly` copies with other weights.
 
     Args:
         inputs, outputs: values of the traced graph, in the order of `SIGNATURES`.
-        nodes: in an order in which they can run.
+        nodes: the nodes, in an order in which they can run.
     """
 
     inputs: tuple[ir.Value, ...]
@@ -54,11 +54,12 @@ class TracedPart:
 
 
 def block_weights(block: nn.Module, bias: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """A block's weights as ONNX's MatMul takes them: [in, out]; q, k and v apart, so that no node has to split a product.
+    """A block's weights as ONNX's MatMul takes them, [in, out], with q, k and v separate, so that no node has to split a
+    product.
 
     Args:
-        block: a block of the trunk; its modulation is left to `assembly`, which computes that of all steps at once.
-        bias: [H], the learned bias of an earlier step's keys, or None.
+        block: a block of the trunk, without its modulation, which `assembly` computes for all steps at once.
+        bias: [H], the learned bias for keys of earlier steps, or None.
     """
     assert isinstance(block, Block)
     weights = {}
@@ -76,12 +77,12 @@ def block_weights(block: nn.Module, bias: torch.Tensor | None) -> dict[str, torc
 
 
 def head_weights(head: Head) -> dict[str, torch.Tensor]:
-    """A head's weights as ONNX's MatMul takes them; its modulation is left to `assembly`."""
+    """A head's weights as ONNX's MatMul takes them, without its modulation, which `assembly` computes."""
     return {"weight": head.linear.weight.detach().T.contiguous(), "bias": head.linear.bias.detach()}
 
 
 def embed_weights(trunk: Trunk) -> dict[str, torch.Tensor]:
-    """The patch embedder's weights; the position embedding is added to the bias, which is one for each token [T, D] then."""
+    """The patch embedder's weights. The position embedding is added to the bias, which then is [T, D]."""
     bias = trunk.patch_embed.bias.detach() + trunk.pos_embed
     return {"weight": trunk.patch_embed.weight.detach().T.contiguous(), "bias": bias}
 
@@ -108,7 +109,7 @@ class _Part(nn.Module):
 
 
 class BlockPart(_Part):
-    """One block; its attention is a single node."""
+    """One block, whose attention is a single node."""
 
     def __init__(self, trunk: Trunk, weights: Mapping[str, torch.Tensor], opset: int):
         super().__init__(trunk, weights)
@@ -188,14 +189,14 @@ class EmbedPart(_Part):
 
 
 class ConditionPart(_Part):
-    """Conditioning vectors of n steps; everything that depends on the time alone comes in folded."""
+    """The conditioning vectors of n steps; everything that depends only on the time is an input."""
 
     def forward(self, times: torch.Tensor, label: torch.Tensor) -> torch.Tensor:  # [n, D], [B] -> [B, n, D]
         return F.silu(times + F.embedding(label, self.weight_of("labels"))[:, None])
 
 
 class Parts(nn.Module):
-    """All parts side by side, each with inputs of its own, so that one call of the exporter traces them all."""
+    """All parts side by side, each with its own inputs, so that one call of the exporter traces them all."""
 
     def __init__(self, student: Trunk, dtype: torch.dtype, opset: int, biased: bool):
         super().__init__()
@@ -230,16 +231,16 @@ class Parts(nn.Module):
 
 @functools.lru_cache(maxsize=8)
 def trace(trunk: Trunk, dtype: torch.dtype, opset: int, biased: bool) -> tuple[dict[str, TracedPart], dict[str, ir.Value]]:
-    """Trace every part of a student of these sizes once; the weights in it mean nothing.
+    """Trace every part of a student of these sizes once. The traced weights are placeholders.
 
     Args:
-        trunk: of the student; its sizes alone are looked at.
-        dtype: that the graph computes in.
+        trunk: trunk of the student, of which only the sizes are used.
+        dtype: dtype in which the graph computes.
         opset: version of the ONNX operators.
         biased: whether the attentions to earlier steps have a learned bias.
 
     Returns:
-        The parts by the names of `SIGNATURES`, and the weights and constants that they refer to, by name.
+        The parts by their names in `SIGNATURES`, and the weights and constants that they refer to, by name.
     """
     # Sizes that no dimension of the network has: torch.export takes 1 for a constant and equal sizes for the same.
     batch, steps, past = (torch.export.Dim(name) for name in ("batch", "steps", "past"))
@@ -267,11 +268,11 @@ def trace(trunk: Trunk, dtype: torch.dtype, opset: int, biased: bool) -> tuple[d
 
 
 def run_exporter(module: nn.Module, arguments: dict[str, tuple[torch.Tensor, Any]], outputs: list[str], opset: int) -> ir.Graph:
-    """torch's dynamo exporter, quietly.
+    """Run torch's dynamo exporter without its messages.
 
     Args:
-        module: to trace.
-        arguments: name of each input to an example of it and its free sizes.
+        module: the module to trace.
+        arguments: an example of each input and its sizes that are not fixed, by the input's name.
         outputs: their names.
         opset: version of the ONNX operators.
     """
@@ -293,7 +294,7 @@ def run_exporter(module: nn.Module, arguments: dict[str, tuple[torch.Tensor, Any
 
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Without gradients, and without what torch's exporter says about itself."""
+    """Disable gradients and the messages of torch's exporter."""
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
     try:
@@ -306,7 +307,7 @@ def quiet_exporter() -> Iterator[None]:
 
 
 def without_paths(model: ir.Model) -> None:
-    """Drop the source lines that the exporter notes at every node: paths of this machine, larger than a small student."""
+    """Remove the source lines that the exporter records at every node: paths of this machine, larger than a small student."""
     ClearMetadataAndDocStringPass()(model)
 
 

@@ -1,4 +1,4 @@
-"""A text-to-image student as a folder of ONNX graphs, one for each component, laid out as diffusers' ONNX pipelines are.
+"""A text-to-image student as a folder of ONNX graphs, one for each component, in the layout of diffusers' ONNX pipelines.
 
 config.json  transformer/  vae_decoder/  text_encoder*/  tokenizer*/
 """
@@ -53,7 +53,7 @@ _GRAPHS = {"sampler": "model", "step": "step"}  # forms to names of files
 
 @dataclass(frozen=True)
 class _Request:
-    """Arguments of `export_pipeline` that its parts need, and what they find."""
+    """The arguments of `export_pipeline` that its parts need, and their results."""
 
     forms: tuple[Form, ...]
     opset: int
@@ -76,29 +76,29 @@ def export_pipeline(
     """Write a text-to-image student as a folder of ONNX graphs, which `pyard.runtime.OnnxPipeline` draws with.
 
     `transformer/model.onnx` is the form `sampler`, `transformer/step.onnx` the form `step` (`export_onnx` says what they take);
-    further sizes that the student learnt have graphs of their own, `model_HEIGHTxWIDTH.onnx`. All of them read one file of
+    further sizes that the student was trained on have separate graphs, `model_HEIGHTxWIDTH.onnx`. All of them share one file of
     weights. Text encoders take `input_ids` and `attention_mask`, int64 [B, n], and give `tokens` [B, n, D] and `pooled` [B, E];
     the decoder takes a `latent` [B, C, h, w] and gives an `image` uint8 [B, H, W, 3]. The batch size and the number of text
-    tokens are free.
+    tokens are not fixed.
 
     Args:
         student: made of a text-to-image pipeline; it is left as it is.
-        folder: to write; it appears complete and checked, or not at all. Files of others in it stay.
-        form: of the transformer: `sampler`, `step`, or `both`.
+        folder: the folder to write, which appears complete and checked, or not at all. Other programs' files in it are kept.
+        form: form of the transformer: `sampler`, `step`, or `both`.
         opset: version of the ONNX operators, 20 to 23.
-        precision: of all components: `fp32`; `fp16`, where layers whose numbers exceed its range stay in fp32; `int8`,
-            weights of the transformer and the text encoders.
-        vae: whose decoder is exported: as of `export_onnx`.
+        precision: precision of all components: `fp32`; `fp16`, except layers whose values exceed its range, which stay in fp32;
+            `int8`, for weights of the transformer and the text encoders.
+        vae: the VAE whose decoder is exported, as in `export_onnx`.
         text_encoders: `own`, those of the pipeline that the student was made from; the folder of another copy of it; `none`:
-            the folder draws from embeddings alone.
-        parity_bound: as of `export_onnx`.
+            the folder only draws from embeddings.
+        parity_bound: as in `export_onnx`.
 
     Returns:
-        The largest relative errors against PyTorch, by component; `picture` is that of whole pictures, in parts of 255.
+        The largest errors relative to PyTorch, by component; `picture` is that of whole pictures, as a fraction of 255.
 
     Raises:
-        InputError: a student that is not drawn from prompts, text encoders that are not there, a component that cannot be
-            exported, with the reason.
+        InputError: the student does not draw from prompts, text encoders are missing, or a component cannot be exported, with
+            the reason.
         ExportError: a component, or the whole, deviates from PyTorch by more than the bound.
     """
     folder = Path(folder)
@@ -135,13 +135,13 @@ def export_pipeline(
 
 
 def export_folder(student: Student, folder: Path, *, unused: Sequence[str], precision: str, **settings: Any) -> None:
-    """`export_pipeline` on the command line.
+    """Run `export_pipeline` for the command line.
 
     Args:
         student: a student made from a text-to-image pipeline.
-        folder: to write.
-        unused: flags that were given and are of single files.
-        precision, settings: of `export_pipeline`.
+        folder: the folder to write.
+        unused: flags that were given but only apply to single files.
+        precision, settings: arguments of `export_pipeline`.
     """
     if folder.suffix == ".onnx" and not folder.is_dir():
         other = folder.with_suffix("")
@@ -159,12 +159,12 @@ def export_folder(student: Student, folder: Path, *, unused: Sequence[str], prec
 
 
 def own_text_encoders(folder: Path) -> str | Path:
-    """The folder that a student was read from, if it is a pipeline's with text encoders in it, or else `own`."""
+    """The folder that a student was read from, if it is a pipeline with text encoders, otherwise `own`."""
     return folder if (folder / "model_index.json").is_file() and (folder / "tokenizer").is_dir() else "own"
 
 
 def _texts(student: Student, source: str | Path) -> tuple[TextEncoders | None, list[Condition]]:
-    """The text encoders, and the conditions of `PARITY_PROMPTS`, random ones where there are no encoders."""
+    """The text encoders, and the conditions of `PARITY_PROMPTS`, or random ones if there are no encoders."""
     text = student.config.text
     assert text is not None
     settings = student.config.network.transformer  # type: ignore[attr-defined]
@@ -223,7 +223,7 @@ def _write_decoder(
 
 
 def _latents(student: Student, shape: tuple[int, ...], conditions: Sequence[Condition]) -> list[dict[str, NDArray[Any]]]:
-    """What the decoder is fed with: samples, and the predictions before them, which `stream` shows."""
+    """Typical inputs of the decoder: samples, and the predictions before them, which `stream` shows."""
     condition = Condition.cat(list(conditions))
     noise = torch.from_numpy(standard_normal(0, np.arange(condition.batch_size), shape))
     with torch.inference_mode():
@@ -248,7 +248,7 @@ def _save(
     *,
     quantised: bool = False,
 ) -> None:
-    """Write a component in the precision that was asked for; int8 of those that are `quantised`."""
+    """Write a component in the requested precision; `int8` only applies to components that are `quantised`."""
     external = weight_bytes(model) > LARGEST_SINGLE_FILE
     if request.precision == "fp32" or (request.precision == "int8" and not quantised):
         save_model(model, path, external_data=external)
@@ -267,7 +267,7 @@ def _save(
 
 
 def _graph(student: Student, shape: tuple[int, ...], component: str, name: str) -> str:
-    """Where a graph for samples of this shape lies in the folder; of the usual size without its numbers."""
+    """The path in the folder of a graph for samples of this shape; the usual size's has no numbers in its name."""
     if shape != student.sample_shape:
         height, width = _pixels(student, shape)
         name = f"{name}_{height}x{width}"
@@ -314,7 +314,7 @@ def _config(
 
 
 def _finish(building: Path, config: Mapping[str, Any]) -> None:
-    """Write the configuration, with size and checksum of every other file."""
+    """Write the configuration, with the size and checksum of every other file."""
     files = {}
     for path in sorted(path for path in building.rglob("*") if path.is_file() and path != building / CONFIG_NAME):
         with path.open("rb") as file:

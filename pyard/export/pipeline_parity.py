@@ -1,4 +1,4 @@
-"""Whether a folder of graphs draws what its student draws in PyTorch, from prompts to pictures."""
+"""Checks that a folder of graphs draws what its student draws in PyTorch, from prompts to pictures."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _relative(found: NDArray[Any], expected: NDArray[Any]) -> float:
 
 
 def check_pipeline(parity: Mapping[str, float], bound: float, precision: str, folder: Path) -> None:
-    """Fail on a deviation above the bound; an ExportError names the component."""
+    """Raise an ExportError that names the component if a deviation is above the bound."""
     for name, error in parity.items():
         # A picture's levels are whole numbers, so the smallest difference may round to one of 255.
         allowed = bound + (1.01 / 255 if name == "picture" else 0)
@@ -94,7 +94,7 @@ def check_pipeline(parity: Mapping[str, float], bound: float, precision: str, fo
 
 
 def random_conditions(student: Student) -> list[Condition]:
-    """Conditions of the shapes that a text-to-image student takes, where there is no text encoder."""
+    """Random conditions of the shapes that a text-to-image student takes, for use without text encoders."""
     config = student.config
     assert config.text is not None
     generator = torch.Generator().manual_seed(0)

@@ -1,7 +1,7 @@
-"""8-bit integer matrix products, by onnxruntime's own quantiser: weights per output channel, activations per tensor.
+"""8-bit integer matrix products by onnxruntime's quantiser: weights per output channel, activations per tensor.
 
-Products of the blocks and their modulations are quantised. The first and last layer stay as they are (they are small, and their
-error reaches the sample undamped), and so does everything between the products.
+The matrix products of the blocks and their modulations are quantised. Everything between the products stays in float32, and so
+do the first and last layers, which are small and whose errors would reach the sample undamped.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def quantise(source: Path, target: Path, *, calibration: int | None, external_da
     """Write an 8-bit copy of an exported student.
 
     Args:
-        source: the float32 file, with metadata.
+        source: the float32 file, with its metadata.
         target: the file to write.
-        calibration: samples whose trajectories give fixed ranges of the activations, in the form `sampler` a range of its own
-            for every step; None: ranges are measured in every call.
-        external_data: weights in `<target>.data`.
-        draw: conditions of the calibration's samples.
+        calibration: number of samples whose trajectories determine fixed ranges of the activations (a separate range for every
+            step in the form `sampler`); None: ranges are measured in every call.
+        external_data: write weights to `<target>.data`.
+        draw: returns conditions for the calibration samples.
 
     Raises:
-        InputError: no product of the blocks is one with a weight.
+        InputError: the blocks have no matrix product with a weight.
     """
     nodes = onnx.load(source, load_external_data=False).graph.node
     chosen = [node.name for node in nodes if node.op_type == "MatMul" and re.search(r"blocks?\.?\d", " ".join(node.input))]
@@ -76,7 +76,7 @@ def quantise(source: Path, target: Path, *, calibration: int | None, external_da
 
 
 def quantise_weights(source: Path, target: Path, *, external_data: bool) -> None:
-    """Write a copy of a text encoder with 8-bit weights; ranges of the activations are measured in every call."""
+    """Write a copy of a text encoder with 8-bit weights; the activations' ranges are measured in every call."""
     with _quiet():
         quantize_dynamic(
             source,
@@ -91,7 +91,7 @@ def quantise_weights(source: Path, target: Path, *, external_data: bool) -> None
 
 
 class _Trajectories(CalibrationDataReader):
-    """What a student's graph is fed with while it draws samples."""
+    """The inputs of a student's graph while it draws samples."""
 
     def __init__(self, student: OnnxStudent, count: int, draw: Draw):
         self.inputs = typical_inputs(student, count, draw)
@@ -101,7 +101,7 @@ class _Trajectories(CalibrationDataReader):
 
 
 def typical_inputs(student: OnnxStudent, count: int, draw: Draw) -> Iterator[dict[str, np.ndarray]]:
-    """What a student's graph is fed with while it draws `count` samples."""
+    """The inputs of a student's graph while it draws `count` samples."""
     for start in range(0, count, CALIBRATION_BATCH):
         index = np.arange(start, min(start + CALIBRATION_BATCH, count))
         condition = draw(CALIBRATION_SEED, index)

@@ -1,4 +1,4 @@
-"""Weights that several graphs of a folder have in common, stored once."""
+"""Stores weights that are common to several graphs of a folder once."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _ALIGNMENT, _LARGE, _PAGE = 64, 2**20, 4096  # bytes: large weights begin a page
 
 
 class SharedWeights:
-    """A file of weights beside the graphs that read it; equal ones are stored once.
+    """A file of weights beside the graphs that use it, in which equal weights are stored once.
 
     Args:
-        path: of the file; it is begun anew.
+        path: path of the file, which is overwritten.
     """
 
     def __init__(self, path: Path):
@@ -24,10 +24,11 @@ class SharedWeights:
         path.write_bytes(b"")
 
     def move(self, model_path: Path) -> None:
-        """Move the weights of a graph in the same folder into the file; an external file of its own is removed.
+        """Move the weights of a graph in the same folder into the file, and remove the graph's own file of weights if it has
+        one.
 
         Args:
-            model_path: of the graph; its metadata stay as they are.
+            model_path: path of the graph, whose metadata do not change.
         """
         model = ir.load(model_path)
         own = {

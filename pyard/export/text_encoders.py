@@ -1,4 +1,4 @@
-"""The text encoders of a pipeline as graphs of their own, and what turns a prompt into their inputs.
+"""The text encoders of a pipeline as separate graphs, and the settings that turn a prompt into their inputs.
 
 B batch · n tokens · D width of a token · E width of the pooled embedding
 """
@@ -31,16 +31,16 @@ class EncoderSettings:
     """How a prompt becomes the inputs of one text encoder.
 
     Args:
-        name: of its folder.
+        name: name of its folder.
         tokenizer: folder of its tokenizer.
         outputs: `tokens` [B, n, D], `pooled` [B, E], or both.
-        max_length: tokens that a prompt has at most.
-        pad: number of the token that fills up a row.
-        pads_to: `max_length`, or `longest` of the batch.
-        pads_left: whether padding stands in front.
-        prefix, suffix: of the text, those of a chat template.
-        plain: whether the text is lower-cased and stripped.
-        dropped: tokens at the front whose embeddings are left out.
+        max_length: largest number of tokens in a prompt.
+        pad: number of the padding token.
+        pads_to: length to pad to: `max_length`, or `longest` of the batch.
+        pads_left: whether padding comes first.
+        prefix, suffix: texts of a chat template before and after the prompt.
+        plain: whether the prompt is lower-cased and stripped.
+        dropped: number of tokens at the start whose embeddings are left out.
     """
 
     name: str
@@ -58,14 +58,14 @@ class EncoderSettings:
 
 @dataclass(frozen=True)
 class TextLayout:
-    """How the outputs of the text encoders become a condition.
+    """How the outputs of the text encoders are combined into a condition.
 
     Args:
-        encoders: of the pipeline.
-        tokens: encoders by rows: those of a row stand beside each other in the width, filled up with zeros; rows below each
-            other. A pair of numbers is a block of zeros [n, D].
-        pooled: encoders whose pooled embeddings stand beside each other.
-        masked: whether padding is none of the condition; the transformers of SD3 and FLUX attend to it.
+        encoders: settings of the pipeline's text encoders.
+        tokens: rows of encoders. The tokens of a row's encoders are concatenated in the width D and padded with zeros, and the
+            rows are concatenated in the length n. A pair of numbers is a block of zeros [n, D].
+        pooled: encoders whose pooled embeddings are concatenated.
+        masked: whether padding is masked; it is not for SD3 and FLUX, whose transformers attend to it.
     """
 
     encoders: tuple[EncoderSettings, ...]
@@ -74,7 +74,7 @@ class TextLayout:
     masked: bool = True
 
     def to_json(self) -> dict[str, Any]:
-        """As the folder's `config.json` keeps it."""
+        """The layout as stored in the folder's `config.json`."""
         return asdict(self)
 
 
@@ -82,7 +82,7 @@ class TextEncoders:
     """The text encoders of a student's pipeline, ready for export.
 
     Args:
-        encoder: of the pipeline.
+        encoder: text encoder of the pipeline.
         transformer: settings of the student's transformer.
     """
 
@@ -91,10 +91,10 @@ class TextEncoders:
         self.layout, self._calls = _FAMILIES[encoder.family.backbone](encoder, self.components, transformer)
 
     def save_tokenizers(self, folder: Path) -> None:
-        """Write the tokenizers into folders of their own.
+        """Write each tokenizer into its own folder.
 
         Raises:
-            InputError: a tokenizer that has no tokenizer.json.
+            InputError: a tokenizer has no tokenizer.json.
         """
         for settings in self.layout.encoders:
             place = folder / settings.tokenizer
@@ -106,7 +106,7 @@ class TextEncoders:
                 )
 
     def trace(self, name: str, opset: int) -> ir.Model:
-        """The graph of one text encoder: input_ids, attention_mask, both int64 [B, n] -> tokens, pooled."""
+        """Trace one text encoder: input_ids and attention_mask, both int64 [B, n] -> tokens, pooled."""
         (settings,) = (each for each in self.layout.encoders if each.name == name)
         network = _Traced(self.components[name], self._calls[name], settings.outputs).eval()
         rows, tokens = _EXAMPLE

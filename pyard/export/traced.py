@@ -1,8 +1,8 @@
 """Both ONNX forms of a student of any backbone, traced as a whole by torch's exporter.
 
 `sampler`: noise and condition -> sample, the S passes one after the other. `step`: latent, condition, step, past keys and
-values -> prediction, present keys and values, one graph for all steps: times, jumps and heads of their own are gathered by the
-step's number, and the past has any length.
+    values -> prediction, present keys and values, one graph for all steps, which looks up times, jumps and heads by the step's
+    number and takes a past of any length.
 
     B batch · S steps · H heads · T tokens per step · K tokens of earlier steps that are still seen · Dh head dim
 """
@@ -40,16 +40,16 @@ def trace_student(
     """The ONNX model of a student of any backbone.
 
     Args:
-        student: on the CPU, in float32.
+        student: a student on the CPU, in float32.
         form: `sampler` or `step`.
         opset: version of the ONNX operators.
         inputs: the student's condition.
-        dtype: of weights, arithmetic and keys and values; noise, conditions, jumps and predictions are float32 whatever it is.
+        dtype: dtype of weights, arithmetic, keys and values; noise, conditions, jumps and predictions are always float32.
         decoder: turns the sample, or each prediction, into pictures.
 
     Raises:
-        InputError: the backbone cannot be traced, with the exporter's reason: it makes a size that varies a constant, or
-            computes what ONNX has no operator for.
+        InputError: the backbone cannot be traced, with the exporter's reason, such as a variable size that it turns into a
+            constant, or an operation that ONNX does not have.
     """
     network = (TracedSampler if form == "sampler" else TracedStep)(student, inputs.names, dtype, decoder)
     arguments, sizes = _arguments(network, student, form, inputs)
@@ -120,7 +120,7 @@ def _export(network: TracedStudent, arguments: Any, sizes: Any, names: list[str]
 
 
 def _drop_idle_squeezes(program: torch.export.ExportedProgram) -> None:
-    """Remove squeezes of dimensions that have more than one entry: torch ignores them, ONNX refuses them."""
+    """Remove squeezes of dimensions with more than one entry, which torch ignores and ONNX refuses."""
     for node in list(program.graph.nodes):
         if node.target is torch.ops.aten.squeeze.dim:
             tensor, dim = node.args
@@ -165,7 +165,7 @@ def _name_sizes(graph: ir.Graph, sizes: Any) -> None:
 
 
 def _name_weights(graph: ir.Graph, network: TracedStudent) -> None:
-    """Call the blocks' weights blocks.0.…, whatever the backbone calls its blocks: the quantiser chooses by name."""
+    """Rename the blocks' weights to blocks.0.…, because the quantiser selects weights by name."""
     names = {id(parameter): f"blocks.{name}" for name, parameter in network.trunk.blocks.named_parameters()}
     for name, parameter in network.named_parameters():
         if id(parameter) in names and name in graph.initializers:
@@ -173,7 +173,7 @@ def _name_weights(graph: ir.Graph, network: TracedStudent) -> None:
 
 
 def _split_gemms(graph: ir.Graph) -> None:
-    """Replace Gemm by a product and a sum: onnxruntime's quantiser does it once for each user of a weight, in place."""
+    """Replace Gemm by a product and a sum: onnxruntime's quantiser would do so in place, once per use of a weight."""
     for node in list(graph):
         kinds = {name: attribute.value for name, attribute in node.attributes.items()}
         plain = (kinds.get("alpha", 1.0), kinds.get("beta", 1.0), kinds.get("transA", 0)) == (1.0, 1.0, 0)
@@ -196,9 +196,10 @@ def _split_gemms(graph: ir.Graph) -> None:
 
 
 def _transpose_weights(graph: ir.Graph) -> None:
-    """Replace each transposition of a weight by a transposed weight, stored once; its users find it under the weight's name.
+    """Replace each transposition of a weight by a transposed weight, which is stored once under the weight's name.
 
-    torch keeps [out, in] and ONNX's MatMul takes [in, out]. The optimiser does this for small weights, under new names.
+    torch stores [out, in], and ONNX's MatMul takes [in, out]. The exporter's optimiser does this only for small weights, under
+    new names.
     """
     transposed: dict[tuple[ir.Value, tuple[int, ...]], ir.Value] = {}
     for node in list(graph):
@@ -220,7 +221,7 @@ def _transpose_weights(graph: ir.Graph) -> None:
 
 
 def _expand_masks(graph: ir.Graph) -> None:
-    """Repeat the masks of attentions over the queries: onnxruntime's operator broadcasts over batch and heads alone."""
+    """Repeat attention masks over the queries, because onnxruntime's operator only broadcasts over batch and heads."""
     for node in list(graph):
         if node.op_type != "Attention" or len(node.inputs) < 4 or node.inputs[3] is None:
             continue
@@ -239,7 +240,7 @@ def _expand_masks(graph: ir.Graph) -> None:
 
 
 def _shape_outputs(graph: ir.Graph, student: Student, shapes: Sequence[AttentionShape], form: Form) -> None:
-    """Cut the present keys and values to what the mask shows the next step, and write every output's shape."""
+    """Cut the present keys and values to those that the mask shows to the next step, and set every output's shape."""
     graph.outputs[0].shape = ir.Shape(["batch", *list(graph.outputs[0].shape or ())[1:]])
     if form != "step":
         return

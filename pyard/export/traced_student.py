@@ -1,4 +1,4 @@
-"""A student of any backbone as torch's exporter runs it: one step, or all of them, with sizes that may be symbolic.
+"""A student of any backbone in the form that torch's exporter runs: one step or all of them, with sizes that may be symbolic.
 
 B batch · S steps · H heads · Hk heads of keys · T tokens per step · K tokens of earlier steps that are still seen · Dh head dim
 """
@@ -26,9 +26,9 @@ Past = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each attent
 
 
 class VisiblePast(History):
-    """The attention of a single step to keys of earlier steps, all of which the mask shows.
+    """The attention of a single step to keys of earlier steps, all of which the mask makes visible.
 
-    Nothing asks how many steps these are, so their number may be symbolic.
+    The code does not use the number of these steps, so it may be symbolic.
     """
 
     def attend(self, attention: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -77,10 +77,10 @@ class VisiblePast(History):
 
 
 class HeadOfStep(nn.Module):
-    """The head of a step whose number is a tensor: every weight is gathered out of those of all steps.
+    """The head of a step whose number is a tensor: every weight is looked up among those of all steps.
 
     Args:
-        heads: of all steps, equal in everything but their weights.
+        heads: the heads of all steps, which only differ in their weights.
     """
 
     def __init__(self, heads: Sequence[nn.Module]):
@@ -100,15 +100,15 @@ class HeadOfStep(nn.Module):
         return output
 
     def at(self, number: torch.Tensor) -> None:
-        """Be the head of this step, [1] int64, from now on."""
+        """Become the head of this step, [1] int64."""
         self.number = number
 
 
 class OutputLayersOfStep(nn.Module):
-    """Output layers of a diffusers transformer, those of a step whose number is a tensor.
+    """The output layers of a diffusers transformer for a step whose number is a tensor.
 
     Args:
-        heads: of all steps.
+        heads: the output layers of all steps.
     """
 
     def __init__(self, heads: Sequence[OutputLayers]):
@@ -121,7 +121,7 @@ class OutputLayersOfStep(nn.Module):
             self.register_buffer(f"{name}_of_steps", stacked)
 
     def at(self, number: torch.Tensor) -> None:
-        """Be the layers of this step, [1] int64, from now on."""
+        """Become the layers of this step, [1] int64."""
         for layer in self.children():
             assert isinstance(layer, HeadOfStep)
             layer.at(number)
@@ -130,16 +130,17 @@ class OutputLayersOfStep(nn.Module):
 
 
 class TracedStudent(nn.Module):
-    """A student as the exporter runs it; what both forms share.
+    """What both forms of an exported student have in common.
 
     Args:
-        student: in float32.
-        names: of the condition's tensors.
-        dtype: that the network computes in.
-        decoder: of pictures, in float32.
+        student: a student in float32.
+        names: names of the condition's tensors.
+        dtype: dtype in which the network computes.
+        decoder: decoder of pictures, in float32.
 
     Attributes:
-        shapes: of what each remembering attention adds to the cache in a step; none where the mask shows no earlier step.
+        shapes: shapes of what each attention with a history adds to the cache in a step; empty if the mask shows no earlier
+            step.
     """
 
     times: torch.Tensor
@@ -239,7 +240,7 @@ def _head_of_step(heads: list[nn.Module]) -> HeadOfStep | OutputLayersOfStep:
 
 
 def still_seen(mask: str, window: int | None, tokens: int) -> tuple[int, int | None]:
-    """Which of the keys so far the mask shows the next step, as the ends of a slice."""
+    """Which of the keys so far the mask shows to the next step, as the ends of a slice."""
     if mask == "anchor":
         return 0, tokens
     return (-((window or 1) - 1) * tokens, None) if mask == "window" else (0, None)

@@ -1,7 +1,7 @@
-"""What a student is made of: a transformer below its head, behind one interface.
+"""The interface of a backbone: a student's transformer without its output layers (the head).
 
-A student, its training, its cost and its export know this interface alone. `pyard/models/<family>/` holds one implementation
-each; docs/own-teacher.md shows how to add yours.
+Students, training, cost estimates and export only use this interface. Each `pyard/models/<family>/` has an implementation;
+docs/own-teacher.md shows how to add yours.
 
     B batch · S steps · C channels · T tokens per step · D hidden · H heads · N history layers
 """
@@ -23,30 +23,30 @@ from pyard.models.history import History
 
 
 class BackboneConfig(Protocol):
-    """Sizes of a backbone: JSON-able, and enough to build one with fresh weights."""
+    """The sizes of a backbone, which are JSON-able and sufficient to build one with new weights."""
 
     @property
     def depth(self) -> int:
-        """L, blocks in order of execution."""
+        """L, the number of blocks."""
         ...
 
     @property
     def num_heads(self) -> int:
-        """H, query heads of the attentions that may remember."""
+        """H, the number of query heads of the attentions that may have a history."""
         ...
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """[C, ...] of one sample; of a backbone that takes several sizes, the usual one."""
+        """[C, ...] of one sample; if the backbone takes several sizes, the usual one."""
         ...
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dictionary: the keyword arguments that make an equal configuration."""
+        """A JSON-able dictionary of the keyword arguments that create an equal configuration."""
         ...
 
 
 class AttentionShape(NamedTuple):
-    """Keys that one self-attention adds to the cache in a step, for one sample: [heads, tokens, head_dim]."""
+    """The shape of the keys that one self-attention adds to the cache in a step, for one sample: [heads, tokens, head_dim]."""
 
     heads: int
     tokens: int
@@ -57,7 +57,7 @@ class StepHeads(nn.ModuleList):
     """The output layers of a student: one for each step, or one shared by all.
 
     Args:
-        head: the one that all start as; copied.
+        head: the head of which all are copies at the start.
         count: S, or 1 for a shared head.
     """
 
@@ -65,7 +65,7 @@ class StepHeads(nn.ModuleList):
         super().__init__(copy.deepcopy(head) for _ in range(count))
 
     def steps(self, first: int, count: int) -> list[nn.Module]:
-        """The heads of the steps first ... first + count - 1; one entry where all steps share a head."""
+        """The heads of the steps first ... first + count - 1; a single one if all steps share a head."""
         heads = list(self)
         return heads if len(heads) == 1 else heads[first : first + count]
 
@@ -75,7 +75,7 @@ def apply_heads(heads: Sequence[Callable[..., torch.Tensor]], *rows: torch.Tenso
 
     Args:
         heads: one for each step, or one for all.
-        rows: the heads' inputs, [B * steps, ...] each, a sample's steps side by side.
+        rows: the heads' inputs, each [B * steps, ...], in which the steps of a sample are consecutive.
 
     Returns:
         [B * steps, ...]
@@ -89,21 +89,22 @@ def apply_heads(heads: Sequence[Callable[..., torch.Tensor]], *rows: torch.Tenso
 
 
 class Backbone(nn.Module, abc.ABC):
-    """A transformer below its head, for any number of steps at once.
+    """A transformer without its head, which runs any number of steps at once.
 
-    Everything but the attentions of the lowest N blocks treats the S steps of a sample as samples of their own: a backbone
-    folds S into the batch, and those attentions call `history` instead of scaled_dot_product_attention.
+    Everything except the attentions of the lowest N blocks treats the S steps of a sample as separate samples: a backbone folds
+    S into the batch, and those attentions call `history` instead of scaled_dot_product_attention.
 
     Class attributes:
         config_class: its configuration, a frozen dataclass (`BackboneConfig`).
-        row_arguments: names of those arguments of a block's `forward` that hold a row for each step, for training on some of
-            the steps (`steps_per_update`); None: it is refused.
-        not_compiled: why training with torch.compile is refused; None: it is not.
-        folds_steps: whether those are [B * S, ...], a sample's steps side by side, or [B, S, ...].
+        row_arguments: names of the arguments of a block's `forward` that have a row for each step, needed for training on some
+            of the steps (`steps_per_update`); None: such training is refused.
+        not_compiled: the reason why training with torch.compile is refused; None: it is supported.
+        folds_steps: whether `row_arguments` are [B * S, ...], with a sample's steps consecutive, or [B, S, ...].
 
     Attributes:
-        config: sizes.
-        blocks: the transformer's blocks in order of execution; what is recomputed, sharded and adapted by LoRA is one of them.
+        config: the sizes.
+        blocks: the transformer's blocks in order of execution. Activation checkpointing, sharding and LoRA work on these
+            blocks.
     """
 
     config_class: ClassVar[type[Any]]
@@ -126,48 +127,48 @@ class Backbone(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def new_head(self) -> nn.Module:
-        """A fresh head: the layers from the last block to the output, which a student may have one of for each step."""
+        """A new head: the layers from the last block to the output, of which a student may have one for each step."""
 
     @abc.abstractmethod
     def attention_shapes(self, layers: int, sample_shape: tuple[int, ...]) -> list[AttentionShape]:
-        """What each self-attention of the lowest `layers` blocks remembers of a step, in order of execution."""
+        """Shapes of the keys that each self-attention of the lowest `layers` blocks caches per step, in order of execution."""
 
     @abc.abstractmethod
     def conditioning(self, times: torch.Tensor, condition: Condition) -> torch.Tensor:  # [B], B rows -> [B, E]
-        """One vector for each sample that tells its time and condition: discriminators are projected on it."""
+        """One vector for each sample that encodes its time and condition; the discriminators are conditioned on it."""
 
     @abc.abstractmethod
     def unembed(self, tokens: torch.Tensor, sample_shape: tuple[int, ...]) -> torch.Tensor:  # [R, T, ...] -> [R, C_out, ...]
-        """What `last_linear` of a head returned as samples: a rearrangement without weights."""
+        """Rearrange what a head's `last_linear` returned into samples; this has no weights."""
 
     @classmethod
     def family(cls) -> str:
-        """The name that folders know this backbone by: that of a registered family, else `package.module:Class`."""
+        """The name of this backbone in folders: that of a registered family, otherwise `package.module:Class`."""
         from pyard.models.families import family_name
 
         return family_name(cls)
 
     @property
     def num_classes(self) -> int | None:
-        """Classes of a backbone that is conditioned on a class; None: on something else."""
+        """Number of classes, if the backbone is conditioned on a class; None: it has another condition."""
         return None
 
     @property
     def has_null_class(self) -> bool:
-        """Whether "no class" is known, too."""
+        """Whether the backbone also has a "no class"."""
         return True
 
     def check_sample(self, sample_shape: tuple[int, ...]) -> None:
-        """Raises InputError if samples of this shape do not fit; backbones of several sizes override it."""
+        """Raise an InputError if samples of this shape are not supported; backbones of several sizes override this."""
         if tuple(sample_shape) != tuple(self.config.sample_shape):
             raise InputError(f"samples of shape {tuple(sample_shape)}; this network takes {tuple(self.config.sample_shape)}")
 
     def for_student(self, head: nn.Module) -> tuple[Backbone, nn.Module]:
-        """Copies of the backbone and a head for a student, whose output has as many channels as its input."""
+        """Copies of the backbone and a head for a student, with as many output as input channels."""
         return copy.deepcopy(self), copy.deepcopy(head)
 
     def last_linear(self, head: nn.Module) -> nn.Linear:
-        """The last linear layer of a head, which the adversarial stage weighs its gradients at."""
+        """The last linear layer of a head, at which the adversarial stage balances its gradients."""
         # Not the matrices of a low-rank addition, which stand behind the layer that they are added to.
         linears = [m for name, m in head.named_modules() if isinstance(m, nn.Linear) and "lora_" not in name]
         if not linears:
@@ -175,14 +176,14 @@ class Backbone(nn.Module, abc.ABC):
         return linears[-1]
 
     def prepare(self, times: torch.Tensor, condition: Condition) -> Sequence[Condition]:
-        """The conditions of the S steps of a rollout, with whatever depends on time and condition alone computed once.
+        """The conditions of the S steps of a rollout, including everything that can be computed once from time and condition.
 
         Args:
-            times: of all steps, [1, S].
-            condition: of the rollout, B rows.
+            times: times of all steps, [1, S].
+            condition: condition of the rollout, B rows.
 
         Returns:
-            S conditions that `forward` takes for one step each, such as with further tensors; the base class adds none.
+            S conditions, each for one step of `forward`, possibly with further tensors; the base class adds none.
         """
         return [condition] * times.shape[1]
 
@@ -194,7 +195,7 @@ class Backbone(nn.Module, abc.ABC):
         head: nn.Module,
         blocks: Sequence[int],
     ) -> list[torch.Tensor]:  # K times [B, T, D]
-        """The outputs of some blocks, for discriminators; the base class runs the whole network and keeps them."""
+        """The outputs of some blocks, for discriminators; the base class runs the whole network and records them."""
         seen: dict[int, torch.Tensor] = {}
 
         def keep(index: int) -> Any:
@@ -212,26 +213,26 @@ class Backbone(nn.Module, abc.ABC):
         return [seen[i].flatten(0, seen[i].ndim - 3) for i in blocks]
 
     def image_tokens(self, output: Any) -> torch.Tensor:  # [R, T, D], or with further dimensions in front
-        """The image tokens of what a block returns: the first tensor of several, unless overridden."""
+        """The image tokens in a block's output: by default the first tensor, if there are several."""
         found: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
         return found
 
     def recomputation(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
-        """Makes the context in which a block of the pass that runs now can be computed again when it is over."""
+        """Return a function that makes a context in which a block of the current pass can be recomputed after the pass."""
         return contextlib.nullcontext
 
     @classmethod
     def without_weights(cls) -> contextlib.AbstractContextManager[Any]:
-        """The context in which a backbone is built whose weights are read next; only backbones of real constants need none."""
+        """The context to build a backbone in whose weights are read afterwards; without computed constants, it may be meta."""
         return contextlib.nullcontext()
 
     def tokens_per_step(self, sample_shape: tuple[int, ...] | None = None) -> int:
-        """T."""
+        """T, the number of tokens per step."""
         return self.attention_shapes(1, sample_shape or self.config.sample_shape)[0].tokens
 
     @property
     def hidden_size(self) -> int:
-        """D, the width of what `features` returns; the base class takes heads times their width."""
+        """D, the width of what `features` returns; by default, the number of heads times their width."""
         return self.config.num_heads * self.attention_shapes(1, self.config.sample_shape)[0].head_dim
 
     def conditioning_size(self, condition: Condition) -> int:
@@ -241,16 +242,16 @@ class Backbone(nn.Module, abc.ABC):
             return self.conditioning(torch.zeros(1, device=one.device), one).shape[-1]
 
     def unread_parameters(self) -> list[str]:
-        """Names of parameters that no output depends on, which therefore get no gradient."""
+        """Names of parameters on which no output depends, so that they get no gradient."""
         return []
 
     def lora_targets(self) -> list[str]:
-        """Names of the linear layers that low-rank additions go to: all that are in blocks."""
+        """Names of the linear layers that get low-rank additions: by default all in the blocks."""
         return [f"blocks.{name}" for name, module in self.blocks.named_modules() if isinstance(module, nn.Linear)]
 
 
 class Denoiser(nn.Module):
-    """A teacher's network: a backbone and its one head; x_t, t and a condition to a prediction."""
+    """A teacher's network, a backbone with one head: maps x_t, t and a condition to a prediction."""
 
     def __init__(self, trunk: Backbone, head: nn.Module | None = None):
         super().__init__()

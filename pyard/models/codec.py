@@ -1,4 +1,4 @@
-"""Between latents and images: a diffusers autoencoder with its scaling, kept beside a teacher or a student."""
+"""Converts between latents and images: a diffusers autoencoder with its scaling, stored with a teacher or student."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _GRID_KEY = "_packed_grid"
 
 
 class Codec(Protocol):
-    """What turns samples of a student into images, and images into samples: `LatentCodec`, or one of the user's own."""
+    """Converts a student's samples to images, and images to samples: `LatentCodec`, or a class of the user's."""
 
     def check(self, sample_shape: tuple[int, ...]) -> None:
         """Raise an InputError unless samples of this shape can be decoded."""
@@ -41,32 +41,32 @@ class Codec(Protocol):
         ...
 
     def encode(self, images: torch.Tensor, batch_size: int = 8, *, sample_shape: tuple[int, ...] | None = None) -> torch.Tensor:
-        """Images [n, 3, H, W], -1 to 1, to samples float32; of this shape, where there is more than one."""
+        """Images [n, 3, H, W], -1 to 1, to samples in float32, of the given shape if there are several."""
         ...
 
     def posterior(
         self, images: torch.Tensor, batch_size: int = 8, *, sample_shape: tuple[int, ...] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images as in `encode` to mean and standard deviation of their samples, each like the samples."""
+        """Images, as in `encode`, to the mean and the standard deviation of their samples, each with the samples' shape."""
         ...
 
     def fingerprint(self) -> str:
-        """What tells its latents from those of another codec."""
+        """A text that differs between codecs whose latents differ."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Write itself into the model's folder."""
+        """Write the codec into the model's folder."""
         ...
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """What differs between classes of autoencoders.
+    """The differences between classes of autoencoders.
 
     Args:
-        channels: name in the configuration of the number of latent channels.
-        factor: pixels along one side of a latent, from the configuration.
-        image_channels: likewise.
+        channels: name of the setting for the number of latent channels.
+        factor: function of the configuration that returns the number of pixels along one side of a latent.
+        image_channels: function of the configuration that returns the number of image channels.
         frames: whether images are videos of one frame: latents [B, C, 1, h, w].
     """
 
@@ -99,15 +99,15 @@ AUTOENCODERS = {
 
 
 class LatentCodec:
-    """A VAE that is read when it is first needed; no submodule of the model that it travels with, so it is never trained.
+    """A VAE that is read when it is first needed. It is not a submodule of its teacher or student, so it is never trained.
 
-    Samples are its latents, scaled as diffusers' pipelines do (`pyard.models.latent_layout`): [C, h, w], [C, 1, h, w], or
-    packed 2 x 2, [4C, h/2, w/2] or [T, 4C]. Their shape tells them apart.
+    Samples are its latents, scaled as in diffusers' pipelines (`pyard.models.latent_layout`): [C, h, w], [C, 1, h, w], or
+    packed 2 x 2, [4C, h/2, w/2] or [T, 4C]. The layout is recognised by the shape.
 
     Args:
         source: the folder of a diffusers autoencoder, or one in memory: `AutoencoderKL`, `AutoencoderKLQwenImage` or
             `AutoencoderKLWan`.
-        grid: rows and columns of samples [T, 4C]; None: what the VAE's configuration says, else as many of each.
+        grid: rows and columns of samples [T, 4C]; None: those in the VAE's configuration, or else a square.
     """
 
     def __init__(self, source: str | Path | ModelMixin, grid: tuple[int, int] | None = None):
@@ -123,10 +123,10 @@ class LatentCodec:
 
     @property
     def vae(self) -> Any:
-        """The autoencoder, a module of diffusers.
+        """The autoencoder, a diffusers module.
 
         Raises:
-            InputError: the folder holds none, or one of another class than pyard decodes.
+            InputError: the folder has no autoencoder, or one of a class that pyard does not support.
         """
         if self._vae is None:
             vae = _read(self._folder) if self._folder is not None else self._source
@@ -138,12 +138,12 @@ class LatentCodec:
 
     @property
     def channels(self) -> int:
-        """C, of the VAE's latents."""
+        """C, the number of the VAE's latent channels."""
         return int(self.vae.config[_kind_of(self.vae).channels])
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """Rows and columns of packed tokens [T, 4C]; None: as many of each."""
+        """Rows and columns of packed tokens [T, 4C]; None: a square."""
         grid = self.vae.config.get(_GRID_KEY)
         return None if grid is None else (int(grid[0]), int(grid[1]))
 
@@ -151,7 +151,7 @@ class LatentCodec:
         """How latents are scaled.
 
         Raises:
-            InputError: a configuration that contradicts itself.
+            InputError: the configuration contradicts itself.
         """
         return Scaling.of(self.vae.config, self.channels)
 
@@ -174,7 +174,7 @@ class LatentCodec:
         return torch.cat([self.decode_batch(part) for part in latents.split(batch_size)])
 
     def decode_batch(self, latents: torch.Tensor) -> torch.Tensor:
-        """`decode` of one batch, on the VAE's device, without control flow that depends on values: what an export traces."""
+        """`decode` one batch on the VAE's device, without control flow that depends on values, so that it can be traced."""
         plain = self.scaling().to_vae(unpack(latents, self.channels, self.grid).float()).to(self.vae.dtype)
         if not _kind_of(self.vae).frames:
             image: torch.Tensor = self.vae.decode(plain, return_dict=False)[0]
@@ -184,12 +184,12 @@ class LatentCodec:
 
     @torch.inference_mode()
     def encode(self, images: torch.Tensor, batch_size: int = 8, *, sample_shape: tuple[int, ...] | None = None) -> torch.Tensor:
-        """Images to samples, of the posterior's mode.
+        """Images to samples, which are the mode of the posterior.
 
         Args:
             images: [n, 3, H, W], -1 to 1.
-            batch_size: images that are encoded together.
-            sample_shape: of the samples, where they are packed; None: [C, h, w].
+            batch_size: number of images encoded together.
+            sample_shape: shape of the samples, if they are packed; None: [C, h, w].
 
         Returns:
             float32 [n, *sample_shape].
@@ -201,7 +201,7 @@ class LatentCodec:
     def posterior(
         self, images: torch.Tensor, batch_size: int = 8, *, sample_shape: tuple[int, ...] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Arguments as of `encode`, to mean and standard deviation of the samples, each float32 [n, *sample_shape]."""
+        """Images to mean and standard deviation of their samples, each float32 [n, *sample_shape]; arguments as in `encode`."""
         parts = self._posteriors(images, batch_size)
         mean, std = (self._without_frame(torch.cat([getattr(part, name) for part in parts])) for name in ("mean", "std"))
         scaling = self.scaling()
@@ -248,7 +248,7 @@ class LatentCodec:
 
 
 def require_latent_codec(codec: Codec, purpose: str) -> LatentCodec:
-    """The codec, if it is one of diffusers' autoencoders, else an InputError."""
+    """The codec, if it is a diffusers autoencoder; otherwise an InputError."""
     if not isinstance(codec, LatentCodec):
         raise InputError(f"{purpose} needs a VAE of diffusers (LatentCodec); this codec is a {type(codec).__name__}")
     return codec

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What `add_lora` did to a student.
+    """The settings of a student's low-rank additions.
 
     Args:
-        rank: of the additions; alpha is the rank too, so that they enter with weight 1.
-        heads: what is trained of the output layers: the `whole` of them, low-rank additions to their linear layers (`lora`),
-            or nothing (`frozen`). The latter two leave a student that a stock LoRA can express.
+        rank: rank of the additions; alpha equals the rank, so they have weight 1.
+        heads: how the output layers are trained: all their weights (`whole`), low-rank additions to their linear layers
+            (`lora`), or not at all (`frozen`). With the last two, a stock LoRA can express the student.
     """
 
     rank: int
@@ -39,15 +39,15 @@ class LoraSettings:
 def add_lora(student: Student, rank: int, heads: LoraHeads = "whole") -> None:
     """Freeze a student's blocks and embeddings and add trainable matrices of this rank to the linear layers of its blocks.
 
-    The additions start at zero, so the student computes what it did. What is trained is float32, whatever the frozen weights
-    are: the additions, the output layers as `heads` says, and the history's bias.
+    The additions start at zero, so the student's results do not change. The trained tensors are the additions, the output
+    layers as `heads` says, and the history's bias; they are float32, whatever dtype the frozen weights have.
 
     Args:
         student: changed in place.
         rank, heads: as in `LoraSettings`.
 
     Raises:
-        InputError: PEFT is not installed, a rank below 1, or blocks without linear layers.
+        InputError: PEFT is not installed, the rank is below 1, or the blocks have no linear layers.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -70,12 +70,12 @@ def add_lora(student: Student, rank: int, heads: LoraHeads = "whole") -> None:
 
 
 def merge_lora(student: Student) -> None:
-    """Add the low-rank matrices to the weights they belong to: the student is a plain one again, all of it trainable.
+    """Merge the low-rank matrices into the weights they belong to, so that the student has none and all of it is trainable.
 
-    Weights that are shared with a teacher or another student are left as they are: the sums are new tensors.
+    The sums are new tensors, so weights that are shared with a teacher or another student do not change.
 
     Args:
-        student: changed in place; left alone if it has no additions.
+        student: changed in place; unchanged if it has no additions.
     """
     merge_adapters(student.trunk)
     merge_adapters(student.heads)
@@ -84,7 +84,7 @@ def merge_lora(student: Student) -> None:
 
 
 def merged(student: Student) -> Student:
-    """A whole student without additions, which shares with this one all that has none."""
+    """A student with merged weights, which shares all other weights with this student."""
     with sharing([*student.parameters(), *student.buffers()]):
         whole = copy.deepcopy(student)
     merge_lora(whole)
@@ -92,7 +92,7 @@ def merged(student: Student) -> Student:
 
 
 def merge_adapters(module: nn.Module) -> None:
-    """Add the low-rank matrices of PEFT's layers to their weights, and put plain layers back, in place."""
+    """Merge the low-rank matrices of PEFT's layers into their weights, and replace these layers by plain ones, in place."""
     layers: dict[str, Any] = {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
     for name, layer in layers.items():
         plain = layer.get_base_layer()

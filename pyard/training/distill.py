@@ -1,4 +1,4 @@
-"""`pyard.train`: from a teacher to a student, all stages."""
+"""`pyard.train`: distils a teacher into a student, in all stages."""
 
 from __future__ import annotations
 
@@ -59,20 +59,21 @@ def train(
     """Distil a teacher into a student of a few steps.
 
     Missing trajectories are generated first. An interrupted run resumes from its last checkpoint and ends with the same weights
-    as an uninterrupted one. On SIGTERM or SIGUSR1 a run writes a checkpoint (or stops its preparations) and ends with status
-    75. Ctrl-C does the same with status 130; a second Ctrl-C ends it at once. Several processes
+    as an uninterrupted run. On SIGTERM or SIGUSR1, the run writes a checkpoint (or stops its preparations) and exits with
+    status 75. Ctrl-C does the same with status 130; a second Ctrl-C ends the run at once. Several processes
     (`torchrun -m pyard train ...`, `accelerate launch -m pyard train ...`) share each update.
 
-    The folder `out` holds `student/` (averaged weights), `settings.yaml` (all settings: `pyard train --config` reads it),
-    `log.jsonl`, `checkpoints/`, and, with `evaluate_every`, `exposure_bias.jsonl` and `tensorboard/`; for
-    a text-to-image student, also pictures of the first prompts in `grids/`.
+    The folder `out` then has `student/` (averaged weights), `settings.yaml` (all settings, which `pyard train --config` reads),
+    `log.jsonl` and `checkpoints/`; with `evaluate_every`, also `exposure_bias.jsonl` and `tensorboard/`, and for a
+    text-to-image student pictures of the first prompts in `grids/`.
 
     Example: pyard train --config recipes/digits.yaml --out runs/digits
 
     Args:
         teacher: `digits`, a teacher's folder, or a teacher; or a whole `TrainConfig` as the only argument.
-        trajectories: a store that `generate_trajectories` wrote with this teacher, or its folder; or several, one for each
-            sample shape (each batch comes from one store, in proportion to its full batches); None: generated.
+        trajectories: a store that `generate_trajectories` wrote with this teacher, or its folder; or a list with a store for
+            each sample shape (each batch comes from one store, in proportion to its number of full batches); None: generate
+            them.
         out: the run folder.
         settings: further fields of `TrainConfig`, which documents them.
 
@@ -80,9 +81,9 @@ def train(
         The student with its averaged weights, in evaluation mode.
 
     Raises:
-        InputError: settings that do not fit each other, the store or the run in `out`; another process is training in `out`;
-            too many non-finite updates; out of memory; the disk is full.
-        Preempted: (a SystemExit) a signal asked the run to end.
+        InputError: settings contradict each other, the store, or the run in `out`; another process is training in `out`; too
+            many updates were not finite; memory ran out; or the disk is full.
+        Preempted: a signal asked the run to end (a SystemExit).
     """
     given_teacher, given_store = teacher, trajectories
     backbone = settings.get("network")
@@ -297,7 +298,7 @@ def _run(
 
 
 def _refuse_diverged(averages: list[Student], config: TrainConfig) -> None:
-    """Raises InputError if averaged weights are not finite, or so large that half of their range is used up."""
+    """Raise an InputError if averaged weights are not finite, or so large that they use up half of their dtype's range."""
     from torch.distributed.tensor import DTensor
 
     for student in averages:

@@ -1,4 +1,4 @@
-"""A teacher's ODE trajectories on disk: written once at great cost, read many times."""
+"""A teacher's ODE trajectories on disk: computed once, at great cost, and read many times."""
 
 from pyard.trajectories.authors_files import convert_trajectories
 from pyard.trajectories.batch import TrajectoryBatch

@@ -1,4 +1,4 @@
-"""The writer: noise and labels in, one shard after another out; a kill loses at most the two shards it was working on."""
+"""Generates trajectories from noise and labels, shard after shard; a kill loses at most the two shards in progress."""
 
 from __future__ import annotations
 
@@ -144,9 +144,9 @@ def generate_trajectories(
         The store, complete unless only a `part` was requested.
 
     Raises:
-        InputError: the teacher does not take samples of that shape; the folder holds trajectories of another teacher, grid or
-            other setting; the disk cannot hold them; the teacher computes non-finite numbers; or another process writes the
-            same shards.
+        InputError: the teacher does not take samples of this shape; the folder has trajectories with another teacher, grid or
+            setting; the disk is too small; the teacher returns non-finite numbers; or another process is writing the same
+            shards.
     """
     mine = Part.parse(part)
     of_pipeline = {"variant": variant, "transformer": transformer, "lora": lora, "max_sequence_length": max_sequence_length}
@@ -242,24 +242,24 @@ def _shape(teacher: Teacher, wanted: tuple[int, ...] | None, height: int | None,
 
 
 def grid_of(teacher: Teacher, num_steps: int, teacher_steps: int | None, shape: tuple[int, ...]) -> TimeGrid:
-    """The grid of a student of `num_steps` jumps on a teacher's usual trajectory."""
+    """The grid of a student with `num_steps` jumps on a teacher's usual trajectory."""
     if isinstance(teacher, PipelineTeacher):
         return teacher.grid(num_steps, teacher_steps, shape)
     return TimeGrid.build(teacher.schedule, num_steps, DEFAULT_TEACHER_STEPS if teacher_steps is None else teacher_steps)
 
 
 def default_cfg_scale(teacher: Teacher) -> float:
-    """The guidance where nobody gives one: a pipeline's own, or 1.5."""
+    """The default guidance: a pipeline's own, or 1.5."""
     return teacher.cfg_scale if isinstance(teacher, PipelineTeacher) else DEFAULT_CFG_SCALE
 
 
 def with_prompts(
     teacher: _Teacher, lines: list[PromptLine] | None, out: Path, *, embedded_guidance: float | None, progress: bool
 ) -> _Teacher:
-    """A text-to-image teacher with its prompts encoded in the folder of a store; other teachers as they are.
+    """A text-to-image teacher with its prompts encoded in the folder of a store; other teachers are returned unchanged.
 
     Raises:
-        InputError: prompts for a teacher of classes, or none for one of prompts.
+        InputError: prompts are given for a class-conditional teacher, or none for a text-to-image teacher.
     """
     if not isinstance(teacher, PipelineTeacher):
         if lines is not None or embedded_guidance is not None:
@@ -284,7 +284,7 @@ def with_prompts(
 
 
 def write_shards(teacher: Teacher, store: TrajectoryStore, missing: list[tuple[int, int]], progress: bool, part: Part) -> None:
-    """Compute and write shards; a thread writes one while the next is computed."""
+    """Compute and write shards; a thread writes each shard while the next one is computed."""
     manifest = store.manifest
     begins = [begin for first, end in missing for begin in range(first, end, manifest.batch_size)]
     own = [end - first for first, end in shard_ranges(manifest, store.requested_count) if part.owns(first, manifest)]
@@ -332,7 +332,7 @@ def write_shards(teacher: Teacher, store: TrajectoryStore, missing: list[tuple[i
 
 
 def announce(store: TrajectoryStore, samples: int, seconds: float) -> None:
-    """Say what the missing trajectories take, the time estimated from the first batch."""
+    """Print what the missing trajectories cost, with the time estimated from the first batch."""
     tqdm.write(
         f"{samples} trajectories of {format_bytes(store.manifest.sample_bytes)}: "
         f"{format_bytes(samples * store.manifest.sample_bytes)}, {format_bytes(shutil.disk_usage(store.path).free)} free in "
@@ -342,7 +342,7 @@ def announce(store: TrajectoryStore, samples: int, seconds: float) -> None:
 
 
 def on_device(teacher: NetworkTeacher, device: str | None) -> NetworkTeacher:
-    """The teacher where it is to compute: the device asked for, or this process's GPU if there is one."""
+    """The teacher on the device that it will compute on: the requested one, or this process's GPU if there is one."""
     if device is None:
         if not torch.cuda.is_available():
             return teacher
@@ -354,13 +354,13 @@ def on_device(teacher: NetworkTeacher, device: str | None) -> NetworkTeacher:
 
 
 def default_shard_size(manifest: TrajectoryManifest) -> int:
-    """Whole batches of at most 1024 samples and 256 MiB in all, but at least one batch."""
+    """As many whole batches as fit into 1024 samples and 256 MiB, but at least one batch."""
     samples = min(MAX_SHARD_SAMPLES, MAX_SHARD_BYTES // manifest.sample_bytes)
     return max(1, samples // manifest.batch_size) * manifest.batch_size
 
 
 def require_room_for(manifest: TrajectoryManifest, out: Path, count: int, part: Part) -> None:
-    """Raises InputError for a count that names of shards cannot have, or whose trajectories the disk cannot hold."""
+    """Raise an InputError if the count is too large for the names of shards, or its trajectories for the disk."""
     if count > MAX_COUNT:
         raise InputError(f"trajectories: count is {count}; expected at most {MAX_COUNT}")
     begun = read_manifest(out)
@@ -375,7 +375,7 @@ def require_room_for(manifest: TrajectoryManifest, out: Path, count: int, part: 
 
 
 def require_disk_space(store: TrajectoryStore, missing: list[tuple[int, int]]) -> None:
-    """Raises InputError if the disk has less left than the missing shards will take."""
+    """Raise an InputError if the disk has less free space than the missing shards will take."""
     # A header and a sidecar are about a block each.
     needed = sum((end - first) * store.manifest.sample_bytes + 8192 for first, end in missing)
     samples = sum(end - first for first, end in missing)

@@ -1,4 +1,4 @@
-"""What a trajectory store says about itself: all that must agree before its numbers may be used."""
+"""The manifest of a trajectory store: all settings that must agree before its numbers may be used."""
 
 from __future__ import annotations
 
@@ -51,34 +51,36 @@ class TensorLayout:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensor's payload."""
+        """The size of the tensor's data in bytes."""
         return math.prod(self.shape) * SAFETENSORS_DTYPES[self.dtype][1]
 
 
 @dataclass(frozen=True)
 class TrajectoryManifest:
-    """Everything that decides the numbers of a store; a store that differs in any of it is another store.
+    """All settings that determine the numbers in a store; two stores that differ in any of them are different.
 
     Args:
         teacher_fingerprint: sha256 that changes whenever the teacher's predictions do.
         solver: `ddim` for diffusion schedules, `euler` or `heun` for flows, `dpm++2m` for both; `unknown` for imported
             trajectories.
         schedule: the teacher's noise schedule.
-        grid: which places of the teacher's trajectory are stored.
-        cfg_scale: guidance weight; 1 is none.
-        cfg_channels: channels that are guided; None: all.
+        grid: the times of the teacher's trajectory that are stored.
+        cfg_scale: guidance weight; 1 means no guidance.
+        cfg_channels: number of channels that are guided; None: all.
         cfg_interval: lowest and highest teacher time that is guided; None: all.
-        precision: what the teacher computed in; `bfloat16` is autocast.
-        compiled: whether the teacher was compiled, which changes last bits.
+        precision: precision in which the teacher computed; `bfloat16` is autocast.
+        compiled: whether the teacher was compiled, which changes the last bits.
         sample_shape: [C, ...] of one sample.
-        num_classes: rows of the teacher's conditions: condition numbers, class labels for one, are 0 ... num_classes - 1.
+        num_classes: number of rows of the teacher's conditions; condition numbers, such as class labels, are 0 ... num_classes
+            - 1.
         keep: which tensors are stored beside noise and labels: `state`, `denoised` or `both`.
-        dtype: how `state` and `denoised` are stored; noise is always float32.
-        seed: noise and label of sample i are a function of (seed, i).
+        dtype: dtype in which `state` and `denoised` are stored; noise is always float32.
+        seed: random seed; noise and label of sample i depend only on (seed, i).
         labels: condition numbers: `uniform` (drawn), `balanced` (i mod num_classes) or a tuple: sample i has item i mod its
             length.
-        batch_size: samples that the teacher computes together, fixed ranges of indices: states' last bits depend on it.
-        shard_size: samples in a full shard, a multiple of batch_size.
+        batch_size: number of samples (a fixed range of indices) that the teacher computes together; the states' last bits
+            depend on it.
+        shard_size: number of samples in a full shard, a multiple of batch_size.
         format_version: version of this format.
         conditions: fingerprint of the table of conditions; empty for classes.
     """
@@ -162,12 +164,12 @@ class TrajectoryManifest:
 
     @functools.cached_property
     def digest(self) -> str:
-        """sha256 of the manifest, which every shard carries, so that none can be read under another manifest."""
+        """sha256 of the manifest. It is stored in every shard, so that no shard can be read under another manifest."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     @property
     def sample_bytes(self) -> int:
-        """Bytes of one stored sample."""
+        """The size of one stored sample in bytes."""
         return sum(tensor.num_bytes for tensor in self.layout(1).values())
 
     def layout(self, count: int) -> dict[str, TensorLayout]:
@@ -190,7 +192,7 @@ class TrajectoryManifest:
         return np.array(self.labels, dtype=np.int64)
 
     def require_target(self, target: Target, where: str) -> None:
-        """Raises InputError if a student of `target` cannot learn from this store."""
+        """Raise an InputError if a student with this `target` cannot learn from this store."""
         if target not in get_args(Target):
             raise InputError(f"target is {target!r}; expected one of {get_args(Target)}")
         if self.keep not in (target, "both"):
@@ -200,7 +202,7 @@ class TrajectoryManifest:
             )
 
     def require_equal(self, wanted: TrajectoryManifest, where: str) -> None:
-        """Raises InputError naming both sides of what differs; a grid's embed_times are the student's own business."""
+        """Raise an InputError that names both values of each difference. A grid's embed_times may differ."""
         mine, theirs = self._settings(), wanted._settings()
         differences = [
             f"{name} is {_short(mine.get(name))}, asked for {_short(theirs.get(name))}"
@@ -214,7 +216,7 @@ class TrajectoryManifest:
             )
 
     def _settings(self) -> dict[str, Any]:
-        """What stores are compared by: those of schedule and grid each by its own name."""
+        """The settings by which stores are compared, with those of schedule and grid under their own names."""
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in ("schedule", "grid"):
             settings |= {f"{name}.{key}": value for key, value in settings.pop(name).to_json().items()}
