@@ -64,7 +64,7 @@ class StudentModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return cls(_cast(Student.from_pretrained(path, network=options.get("network")), options)).eval()
 
 
-# Where a text-to-image pipeline's folder keeps what encodes its prompts.
+# Components of a text-to-image pipeline's folder that encode prompts.
 TEXT_COMPONENTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3")
 
 
@@ -148,7 +148,7 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
                 return cls(student)
             encoder = text_encoder_of(student, folder=pipeline)
             return cls(student, None, **encoder.components())
-        # diffusers imports what the index names; a folder is to name no code.
+        # diffusers imports what the index names, but a folder must not name code to run.
         index = read_object(path / cls.config_name, "the index of a pipeline")
         known = {"student": [[_HERE, "StudentModel"]], "vae": [["diffusers", kind] for kind in AUTOENCODERS]}
         for name, component in index.items():

@@ -29,7 +29,7 @@ class Condition(Mapping[str, torch.Tensor]):
     def __init__(self, tensors: Mapping[str, torch.Tensor], lengths: Sequence[int] | None = None):
         self._tensors = dict(tensors)
         self._lengths = lengths
-        # Sizes are compared, not put into a set: an exporter's symbolic size would become a constant there, and in len() too.
+        # Sizes are compared one by one: in a set, and in len(), an exporter's symbolic size would become a constant.
         sizes = [tensor.shape[0] if tensor.ndim else -1 for tensor in self._tensors.values()]
         if not sizes or any(size != sizes[0] or size == -1 for size in sizes):
             raise InputError(f"{self}: expected at least one tensor, all with the same leading batch dimension")

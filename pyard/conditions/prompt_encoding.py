@@ -73,7 +73,7 @@ class Encoding:
         content = distinct.to_bytes()
         prompts = hashlib.sha256(content).hexdigest()
         settings = TableSettings(self.encoder.fingerprint, self.dtype, _plain(self.constants), prompts)
-        # A finished table may lie where nothing can be written, not even a lock.
+        # A finished table may be in a read-only place, where not even a lock can be written.
         table = self._finished(settings, distinct, content)
         if table is not None and not (self.folder / BUILDING_NAME).exists():
             return table

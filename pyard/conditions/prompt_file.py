@@ -54,7 +54,7 @@ def read_prompts(source: str | Path | Sequence[str | PromptLine]) -> list[Prompt
         if not (path / METADATA_NAME).is_file():
             raise InputError(f"prompts: the folder {path} has no {METADATA_NAME}; {_EXPECTED}")
         path /= METADATA_NAME
-    # Neither a pipe nor a device, which might never end.
+    # Not a pipe or device, which might never end.
     elif not path.is_file():
         raise InputError(f"prompts: {path} {'is no regular file' if path.exists() else 'does not exist'}; {_EXPECTED}")
     read: Callable[[str, str], PromptLine]
@@ -118,7 +118,7 @@ def _lines(path: Path) -> list[str]:
         text = read_text(path, None)
     except InputError as error:
         raise InputError(f"prompts: {error}") from None
-    # Not splitlines, which also splits at separators that may stand within a prompt.
+    # Not splitlines, which also splits at separators that may occur within a prompt.
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     return lines[:-1] if lines[-1] == "" else lines
 

@@ -37,7 +37,7 @@ from pyard.conditions.table import Numbers, as_numbers
 from pyard.errors import InputError
 from pyard.storage.reading import read_json
 
-# Each mapped shard takes a mapping of the process, of which there are some 65,000.
+# Each mapped shard uses one of the process's memory mappings, of which there are about 65,000.
 _MAX_MAPPED_SHARDS = 1024
 
 _REMEDY = "delete the file and give the command that wrote it again, or restore it"
@@ -295,7 +295,7 @@ class PromptTable:
             raise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PromptTable:
-        # Its rows never change: an average of the student's weights is asked for the same things.
+        # Rows never change, so copies of a student, such as its averages, share the table.
         return self
 
     def _within(self, wanted: torch.Tensor, end: int) -> list[int]:
@@ -331,7 +331,7 @@ def _link_or_copy(source: Path, to: Path) -> None:
     try:
         os.link(source.resolve(), to)  # a store may be a download, whose names are links
     except OSError as error:
-        # Another file system, one without links, or one that lets nobody link what belongs to somebody else.
+        # Another file system, one without hard links, or one that forbids links to other users' files.
         if error.errno not in (
             errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL,
         ):  # fmt: skip

@@ -183,7 +183,7 @@ class EmbeddingTable:
         return torch.full_like(as_numbers(numbers), self.count)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EmbeddingTable:
-        # It never changes: an average of the student's weights is asked for the same things.
+        # It never changes, so copies of a student, such as its averages, share the table.
         return self
 
     def save(self, folder: Path) -> None:

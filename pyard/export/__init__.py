@@ -217,7 +217,7 @@ def export_onnx(
     if not isinstance(student, Student):
         student = Student.from_pretrained(student, network=network)
     student = copy.deepcopy(student).to("cpu", torch.float32).eval().requires_grad_(False)
-    # The transformers of diffusers outgrow fp16 in some layers, which stay in float32 in a graph that is narrowed afterwards.
+    # Some layers of diffusers transformers exceed fp16's range. They stay in float32 if the graph is converted afterwards.
     narrowed = precision == "fp16" and isinstance(student.trunk, WrappedBackbone)
     if precision == "fp16" and not narrowed:
         check_half_range(student)
@@ -265,7 +265,7 @@ def export_onnx(
                 ) from None
             raise ExportError(f"{path} was not written: onnx.checker refuses the graph: {error}") from None
         parity = measure_parity(student, OnnxStudent(building, providers=["CPUExecutionProvider"]), inputs, decoder)
-        # A picture's levels are whole numbers, so the smallest difference may round to one of 255.
+        # A picture's levels are integers, so the smallest difference may become a whole level of 255.
         usual = PARITY_BOUND[precision] + (0.0 if decoder is None else 1.01 / 255)
         check_parity(parity, parity_bound or usual, path, precision)
         write_metadata(building, {**facts, "parity": {str(size): error for size, error in parity.items()}})
@@ -293,7 +293,7 @@ def measure_parity(
             *_, last = student.rollout(torch.from_numpy(noise), condition)
         drawn = last.numpy() if decoder is None else expected_pictures(decoder.codec, last)
         expected = drawn.astype(np.float32)
-        # Of pictures 255, whatever they show: one level is as much in a dark one.
+        # For pictures 255, so that one level counts the same in dark pictures.
         largest = np.abs(expected).max() if decoder is None else 255
         try:
             found = exported.sample(condition=as_arrays(condition), noise=noise)

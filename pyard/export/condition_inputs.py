@@ -21,7 +21,7 @@ from pyard.diffusion.noise import uniform_labels
 from pyard.errors import InputError
 from pyard.models.student import Student
 
-# Sizes to trace with: different ones, since torch.export takes equal sizes for the same, and 1 for a constant.
+# Sizes to trace with. They differ, because torch.export treats equal sizes as one size, and 1 as a constant.
 TRACED_BATCH = 5
 _TRACED_SIZES = (7, 11, 13, 17, 19, 23)
 _KINDS = (torch.float32, torch.bool, torch.int64, torch.int32)

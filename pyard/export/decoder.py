@@ -38,7 +38,7 @@ class Decoder(nn.Module):
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
         picture = self.codec.decode_batch(latent)  # [B, 3, H, W], -1 to 1
-        # 128, not 127.5: the conversion cuts off the fraction, so this rounds to the nearest.
+        # 128, not 127.5: the conversion truncates, so this rounds to the nearest level.
         return (127.5 * picture + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 

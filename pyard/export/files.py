@@ -23,7 +23,7 @@ from pyard.storage.folders import building_folder
 from pyard.storage.reading import read_object
 from pyard.version import __version__
 
-# Version of the file format that newer operators need; 10 is enough for opset 22 and read by every onnxruntime since 1.18.
+# Version of the file format that newer operators need; 10 suffices for opset 22, and onnxruntime reads it since 1.18.
 IR_VERSION = {20: 10, 21: 10, 22: 10, 23: 11}
 # A protobuf message holds less than 2 GiB; the rest of the graph needs some of it.
 LARGEST_SINGLE_FILE = 2**31 - 2**26
@@ -42,7 +42,7 @@ def save_model(model: ir.Model, path: Path, *, external_data: bool) -> None:
 def write_metadata(path: Path, metadata: dict[str, Any]) -> None:
     """Write pyard's metadata entry into a model file; external data are not changed."""
     model = onnx.load(path, load_external_data=False)
-    # A file's reader infers the shapes in between; onnxruntime's quantiser transposes weights, which would contradict them.
+    # Intermediate shapes are left out, because onnxruntime's quantiser transposes weights, which would contradict them.
     del model.graph.value_info[:]
     model.producer_name, model.producer_version = "pyard", __version__
     onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(metadata)})

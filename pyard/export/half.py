@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pyard.errors import InputError
 
-# Half of the largest number: prompts that nobody tried reach further.
+# Half of the largest number, because other prompts may reach higher values.
 LIMIT = float(np.finfo(np.float16).max) / 2
 
 _IN_FLOAT32 = {"Constant", "ConstantOfShape", "Exp", "Pow", "Range", "Reciprocal", "ReduceMean", "ReduceSum", "Sqrt"}
@@ -79,7 +79,7 @@ def _largest(model: ir.Model, path: Path, feeds: Iterable[Mapping[str, NDArray[A
     outputs = []
     for node in list(graph):
         for value in [output for output in node.outputs if _is_float(output)]:
-            # With a zero, since there is no largest of an empty past.
+            # With a zero, because an empty past has no largest value.
             vector = ir.node("Reshape", [value, flat])
             more = ir.node("Concat", [vector.outputs[0], zero], {"axis": 0})
             size = ir.node("Abs", more.outputs)
@@ -99,7 +99,7 @@ def _largest(model: ir.Model, path: Path, feeds: Iterable[Mapping[str, NDArray[A
     for feed in feeds:
         found = session.run(names, {name: array for name, array in feed.items() if name in known})
         for name, size in zip(largest, found, strict=True):
-            # Infinity is a mask's, which half precision has, too; NaN would be the graph's own fault.
+            # Infinity comes from a mask, and half precision has it too; NaN would be an error of the graph.
             largest[name] = max(largest[name], float(size) if np.isfinite(size) else 0.0)
     for value in model.graph.initializers.values():
         if _is_float(value) and value.const_value is not None and value.const_value.size:

@@ -100,7 +100,7 @@ class _Part(nn.Module):
         return self.get_parameter(name)
 
     def modulated(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
-        # One node: in ONNX, weight and bias of a norm may be a vector for each sample [B, 1, D]. In torch they may not.
+        # A single node: unlike torch, ONNX allows a norm's weight and bias to be a vector for each sample, [B, 1, D].
         attributes: dict[str, Any] = {"axis": -1, "epsilon": eps}
         return torch.onnx.ops.symbolic("LayerNormalization", (x, 1 + scale, shift), attributes, dtype=x.dtype, shape=x.shape)
 
@@ -242,7 +242,7 @@ def trace(trunk: Trunk, dtype: torch.dtype, opset: int, biased: bool) -> tuple[d
     Returns:
         The parts by their names in `SIGNATURES`, and the weights and constants that they refer to, by name.
     """
-    # Sizes that no dimension of the network has: torch.export takes 1 for a constant and equal sizes for the same.
+    # Sizes that no dimension of the network has: torch.export treats 1 as a constant, and equal sizes as one size.
     batch, steps, past = (torch.export.Dim(name) for name in ("batch", "steps", "past"))
     config = trunk.config
     tokens = torch.zeros(2, config.tokens_per_step, config.hidden_size, dtype=dtype)

@@ -117,7 +117,7 @@ def export_pipeline(
     student.conditions = None
     encoders, conditions = _texts(student, text_encoders)
     decoder = load_decoder(vae, student)
-    # Where the text encoders were is nobody's business who gets the folder.
+    # The folder may be passed on, so it does not name the path of the text encoders.
     text = dataclasses.replace(student.config.text, folder="")  # type: ignore[type-var]
     student.config = dataclasses.replace(student.config, text=text)
     with new_folder(folder, owned=_OWNED) as building:

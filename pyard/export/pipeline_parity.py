@@ -20,7 +20,7 @@ from pyard.models.student import Student
 from pyard.runtime import OnnxPipeline
 from pyard.runtime.onnx_pipeline import to_pictures
 
-# Of different lengths, the last one longer than a line of most captions.
+# Prompts of different lengths; the last one is longer than most captions.
 PARITY_PROMPTS = (
     "a red circle",
     "a large green square above a small blue circle",
@@ -83,7 +83,7 @@ def _relative(found: NDArray[Any], expected: NDArray[Any]) -> float:
 def check_pipeline(parity: Mapping[str, float], bound: float, precision: str, folder: Path) -> None:
     """Raise an ExportError that names the component if a deviation is above the bound."""
     for name, error in parity.items():
-        # A picture's levels are whole numbers, so the smallest difference may round to one of 255.
+        # A picture's levels are integers, so the smallest difference may become a whole level of 255.
         allowed = bound + (1.01 / 255 if name == "picture" else 0)
         if not error <= allowed:
             raise ExportError(

@@ -25,7 +25,7 @@ from pyard.runtime import OnnxStudent
 CALIBRATION_SEED = 2**32 + 1  # of nobody's samples
 CALIBRATION_BATCH = 8
 
-# A seed and the numbers of samples to the tensors of their conditions.
+# From a seed and the numbers of samples to the tensors of their conditions.
 Draw = Callable[[int, NDArray[Any]], Mapping[str, NDArray[Any]]]
 
 
@@ -49,7 +49,7 @@ def quantise(source: Path, target: Path, *, calibration: int | None, external_da
         raise InputError(
             "int8: the blocks of this network multiply by no weight, so there is nothing to quantise; use fp32 or fp16"
         )
-    # Seven bits, since the products of 8-bit ones overflow 16 bits on processors without VNNI, silently.
+    # Seven bits, because products of 8-bit numbers silently overflow 16 bits on processors without VNNI.
     settings: dict[str, Any] = dict(
         op_types_to_quantize=["MatMul"],
         nodes_to_quantize=chosen,
@@ -58,7 +58,7 @@ def quantise(source: Path, target: Path, *, calibration: int | None, external_da
         weight_type=QuantType.QInt8,
         use_external_data_format=external_data,
     )
-    # Everything behind an attention of onnxruntime's own is of a type that ONNX's inference cannot know.
+    # ONNX's type inference knows nothing that follows onnxruntime's own attention operator.
     extra: dict[str, Any] = {"DefaultTensorType": onnx.TensorProto.FLOAT}
     with _quiet():
         if calibration is None:
@@ -115,7 +115,7 @@ def typical_inputs(student: OnnxStudent, count: int, draw: Draw) -> Iterator[dic
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    # It recommends a preparation of graphs, which assembled ones do not need.
+    # Hide its advice to preprocess the graph, which assembled graphs do not need.
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

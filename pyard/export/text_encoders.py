@@ -195,7 +195,7 @@ Found = tuple[TextLayout, dict[str, Call]]
 
 
 def _pixart(encoder: PipelineTextEncoder, components: Mapping[str, Any], transformer: Mapping[str, Any]) -> Found:
-    # What the pipeline also cleans where bs4 and ftfy are installed (HTML, addresses) is left to who writes the prompt.
+    # The pipeline also removes HTML and addresses if bs4 and ftfy are installed; here that is left to the prompt's author.
     settings = _settings(components, "", outputs=("tokens",), max_length=encoder.max_sequence_length, plain=True)
     return TextLayout((settings,), (("text_encoder",),)), {"text_encoder": _t5}
 

@@ -100,7 +100,7 @@ def _export(network: TracedStudent, arguments: Any, sizes: Any, names: list[str]
     family = type(network.trunk).__name__
     try:
         with quiet_exporter(), use_backend("reference"):
-            # Not left to torch.onnx.export, which falls back to a trace in which sizes that should vary are constants.
+            # Not done by torch.onnx.export, which would fall back to a trace in which variable sizes are constants.
             program = torch.export.export(network.eval(), arguments, dynamic_shapes=sizes, strict=False)
             _drop_idle_squeezes(program)
             return torch.onnx.export(
@@ -114,7 +114,7 @@ def _export(network: TracedStudent, arguments: Any, sizes: Any, names: list[str]
             )
     except InputError:
         raise
-    # torch.export and torch.onnx raise what they meet: UserError, missing operators, a TypeError of the network.
+    # torch.export and torch.onnx raise many kinds of exceptions: UserError, missing operators, a TypeError of the network.
     except Exception as error:
         raise InputError(f"{family} cannot be traced for ONNX: {_reason(error)}") from error
 

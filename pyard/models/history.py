@@ -183,7 +183,7 @@ def _with_history(
         mask = F.pad(mask, (added, 0), value=True if mask.dtype == torch.bool else 0.0)
     if bias is None:
         return mask
-    # Finite: the bias that switches a history off may be -inf, and a row of nothing else would be NaN.
+    # Finite, because the bias that switches a history off may be -inf, and a row with only -inf would give NaN.
     finite = bias.clamp(min=torch.finfo(q.dtype).min / 2).to(q.dtype)
     earlier = torch.arange(total, device=q.device) < added
     biased = torch.where(earlier, finite[:, None], finite.new_zeros(()))[None, :, None]  # [1, H, 1, total]

@@ -199,7 +199,7 @@ class Student(nn.Module):
             yield latest
 
     def _prepared(self, condition: Condition, sample_shape: tuple[int, ...]) -> Sequence[Condition]:
-        # Not where a gradient is wanted, so that blocks stay what is recomputed, nor where a block gathers its own weights.
+        # Not if gradients are needed, so that recomputation still works on blocks, nor if a block gathers its own weights.
         if torch.is_grad_enabled() or any(hasattr(weight, "device_mesh") for weight in self.trunk.parameters()):  # DTensors
             return [condition] * self.num_steps
         return self.trunk.prepare(self.times.embed_times(sample_shape)[None], condition)

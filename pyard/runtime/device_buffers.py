@@ -30,7 +30,7 @@ class FixedBuffers:
     ):
         self._session, self._output, self._shape, self._dtype, self._device = session, output, shape, dtype, device
         self._bound: dict[tuple[tuple[int, ...], ...], tuple[Any, dict[str, Any], Any, int]] = {}
-        # The buffers are one set for all threads, and a graph cannot be recorded while another runs.
+        # All threads share the buffers, and a graph cannot be recorded while another one runs.
         self._lock = threading.Lock()
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:

@@ -298,7 +298,7 @@ def _teacher_settings(config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _conditions(metadata: dict[str, Any], session: onnxruntime.InferenceSession) -> tuple[ConditionTensor, ...]:
-    # Files of earlier versions are class-conditional and say nothing of it.
+    # Files of earlier versions are class-conditional and have no entry that says so.
     known = metadata.get("conditions", [{"name": "label", "dtype": "int64"}])
     shapes = {tensor.name: tuple(tensor.shape) for tensor in session.get_inputs()}
     return tuple(ConditionTensor(item["name"], item["dtype"], shapes[item["name"]]) for item in known)

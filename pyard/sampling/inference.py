@@ -67,7 +67,7 @@ def graphed_rollout(student: Student, batch_size: int, like: Condition, sample_s
     first = like.index(slice(0, 1)).to(device)
     condition = Condition({name: tensor.expand(batch_size, *tensor.shape[1:]).clone() for name, tensor in first.items()})
     rollout = plain_rollout(student)
-    # Libraries allocate workspaces in their first calls, which a capture must not see.
+    # Libraries allocate workspaces in their first calls, which must happen before the capture.
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

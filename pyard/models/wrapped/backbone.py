@@ -237,7 +237,7 @@ class WrappedBackbone(Backbone):
     def without_weights(cls) -> contextlib.AbstractContextManager[Any]:
         from accelerate import init_empty_weights
 
-        # Buffers and tables that are no parameters are constants, which no checkpoint has.
+        # Buffers, and tables that are not parameters, are constants that no checkpoint contains.
         context: contextlib.AbstractContextManager[Any] = init_empty_weights(include_buffers=False)
         return context
 

@@ -18,7 +18,7 @@ from pyard.storage.reading import read_object, reading
 from pyard.storage.tensor_files import read_safetensors, require_finite
 
 _NAME = "diffusion_pytorch_model"
-# What checkpoints put in front of a transformer's own names.
+# Prefixes that checkpoints add to a transformer's own names.
 _PREFIXES = ("model.diffusion_model.", "transformer.", "module.", "model.", "")
 
 

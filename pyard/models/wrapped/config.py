@@ -51,7 +51,7 @@ class WrappedConfig:
         object.__setattr__(self, "sample_shape", shape)
         number("transformer: time_scale", self.time_scale, -1e6, 1e6)
         whole_number("transformer: pixels", self.pixels, 1, 2**12)
-        # Before any block is made: diffusers believes whatever it is told.
+        # Checked before any block is built, because diffusers does not check these settings.
         for name in (*self.depth_settings, self.heads_setting):
             whole_number(f"transformer: {name}", settings[name], 0, 10**4)
 

@@ -24,7 +24,7 @@ class Rotation:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Torch lets an argument that is no tensor through to a mode only if it has this method.
+        # Torch only passes an argument that is not a tensor to a mode if it has this method.
         return NotImplemented
 
     def unsqueeze(self, dim: int) -> Rotation:

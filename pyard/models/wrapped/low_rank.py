@@ -19,7 +19,7 @@ from pyard.storage.tensor_files import read_safetensors
 # Larger matrices are decomposed by random projection.
 _WHOLE_SVD = 512
 _FIRST_SKETCH = 128
-# Additions are low-rank if they hold at most this share of the numbers of the matrices.
+# Additions are low-rank if they have at most this fraction of the matrices' elements.
 _LOW = 0.5
 
 
@@ -141,7 +141,7 @@ def _difference(
     if stored is not None and rank is None and len(stored.up) == m:
         rest = float((difference - stored.up.double() @ stored.down.double()).square().sum())
         if rest**0.5 <= 1e-2 * square**0.5 + torch.finfo(student.dtype).eps * rms * (m * n) ** 0.5:
-            # What is left is the rounding of the weights that they were added to.
+            # The rest is the rounding of the weights to which they were added.
             return _Difference(stored, square, torch.tensor([max(square - rest, 0.0) ** 0.5], dtype=torch.float64), (m, n))
     u, values, v = _svd(difference, rounding, rank)
     significant = int((values > rounding).sum())

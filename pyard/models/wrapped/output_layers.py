@@ -39,7 +39,7 @@ class LayerSlot(nn.Module):
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         layers = [getattr(head, self.name) for head in self.current.heads]
-        # Output layers that are trained are float32, whatever the frozen blocks below them are.
+        # Trained output layers are float32, whatever dtype the frozen blocks below them have.
         dtype = next((parameter.dtype for parameter in layers[0].parameters()), None)
         if dtype is not None:
             args = tuple(_cast(tensor, dtype) for tensor in args)

@@ -18,7 +18,7 @@ from pyard.storage.files import file_sha256
 from pyard.storage.reading import read_object
 from pyard.teachers.text_to_image.families import INDEX_NAME, PipelineFamily, component_class
 
-# How transformers names weights: whole and the index of shards, safetensors before pickles.
+# File names of weights in transformers: a single file, and the index of shards; safetensors before pickles.
 _STEMS = (("model", "safetensors"), ("pytorch_model", "bin"))
 
 
@@ -47,7 +47,7 @@ class Component:
         import transformers
 
         kind: Any = getattr(transformers, self.kind, None)
-        # A class that looks for another one would ask on the terminal whether to run the folder's own code.
+        # An Auto class would ask on the terminal whether to run the folder's own code.
         if self.kind.startswith("Auto") or not hasattr(kind, "from_pretrained"):
             raise InputError(f"{self.folder}: transformers {transformers.__version__} has no class {self.kind}; upgrade it")
         if not self.is_tokenizer:
@@ -55,7 +55,7 @@ class Component:
         check_files(self.folder)
         try:
             return kind.from_pretrained(str(self.folder), local_files_only=True)
-        # Whatever a damaged file does to libraries that are not ours, and one that they want and that is missing.
+        # A damaged file may make these libraries raise anything, and so may an optional library that is missing.
         except Exception as error:
             found = " ".join(str(error).split())[:400]
             raise InputError(f"{self.folder}: transformers cannot read this {self.kind}: {found}") from None

@@ -161,7 +161,7 @@ def _qwen_image_settings(pipeline: Any) -> dict[str, Any]:
 
 
 def _z_image(pipeline: Any, texts: list[str], max_length: int, device: torch.device) -> list[Tensors]:
-    # The pipeline writes into the list that it gets.
+    # The pipeline modifies the list that it is given.
     tokens, _ = pipeline.encode_prompt(
         list(texts), device=device, do_classifier_free_guidance=False, max_sequence_length=max_length
     )
@@ -178,7 +178,7 @@ def _z_image_limits(pipeline: Any, texts: list[str], max_length: int) -> list[Li
     return [Limited(pipeline.tokenizer, whole, max_length)]
 
 
-# Transformers that mask padding, or get lists of tensors, lose nothing with it; those of SD3, Flux and AuraFlow attend to it.
+# Padding can be dropped for transformers that mask it or take lists of tensors; SD3, Flux and AuraFlow attend to it.
 PIXART = PromptEncoding(_pixart, _pixart_limits, _pixart_settings, width="caption_channels")
 SD3 = PromptEncoding(_sd3, _sd3_limits, pooled="pooled_projection_dim", padded=True, clip_tokens=77)
 FLUX = PromptEncoding(_flux, _flux_limits, pooled="pooled_projection_dim", padded=True)

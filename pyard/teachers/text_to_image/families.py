@@ -25,7 +25,7 @@ INDEX_NAME = "model_index.json"
 GuidanceKind = Literal["plain", "norm", "z_image"]
 
 _PATCH = 2  # of packed latents, in latents along a side
-# What pipelines without a size in their transformer's configuration draw by default, in latents along a side.
+# Default size, in latents along a side, of pipelines whose transformer's configuration has no size.
 _DEFAULT_LATENTS = 128
 
 
@@ -151,7 +151,7 @@ class PipelineFamily:
     def default_pixels(self, configs: PipelineConfigs) -> tuple[int, int]:
         """(height, width) in pixels that the pipeline draws by default."""
         latents = configs.number("sample_size") if self.default_size == "sample_size" else _DEFAULT_LATENTS
-        # These pipelines name 1024 pixels, whatever their VAE.
+        # These pipelines default to 1024 pixels, whatever their VAE.
         names_pixels = self.backbone in ("aura_flow", "z_image") and configs.vae is not None
         pixels = 1024 if names_pixels else latents * configs.vae_factor
         return pixels, pixels
@@ -212,7 +212,7 @@ class PipelineFamily:
         """
         call = SchedulerCall()
         if self.passes_sigmas and not (self.backbone == "flux" and scheduler_config.get("use_flow_sigmas")):
-            # In the precision of each pipeline: its scheduler rounds both to float32, but not to the same numbers.
+            # In each pipeline's own precision, because the scheduler rounds the two to different float32 numbers.
             if self.backbone == "z_image":
                 call["sigmas"] = torch.linspace(1.0, 1 / num_steps, num_steps).tolist()
             else:

@@ -156,7 +156,7 @@ def pipeline_outline(source: str | Path) -> PipelineOutline | None:
     """
     folder = pipeline_folder(source)
     if folder is not None:
-        # No caption of the built-in teacher is longer, as `load_teacher` knows.
+        # No caption of the built-in teacher is longer; `load_teacher` uses the same limit.
         return PipelineOutline.read(folder, MAX_TOKENS if folder == SCENES_TEXT else None)
     if Path(source).exists():
         return None

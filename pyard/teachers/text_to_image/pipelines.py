@@ -108,7 +108,7 @@ _FAMILIES = (
 
 PIPELINES: Mapping[str, PipelineFamily] = MappingProxyType({family.pipeline: family for family in _FAMILIES})
 
-# Pipelines that people will try, and why pyard does not teach with them.
+# Pipelines that users are likely to try, and why pyard does not support them.
 _REFUSED = {
     r"^Sana": "its attention is linear: without a softmax there are no keys and values for a history to remember",
     r"Img2Img|Inpaint|Fill|Control|Kontext|Edit|Redux|Layered|Omni": "it starts from a picture; give the plain pipeline",

@@ -19,7 +19,7 @@ from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
 from pyard.teachers.text_to_image.families import PipelineFamily
 
-# Two float32 roundings of the first time: a time that is told as 1000 sigma then differs by less than networks can tell.
+# Two float32 roundings of the first time: times passed as 1000 sigma differ by this much, which no network notices.
 _SAME = 2.5e-7
 
 
@@ -175,7 +175,7 @@ def _flow_of_sigmas(grid: TimeGrid, schedule: NoiseSchedule) -> StockSampling:
     sigmas = [_short(time) for time in grid.times[:-1]]
     visits = visited(scheduler, grid.num_steps, sigmas=sigmas)
     told = max(abs(a - b) for a, b in zip(visits.embed_times, grid.embed_times, strict=True))
-    # DPM-Solver's flows are told whole noise levels.
+    # DPM-Solver passes whole noise levels to a flow's network, so the times may differ by one level.
     if _differs(visits._replace(embed_times=grid.embed_times), grid) > _SAME or told > 1 / schedule.num_train_timesteps:
         raise InputError(
             f"no scheduler of diffusers visits this student's times {_listed(grid.times)} and tells the network "
