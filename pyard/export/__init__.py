@@ -175,8 +175,8 @@ def export_onnx(
         path: the file to write; it appears complete and checked, or not at all.
         form: see above. The input `step` counts from 0; the present keys and values are the next step's past, and step 0 takes
             K = 0.
-        opset: version of the ONNX operators, 20 to 23: an attention is one node, of ONNX itself in 23 (onnxruntime 1.23 or
-            newer, 1.24 for int8-static), of onnxruntime's own (com.microsoft) before (1.21 or newer).
+        opset: version of the ONNX operators, 20 to 23. An attention is one node: ONNX's own in 23 (onnxruntime 1.23 or
+            newer, 1.24 for int8-static), onnxruntime's (com.microsoft) in earlier versions (1.21 or newer).
         precision: precision of weights and products: `fp32`; `fp16`; `int8`, which measures the activations' ranges in every
             call; `int8-static`, with ranges fixed by `calibration` samples. Latents, jumps and predictions are always float32.
         calibration: number of samples whose trajectories calibrate `int8-static`.
