@@ -120,9 +120,11 @@ class TrajectoryStore:
         return map_shard(self.path / "shards" / f"{shard.name}.safetensors", self.manifest.layout(shard.count))
 
     def verify(self) -> None:
-        """Read all shards, and the table of prompts if there is one, and compare them with their checksums.  Raises:
-        InputError: names every shard that is missing, changed or has labels that the manifest does not give it, or every
-        damaged file of the table of prompts.
+        """Read all shards, and the table of prompts if there is one, and compare them with their checksums.
+
+        Raises:
+            InputError: shards are missing, changed, or have other labels than those of the manifest; or files of the table of
+                prompts are damaged. The message names all of them.
         """
         self.require_complete()
         if isinstance(self.conditions, PromptTable):
