@@ -76,7 +76,8 @@ class OnnxStudent:
         path: the file.
         providers: onnxruntime execution providers, best first, by name or as (name, options); None takes CUDA where the
             installed onnxruntime and the machine have it, else the CPU.
-        threads: CPU threads of one call; None leaves the choice to onnxruntime (one for each physical core).
+        threads: CPU threads of one call; None: as many as the variable OMP_NUM_THREADS says, or onnxruntime's choice, one for
+            each physical core.
         cuda_graphs: on CUDA, record the whole sampler once for each batch size and replay it; calls of several threads then
             wait for each other.
 
