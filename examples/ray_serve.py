@@ -14,7 +14,7 @@ import asyncio
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +26,7 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from service.drawing import Drawer, open_student, png
-from service.orders import Limits, Order, add_limits, limits_of, order_type
+from service.orders import Limits, Order, add_limits, limits_of, order_type, too_large
 
 from pyard.errors import InputError
 
@@ -61,6 +61,10 @@ def routes(num_classes: int | None, limits: Limits) -> Callable[[], FastAPI]:
         @app.exception_handler(InputError)
         async def wrong_input(_: Request, error: InputError) -> JSONResponse:
             return JSONResponse({"detail": str(error)}, status_code=400)
+
+        @app.middleware("http")
+        async def refuse_large(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+            return too_large(request, limits.max_request) or await answer(request)
 
         async def picture(order: Order, index: int) -> tuple[Any, int]:
             # The same order gives the same picture, so it may be drawn again.

@@ -3,4 +3,4 @@
 # What is said of all that pyard-runtime leaves out.
 MISSING = "only pyard-runtime is installed, which draws with exported students; for everything else: pip install pyard-distill"
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

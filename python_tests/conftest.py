@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+# Tests are tiny: a second thread costs more in waking up than it saves, a hundredfold on a busy machine. The variable is for
+# the commands that tests start, and must be set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
@@ -31,7 +35,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def _fixed_seed_and_threads() -> Iterator[None]:
-    # Tests are tiny: a second thread costs more in waking up than it saves, a hundredfold on a busy machine.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -55,6 +55,8 @@ for name in {sorted(set(names))!r}:
 def test_both_projects_agree():
     full, alone = (tomllib.loads((f / "pyproject.toml").read_text(encoding="utf-8"))["project"] for f in (ROOT, RUNTIME))
     assert full["version"] == alone["version"] == pyard.__version__
+    assert f"\nversion: {pyard.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## [{pyard.__version__}] - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert full["requires-python"] == alone["requires-python"]
     assert "scripts" not in alone  # bin/pyard would be a file of both
     ours = {requirement.split(";")[0] for requirement in full["dependencies"]}

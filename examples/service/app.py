@@ -15,7 +15,7 @@ from pyard.errors import InputError
 from pyard.runtime import OnnxPipeline, OnnxStudent
 from service.batches import Batches, Job
 from service.drawing import Drawer, png
-from service.orders import Limits, Order, order_type
+from service.orders import Limits, Order, order_type, too_large
 
 BOUNDARY = "picture"
 
@@ -136,15 +136,3 @@ def make_app(student: OnnxStudent | OnnxPipeline, limits: Limits | None = None) 
 def leave(jobs: list[Job]) -> None:
     for job in jobs:
         job.gone = True
-
-
-def too_large(request: Request, most: int) -> JSONResponse | None:
-    """The answer to a request of more than `most` bytes; None: it is not."""
-    head = len(request.scope["raw_path"]) + len(request.scope["query_string"])
-    head += sum(len(name) + len(value) for name, value in request.scope["headers"])
-    body = request.headers.get("content-length", "0")
-    if head > most:
-        return JSONResponse({"detail": f"a request of {head} bytes; at most {most} are read"}, status_code=431)
-    if "transfer-encoding" in request.headers or not body.isdigit() or head + int(body) > most:
-        return JSONResponse({"detail": f"a body that makes the request longer than {most} bytes"}, status_code=413)
-    return None

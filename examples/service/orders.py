@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import Query
+from fastapi import Query, Request
+from fastapi.responses import JSONResponse
 
 from pyard.diffusion.noise import check_labels, standard_normal
 from pyard.errors import InputError
@@ -101,3 +102,15 @@ def order_type(num_classes: int | None, limits: Limits) -> Callable[..., Order]:
 def checked(order: Order) -> Order:
     standard_normal(order.seed, [0], (1,))  # says what is wrong with a seed
     return order
+
+
+def too_large(request: Request, most: int) -> JSONResponse | None:
+    """The answer to a request of more than `most` bytes; None: it is not."""
+    head = len(request.scope["raw_path"]) + len(request.scope["query_string"])
+    head += sum(len(name) + len(value) for name, value in request.scope["headers"])
+    body = request.headers.get("content-length", "0")
+    if head > most:
+        return JSONResponse({"detail": f"a request of {head} bytes; at most {most} are read"}, status_code=431)
+    if "transfer-encoding" in request.headers or not body.isdigit() or head + int(body) > most:
+        return JSONResponse({"detail": f"a body that makes the request longer than {most} bytes"}, status_code=413)
+    return None

@@ -95,7 +95,7 @@ def scenes_classifier() -> ScenesClassifier:
     def loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(scores, labels, label_smoothing=0.05)
 
-    network = _train(_new_network((32, 64, 128), 32, NUM_CLASSES), batch, loss, _CLASSIFIER_STEPS)
+    network = _train(_new_network((32, 64, 128), 32, NUM_CLASSES, batch_norm=True), batch, loss, _CLASSIFIER_STEPS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return ScenesClassifier(network.to(device), scenes_data(_HELD_OUT_SEED, range(_HELD_OUT)))
 
@@ -161,13 +161,23 @@ def _counts(pictures: np.ndarray, setting: SceneSetting | None) -> torch.Tensor:
     return counts
 
 
-def _new_network(channels: tuple[int, ...], side: int, outputs: int) -> nn.Sequential:
-    """A fresh network for pictures of `side` pixels, which every layer of `channels` halves."""
+def _new_network(channels: tuple[int, ...], side: int, outputs: int, *, batch_norm: bool = False) -> nn.Sequential:
+    """A fresh network for pictures of `side` pixels, which every layer of `channels` halves.
+
+    Args:
+        batch_norm: normalise every layer over the batch, not all but the first over groups of channels: with groups, a
+            network that must name shapes of any turn and texture learns their colours alone.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 3, stride=2, padding=1), nn.SiLU()]
-        for before, after in itertools.pairwise(channels):
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
+        layers: list[nn.Module] = []
+        for number, (before, after) in enumerate(itertools.pairwise((3, *channels))):
+            layers.append(nn.Conv2d(before, after, 3, stride=2, padding=1))
+            if batch_norm:
+                layers.append(nn.BatchNorm2d(after))
+            elif number:
+                layers.append(nn.GroupNorm(8, after))
+            layers.append(nn.SiLU())
         left = side >> len(channels)
         layers += [nn.Flatten(), nn.Linear(channels[-1] * left * left, FEATURE_SIZE), nn.SiLU()]
         return nn.Sequential(nn.Sequential(*layers), nn.Linear(FEATURE_SIZE, outputs))

@@ -76,7 +76,8 @@ class OnnxStudent:
         path: the file.
         providers: onnxruntime execution providers in order of preference, by name or as (name, options); None uses CUDA if the
             installed onnxruntime and the machine have it, else the CPU.
-        threads: CPU threads per call; None leaves the choice to onnxruntime (one per physical core).
+        threads: CPU threads per call; None: the number in the variable OMP_NUM_THREADS, or if that is not set, onnxruntime's
+            choice (one per physical core).
         cuda_graphs: on CUDA, record the whole sampler once for each batch size and replay it; calls from several threads then
             wait for each other.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -64,10 +65,10 @@ def open_session(
         raise InputError(f"{path}: no such file; expected a student.onnx written by python -m pyard.export")
     require_regular(path)
     if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}; expected at least 1, or None for onnxruntime's choice")
+        raise InputError(f"threads is {threads}; expected at least 1, or None for OMP_NUM_THREADS or onnxruntime's choice")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # its warnings are about its own graph optimisations
-    if threads is not None:
+    if threads := threads or _threads_of_environment():
         options.intra_op_num_threads = threads
     graphs = {"CUDAExecutionProvider": {"enable_cuda_graph": "1"}} if cuda_graphs else {}
     chosen = [(name, {**own, **graphs.get(name, {})}) for name, own in providers]
@@ -93,6 +94,12 @@ def open_session(
             f"{path} ({size} bytes) cannot be opened as an ONNX model: it is cut off, or no ONNX file. Export or copy "
             f"it again. onnxruntime says: {reason}"
         ) from None
+
+
+def _threads_of_environment() -> int | None:
+    # As PyTorch: one variable limits all that runs on a shared machine.
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(first) if first.isdecimal() and int(first) else None
 
 
 def _external_data(path: Path) -> list[Path]:

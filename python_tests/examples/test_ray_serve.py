@@ -110,6 +110,7 @@ def test_requests_are_limited_as_on_one_machine(tmp_path: Path) -> None:
             ("label=1&seed=-3", 400, "seed is -3"),
             ("label=cat", 422, "valid integer"),
             ("label=1&count=5", 422, "less than or equal to 4"),
+            (f"label=1&x={'a' * 20000}", 431, "at most 16384"),
         ):
             found, _, body = get(port, f"/image?{query}")
             assert (found, message in body.decode()) == (status, True), query

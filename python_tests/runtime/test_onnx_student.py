@@ -271,6 +271,19 @@ def test_wrong_session_settings(path: Path) -> None:
         OnnxStudent(path, threads=0)
 
 
+@pytest.mark.parametrize(
+    ("variable", "threads", "expected"), [("3", None, 3), ("3,2", None, 3), ("3", 1, 1), ("none", None, 0), (None, None, 0)]
+)
+def test_the_environment_limits_threads_that_nobody_chose(
+    path: Path, monkeypatch: pytest.MonkeyPatch, variable: str | None, threads: int | None, expected: int
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    student = OnnxStudent(path, providers=["CPUExecutionProvider"], threads=threads)
+    assert student._session.get_session_options().intra_op_num_threads == expected
+
+
 @pytest.mark.parametrize("keep", [0, 10, 0.5, 0.999])
 def test_truncated_file(path: Path, tmp_path: Path, keep: float) -> None:
     content = path.read_bytes()
