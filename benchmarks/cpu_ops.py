@@ -26,12 +26,12 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="measure what has this word in its name")
+    parser.add_argument("--only", default="", help="measure only what has this word in its name")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a busy machine, with one thread")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a busy machine, with --threads 1")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--step-rounds", type=int, default=5, help="rounds of whole training steps")
-    parser.add_argument("--name", help="of the files in benchmarks/results; without it cpu_ops, and none with --only")
+    parser.add_argument("--name", help="name of the files in benchmarks/results (cpu_ops; with --only, none are written)")
     options = parser.parse_args()
     if library is None:
         parser.error("the native operators are not built; `pyard doctor` says why")

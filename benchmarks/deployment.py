@@ -203,10 +203,10 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("student", type=Path, help="run folder of a student of scenes-text")
+    parser.add_argument("student", type=Path, help="run folder of a scenes-text student")
     parser.add_argument("--prompts", type=int, default=400)
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch and onnxruntime; the browser takes its own choice")
-    parser.add_argument("--exported", type=Path, help="folder to keep exports in; those that are there are not made again")
+    parser.add_argument("--threads", type=int, default=1, help="for PyTorch and onnxruntime; the browser chooses its own")
+    parser.add_argument("--exported", type=Path, help="folder to keep exports in; existing ones are reused")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     result = measure(options.student, options.prompts, options.threads, options.exported)

@@ -84,7 +84,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("students", nargs="+", type=Path)
-    parser.add_argument("--batches", type=int, default=150, help="of each kind, with one thread and with two")
+    parser.add_argument("--batches", type=int, default=150, help="batches of each kind, with one thread and with two")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     files = {place.name: compare(place, options.batches) for place in options.students}

@@ -62,7 +62,7 @@ def start(student: Path, words: tuple[str, ...], stack: ExitStack) -> int:
         except OSError:
             pass
         if process.poll() is not None or time.monotonic() > deadline:
-            raise SystemExit(f"{' '.join(command)} does not answer; run it alone to see why")
+            raise SystemExit(f"{' '.join(command)} does not answer; run it on its own to see why")
         time.sleep(0.3)
 
 
@@ -147,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("student", type=Path)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--seconds", type=float, default=4.0, help="of one round at one number of clients")
+    parser.add_argument("--seconds", type=float, default=4.0, help="length of a round, for one number of clients")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()

@@ -63,7 +63,7 @@ def compare(folder: Path, count: int) -> list[dict[str, Any]]:
     """A row for PyTorch and one for each precision, each with the values of every seed."""
     runs = sorted(folder.glob("seed-*/run"))
     if len(runs) < 2:
-        raise SystemExit(f"{folder}: found {len(runs)} of seed-*/run; expected at least 2, for a spread")
+        raise SystemExit(f"{folder}: found {len(runs)} of seed-*/run; expected at least 2, to measure the spread")
     with np.load(folder.parent / "teacher-samples.npz") as file:
         ends = file["ends"][:count]
     rows: dict[str, dict[str, Any]] = {kind: {"kind": kind} for kind in (PYTORCH, *PRECISIONS)}
@@ -128,7 +128,7 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, help="each with seed-0/run, seed-1/run, ...")
+    parser.add_argument("folders", nargs="+", type=Path, help="folders with seed-0/run, seed-1/run, ...")
     parser.add_argument("--count", type=int, default=5000, help="samples of each student")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()

@@ -81,7 +81,7 @@ def memory() -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=2_000_000, help="trajectories to hand out; the store has half of them")
+    parser.add_argument("--samples", type=int, default=2_000_000, help="trajectories to read; the store has half as many")
     parser.add_argument("--batch-size", type=int, default=64)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

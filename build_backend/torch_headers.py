@@ -56,8 +56,8 @@ def _download(version: str, folder: Path) -> Path:
 def main() -> int:
     """Fetches what the arguments name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("version", help="of torch, such as 2.11.0")
-    parser.add_argument("folder", type=Path, help="where the headers are kept")
+    parser.add_argument("version", help="version of torch, such as 2.11.0")
+    parser.add_argument("folder", type=Path, help="folder to keep the headers in")
     arguments = parser.parse_args()
     try:
         print(fetch_headers(arguments.version, arguments.folder))

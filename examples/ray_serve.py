@@ -119,12 +119,10 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--replicas", type=int, default=2, help="processes that draw (2)")
-    parser.add_argument(
-        "--max-replicas", type=int, help="as many as Ray may start under load; those of --replicas if not given"
-    )
+    parser.add_argument("--max-replicas", type=int, help="how many replicas Ray may start under load (as many as --replicas)")
     parser.add_argument("--fronts", type=int, default=1, help="processes that take requests (1)")
-    parser.add_argument("--threads", type=int, default=1, help="of one replica (1)")
-    parser.add_argument("--gpus", type=float, default=0, help="of one replica, 0.5 for two on one (0)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of one replica (1)")
+    parser.add_argument("--gpus", type=float, default=0, help="GPUs of one replica; 0.5 puts two on one GPU (0)")
     add_limits(parser)
     options = parser.parse_args()
     replicas = (options.replicas, options.max_replicas or options.replicas)

@@ -155,7 +155,7 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
             if name in TEXT_COMPONENTS and isinstance(component, list) and component[:1] == ["transformers"]:
                 if str(component[-1]).startswith("Auto"):  # transformers would ask whether to run the folder's code
                     raise InputError(
-                        f"{path / cls.config_name}: {name} is {component}; expected a class of transformers by name"
+                        f"{path / cls.config_name}: {name} is {component}; expected the name of a transformers class"
                     )
                 continue
             if not name.startswith("_") and component not in (*known.get(name, ()), [None, None]):
@@ -350,7 +350,7 @@ def _cast(student: Student, options: dict[str, Any]) -> Student:
 
 def _text_of(student: Student) -> TextSource:
     if student.config.text is None:
-        raise InputError("prompt: this student is not made of a text-to-image pipeline; give class_labels or a condition")
+        raise InputError("prompt: this student was not made from a text-to-image pipeline; give class_labels or a condition")
     return student.config.text
 
 

@@ -125,7 +125,7 @@ def test_folders_are_read_by_the_class_or_its_name(kind, network, tmp_path: Path
     again = pyard.load_teacher(tmp_path / "teacher", network=network)
     assert again.fingerprint == NetworkTeacher(teacher.network, teacher.schedule, conditions=teacher.conditions).fingerprint
     for folder, read_it in ((tmp_path / "student", Student.from_pretrained), (tmp_path / "teacher", pyard.load_teacher)):
-        with pytest.raises(InputError, match=r"made of the network own_backbones:.*give network="):
+        with pytest.raises(InputError, match=r"uses the network own_backbones:.*give network="):
             read_it(folder)
 
 
@@ -139,7 +139,7 @@ def test_samples_do_not_depend_on_the_batch():
     assert torch.equal(steps[:, -1], together)
     table = student.require_conditions()
     assert torch.equal(pyard.sample(student, condition=table.take([0, 1, 2, 3, 4]), seed=5), together)
-    with pytest.raises(InputError, match="one of the three"):
+    with pytest.raises(InputError, match="exactly one of labels, prompts and condition"):
         pyard.sample(student, [0], condition=table.take([0]))
     half = pyard.sample(student, [0, 1, 2, 3, 4], seed=5, dtype="bfloat16")
     assert 0 < relative_error(half, together) < 0.1

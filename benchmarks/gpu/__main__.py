@@ -61,8 +61,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("call", choices=[*CALL_LIMITS, "merge"])
     parser.add_argument("names", nargs="*", help="C: sections and checks; merge: JSON files")
-    parser.add_argument("--out", type=Path, help="folder for the results, three files a call")
-    parser.add_argument("--cpu-smoke", action="store_true", help="tiny sizes, no GPU: does every line run?")
+    parser.add_argument("--out", type=Path, help="folder for the results, three files per call")
+    parser.add_argument("--cpu-smoke", action="store_true", help="tiny sizes without a GPU, to check that every line runs")
     arguments = parser.parse_args()
     if arguments.call == "merge":
         return merge([Path(name) for name in arguments.names], arguments.out or ROOT / "benchmarks" / "results")

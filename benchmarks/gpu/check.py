@@ -16,7 +16,7 @@ def main() -> int:
     """Prints one line about the library, or the one reason why it is not fit."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], required=True)
-    parser.add_argument("--machine", type=Path, help="file for what is known of the machine")
+    parser.add_argument("--machine", type=Path, help="file to write a description of the machine to")
     arguments = parser.parse_args()
     if arguments.machine is not None:
         arguments.machine.write_text(json.dumps(machine()), encoding="utf-8")
@@ -26,7 +26,7 @@ def main() -> int:
         ValueError,
         RuntimeError,
     ) as error:  # pyard's InputError is a ValueError; it cannot be imported if the library is not fit
-        print(f"not fit: {str(error).splitlines()[0]}")
+        print(f"not usable: {str(error).splitlines()[0]}")
         return 1
     return 0
 

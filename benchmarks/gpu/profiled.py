@@ -17,7 +17,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], required=True)
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--profile", action="store_true", help="with PyTorch's profiler")
+    parser.add_argument("--profile", action="store_true", help="run PyTorch's profiler")
     arguments = parser.parse_args()
     setting = Setting(arguments.device, arguments.smoke)
     work = [(function, leaves) for function, leaves, *_ in row_cases(setting, setting.half, setting.half).values()]

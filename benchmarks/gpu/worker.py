@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--parts", type=Path, required=True)
     parser.add_argument("--device", choices=["cuda", "cpu"], required=True)
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--seconds", type=float, required=True, help="until the last section must have ended")
+    parser.add_argument("--seconds", type=float, required=True, help="time by which the last section must have ended")
     arguments = parser.parse_args()
     end_s = time.monotonic() + arguments.seconds
     setting = Setting(arguments.device, arguments.smoke)

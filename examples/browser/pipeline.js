@@ -11,7 +11,7 @@ export class Pipeline {
   static async load(ort, read, provider) {
     const config = json(await read('config.json'));
     if (config._class_name !== 'OnnxPipeline' || config.format_version !== 1) {
-      throw new Error('this is no folder written by python -m pyard.export, or one of another version');
+      throw new Error('this is not a folder written by python -m pyard.export, or one of another version');
     }
     if (config.text === null) throw new Error('this folder was exported without text encoders, so it takes no prompts');
     const options = { executionProviders: [provider], logSeverityLevel: 3 };
@@ -105,7 +105,7 @@ export class Pipeline {
 export function tokenNumbers(tokenizer, settings, prompt) {
   const text = `${settings.prefix}${settings.plain ? prompt.toLowerCase().trim() : prompt}${settings.suffix}`;
   const numbers = truncated(tokenizer, text, settings.max_length);
-  if (numbers.includes(undefined)) throw new Error(`the tokenizer has no number for a part of "${text}"`);
+  if (numbers.includes(undefined)) throw new Error(`the tokenizer has no token for a part of "${text}"`);
   const padding = Array(settings.pads_to === 'max_length' ? settings.max_length - numbers.length : 0);
   const [pads, none, ones] = [padding.fill(settings.pad), padding.slice().fill(0), numbers.map(() => 1)];
   return settings.pads_left

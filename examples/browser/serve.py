@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument(
         "student", type=Path, help="file written by python -m pyard.export --form step, or folder of a text-to-image student"
     )
-    parser.add_argument("--port", type=int, default=8080, help="0 takes a free one")
+    parser.add_argument("--port", type=int, default=8080, help="port to listen on; 0 picks a free one")
     options = parser.parse_args()
     if not options.student.is_file() and not (options.student / "config.json").is_file():
         sys.exit(f"{options.student}: no such file; expected one written by python -m pyard.export --form step --onnx FILE")

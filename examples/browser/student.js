@@ -10,7 +10,7 @@ export function readMetadata(bytes) {
     const [key, value] = [...fields(entry)].map(([, text]) => new TextDecoder().decode(text));
     if (key === 'pyard') return JSON.parse(value);
   }
-  throw new Error('this is no file written by python -m pyard.export: it has no metadata entry "pyard"');
+  throw new Error('this is not a file written by python -m pyard.export: it has no metadata entry "pyard"');
 }
 
 function* fields(bytes) {
@@ -18,7 +18,7 @@ function* fields(bytes) {
   const varint = () => {
     let value = 0;
     for (let shift = 1; ; shift *= 128) {
-      if (at >= bytes.length) throw new Error('this is no ONNX file, or it is cut off');
+      if (at >= bytes.length) throw new Error('this is not an ONNX file, or it is cut off');
       const byte = bytes[at++];
       value += (byte & 127) * shift;
       if (byte < 128) return value;
@@ -30,10 +30,10 @@ function* fields(bytes) {
     if (kind === 0) varint();
     else if (kind === 1) at += 8;
     else if (kind === 5) at += 4;
-    else if (kind !== 2) throw new Error('this is no ONNX file, or it is cut off');
+    else if (kind !== 2) throw new Error('this is not an ONNX file, or it is cut off');
     else {
       const size = varint();
-      if (at + size > bytes.length) throw new Error('this is no ONNX file, or it is cut off');
+      if (at + size > bytes.length) throw new Error('this is not an ONNX file, or it is cut off');
       yield [Math.floor(key / 8), bytes.subarray(at, at + size)];
       at += size;
     }
@@ -112,7 +112,7 @@ export function toImage({ dims, data, type }) {
   const decoded = type === 'uint8';
   const [height, width, channels] = decoded ? dims.slice(1) : [dims[2], dims[3], dims[1]];
   if (dims.length !== 4 || (channels !== 1 && channels !== 3)) {
-    throw new Error(`samples of shape [${dims.slice(1).join(', ')}] are no pictures: export the student with --vae`);
+    throw new Error(`samples of shape [${dims.slice(1).join(', ')}] are not pictures: export the student with --vae`);
   }
   const image = new ImageData(width, height);
   for (let pixel = 0; pixel < width * height; ++pixel) {

@@ -43,30 +43,36 @@ class Limits:
             max_batch=1, min_batch=1, max_wait=0, max_queue=1, max_count=1, max_prompt=1, max_request=256
         ).items():
             if not least <= getattr(self, name) < float("inf"):
-                raise InputError(f"{name} is {getattr(self, name)}; expected at least {least}")
+                raise InputError(f"{_flag(name)} is {getattr(self, name)}; expected at least {least}")
         if not 0 < self.time_limit < float("inf"):
-            raise InputError(f"time_limit is {self.time_limit}; expected a number of seconds")
+            raise InputError(f"{_flag('time_limit')} is {self.time_limit}; expected a number of seconds, more than 0")
         if self.max_count > self.max_queue:
-            raise InputError(f"max_count is {self.max_count}, max_queue {self.max_queue}; expected no more than can wait")
+            raise InputError(
+                f"{_flag('max_count')} is {self.max_count}; expected at most {_flag('max_queue')}, {self.max_queue}"
+            )
 
 
 HELP = {
-    "max_batch": "pictures that are drawn together",
+    "max_batch": "pictures drawn together, at most",
     "min_batch": "a smaller batch is filled with copies; with 2, equal requests give equal bytes",
-    "max_wait": "seconds that a request waits for others",
-    "max_queue": "pictures that may wait; more are answered 503",
-    "max_count": "pictures of one request",
-    "max_prompt": "characters of a prompt",
-    "max_request": "bytes of a request",
-    "time_limit": "seconds for an answer; then 504",
+    "max_wait": "seconds that a request waits for others to join its batch",
+    "max_queue": "pictures that may wait; requests beyond that get status 503",
+    "max_count": "pictures in one request, at most",
+    "max_prompt": "characters in a prompt, at most",
+    "max_request": "bytes in a request, at most",
+    "time_limit": "seconds until a request gets status 504",
 }
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def add_limits(parser: argparse.ArgumentParser) -> None:
     """A flag for each limit."""
     for name, text in HELP.items():
         default = getattr(Limits, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{text} ({default})")
+        parser.add_argument(_flag(name), type=type(default), default=default, help=f"{text} ({default})")
 
 
 def limits_of(options: argparse.Namespace) -> Limits:

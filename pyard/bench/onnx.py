@@ -61,17 +61,17 @@ def bench_onnx(
     """Time students with random weights in PyTorch and onnxruntime; write a JSON file and a Markdown table.
 
     Every way of drawing is a process of its own. They take turns, and every turn also times bare matrix products, so that
-    ratios stand even where other programs disturb the machine. Models that are in the file already stay there.
+    ratios hold even if other programs disturb the machine. Models already in the file are kept.
 
     Example: pyard bench onnx --models '[DiT-S/2]' --batch-sizes '[1]'
 
     Args:
-        models: of DiT-S/2, DiT-B/2, DiT-L/2, DiT-XL/2; none: the first two.
-        batch_sizes: samples of one call; none: 1 and 8.
-        ways: of drawing, see `WAYS`; samples are compared with those of the first; none: all.
-        rounds: timed calls of each.
-        threads: CPU threads of each.
-        out: folder of `onnx.json` and `onnx.md`.
+        models: some of DiT-S/2, DiT-B/2, DiT-L/2, DiT-XL/2; none: the first two.
+        batch_sizes: samples per call; none: 1 and 8.
+        ways: ways of drawing, see `WAYS`; samples are compared with those of the first; none: all.
+        rounds: timed calls of each way.
+        threads: CPU threads of each process.
+        out: folder for `onnx.json` and `onnx.md`.
         progress: show a progress bar.
 
     Raises:

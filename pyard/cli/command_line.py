@@ -45,13 +45,13 @@ COMMANDS = {
     "convert": Command(
         "pyard.teachers.convert",
         "convert",
-        "convert a checkpoint to a teacher or back, a text-to-image student to a LoRA",
+        "convert a checkpoint to a teacher or back, or a text-to-image student to a LoRA",
         positional=("source",),
     ),
     "trajectories": Command("pyard.trajectories", "generate_trajectories", "write a teacher's ODE trajectories to a store"),
     "trajectories verify": Command("pyard.trajectories", "verify_trajectories", "check every checksum", positional=("store",)),
     "trajectories stats": Command(
-        "pyard.trajectories", "trajectory_stats", "print what a store holds, and draw it", positional=("store",)
+        "pyard.trajectories", "trajectory_stats", "summarise a store and draw a few of its trajectories", positional=("store",)
     ),
     "trajectories merge": Command("pyard.trajectories", "merge_trajectories", "join the parts of several folders"),
     "trajectories convert": Command(
@@ -76,7 +76,7 @@ COMMANDS = {
     "evaluate": Command("pyard.evaluation", "evaluate", "measure a student against its teacher and real data"),
     "export": Command("pyard.export", "export", "write a student as one ONNX file and check it", bare=("onnx",)),
     "bench onnx": Command("pyard.bench.onnx", "bench_onnx", "time students in PyTorch and onnxruntime"),
-    "bench quality": Command("pyard.bench.quality", "bench_quality", "compare students that differ in one thing"),
+    "bench quality": Command("pyard.bench.quality", "bench_quality", "compare students that differ in one setting"),
     "doctor": Command(
         "pyard.cli.doctor", "doctor", "check the installation: what is built, for what, and what to do about problems"
     ),
@@ -88,8 +88,9 @@ Few-step students of diffusion transformers, by autoregressive distillation.
 
 {commands}
 
-Each command explains itself: pyard COMMAND --help. Flags can also come from a YAML file or a recipe by name (--config FILE),
-which the flags override; --print_config writes one. Set PYARD_TRACEBACK=1 to see the traceback of an input error."""
+For the flags of a command: pyard COMMAND --help. Flags can also come from a YAML file or a named recipe (--config FILE);
+flags on the command line override it. --print_config prints such a file. Set PYARD_TRACEBACK=1 to see the traceback of an
+input error."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -209,7 +210,7 @@ def print_help(name: str, function: Callable[..., Any], settings: Any) -> None:
     description = (inspect.getdoc(function) or "").split("\nArgs:")[0].strip()
     usage = f"pyard {name} [--config FILE] [--print_config] [flags]"
     parser = ArgumentParser(prog=f"pyard {name}", usage=usage, description=description, formatter_class=Formatter)
-    parser.add_argument("--config", action="config", help="read flags from this YAML file, or from a recipe by name")
+    parser.add_argument("--config", action="config", help="read flags from this YAML file or named recipe")
     if settings is None:
         parser.add_function_arguments(function, fail_untyped=False, sub_configs=False)
     else:

@@ -53,8 +53,8 @@ def doctor(json: bool = False) -> int:
 
     Prints what is built and for which instruction sets, which implementation every operator takes on every device of
     this machine (native: compiled; reference: plain PyTorch), the result of a short self-test of the compiled operators
-    against plain PyTorch, ONNX Runtime's execution providers, and for every problem what to do about it. The exit
-    status is 0 where there is none, else 1.
+    against plain PyTorch, ONNX Runtime's execution providers, and what to do about every problem found. The exit
+    status is 0 if no problem was found, else 1.
 
     Args:
         json: Print one JSON object instead of text, for bug reports and scripts.
@@ -127,7 +127,7 @@ def _examine_versions(report: Report) -> None:
     report.distributions = [name for name in (DISTRIBUTION, RUNTIME_DISTRIBUTION) if _version(name) is not None]
     for other in SAME_PACKAGE:
         if _has_our_package(other):
-            what = f"{other} is another project whose files are in a package called pyard, too: one overwrites the other"
+            what = f"{other} is another project that also installs a package called pyard: the two overwrite each other's files"
             again = " ".join(report.distributions) or DISTRIBUTION
             report.problems.append(Problem(what, f"pip uninstall -y {other}; pip install --force-reinstall --no-deps {again}"))
     # Where none of these is, only students in ONNX files are meant to run.
@@ -211,16 +211,16 @@ def _examine_cuda_kernels(report: Report, library: NativeLibrary) -> None:
     from pyard.ops.prebuilt import runs_on
 
     has_gpu = torch.cuda.is_available()
-    again = "install pyard again with PYARD_CUDA=1, which makes what fails an error"
+    again = "install pyard again with PYARD_CUDA=1, which turns a failed build into an error"
     if library.cuda_failed:
-        what = f"the operators' CUDA kernels were to be built, and building them failed: {library.cuda_note}"
+        what = f"building the operators' CUDA kernels failed: {library.cuda_note}"
         report.problems.append(Problem(what, f"{again}, or with PYARD_CUDA=0 to leave them out"))
     elif has_gpu and not library.cuda_architectures:
-        what = f"this machine has a GPU, and the operators' CUDA kernels were not compiled: {library.cuda_note}"
+        what = f"this machine has a GPU, but the operators' CUDA kernels were not compiled: {library.cuda_note}"
         report.problems.append(Problem(what, f"install a CUDA toolkit (nvcc), then {again}"))
     elif has_gpu and not runs_on(library.cuda_architectures, torch.cuda.get_device_capability()):
         found = ".".join(map(str, torch.cuda.get_device_capability()))
-        what = f"the CUDA kernels were compiled for {' '.join(library.cuda_architectures)}, this GPU needs {found}"
+        what = f"the CUDA kernels were compiled for {' '.join(library.cuda_architectures)}, but this GPU needs {found}"
         report.problems.append(Problem(what, f"set TORCH_CUDA_ARCH_LIST={found} and {again}"))
 
 
@@ -230,7 +230,7 @@ def _examine_trajectory_reader(report: Report) -> None:
     module, reason = native_module()
     report.trajectory_reader = "python" if module is None else "native"
     if module is None:
-        remedy = "`pip install -e .` or `pip install .` again, where a C++17 compiler and pybind11 are found"
+        remedy = "install a C++17 compiler and pybind11, then `pip install -e .` or `pip install .` again"
         report.problems.append(Problem(f"trajectories are read in plain Python, slowly: {reason}", remedy))
 
 
@@ -241,11 +241,11 @@ def _missing_operators(reason: str) -> Problem:
         "does not load": "install pyard again, so that it is built with the torch that is installed now",
         "older than pyard's sources": again,
         "was not built": again,
-        "was not found": f"install what was not found, then {again}",
+        "was not found": f"install the missing package, then {again}",
     }
     otherwise = f"install a C++17 compiler (Debian, Ubuntu: apt install g++), then {again}"
     remedy = next((remedy for part, remedy in remedies.items() if part in reason), otherwise)
-    return Problem(f"the native operators are missing, plain PyTorch runs in their place: {reason}", remedy)
+    return Problem(f"the native operators are missing, so plain PyTorch runs instead: {reason}", remedy)
 
 
 def _run_self_test(report: Report) -> None:
@@ -254,7 +254,7 @@ def _run_self_test(report: Report) -> None:
     report.self_test = self_test()
     for operator, difference in report.self_test.items():
         if not difference <= TOLERANCE:
-            remedy = "set PYARD_BACKEND=reference to go on, and report this with the output of `pyard doctor --json`"
+            remedy = "set PYARD_BACKEND=reference to continue, and report this with the output of `pyard doctor --json`"
             report.problems.append(Problem(f"{operator} differs from its definition by {difference:.1e}", remedy))
 
 
@@ -266,6 +266,6 @@ def _examine_onnxruntime(report: Report) -> None:
     try:
         import onnxruntime
     except Exception as error:  # a library that does not load, or another package of that name
-        report.problems.append(Problem(f"onnxruntime does not import: {error}", "pip install onnxruntime"))
+        report.problems.append(Problem(f"onnxruntime cannot be imported: {error}", "pip install onnxruntime"))
         return
     report.onnxruntime_providers = list(onnxruntime.get_available_providers())

@@ -177,7 +177,7 @@ def _from_file(name: str, flags: dict[str, Flag]) -> dict[str, Any]:
     from pyard.training.config import recipe_file
 
     file = recipe_file(name)
-    content = as_object(read_yaml(file), f"--config {name}", "settings by name")
+    content = as_object(read_yaml(file), f"--config {name}", "a mapping of settings")
     found = {}
     for key, value in _flattened(content, flags):
         try:

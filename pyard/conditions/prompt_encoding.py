@@ -62,13 +62,13 @@ class Encoding:
     def run(self) -> PromptTable:
         """Build the table, or open it."""
         if not self.lines:
-            raise InputError("prompts: there are none; expected at least one")
+            raise InputError("prompts: the list is empty; expected at least one prompt")
         if self.batch_size < 1 or self.shard_size < 1:
             raise InputError(f"prompts: batch_size {self.batch_size}, shard_size {self.shard_size}; expected at least 1")
         if self.dtype not in DTYPES:
             raise InputError(f"prompts: dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
         if self.folder.exists() and not self.folder.is_dir():
-            raise InputError(f"prompts: {self.folder} is a file; expected a folder, or nothing")
+            raise InputError(f"prompts: {self.folder} is a file; expected a folder or a new path")
         distinct = DistinctTexts.of(self.lines, self.default_negative)
         content = distinct.to_bytes()
         prompts = hashlib.sha256(content).hexdigest()
@@ -112,7 +112,7 @@ class Encoding:
         path = self.folder / name
         there = TableSettings.from_json(read_json(path), path)
         differences = [
-            f"{what} {_short(mine)} there, {_short(theirs)} asked for"
+            f"{what}: found {_short(mine)}, requested {_short(theirs)}"
             for what, mine, theirs in (
                 ("fingerprint of the text encoder", there.encoder, wanted.encoder),
                 ("dtype", there.dtype, wanted.dtype),
@@ -124,24 +124,24 @@ class Encoding:
             differences.append(self._changed_prompt(there.prompts, distinct))
         if differences:
             raise InputError(
-                f"{self.folder} holds a prompt table of other settings: {'; '.join(differences)}. Use what it was made of, or "
-                "another folder (for trajectories: another store)"
+                f"{self.folder} holds a prompt table with different settings: {'; '.join(differences)}. Use the settings it "
+                "was made with, or another folder (for trajectories: another store)"
             )
 
     def _changed_prompt(self, there: str, wanted: DistinctTexts) -> str:
         try:
             old = DistinctTexts.read(self.folder / PROMPTS_NAME, there)
         except InputError:
-            return "other prompts"
+            return "different prompts"
         if len(old.prompt) != len(wanted.prompt):
-            return f"{len(old.prompt)} prompts there, {len(wanted.prompt)} asked for"
+            return f"found {len(old.prompt)} prompts, requested {len(wanted.prompt)}"
         for name in ("prompt", "negative_prompt"):
             pairs = zip(getattr(old, name).tolist(), getattr(wanted, name).tolist(), strict=True)
             for number, (mine, theirs) in enumerate(pairs, 1):
                 if old.texts[mine] != wanted.texts[theirs]:
                     what = name.replace("_", " ")
-                    return f"{what} {number} is {_short(old.texts[mine])} there, {_short(wanted.texts[theirs])} asked for"
-        return "other prompts"
+                    return f"{what} {number}: found {_short(old.texts[mine])}, requested {_short(wanted.texts[theirs])}"
+        return "different prompts"
 
     def _encode(self, settings: TableSettings, texts: list[str], there: list[str]) -> None:
         """Write the missing shards."""
@@ -199,13 +199,13 @@ class Encoding:
             or (pooled is not None and len(pooled) != 1)
         ):
             raise InputError(
-                f"the text encoder gave {found} for {_short(text)}; expected tokens [n, D], n >= 1, perhaps pooled [E]"
+                f"the text encoder gave {found} for {_short(text)}; expected tokens [n, D], n >= 1, and optionally pooled [E]"
             )
         if other is not None and {n: t.shape[-1] for n, t in other.items()} != {n: t.shape[-1] for n, t in tensors.items()}:
-            raise InputError(f"the text encoder gave {found} for {_short(text)}, and other widths for the text before it")
+            raise InputError(f"the text encoder gave {found} for {_short(text)}, but different widths for the text before it")
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise InputError(
-                f"the text encoder's numbers for {_short(text)} are not finite; if it computes in float16, let it compute in "
+                f"the text encoder's embeddings of {_short(text)} are not finite; if it computes in float16, use "
                 "bfloat16 or float32"
             )
         return tensors
@@ -224,7 +224,9 @@ class Encoding:
         }
         widths = {(s.tokens.shape[-1], None if s.pooled is None else s.pooled.shape[-1]) for s in shards}
         if len(widths) != 1:
-            raise InputError(f"{self.folder / SHARDS}: shards of embeddings of different widths; delete it and start again")
+            raise InputError(
+                f"{self.folder / SHARDS}: its shards hold embeddings of different widths; delete it and start again"
+            )
         cut = torch.cat([shard.cut for shard in shards]).nonzero().flatten().tolist()
         width, pooled_width = widths.pop()
         record = TableRecord(
@@ -262,7 +264,7 @@ def _plain(constants: Mapping[str, float | Sequence[float]]) -> dict[str, float 
             numbers = torch.tensor(math.nan)
         if name in _TENSORS or numbers.ndim > 1 or not all(math.isfinite(number) for number in numbers.flatten().tolist()):
             raise InputError(
-                f"prompts: the constant {name} is {value!r}; expected a finite number or several, under a name other than "
+                f"prompts: the constant {name} is {value!r}; expected one or more finite numbers, under a name other than "
                 f"{', '.join(_TENSORS)}"
             )
         plain[name] = numbers.tolist()

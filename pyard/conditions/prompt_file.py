@@ -56,7 +56,7 @@ def read_prompts(source: str | Path | Sequence[str | PromptLine]) -> list[Prompt
         path /= METADATA_NAME
     # Not a pipe or device, which might never end.
     elif not path.is_file():
-        raise InputError(f"prompts: {path} {'is no regular file' if path.exists() else 'does not exist'}; {_EXPECTED}")
+        raise InputError(f"prompts: {path} {'is not a regular file' if path.exists() else 'does not exist'}; {_EXPECTED}")
     read: Callable[[str, str], PromptLine]
     if path.name == METADATA_NAME:
         read = _captioned
@@ -65,7 +65,7 @@ def read_prompts(source: str | Path | Sequence[str | PromptLine]) -> list[Prompt
     elif path.suffix.lower() == ".txt":
         read = _plain
     else:
-        raise InputError(f"prompts: {path} has the ending {path.suffix!r}; {_EXPECTED}")
+        raise InputError(f"prompts: {path} has the extension {path.suffix!r}; {_EXPECTED}")
     prompts = [read(line, f"{path}, line {number}") for number, line in enumerate(_lines(path), 1)]
     if not prompts:
         raise InputError(f"prompts: {path} is empty; expected at least one prompt")
@@ -156,13 +156,13 @@ def _checked(prompt: Any, negative_prompt: Any, where: str) -> PromptLine:
         if text is None and name == "negative_prompt":
             continue
         if not isinstance(text, str):
-            raise InputError(f"{where}: the {name} is a {type(text).__name__}; expected a text")
+            raise InputError(f"{where}: the {name} is a {type(text).__name__}; expected a string")
         if "\0" in text:
             raise InputError(f"{where}: the {name} has a NUL character; is the file UTF-16? Save it as UTF-8")
         try:
             text.encode()
         except UnicodeEncodeError:  # JSON can write half of a surrogate pair, which no tokenizer takes
-            raise InputError(f"{where}: the {name} has a lone surrogate, which is no character; remove it") from None
+            raise InputError(f"{where}: the {name} has a lone surrogate, which is not a character; remove it") from None
     if not prompt.strip():
         raise InputError(f"{where}: an empty prompt; write one or remove the line")
     return PromptLine(prompt, negative_prompt)

@@ -97,7 +97,7 @@ class DistinctTexts:
         if not all(isinstance(text, str) for text in texts) or (
             len(array) and not 0 <= array.min() <= array.max() < len(texts)
         ):
-            raise InputError(f"{path}: no texts and numbers of texts; {_remedy(path)}")
+            raise InputError(f"{path}: expected texts and the numbers of texts; {_remedy(path)}")
         return cls(texts, array[:, 0].copy(), array[:, 1].copy())
 
 
@@ -127,7 +127,7 @@ class TableSettings:
         """The settings in a JSON object, which may have other keys as well."""
         kinds = {"encoder": str, "dtype": str, "constants": dict, "prompts": str}
         if not isinstance(about, dict) or about.get("kind") != "prompts":
-            raise InputError(f"{path}: {json.dumps(about)[:80]} describes no prompt table; use another folder")
+            raise InputError(f"{path}: {json.dumps(about)[:80]} does not describe a prompt table; use another folder")
         for name, kind in kinds.items():
             if not isinstance(about.get(name), kind):
                 raise InputError(f"{path}: {name} is {about.get(name)!r}; expected a {kind.__name__}. {_remedy(path)}")
@@ -174,7 +174,7 @@ class TableRecord(TableSettings):
             raise InputError(f"{path}: expected file names and sizes of shards, found {str(shards)[:80]}; {_remedy(path)}")
         ranges = [shard_range(name) for name in shards]
         if [first for first, _ in ranges] + [rest["num_texts"]] != [0] + [end for _, end in ranges]:
-            raise InputError(f"{path}: its shards are not those of {rest['num_texts']} texts; {_remedy(path)}")
+            raise InputError(f"{path}: its shards do not match its {rest['num_texts']} texts; {_remedy(path)}")
         return cls(**asdict(settings), **rest)
 
 
@@ -315,4 +315,4 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _remedy(path: Path) -> str:
-    return f"delete {path.name} and give the command that wrote it again, or restore it"
+    return f"delete {path.name} and rerun the command that wrote it, or restore it"

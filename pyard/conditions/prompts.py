@@ -40,7 +40,7 @@ from pyard.storage.reading import read_json
 # Each mapped shard uses one of the process's memory mappings, of which there are about 65,000.
 _MAX_MAPPED_SHARDS = 1024
 
-_REMEDY = "delete the file and give the command that wrote it again, or restore it"
+_REMEDY = "delete the file and rerun the command that wrote it, or restore it"
 
 
 class Encoded(NamedTuple):
@@ -115,16 +115,16 @@ class PromptTable:
         )
         if not fits or record.fingerprint != fingerprint_of(record, record.width, record.pooled_width, record.cut, index):
             raise InputError(
-                f"{folder}: {ABOUT_NAME} or {INDEX_NAME} was changed after it was written; delete {ABOUT_NAME} and give the "
-                "command that wrote it again, or restore both"
+                f"{folder}: {ABOUT_NAME} or {INDEX_NAME} was changed after it was written; delete {ABOUT_NAME} and rerun the "
+                "command that wrote it, or restore both"
             )
         for name, size in record.shards.items():
             path = folder / SHARDS / name
             found = path.stat().st_size if path.is_file() else None
             if found != size:
                 raise InputError(
-                    f"{path}: {'missing' if found is None else f'{found} bytes'}, {ABOUT_NAME} says {size} bytes; give the "
-                    "command that wrote it again, or restore it"
+                    f"{path}: {'missing' if found is None else f'{found} bytes'}, but {ABOUT_NAME} says {size} bytes; rerun "
+                    "the command that wrote it, or restore it"
                 )
         self._index = index
         texts = torch.arange(record.num_texts)

@@ -199,7 +199,7 @@ class EmbeddingTable:
         """Read a table that `save` wrote."""
         tensors = read_safetensors(folder / _TENSORS_NAME)
         require_finite(tensors, folder / _TENSORS_NAME)
-        with reading(folder / _TENSORS_NAME, "it is no table of conditions that pyard wrote", RuntimeError):
+        with reading(folder / _TENSORS_NAME, "it is not a table of conditions written by pyard", RuntimeError):
             return cls(list(tensors["tokens"].split(tensors["lengths"].tolist())))
 
 
@@ -223,7 +223,7 @@ def save_conditions(conditions: Conditions, folder: Path) -> None:
             conditions.save(building)
     found = load_conditions(folder)
     if found is None or found.fingerprint != conditions.fingerprint:
-        raise InputError(f"{path} holds another table of conditions; use another folder")
+        raise InputError(f"{path} holds a different table of conditions; use another folder")
 
 
 def load_conditions(*folders: Path) -> Conditions | None:
@@ -232,13 +232,15 @@ def load_conditions(*folders: Path) -> Conditions | None:
         path = folder / FOLDER
         if not (path / _ABOUT_NAME).exists():
             continue
-        about = read_object(path / _ABOUT_NAME, "what a table of conditions is")
+        about = read_object(path / _ABOUT_NAME, "the description of a table of conditions")
         if about.get("kind") == "prompts":
             from pyard.conditions.prompts import PromptTable  # which needs this module
 
             return PromptTable(path)
         if about.get("kind") != "embeddings":
-            raise InputError(f"{path / _ABOUT_NAME}: {json.dumps(about)[:80]} is no kind of conditions that this pyard reads")
+            raise InputError(
+                f"{path / _ABOUT_NAME}: {json.dumps(about)[:80]} is not a kind of conditions that this version of pyard reads"
+            )
         table = EmbeddingTable.load(path)
         if table.fingerprint != about.get("fingerprint"):
             raise InputError(f"{path}: the table of conditions was changed after it was written; restore it")

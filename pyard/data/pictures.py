@@ -67,7 +67,7 @@ def save_picture(picture: np.ndarray | Image.Image, path: Path) -> None:
     image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in Image.SAVE:
-        raise InputError(f"{path}: cannot write pictures of this kind; expected a name that ends in .png, or .jpg")
+        raise InputError(f"{path}: cannot write pictures in this format; expected a name that ends in .png or .jpg")
     with new_file(path) as partial:
         image.save(partial, format=kind)
 
@@ -121,7 +121,7 @@ def read_picture(file: Path, size: int, channels: int) -> np.ndarray:
     ):
         low, high = sorted(picture.size)
         if low < 1 or low * high > MOST_PIXELS or high > _MOST_STRETCHED * low:
-            raise InputError(f"{file}: {picture.width} x {picture.height} pixels; expected at most {MOST_PIXELS} in all")
+            raise InputError(f"{file}: {picture.width} x {picture.height} pixels; expected at most {MOST_PIXELS} in total")
         crop = centre_crop(_eight_bits(picture, file).convert("L" if channels == 1 else "RGB"), size)
     return crop.reshape(size, size, channels)
 

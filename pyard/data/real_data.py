@@ -56,7 +56,7 @@ class RealData:
                     "point [n, C, ...] and whole numbers [n], n at least 1"
                 )
             if any(shard[name].shape != images.shape or not shard[name].is_floating_point() for name in of_latents):
-                raise InputError("real data: flipped, std and flipped_std of other shapes than images; expected the same")
+                raise InputError("real data: flipped, std and flipped_std have different shapes than images; expected the same")
 
     @property
     def count(self) -> int:

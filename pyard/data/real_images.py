@@ -93,19 +93,19 @@ def cached_pictures(
     channels, size = shape[0], shape[-1]
     if codec is None and (len(shape) != 3 or channels not in (1, 3)):
         raise InputError(
-            f"real data {path}: pictures for a student of samples {shape}; latents need a VAE: give a teacher's folder "
-            "with vae/ in it (load_teacher(..., vae=...).save_pretrained writes one)"
+            f"real data {path}: found pictures, but the student's samples have shape {shape}; encoding pictures as latents "
+            "needs a VAE: give a teacher's folder with vae/ in it (load_teacher(..., vae=...).save_pretrained writes one)"
         )
     if shape[1] != size:
         raise InputError(f"real data {path}: pictures are cropped to squares; this student draws {shape[1]} x {size}")
     vae = None if codec is None else codec.fingerprint()
     about = {"images": _digest(path, files), "size": size, "channels": channels, "vae": vae}
     file = cache / _ABOUT_NAME
-    there = read_object(file, "what a cache of pictures holds") if file.exists() else about
+    there = read_object(file, "the description of a cache of pictures") if file.exists() else about
     if there != about:
         raise InputError(
-            f"{cache} holds other images than {path} in {size} x {size}: found {there}, expected {about}; remove it, or give "
-            "another real_cache"
+            f"{cache} does not hold the images of {path} at {size} x {size}: found {there}, expected {about}; remove it, or "
+            "give another real_cache"
         )
     cache.mkdir(parents=True, exist_ok=True)
     if rank == 0:
@@ -156,9 +156,9 @@ def class_folders(path: Path, classes: ClassConditions | None) -> list[tuple[int
         if None in named and moved:
             place, number = moved[0]
             raise InputError(
-                f"real data {path}: folder {found[place].name!r} is number {place} by its name and class {number} of the "
-                f"student ({classes.names[number]}), and {found[named.index(None)].name!r} is the name of no class; name all "
-                "folders by their classes, or by numbers"
+                f"real data {path}: folder {found[place].name!r} is number {place} in the order of names, but its name is that "
+                f"of class {number} of the student ({classes.names[number]}), and {found[named.index(None)].name!r} is not the "
+                "name of a class; name all folders by their classes, or by numbers"
             )
         numbers = [number for number in named if number is not None] if None not in named else list(range(len(found)))
     folders = sorted(zip(numbers, found, strict=True))

@@ -70,7 +70,7 @@ def demo(
         adversarial: continue training with discriminators that compare the ARD student's samples with real digits: one
             more row of the table, about four minutes more.
         fresh: remove the results of earlier runs first; the built-in teacher in the cache stays.
-        seed: of trajectories and training; the measured samples start from other noise.
+        seed: random seed of trajectories and training; the measured samples start from different noise.
         progress: show progress bars.
 
     Returns:

@@ -89,7 +89,7 @@ class NoiseSchedule:
         if self.kind == "ddpm" and (self.path, self.start) != ("linear", 1.0):
             raise InputError("noise schedule: path and start belong to a 'flow'; this is a 'ddpm'")
         if self.path != "linear" and self.shift != 1.0:
-            raise InputError(f"noise schedule: shift is {self.shift}; a path {self.path!r} has none, so expected 1")
+            raise InputError(f"noise schedule: shift is {self.shift}; path {self.path!r} has no shift, so expected 1")
 
     @property
     def noisiest_time(self) -> float:
@@ -177,15 +177,15 @@ class NoiseSchedule:
         if self.prediction == "eps":
             if alpha == 0.0:
                 raise InputError(
-                    f"noise schedule: at time {time:g} there is no data left (alpha = 0), so a network that predicts "
-                    "eps says nothing there; zero-terminal-SNR schedules need prediction='v_prediction' or 'denoised', flows "
-                    "a start below 1"
+                    f"noise schedule: at time {time:g} there is no data left (alpha = 0), so a predicted eps "
+                    "carries no information; zero-terminal-SNR schedules need prediction='v_prediction' or 'denoised', and "
+                    "flows need a start below 1"
                 )
             return 1 / alpha, -sigma / alpha, 0.0, 1.0
         if self.prediction == "score":
             if alpha == 0.0:
                 raise InputError(
-                    f"noise schedule: at time {time:g} there is no data left (alpha = 0), so a score says nothing there; "
+                    f"noise schedule: at time {time:g} there is no data left (alpha = 0), so a score carries no information; "
                     "give a flow a start below 1"
                 )
             return 1 / alpha, sigma**2 / alpha, 0.0, -sigma
@@ -230,7 +230,9 @@ class NoiseSchedule:
         if time == self.clean_time:
             return 1.0
         if not 0 <= time <= self.num_train_timesteps - 1:
-            raise InputError(f"time {time:g}: a ddpm schedule knows -1 (clean data) and 0 ... {self.num_train_timesteps - 1}")
+            raise InputError(
+                f"time {time:g}: a ddpm schedule has times -1 (clean data) and 0 to {self.num_train_timesteps - 1}"
+            )
         level = int(time)
         if level == time:
             return float(self.alphas_cumprod[level])

@@ -73,10 +73,10 @@ def own_solver(scheduler: Any) -> OwnSolver:
     if name == "FlowMatchHeunDiscreteScheduler":
         return OwnSolver("heun", None, None)
     if re.search(_LIKE_DPM, name):
-        return OwnSolver("dpm++2m", None, f"{name}: pyard walks its times with solver 'dpm++2m', which is of second order too")
+        return OwnSolver("dpm++2m", None, f"{name}: pyard uses its times with solver 'dpm++2m', which is also second-order")
     if re.search(r"^(FlowMatchEuler|EulerDiscrete|DDIM|CogVideoXDDIM)", name):
         return OwnSolver(usual, None, None)
-    return OwnSolver(usual, None, f"{name}: pyard walks its times with solver {usual!r}, of first order")
+    return OwnSolver(usual, None, f"{name}: pyard uses its times with solver {usual!r}, which is first-order")
 
 
 def _deterministic(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
@@ -88,7 +88,7 @@ def _deterministic(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | Non
         return found, f"{name}: algorithm_type {algorithm!r} adds noise at every step; replaced by 'dpmsolver++'"
     if found.get("stochastic_sampling"):
         found["stochastic_sampling"] = False
-        return found, f"{name}: stochastic_sampling adds noise at every step; replaced by Euler steps without"
+        return found, f"{name}: stochastic_sampling adds noise at every step; replaced by Euler steps without noise"
     if not re.search(_STOCHASTIC, name):
         return found, None
     if name.startswith("SASolver"):

@@ -120,7 +120,7 @@ def visited(scheduler: Any, num_steps: int, *, sigmas: Sequence[float] | None = 
         told = np.asarray(copied._timesteps, dtype=np.float64)[::-1]  # without those that it evaluates twice
     if len(told) != num_steps:
         raise InputError(
-            f"scheduler {name}: it visits {len(told)} times in {num_steps} steps; expected one a step: use "
+            f"scheduler {name}: it visits {len(told)} times in {num_steps} steps; expected one per step: use "
             "DPMSolverMultistepScheduler, or DDIMScheduler"
         )
     if levels is not None:
@@ -171,7 +171,7 @@ def _set_timesteps(scheduler: Any, name: str, num_steps: int, sigmas: Sequence[f
         given["sigmas"] = [float(sigma) for sigma in sigmas]
     refused = given.keys() - set(inspect.signature(scheduler.set_timesteps).parameters)
     if refused:
-        raise InputError(f"scheduler {name}: its set_timesteps takes no {' and no '.join(sorted(refused))}; leave them out")
+        raise InputError(f"scheduler {name}: its set_timesteps does not take {' or '.join(sorted(refused))}; leave them out")
     if "sigmas" not in given:
         given["num_inference_steps"] = num_steps
     try:
@@ -208,7 +208,7 @@ def _of_a_diffusion(process: NoiseSchedule, config: Any, levels: np.ndarray | No
     if ratios.max() > ours[-1] + 1e-3 or ratios.min() < ours[0] - 1e-3:
         raise InputError(
             f"scheduler: its sigmas run from {levels[0]:.4g} to {levels[-2]:.4g}, the process from {math.exp(ours[-1]):.4g} to "
-            f"{math.exp(ours[0]):.4g}; expected them within the noise levels that the network knows"
+            f"{math.exp(ours[0]):.4g}; expected them within the network's noise levels"
         )
     times = np.interp(ratios, ours, np.arange(len(ours)))
     return Visits((*times.tolist(), process.clean_time), tuple(told.tolist()))

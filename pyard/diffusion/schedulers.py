@@ -18,15 +18,15 @@ CONFIG_NAME = "scheduler_config.json"
 
 _PREDICTION = {"epsilon": "eps", "sample": "denoised", "v_prediction": "v_prediction", "flow_prediction": "velocity"}
 OTHER_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-_OTHER_TIMES = "it visits other times than the betas' own, between noise levels; set it to its default to use those"
+_OTHER_TIMES = "it visits times between the noise levels of the betas; set it to its default to use the betas' own times"
 # What these classes sample is no trajectory of the model's probability-flow ODE from noise to data.
 _OTHER_SAMPLERS = {
     r"LCM|TCD|DMD|SCM|FlowMap|Piflow": "it samples models that are distilled already; give the original model's scheduler",
     r"Inverse": "it runs from data to noise; give the scheduler that samples",
     r"^Helios": "its stages are flows of several sizes; pyard's flows have one",
     r"RePaint": "it fills in pictures, going back and forth; give the scheduler that samples",
-    r"^EDM|Cosine|Karras|ScoreSde|^LTX|Wuerstchen|UnCLIP|IPNDM|^CM|VQ|Amused": "its process and times are its own; expected a "
-    "diffusion of betas or a flow",
+    r"^EDM|Cosine|Karras|ScoreSde|^LTX|Wuerstchen|UnCLIP|IPNDM|^CM|VQ|Amused": "it has its own process and times; expected a "
+    "diffusion with betas or a flow",
 }
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
@@ -88,7 +88,7 @@ def schedule_of(scheduler: Any) -> NoiseSchedule:
     other_times = {"sigma_min": (None, _OTHER_TIMES), "sigma_max": (None, _OTHER_TIMES)}
     if process.kind == "flow":
         _refuse(config, name, {
-            "use_dynamic_shifting": (False, "its shift depends on the picture's size; write that of your size into `shift`"),
+            "use_dynamic_shifting": (False, "its shift depends on the picture's size; set `shift` to your size's"),
             "shift_terminal": (None, "pyard's flows end on clean data"),
             **dict.fromkeys(OTHER_SPACINGS, (False, "pyard spaces the times of a flow evenly before the shift")),
             **other_times,
@@ -123,13 +123,13 @@ def process_of(scheduler: Any) -> NoiseSchedule:
     if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
         return _flow(config, name)
     if not hasattr(scheduler, "betas"):
-        raise InputError(f"scheduler {name}: it has neither betas nor a flow; expected a diffusers scheduler of either kind")
+        raise InputError(f"scheduler {name}: it has neither betas nor a flow; expected a diffusers scheduler with one of them")
     _refuse(config, name, {
-        "clip_sample": (False, "a clipped trajectory is no ODE to jump along; set it to false if the model does without"),
-        "thresholding": (False, "a clipped trajectory is no ODE to jump along; set it to false if the model does without"),
+        "clip_sample": (False, "a clipped trajectory does not follow the ODE; set it to false if the model allows it"),
+        "thresholding": (False, "a clipped trajectory does not follow the ODE; set it to false if the model allows it"),
         "set_alpha_to_one": (True, "pyard's last step ends on clean data"),
         "final_sigmas_type": ("zero", "pyard's last step ends on clean data"),
-        "timestep_type": ("discrete", "the network is told log(sigma) / 4 instead of the number of a noise level"),
+        "timestep_type": ("discrete", "the network receives log(sigma) / 4 instead of the number of a noise level"),
     })  # fmt: skip
     prediction = _PREDICTION.get(config.get("prediction_type", "epsilon"))
     if prediction is None:
@@ -164,10 +164,10 @@ def _as_the_scheduler(schedule: NoiseSchedule, scheduler: Any) -> NoiseSchedule:
     # alphas_cumprod of a step over that of the step before, of clean data for the first.
     before = np.concatenate([[1.0], theirs[:-1]])
     if not (before > 0).all() or not (theirs >= 0).all() or not (theirs <= before).all():
-        raise InputError(f"scheduler {name}: its alphas_cumprod do not fall from 1 to 0, so they belong to no diffusion")
+        raise InputError(f"scheduler {name}: its alphas_cumprod do not fall from 1 to 0, so they do not define a diffusion")
     found = dataclasses.replace(schedule, trained_betas=tuple((1 - theirs / before).tolist()), rescale_betas_zero_snr=False)
     if not _same_levels(found.alphas_cumprod, theirs):
-        raise InputError(f"scheduler {name}: its noise levels cannot be made of betas")
+        raise InputError(f"scheduler {name}: its noise levels cannot be expressed as betas")
     return found
 
 
@@ -183,7 +183,7 @@ def _flow(config: Any, name: str) -> NoiseSchedule:
     _refuse(config, name, {
         "invert_sigmas": (False, "pyard's flows run from noise to data"),
         "final_sigmas_type": ("zero", "pyard's flows end on clean data"),
-        "thresholding": (False, "a clipped trajectory is no ODE to jump along; set it to false if the model does without"),
+        "thresholding": (False, "a clipped trajectory does not follow the ODE; set it to false if the model allows it"),
         "stochastic_sampling": (False, "a student learns a deterministic trajectory"),
     })  # fmt: skip
     prediction = _PREDICTION.get(config.get("prediction_type", "flow_prediction"))

@@ -64,7 +64,7 @@ def integrate(
     """
     solver, visits = solver_of(schedule, solver), Visits.of(schedule, num_steps)
     if options and solver != "dpm++2m":
-        raise InputError(f"solver {solver!r} has no options; found {dict(options)}, which are those of 'dpm++2m'")
+        raise InputError(f"solver {solver!r} has no options; found {dict(options)}, which belong to 'dpm++2m'")
     multistep = Multistep(schedule, visits, options) if solver == "dpm++2m" else None
     x = noise.float()
     for step, (time, next_time) in enumerate(itertools.pairwise(visits.times)):

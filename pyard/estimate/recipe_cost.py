@@ -69,12 +69,12 @@ def estimate(
         recipe: YAML of `pyard train`, or the name of one of pyard's. Its teacher may be a published name (DiT-XL/2,
             SiT-XL-2-256, sd3.5-medium, black-forest-labs/FLUX.1-dev) that is not on this disk.
         device: A100 | H100 | H200 | L40S | L4 | A10G | 'RTX 4090' | B200, for the data sheet's TFLOP/s and memory.
-        tflops: that one GPU sustains in this training, in TFLOP/s; overrides `device` and `mfu`.
-        mfu: share of the data sheet's peak that is taken to be reached.
-        gpus: how many share the work; FSDP splits the weights among them.
+        tflops: rate that one GPU sustains in this training, in TFLOP/s; overrides `device` and `mfu`.
+        mfu: fraction of the data sheet's peak that is assumed to be reached.
+        gpus: number of GPUs that share the work; FSDP splits the weights among them.
         out: a JSON file to write as well.
         network: package.module:Class of the teacher's backbone, if it is not one of pyard's; none: the recipe's.
-        text_tokens: of the longest prompt of a text-to-image pipeline; none: as many as its text encoder takes.
+        text_tokens: tokens of the longest prompt of a text-to-image pipeline; none: as many as its text encoder takes.
 
     Returns:
         The numbers.
@@ -218,7 +218,7 @@ def text_shape(teacher: TeacherOutline, tokens: int | None) -> TextShape | None:
     pipeline = teacher.pipeline
     if pipeline is None:
         if tokens is not None:
-            raise InputError("text_tokens is for text-to-image pipelines; this teacher draws from no texts")
+            raise InputError("text_tokens is for text-to-image pipelines; this teacher does not draw from prompts")
         return None
     text = pipeline.text
     if tokens is None:

@@ -150,7 +150,7 @@ class Estimate:
     def __str__(self) -> str:
         student = self.student
         depth, tokens = student.network.depth, self.tokens_per_step
-        made = "not there yet: sizes by default" if self.guessed else "to generate" if self.generated else "there already"
+        made = "does not exist yet: default sizes" if self.guessed else "to generate" if self.generated else "already exists"
         learnt = "" if self.steps_per_update is None else f" ({self.steps_per_update} an update)"
         sizes = f"S = {student.grid.num_steps} steps{learnt}, N = {student.history_layers} of {depth} layers, "
         sizes += f"T = {tokens} tokens"

@@ -114,22 +114,24 @@ def describe(
         network: class of the student's backbone, if it is not one of pyard's, or its "package.module:Class".
         num_steps: S of a teacher's student; none: 4.
         history_layers: N of a teacher's student; none: a quarter of the layers, rounded up.
-        steps_per_update: of a training on so many of the steps; none: on all.
+        steps_per_update: steps that each training update learns, for the cost of an update; none: all.
 
     Returns:
         The numbers, for one image.
     """
     if isinstance(student, str | Path) and not Path(student).exists() and "/" not in str(student) and not is_teacher(student):
         raise InputError(
-            f"describe: {str(student)!r} is neither there nor published; expected a folder, or a name such as DiT-XL/2, "
-            f"{', '.join(pipeline.name for pipeline in PUBLISHED)}"
+            f"describe: {str(student)!r} is neither an existing path nor a published name; expected a folder, or a name such "
+            f"as DiT-XL/2, {', '.join(pipeline.name for pipeline in PUBLISHED)}"
         )
     if not isinstance(student, Student) and is_teacher(student):
         description = _of_teacher(student, network, num_steps, history_layers, steps_per_update)
     else:
         for name, value in (("num_steps", num_steps), ("history_layers", history_layers)):
             if value is not None:
-                raise InputError(f"describe: {name} is {value}, but {student!s:.80} is a student, which has its own")
+                raise InputError(
+                    f"describe: {name} is {value}, but {student!s:.80} is a student, which has its own; leave it out"
+                )
         student = student if isinstance(student, Student) else Student.from_pretrained(student, network=network)
         description = count(student, steps_per_update=steps_per_update)
     print(description)

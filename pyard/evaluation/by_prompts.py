@@ -76,7 +76,7 @@ class ByPrompts:
                 f"evaluate: prompts are for PyTorch students of a text-to-image pipeline, which {named} is not; leave it out"
             )
         if len({name for name, _ in students}) < len(students):
-            raise InputError("evaluate: a student is named twice; its row would be, too")
+            raise InputError("evaluate: two students have the same name, so their rows would too; give each student once")
         lines = read_prompts(prompts if isinstance(prompts, Path) else list(prompts))
         if clip is not None:
             require_clip_folder(clip)
@@ -96,7 +96,7 @@ class ByPrompts:
         if isinstance(given, str | Path):
             folder = Path(text.folder) if str(given) == "digits" else Path(given)
             if not folder.is_dir():
-                raise InputError(f"evaluate: the teacher's pipeline {folder} is not there; put it back, or give --teacher")
+                raise InputError(f"evaluate: the teacher's pipeline {folder} does not exist; restore it, or give --teacher")
             given = load_teacher(folder, max_sequence_length=text.max_sequence_length, **_how_read(source)).to(device)
         if not isinstance(given, PipelineTeacher):
             raise InputError("evaluate: prompts need a teacher that is a text-to-image pipeline of diffusers")
@@ -112,7 +112,9 @@ class ByPrompts:
         texts = [student.config.text for student in self.students]
         constants = [text.constants for text in texts if text is not None]
         if any(one != constants[0] for one in constants):
-            raise InputError(f"evaluate: the students are told different constants, {constants}; evaluate one after the other")
+            raise InputError(
+                f"evaluate: the students were trained with different constants, {constants}; evaluate them separately"
+            )
         table = PromptTable.build(
             teacher.text_encoder,
             self.lines,
@@ -138,7 +140,9 @@ class ByPrompts:
         """
         found = [student.config.grid_of(sample_shape).visits(teacher.schedule) for student in self.students]
         if any(visits != found[0] for visits in found):
-            raise InputError("evaluate: the students learnt from trajectories at different times; evaluate one after the other")
+            raise InputError(
+                "evaluate: the students were trained on trajectories with different times; evaluate them separately"
+            )
         return found[0]
 
     def take(self, name: str, images: np.ndarray) -> None:

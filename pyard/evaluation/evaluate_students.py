@@ -70,9 +70,9 @@ def evaluate(
     """Measure students against their teacher and real data, and print the table.
 
     Without a feature network of yours, Fréchet distances are taken in the features of a small classifier trained on
-    scikit-learn's digits; they tell students of the digits apart and compare with no published FID. docs/evaluation.md says
-    what each number is, and how to get FID, sFID, Inception Score, precision and recall by ADM's protocol. The scores are
-    also written into the model cards in the students' folders.
+    scikit-learn's digits; they distinguish students of the digits, and cannot be compared with published FIDs.
+    docs/evaluation.md says what each number is, and how to get FID, sFID, Inception Score, precision and recall by ADM's
+    protocol. The scores are also written into the model cards in the students' folders.
 
     Example: pyard evaluate --students runs/step-distillation runs/ard runs/ard/student.onnx --out quality.json
 
@@ -80,7 +80,7 @@ def evaluate(
         students: a run folder, a student's folder or an ONNX file; or a list of them.
         teacher: `digits`, or a teacher's folder or file. For text-to-image students, their own pipeline by default.
         count: samples for each row; none: 1797, the number of real digits, or one for each prompt.
-        seed: of the noise; choose another one than for the trajectories.
+        seed: random seed of the noise; choose a different one from that of the trajectories.
         teacher_steps: solver steps of the teacher; auto, for this and the next four: as in the trajectories that the students
             were trained on, which they record; 0: leave out the teacher, whose samples may take longest.
         cfg_scale: its guidance weight; 1: no guidance. Students of earlier versions record nothing: then the flags decide, or
@@ -94,7 +94,7 @@ def evaluate(
         feature_settings: inputs and outputs of that network.
         reference: real data: an .npz file with mu and sigma, with images arr_0, or with both, as ADM's reference batches; or a
             folder of pictures; none: the digits.
-        labels: of the samples: `balanced`, every class in turn, or `random`, uniform.
+        labels: labels of the samples: `balanced`, every class in turn, or `random`, uniform.
         extrapolate: also extrapolate Fréchet distances to infinitely many samples; needs at least 4 samples per feature.
         trajectories: a store of the teacher's trajectories, preferably not used in training: measure the exposure bias of
             the PyTorch students at each step.
@@ -102,7 +102,7 @@ def evaluate(
         out: a JSON file to write as well.
         progress: show a progress bar.
         network: class of the backbone of teacher and students, if it is not one of pyard's, or "package.module:Class".
-        sample_shape: [C, ...] of the samples, of a teacher and students of several sizes; none: the teacher's usual one.
+        sample_shape: [C, ...] of the samples, if teacher and students take several sizes; none: the teacher's usual one.
         prompts: compare text-to-image students with their teacher on these prompts: a `.txt` or `.jsonl` file, a folder
             with metadata.jsonl, or a list. Sample i has prompt i modulo their number. With `out`, their embeddings are kept in
             the folder of the same name without .json, which a later call reuses, and a sheet of the pictures that teacher and
@@ -130,7 +130,7 @@ def evaluate(
     by_prompts = ByPrompts.begin(prompts, list(zip(names, loaded, strict=True)), clip, out, device)
     if by_prompts is not None:
         if labels != "balanced":
-            raise InputError(f"evaluate: labels is {labels!r}; prompts are taken in turn, leave it out")
+            raise InputError(f"evaluate: labels is {labels!r}; prompts are taken in turn; leave it out")
         teacher = by_prompts.teacher(teacher, sources[0], device)
     elif isinstance(teacher, str | Path):
         teacher = load_teacher(teacher, network=network).to(device)
@@ -285,7 +285,7 @@ def _network_and_data(
         if samples_npz is not None and reference is None:
             return None, None
         raise InputError(
-            f"evaluate: the images are {shape}; pyard brings features of digits, {images.shape[1:]}, only. Give --features, "
+            f"evaluate: the images are {shape}; pyard only includes features of digits, {images.shape[1:]}. Give --features, "
             "such as inception-2015-12-05.pt of StyleGAN3, and --reference (docs/evaluation.md says where both are); or "
             "--samples-npz alone, to measure the samples with another program"
         )

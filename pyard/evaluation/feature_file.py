@@ -23,7 +23,8 @@ PixelRange = Literal["bytes", "unit", "symmetric"]
 
 _WHERE = (
     "The Inception of published FIDs is inception-2015-12-05.pt, which NVIDIA offers with StyleGAN3 (NGC catalogue, "
-    "nvidia/research/stylegan3, metrics) and StyleGAN2-ADA; pyard downloads nothing: put the file where this machine reads it"
+    "nvidia/research/stylegan3, metrics) and StyleGAN2-ADA; pyard downloads nothing: put the file where this machine can read "
+    "it"
 )
 
 
@@ -37,18 +38,18 @@ class FeatureSettings:
 
     Args:
         quantise: how samples become bytes: `adm` is floor((x + 1) 127.5), `rounded` is floor(127.5 x + 128), both clipped.
-        resize: side in pixels that images are resized to; none: as they are, for the network resizes them, or needs no fixed
+        resize: side in pixels that images are resized to; none: not resized, since the network does it or needs no fixed
             size.
         resize_mode: `bilinear`, `antialias` (bilinear with a filter when shrinking) or `tf1` (TensorFlow 1's).
-        pixels: what the network wants: `bytes`, 0 to 255; `unit`, 0 to 1; or `symmetric`, (x - 128) / 128.
+        pixels: range that the network expects: `bytes`, 0 to 255; `unit`, 0 to 1; or `symmetric`, (x - 128) / 128.
         mean: subtracted from each channel after that; none: 0.
         std: each channel is divided by it after that; none: 1.
         features: output for Fréchet distance, precision and recall; none: the first one.
-        spatial: output for the spatial Fréchet distance (sFID); none: of `inception-2015-12-05.pt` its own, else not measured.
-        spatial_channels: first channels of that output that are kept; 7 in ADM's protocol.
+        spatial: output for the spatial Fréchet distance (sFID); none: that of `inception-2015-12-05.pt`, else not measured.
+        spatial_channels: number of leading channels of that output to keep; 7 in ADM's protocol.
         logits: output with a score for each class, before the softmax, for the Inception Score; none: of
-            `inception-2015-12-05.pt` its own, else not measured.
-        fid_only: leave sFID and Inception Score out, which take the network twice more.
+            that of `inception-2015-12-05.pt`, else not measured.
+        fid_only: leave out sFID and Inception Score, which run the network two more times.
     """
 
     quantise: Quantise = "adm"
@@ -135,7 +136,7 @@ class FileFeatures:
                     raise
                 except Exception as error:  # TorchScript's and onnxruntime's own have no other base class
                     raise InputError(
-                        f"features {self.name}: the network fails on images of shape {tuple(pixels.shape)}; does it want "
+                        f"features {self.name}: the network fails on images of shape {tuple(pixels.shape)}; does it need "
                         f"another resize? {str(error).strip().splitlines()[-1]}"
                     ) from error
                 if name == "spatial" and output.ndim == 4:
@@ -165,7 +166,7 @@ class FileFeatures:
 def require_feature_file(path: Path) -> None:
     """Raises InputError if a feature network's file is missing, or is something that was saved in its place."""
     if not path.is_file():
-        raise InputError(f"features {path}: no such file. Expected a TorchScript file or an .onnx file. {_WHERE}")
+        raise InputError(f"features {path}: no such file. Expected a TorchScript or .onnx file. {_WHERE}")
     what = stand_in(path)
     if what is not None:
-        raise InputError(f"features {path} is no network: {what}")
+        raise InputError(f"features {path} is not a network: {what}")

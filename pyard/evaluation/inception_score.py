@@ -30,7 +30,7 @@ def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> float:
         )
     probabilities = probabilities.astype(np.float64)
     if not (probabilities >= 0).all() or not np.allclose(probabilities.sum(axis=1), 1, atol=1e-3):
-        raise InputError("Inception Score: rows are no distributions over classes; expected softmax outputs, not logits")
+        raise InputError("Inception Score: rows are not distributions over classes; expected softmax outputs, not logits")
     scores = []
     for start in range(0, len(probabilities), split_size):
         part = probabilities[start : start + split_size]

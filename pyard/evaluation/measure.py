@@ -112,8 +112,8 @@ def measure(
             raise InputError(f"evaluation: {name} is {value}; expected at least {least}")
     if extrapolate and isinstance(data, Reference) and count < 4 * (size := len(data.statistics.mean)):
         raise InputError(
-            f"evaluation: extrapolate from {count} samples of {size} features; expected a count of at least {4 * size}, or no "
-            "extrapolate"
+            f"evaluation: extrapolate from {count} samples of {size} features; expected a count of at least {4 * size}; or "
+            "leave extrapolate out"
         )
     candidates = [*([] if teacher is None else [teacher]), *students]
     names = [candidate.name for candidate in candidates]

@@ -33,7 +33,7 @@ def open_onnx(path: Path, wanted: Mapping[str, str | None]) -> dict[str, Callabl
     try:
         model = onnx.load(str(path))
     except Exception as error:  # protobuf's own
-        raise InputError(f"features {path}: no ONNX file: {error}") from None
+        raise InputError(f"features {path}: not an ONNX file: {error}") from None
     outputs = [output.name for output in model.graph.output]
     inner = {name for node in model.graph.node for name in node.output} - set(outputs) - {""}
     names = {}

@@ -31,7 +31,7 @@ def to_bytes(images: np.ndarray, quantise: Quantise = "adm") -> np.ndarray:
     if quantise not in get_args(Quantise):
         raise InputError(f"quantise is {quantise!r}; expected one of {get_args(Quantise)}")
     if not np.isfinite(images).all():
-        raise InputError("images contain NaN or infinity, which have no uint8")
+        raise InputError("images contain NaN or infinity, which cannot be converted to uint8")
     scaled = (images + 1) * 127.5 if quantise == "adm" else images * 127.5 + 128
     return np.clip(scaled, 0, 255).astype(np.uint8)
 

@@ -97,7 +97,7 @@ def load_reference(
         )
     what = _no_archive(path)
     if what is not None:
-        raise InputError(f"reference {path} is no .npz file: {what}")
+        raise InputError(f"reference {path} is not an .npz file: {what}")
     try:
         with open_npz(path) as archive:
             names = set(archive.names)
@@ -121,8 +121,8 @@ def load_reference(
     for kind, ours, theirs in (("features", own.features, statistics), ("spatial features", own.spatial, spatial)):
         if ours is not None and theirs is not None and ours.shape[1:] != theirs.mean.shape:
             raise InputError(
-                f"reference {path}: statistics of {len(theirs.mean)} {kind}; {network.name} gives {ours.shape[1]}: they are of "
-                "another network, or of another output of it"
+                f"reference {path}: statistics of {len(theirs.mean)} {kind}; {network.name} gives {ours.shape[1]}: they come "
+                "from another network, or from another of its outputs"
             )
     return Reference(path.name, statistics, found.features if found else None, None if own.spatial is None else spatial)
 

@@ -23,13 +23,13 @@ COLUMNS = {
     "spatial_frechet_to_data": ("spatial", "Fréchet distance to the real images in spatial features (sFID)"),
     "inception_score": ("IS", "Inception Score"),
     "precision": ("precision", "share of the samples inside the real images' 3-nearest-neighbour manifold"),
-    "recall": ("recall", "share of the real images inside the samples' one"),
+    "recall": ("recall", "share of the real images inside the samples' manifold"),
     "frechet_to_teacher": (
         "Fréchet teacher",
-        "Fréchet distance to teacher samples from other noise; its own row is what chance leaves",
+        "Fréchet distance to teacher samples from other noise; its own row shows what is due to chance",
     ),
     "frechet_to_teacher_infinity": ("F∞ teacher", "the same, extrapolated to infinitely many samples of both"),
-    "label_accuracy": ("accuracy", "share of the samples that the classifier takes for their label"),
+    "label_accuracy": ("accuracy", "share of the samples that the classifier assigns to their label"),
     "endpoint_mse": (
         "endpoint MSE",
         "mean squared error to the teacher's samples of the same noise and labels (pixels clipped to -1 ... 1; or latents)",

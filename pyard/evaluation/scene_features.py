@@ -127,7 +127,7 @@ class ObjectCounter(_SceneNetwork):
             network.load_state_dict(read_safetensors(path))
         except (InputError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"features {path} cannot be read: {reason}; remove the file, and they are trained anew") from None
+            raise InputError(f"features {path} cannot be read: {reason}; remove the file to train them again") from None
         return cls(network)
 
 

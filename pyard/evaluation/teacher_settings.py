@@ -63,8 +63,8 @@ class TeacherSettings:
             theirs = fingerprint_of(student)
             if theirs and theirs != fingerprint:
                 raise InputError(
-                    f"evaluate: {name} was made from teacher {theirs[:12]}, but this is teacher {fingerprint[:12]}; give "
-                    "--teacher its own"
+                    f"evaluate: {name} was made from teacher {theirs[:12]}, but this is teacher {fingerprint[:12]}; give its "
+                    "own teacher with --teacher"
                 )
             own = recorded_settings(student)
             if own is None:
@@ -82,15 +82,16 @@ class TeacherSettings:
                 setting = differing[0]
                 raise InputError(
                     f"evaluate: {first} was trained on trajectories with {setting} {_text(recorded[setting])}, {name} with "
-                    f"{_text(own[setting])}; evaluate them one after the other"
+                    f"{_text(own[setting])}; evaluate them separately"
                 )
             recorded, first = recorded or own, first or name
         settings = {**_DEFAULTS, **recorded, **asked}
         if silent and settings["teacher_steps"]:
             chosen = ", ".join(f"{name} {_text(settings[name])}" for name in _DEFAULTS)
             warnings.warn(
-                f"evaluate: {', '.join(silent)} does not record the teacher's settings it was trained on (it was written by an "
-                f"earlier pyard, or not by `train`); compared with {chosen}, by the flags. Check that they are the student's",
+                f"evaluate: {', '.join(silent)} does not record the teacher's settings that it was trained with (it was "
+                f"written by an earlier pyard, or not by `train`); it is compared with {chosen}, as the flags say. Check that "
+                "these are the student's",
                 stacklevel=2,
             )
         return cls(**settings)

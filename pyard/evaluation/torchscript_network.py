@@ -119,7 +119,7 @@ def _inception_spatial(network: Any, device: torch.device) -> Output | None:
     except (AttributeError, InputError, RuntimeError):
         agrees = False
     if not agrees:
-        warnings.warn("features: the network has no layers of the form of inception-2015-12-05.pt; no sFID", stacklevel=2)
+        warnings.warn("features: the network has no layers like those of inception-2015-12-05.pt; no sFID", stacklevel=2)
         return None
     return lambda x: branch(_inception_input(x))
 

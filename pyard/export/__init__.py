@@ -89,20 +89,20 @@ def export(
         onnx: the file to write; for a text-to-image student, the folder; a bare --onnx, or none, writes student.onnx, or onnx/,
             into the student's folder.
         form: `sampler`, all steps in one call; `step`, one step a call with keys and values in and out, for previews; `both`,
-            of a folder; none: `sampler` of a file, `both` of a folder.
-        opset: version of the ONNX operators, 20 to 23: an attention is one node, of ONNX itself in 23 (onnxruntime 1.23 or
-            newer, 1.24 for int8-static), of onnxruntime's own before (1.21 or newer).
-        precision: of weights and products: `fp32`; `fp16`, half the size, for GPUs; `int8`, a quarter if the student is large,
-            ranges measured in every call; `int8-static`, ranges fixed by calibration.
+            in a folder; none: `sampler` for a file, `both` for a folder.
+        opset: version of the ONNX operators, 20 to 23. An attention is one node: ONNX's own in 23 (onnxruntime 1.23 or
+            newer, 1.24 for int8-static), onnxruntime's in earlier versions (1.21 or newer).
+        precision: precision of weights and products: `fp32`; `fp16`, half the size, for GPUs; `int8`, a quarter if the student
+            is large, ranges measured in every call; `int8-static`, ranges fixed by calibration.
         calibration: samples that `int8-static` is calibrated with.
         vae: the VAE whose decoder is appended, so that the samples become 8-bit pictures: the student's `own`, if it has one;
             the folder of another diffusers autoencoder; `none`: the file draws latents.
-        text_encoders: of a text-to-image student: `own`, those of the pipeline that it was made from; the folder of another
+        text_encoders: for a text-to-image student: `own`, those of the pipeline that it was made from; the folder of another
             copy of it; `none`: the folder draws from embeddings alone.
-        external_data: weights in a second file, FILE.HASH.data; none: where one file cannot hold them (2 GB).
+        external_data: write the weights to a second file, FILE.HASH.data; none: only if one file cannot hold them (2 GB).
         method: `assembled`, for pyard's DiT; `traced`, for any network; `auto`, the first one where it fits.
         parity_bound: largest error against PyTorch, relative to the largest value of a sample, with which the file is written;
-            none: 1e-4 for fp32, 0.02 for fp16, 0.25 for int8, and a level more of 255 for pictures.
+            none: 1e-4 for fp32, 0.02 for fp16, 0.25 for int8, and one level of 255 more for pictures.
         network: package.module:Class of the student's backbone, if it is not one of pyard's.
     """
     folder = Path(student)

@@ -216,7 +216,7 @@ class _Assembly:
         for node in part.nodes:
             for source in node.inputs:
                 if source is not None and source not in new:
-                    assert source.const_value is not None, f"{source.name} is no input, weight or constant"
+                    assert source.const_value is not None, f"{source.name} is not an input, weight or constant"
                     new[source] = self._constant(source.const_value.numpy())
             copied = self._node(
                 node.op_type,

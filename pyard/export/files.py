@@ -91,7 +91,7 @@ def check_target(path: Path) -> None:
     if path.is_dir():
         raise InputError(f"{path} is a folder; expected the name of a file, such as {path / 'student.onnx'}")
     if path.is_file() and path.stat().st_size and not _is_model(path):
-        raise InputError(f"{path} is a file, but no ONNX model, and would be overwritten; export to another name")
+        raise InputError(f"{path} is not an ONNX model and would be overwritten; export to another name")
     config = config_path(path)
     if not config.exists():
         return

@@ -173,7 +173,7 @@ def _texts(student: Student, source: str | Path) -> tuple[TextEncoders | None, l
     place = Path(text.folder if str(source) == "own" else source)
     if not place.is_dir():
         raise InputError(
-            f"the text encoders of this student are those of the pipeline in {place}, which is not there; give another copy of "
+            f"this student uses the text encoders of the pipeline in {place}, which does not exist; give another copy of "
             "it: --text_encoders PATH, or --text_encoders none"
         )
     encoder = text_encoder_of(student, folder=place)

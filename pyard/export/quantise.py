@@ -47,7 +47,7 @@ def quantise(source: Path, target: Path, *, calibration: int | None, external_da
     chosen = [node.name for node in nodes if node.op_type == "MatMul" and re.search(r"blocks?\.?\d", " ".join(node.input))]
     if not chosen:
         raise InputError(
-            "int8: the blocks of this network multiply by no weight, so there is nothing to quantise; use fp32 or fp16"
+            "int8: the blocks of this network have no product with a weight, so there is nothing to quantise; use fp32 or fp16"
         )
     # Seven bits, because products of 8-bit numbers silently overflow 16 bits on processors without VNNI.
     settings: dict[str, Any] = dict(

@@ -102,7 +102,7 @@ class TextEncoders:
             if not (place / "tokenizer.json").is_file():
                 kind = type(self.components[settings.tokenizer]).__name__
                 raise InputError(
-                    f"{settings.tokenizer}: a {kind} has no tokenizer.json, which the runtime reads; use a fast one"
+                    f"{settings.tokenizer}: a {kind} has no tokenizer.json, which the runtime reads; use a fast tokenizer"
                 )
 
     def trace(self, name: str, opset: int) -> ir.Model:

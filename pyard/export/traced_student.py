@@ -177,7 +177,9 @@ class TracedStudent(nn.Module):
         with ExportableCalls():
             output = self.trunk(latest.to(self.dtype)[:, None], time[None], named, heads, history)[:, 0]
         if len(cache.present) != len(self.shapes):
-            raise InputError(f"attention_shapes names {len(self.shapes)} attentions that remember; {len(cache.present)} did")
+            raise InputError(
+                f"attention_shapes names {len(self.shapes)} attentions with a history; {len(cache.present)} used it"
+            )
         return output.float(), cache.present
 
 

@@ -50,11 +50,11 @@ def read_base(
     with sharing([*network.trunk.parameters(), *network.trunk.buffers()]):
         trunk, head = network.trunk.for_student(network.head)
     if trunk.config != config.network:
-        raise InputError(f"student {student}: its base has other settings than in training; {_REMEDY}")
+        raise InputError(f"student {student}: its base has different settings than in training; {_REMEDY}")
     return config, trunk.requires_grad_(False), head.requires_grad_(True)
 
 
-_REMEDY = "put back the files that the student was trained over, or give base=… (Python) with their place"
+_REMEDY = "restore the files that the student was trained on top of, or give base=… (Python) with their location"
 
 
 def _moved(config: StudentConfig, base: str | Path | None) -> StudentConfig:
@@ -80,7 +80,7 @@ def _read(config: StudentConfig, backbone: Any, student: Path) -> Denoiser:
     assert text is not None
     for what, path in (("transformer", source.transformer), ("lora", source.lora), ("pipeline", text.folder)):
         if path is not None and not Path(path).exists():
-            raise InputError(f"student {student} was trained over the {what} {path}, which is not there; {_REMEDY}")
+            raise InputError(f"student {student} was trained on top of the {what} {path}, which does not exist; {_REMEDY}")
     transformer = read_transformer(
         getattr(diffusers, backbone.transformer_name),
         Path(text.folder) / "transformer",

@@ -46,7 +46,7 @@ def backbone_class(family: str, network: type[Backbone] | str | None, where: obj
         return import_network(network)
     if family not in FAMILIES:
         raise InputError(
-            f"{where} is made of the network {family}, which is not one of pyard's ({', '.join(FAMILIES)}), and pyard does not "
+            f"{where} uses the network {family}, which is not one of pyard's ({', '.join(FAMILIES)}), and pyard does not "
             f"run code that a folder names: give network=… in Python, or --network {family} on the command line"
         )
     found: type[Backbone] = _imported(FAMILIES[family])

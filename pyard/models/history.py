@@ -142,7 +142,9 @@ class History:
             InputError: the backbone calls more attentions than it declared.
         """
         if self.bias is not None and attention >= len(self.bias):
-            raise InputError(f"history: attention {attention} remembers, but the student was made for {len(self.bias)}")
+            raise InputError(
+                f"history: attention {attention} has a history, but the student was made for {len(self.bias)} of them"
+            )
         steps = self.steps
         queries, keys, values = (tensor.unflatten(0, (-1, steps)).unbind(1) for tensor in (q, k, v))
         masks = [attn_mask] * steps

@@ -32,7 +32,7 @@ def local_folder(source: str | Path, **options: Any) -> Path:
     except Exception as error:  # its own, httpx's and OSError share no base class
         reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"{source}: no such path, and no repository of the Hugging Face hub that can be read ({reason})"
+            f"{source}: neither an existing path nor a readable repository on the Hugging Face Hub ({reason})"
         ) from None
 
 
@@ -42,7 +42,7 @@ def push_folder(
     *,
     private: bool | None,
     token: str | None,
-    message: str = "Upload a model of pyard",
+    message: str = "Upload a pyard model",
     create_pr: bool = False,
 ) -> str:
     """Upload a folder as one commit; the repository is made if there is none.

@@ -92,7 +92,7 @@ def check_files(folder: Path) -> None:
                 raise InputError(f"{file}: expected an index of weights with a weight_map")
             for name in {str(name) for name in names.values()}:
                 if Path(name).name != name:
-                    raise InputError(f"{file}: names {name!r:.80}; expected a file of its own folder")
+                    raise InputError(f"{file}: names {name!r:.80}; expected a file in its own folder")
 
 
 def check_config(config: Mapping[str, Any], path: Path, tensors: Mapping[str, tuple[int, ...]]) -> None:

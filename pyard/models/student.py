@@ -372,7 +372,7 @@ class Student(nn.Module):
         folder = path / "student" if (path / "student").is_dir() else path
         loaded, tensors = load_folder(folder, kind="Student")
         backbone = backbone_class(str(loaded.get("family", "dit")), network, folder)
-        with reading(folder, "config.json and weights do not fit each other", RuntimeError):
+        with reading(folder, "config.json and weights do not match", RuntimeError):
             config = StudentConfig.from_json(loaded, backbone)
             if config.base is not None:
                 config, trunk, head = read_base(config, backbone, base, folder)

@@ -170,7 +170,9 @@ class StudentConfig:
             raise InputError(f"student: {len(grids)} grids for {len(self.shapes)} sizes; expected one for each")
         counts = sorted({grid.num_steps for grid in grids})
         if len(counts) > 1:
-            raise InputError(f"student: its grids have {' and '.join(map(str, counts))} steps; expected as many for every size")
+            raise InputError(
+                f"student: its grids have {' and '.join(map(str, counts))} steps; expected the same number for every size"
+            )
         if self.grid_of(self.usual_shape) != self.grid:
             raise InputError(f"student: grid is not the one of its usual size, {self.usual_shape}")
         if all(grid == self.grid for grid in grids):
@@ -237,7 +239,7 @@ class StudentConfig:
             network: class of a backbone that is not one of pyard's, or "package.module:Class".
         """
         if not all(isinstance(config.get(name), Mapping) for name in ("network", "grid", "schedule")):
-            raise InputError("student: its config.json has no network, grid and schedule; pyard did not write it")
+            raise InputError("student: its config.json has no network, grid or schedule; pyard did not write it")
         try:
             family = str(config.get("family", "dit"))
             nested: dict[str, Any] = {
@@ -255,7 +257,7 @@ class StudentConfig:
         except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"student: its config.json does not fit this version of pyard: {error}") from None
+            raise InputError(f"student: its config.json is not valid in this version of pyard: {error}") from None
 
 
 def usual_shape(shapes: Sequence[tuple[int, ...]], network: BackboneConfig) -> tuple[int, ...]:

@@ -40,16 +40,16 @@ def check_info(info: OnnxStudentInfo, session: Any, path: Path) -> None:
     for time in info.times:
         number(f"{where}: a time", time)
     if not isinstance(info.pictures, bool) or not isinstance(info.parity, dict):
-        raise InputError(f"{where}: pictures or parity are of the wrong kind; export the student again")
+        raise InputError(f"{where}: pictures or parity have the wrong type; export the student again")
     texts = (info.precision, info.pyard_version, info.weights_sha256, info.teacher_fingerprint)
     if not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{where}: precision, version or fingerprints are no texts; export the student again")
+        raise InputError(f"{where}: precision, version or fingerprints are not strings; export the student again")
     inputs = {tensor.name: tensor.shape for tensor in session.get_inputs()}
     outputs = {tensor.name for tensor in session.get_outputs()}
     wanted = _INPUTS[info.form] | {tensor.name for tensor in info.conditions}
     if not wanted <= inputs.keys() or not _OUTPUTS[info.form] <= outputs:
         raise InputError(
-            f"{path}: its graph takes {', '.join(inputs)} and gives {', '.join(outputs)}; a student of the form {info.form} "
+            f"{path}: its graph takes {', '.join(inputs)} and returns {', '.join(outputs)}; a student of the form {info.form} "
             f"takes {', '.join(sorted(wanted))}"
         )
     start = inputs["noise" if info.form == "sampler" else "latent"]

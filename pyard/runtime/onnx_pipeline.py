@@ -97,7 +97,7 @@ class OnnxPipeline:
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts or not all(isinstance(text, str) for text in texts):
-            raise InputError(f"prompts: found {prompts!r:.60}; expected a text, or a list of at least one")
+            raise InputError(f"prompts: found {prompts!r:.60}; expected a string, or a list of at least one")
         if self._prompts is None:
             raise InputError(f"{self.folder} was exported without text encoders; give condition=… with embeddings")
         return self._complete(self._prompts.encode(texts))
@@ -258,7 +258,7 @@ class OnnxPipeline:
 
     def _student(self, size: PictureSize, place: str | None) -> OnnxStudent:
         if place is None:
-            raise InputError(f"{self.folder}: there is no graph of {size.height} x {size.width} pixels; export it again")
+            raise InputError(f"{self.folder}: there is no graph for {size.height} x {size.width} pixels; export it again")
         student: OnnxStudent = self._open(place, lambda path: OnnxStudent(path, self._providers, self._threads))
         return student
 

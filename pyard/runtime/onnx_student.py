@@ -109,7 +109,7 @@ class OnnxStudent:
         self._fixed = None
         if cuda_graphs:
             if self.info.form != "sampler":
-                raise InputError(f"{self.path} is of the form {self.info.form!r}; cuda_graphs needs the form 'sampler'")
+                raise InputError(f"{self.path} has the form {self.info.form!r}; cuda_graphs needs the form 'sampler'")
             dtype = np.uint8 if self.info.pictures else np.float32
             self._fixed = FixedBuffers(self._session, "sample", self.info.output_shape, dtype, self._device)
 
@@ -182,7 +182,7 @@ class OnnxStudent:
         """
         if self.info.form != "step":
             raise InputError(
-                f"{self.path} is of the form {self.info.form!r}, which only gives the sample; "
+                f"{self.path} has the form {self.info.form!r}, which only returns the sample; "
                 "export the student with --form step to see each prediction"
             )
         tensors, count = self._check(labels, condition, noise)

@@ -92,7 +92,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         for name, about in config["files"].items():
             if Path(name).is_absolute() or not {"..", ""}.isdisjoint(name.replace("\\", "/").split("/")):
-                raise InputError(f"{file}: names {name!r:.80}; expected files of its own folder")
+                raise InputError(f"{file}: names {name!r:.80}; expected files in its own folder")
             size = (folder / name).stat().st_size if (folder / name).is_file() else None
             if size != about["bytes"]:
                 state = "missing" if size is None else f"{size} bytes"

@@ -33,7 +33,7 @@ def choose_providers(providers: Sequence[Provider] | None) -> list[tuple[str, di
     for item in [providers] if isinstance(providers, str) else providers:
         pair: Any = (item, {}) if isinstance(item, str) else item
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1], Mapping)):
-            raise InputError(f"providers: found {item!r}; expected a name, or (name, options by name)")
+            raise InputError(f"providers: found {item!r}; expected a name, or (name, dictionary of options)")
         chosen.append((str(pair[0]), dict(pair[1])))
     unknown = [name for name, _ in chosen if name not in available]
     if unknown or not chosen:
@@ -91,7 +91,7 @@ def open_session(
                 f"with --opset 20, which 1.21 reads. onnxruntime says: {reason}"
             ) from None
         raise InputError(
-            f"{path} ({size} bytes) cannot be opened as an ONNX model: it is cut off, or no ONNX file. Export or copy "
+            f"{path} ({size} bytes) cannot be opened as an ONNX model: it is cut off, or not an ONNX file. Export or copy "
             f"it again. onnxruntime says: {reason}"
         ) from None
 

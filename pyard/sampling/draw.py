@@ -76,8 +76,8 @@ def sample(
         progress: show a progress bar.
         network: class of the student's backbone, if it is not one of pyard's, or "package.module:Class".
         sample_shape: [C, ...] of the samples of a student that was trained on several; None: the usual one.
-        height: of the pictures in pixels, in place of sample_shape.
-        width: likewise.
+        height: height of the pictures in pixels, in place of sample_shape.
+        width: width of the pictures, likewise.
         pipeline: folder of the diffusers pipeline whose text encoders a text-to-image student's prompts need; None: its
             teacher's, at its path during training.
 
@@ -93,7 +93,7 @@ def sample(
 
         student = Student.from_pretrained(student, network=network, base=pipeline)
     if sum(value is not None for value in (labels, prompts, condition)) != 1:
-        raise InputError("sample: expected labels, prompts or condition, one of the three")
+        raise InputError("sample: expected exactly one of labels, prompts and condition")
     if labels is not None:
         condition = student.require_conditions().take(condition_numbers(labels, student))
     if prompts is not None:
@@ -148,7 +148,7 @@ def condition_numbers(labels: Sequence[int | str] | np.ndarray | torch.Tensor, s
         InputError: a name is unknown, a number is out of range, or the student has no table of conditions.
     """
     if isinstance(labels, str):
-        raise InputError(f"labels: found the text {labels!r}; expected a list, such as [{labels!r}]")
+        raise InputError(f"labels: found the string {labels!r}; expected a list, such as [{labels!r}]")
     table = student.require_conditions()
     if isinstance(labels, np.ndarray) and labels.dtype.kind in "UO":
         labels = labels.tolist()
@@ -197,17 +197,17 @@ def sample_to_file(
         out: `.npz` (array `samples` float32 [n, C, ...] and `labels` or `prompts`), or `.png` (a picture with one sample a
             tile; one, three or more channels, of which the first three are drawn; -1 is black, 1 is white).
         labels: class of each sample, by number or by name where the student knows names, or other condition numbers; none:
-            every one once.
-        seed: of the noise; the same seed draws the same samples in ONNX Runtime.
+            each one once.
+        seed: random seed of the noise; the same seed draws the same samples in ONNX Runtime.
         batch_size: samples that run together; none: as many as fit into memory.
-        dtype: of weights and activations; none: those of the student's folder, float32.
+        dtype: dtype of weights and activations; none: that of the student's folder, float32.
         compile: compile the steps with torch.compile.
         cuda_graph: replay the steps as one CUDA graph.
         network: package.module:Class of the student's backbone, if it is not one of pyard's.
         sample_shape: [C, ...] of the samples of a student that was trained on several; none: the usual one.
-        prompts: of a text-to-image student, in place of labels: texts, or one file of them (`.txt`, `.jsonl`).
-        height: of the pictures in pixels, in place of sample_shape; none: the usual one.
-        width: likewise.
+        prompts: for a text-to-image student, in place of labels: texts, or one file of them (`.txt`, `.jsonl`).
+        height: height of the pictures in pixels, in place of sample_shape; none: the usual one.
+        width: width of the pictures, likewise.
         pipeline: folder of the diffusers pipeline whose text encoders the prompts need; none: the teacher's, at its path
             during training.
     """
@@ -218,7 +218,7 @@ def sample_to_file(
     model = Student.from_pretrained(student, network=network, base=pipeline)
     shape = model.sample_shape if model.codec is None else model.codec.image_shape(model.sample_shape)
     if out.suffix == ".png" and len(shape) != 3:
-        raise InputError(f"--out {out}: samples of shape {shape} are no pictures; expected a name that ends in .npz")
+        raise InputError(f"--out {out}: samples of shape {shape} are not pictures; expected a name that ends in .npz")
     if prompts is not None and labels is not None:
         raise InputError("--labels and --prompts: expected one of the two")
     if prompts is None and labels is None and model.config.text is not None:

@@ -66,7 +66,7 @@ def condition_of_prompts(student: Student, texts: Sequence[str], *, folder: str 
         folder: the pipeline's folder; None: its path during training.
     """
     if not texts:
-        raise InputError("prompts: an empty list; expected at least one text")
+        raise InputError("prompts: the list is empty; expected at least one prompt")
     encoder = text_encoder_of(student, folder=folder, device=student.embed_times.device)
     assert student.config.text is not None
     try:
@@ -92,12 +92,12 @@ def text_encoder_of(
 
     text = student.config.text
     if text is None:
-        raise InputError("prompts: this student is not made of a text-to-image pipeline; give labels or a condition")
+        raise InputError("prompts: this student was not made from a text-to-image pipeline; give labels or a condition")
     place = Path(folder or text.folder)
     if not place.is_dir():
         raise InputError(
-            f"prompts: the text encoders of this student are those of the pipeline in {place}, which is not there; put it "
-            "back, or give another copy of it: pipeline=PATH, --pipeline PATH"
+            f"prompts: this student uses the text encoders of the pipeline in {place}, which does not exist; "
+            "restore it, or give another copy of it: pipeline=PATH, --pipeline PATH"
         )
     return PipelineTextEncoder(
         place,

@@ -86,9 +86,11 @@ def open_npz(path: Path) -> Iterator[ArrayArchive]:
         infos, size = archive.infolist(), os.fstat(file.fileno()).st_size
         total = sum(info.file_size for info in infos)
         if len(infos) > _MOST_ARRAYS or total > _MOST_EXPANSION * size + _ALWAYS_ALLOWED:
-            raise InputError(f"{path}: {size} bytes that unpack to {total} in {len(infos)} arrays; such a file is not read")
+            raise InputError(
+                f"{path}: {size} bytes that unpack to {total} in {len(infos)} arrays; pyard does not read such a file"
+            )
         if len({info.filename for info in infos}) < len(infos):
-            raise InputError(f"{path}: two arrays of one name; it is damaged")
+            raise InputError(f"{path}: two arrays with the same name; it is damaged")
         yield ArrayArchive(archive, path)
 
 
@@ -113,13 +115,13 @@ def _header(stream: IO[bytes], size: int, where: str) -> ArrayHeader:
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran, dtype = read(stream)
     except (MemoryError, SyntaxError, TokenError):  # of Python's parser, which numpy reads headers with
-        raise InputError(f"{where}: no header of an array") from None
+        raise InputError(f"{where}: no array header") from None
     header = ArrayHeader(tuple(int(length) for length in shape), dtype, bool(fortran))
     if dtype.hasobject or dtype.kind not in "biufcSU":
         raise InputError(f"{where}: holds {dtype}; expected numbers. Objects would be unpickled, which runs code")
     there = size - stream.tell()
     if min(shape, default=0) < 0 or header.num_bytes != there:
-        raise InputError(f"{where}: says it is {dtype} {list(header.shape)}, {header.num_bytes} bytes; {there} are there")
+        raise InputError(f"{where}: declares {dtype} {list(header.shape)}, {header.num_bytes} bytes, but has {there} bytes")
     return header
 
 

@@ -123,8 +123,8 @@ class Checkpoints:
                     self.folder(number).rename(aside)
                     sync_directory(self.path)
                     warnings.warn(
-                        f"checkpoint {self.folder(number)} is damaged ({what}): it is {aside.name} now, and training goes on "
-                        f"from step {step}",
+                        f"checkpoint {self.folder(number)} is damaged ({what}): it was renamed to {aside.name}, and training "
+                        f"continues from step {step}",
                         stacklevel=2,
                     )
                 return step
@@ -178,7 +178,7 @@ class Checkpoints:
             raise
         except Exception as error:
             raise InputError(
-                f"checkpoint {folder} cannot be read ({error}); remove that folder to go on from the one before"
+                f"checkpoint {folder} cannot be read ({error}); remove that folder to continue from the previous one"
             ) from error
         return state
 
@@ -234,7 +234,7 @@ class Checkpoints:
             why = str(error).splitlines()[0]
         return InputError(
             f"the checkpoint of step {step} cannot be written to {self.path}: {why}; "
-            f"{intact}: free some room, or keep fewer with --keep_last, and give the same command again"
+            f"{intact}: free some space, or keep fewer with --keep_last, and rerun the same command"
         )
 
     def _write(self, folder: Path, parts: Mapping[str, Stateful]) -> None:

@@ -25,7 +25,7 @@ class DiskFullError(InputError):
 
     def __init__(self, path: Path, reason: str):
         super().__init__(
-            f"{path}: cannot be written ({reason}); what was there before is kept: make room and give the same command again"
+            f"{path}: cannot be written ({reason}); the previous contents are kept: free some space and rerun the same command"
         )
         self.reason = reason
 
@@ -52,11 +52,11 @@ def missing_room(temporary: Path, size: int | None) -> str:
     written, largest = _bytes_in(temporary)
     limit = _limit()
     if limit is not None and largest >= limit:
-        return f"File too large: this process may write {format_bytes(limit)} a file, see `ulimit -f`"
+        return f"File too large: this process may write {format_bytes(limit)} per file, see `ulimit -f`"
     free = shutil.disk_usage(temporary.parent).free + written
     if size is not None and size > free:
         return f"the disk is full: {format_bytes(size)} needed, {format_bytes(free)} free"
-    return f"the disk is full: more than the {format_bytes(free)} that were free were needed"
+    return f"the disk is full: more was needed than the {format_bytes(free)} that were free"
 
 
 def require_room(folder: Path, needed: int, what: str, advice: str = "") -> None:

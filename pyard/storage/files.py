@@ -55,8 +55,8 @@ def new_file(path: Path, size: int | None = None, *, durable: bool = True) -> It
             raise DiskFullError(path, reason) from error
         if isinstance(error, OSError):
             raise InputError(
-                f"{path}: cannot be written ({error.strerror or error}); what was written before is kept: fix that and give "
-                "the same command again"
+                f"{path}: cannot be written ({error.strerror or error}); the previous contents are kept: fix the "
+                "cause and rerun the same command"
             ) from error
         raise
 
@@ -146,7 +146,7 @@ def stand_in(path: Path) -> str | None:
     if not start:
         return "it is empty; copy it again"
     if start.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer, which stands for the file; `git lfs pull` fetches the file itself"
+        return "it is a Git LFS pointer in place of the file; `git lfs pull` fetches the file itself"
     if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
         return "it is a web page (HTML), such as an error or a login page that was saved in its place; download it again"
     return None

@@ -38,7 +38,7 @@ def new_folder(path: Path, owned: Collection[str] = (), size: int | None = None)
     """
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         kind = "a link" if path.is_symlink() else "a file"
-        raise InputError(f"{path} is {kind}; expected a folder, or nothing. Remove it, or choose another name")
+        raise InputError(f"{path} is {kind}; expected a folder or a new path. Remove it, or choose another name")
     with building_folder(path, size) as building:
         yield building
         sync_tree(building)

@@ -32,7 +32,7 @@ def only_one(folder: Path, work: str) -> Iterator[None]:
         InputError: another process holds it; the message names host, process and time.
     """
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; expected a folder, or nothing")
+        raise InputError(f"{folder} is a file; expected a folder or a new path")
     locks, was_there = folder / FOLDER, folder.exists()
     make_folder(locks)
     lock, holder = filelock.FileLock(locks / f"{work}.lock", timeout=0), locks / f"{work}.json"
@@ -40,7 +40,7 @@ def only_one(folder: Path, work: str) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout:
         raise InputError(
-            f"{folder}: {_holder_text(holder)} is at work here ({work}); wait for it, stop it, or use another folder"
+            f"{folder} is in use by {_holder_text(holder)} ({work}); wait for it, stop it, or use another folder"
         ) from None
     try:
         since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
@@ -62,6 +62,6 @@ def only_one(folder: Path, work: str) -> Iterator[None]:
 def _holder_text(holder: Path) -> str:
     try:
         about = read_object(holder)
-        return f"process {about['process']} of {about['host']}, since {about['since']},"
+        return f"process {about['process']} on {about['host']} since {about['since']}"
     except (OSError, InputError, KeyError):
         return "another process"

@@ -55,6 +55,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             value = parse_json(line, where, finite=False)
         except InputError:
             break
-        lines.append(as_object(value, where, "an object with the step and what was logged there"))
+        lines.append(as_object(value, where, "an object with a step and its logged values"))
         whole_number(f"{where}: step", lines[-1].get("step"), 0, 2**53)
     return lines

@@ -63,7 +63,7 @@ class ForeignObjectError(InputError):
     """A pickle that names something else than tensors and settings; `kind` is what."""
 
     def __init__(self, path: Path, kind: str):
-        super().__init__(f"{path} holds an object of type {kind}; expected tensors and settings alone")
+        super().__init__(f"{path} holds an object of type {kind}; expected only tensors and settings")
         self.kind = kind
 
 
@@ -123,7 +123,7 @@ def require_names(path: Path, known: Mapping[str, Collection[str]]) -> None:
             raise _unreadable(path, error) from None
         # The one in C has an array for what this one has a dictionary for.
         if largest > file.tell():
-            raise InputError(f"{path}: no pickle that Python writes; it is damaged")
+            raise InputError(f"{path}: not a pickle written by Python; it is damaged")
 
 
 def _check(file: IO[bytes], path: Path) -> None:
@@ -134,12 +134,12 @@ def _check(file: IO[bytes], path: Path) -> None:
         with zipfile.ZipFile(file) as archive:
             records = {info.filename: info for info in archive.infolist()}
             if len(records) < len(archive.infolist()):
-                raise InputError(f"{path}: two records of one name; it is damaged")
+                raise InputError(f"{path}: two records with the same name; it is damaged")
             if any(info.compress_type != zipfile.ZIP_STORED or info.file_size > size for info in records.values()):
                 raise InputError(f"{path}: compressed records, which torch.save does not write; unpack and save it again")
             name = next((name for name in records if name.rpartition("/")[2] == "data.pkl"), None)
             if name is None or records[name].file_size > _MOST_PICKLE_BYTES:
-                raise InputError(f"{path}: no data.pkl of a checkpoint in it")
+                raise InputError(f"{path}: it has no data.pkl, as a checkpoint would")
             home = name.removesuffix("data.pkl")
             content = archive.read(name)
 
@@ -159,7 +159,9 @@ def _check(file: IO[bytes], path: Path) -> None:
     for _ in range(5):
         _Walk(file, path, remaining, storages).load()
     if sum(storages.values()) > size:
-        raise InputError(f"{path}: its tensors take {sum(storages.values())} bytes; {size} are there. It is cut off or damaged")
+        raise InputError(
+            f"{path}: its tensors take {sum(storages.values())} bytes, but it has {size}. It is cut off or damaged"
+        )
 
 
 class _Bounded:
@@ -229,10 +231,12 @@ class _Walk(pickle._Unpickler):  # type: ignore[name-defined, misc]  # pickle's 
     def persistent_load(self, pid: Any) -> Any:
         kind, storage, key, _, numbers, *_ = pid
         if kind != "storage" or not isinstance(storage, _Storage) or type(numbers) is not int or numbers < 0:
-            raise InputError(f"{self._path}: no record of a tensor; it is damaged")
+            raise InputError(f"{self._path}: not a record of a tensor; it is damaged")
         claimed, there = numbers * storage.item_bytes, self._held(str(key))
         if claimed > there:
-            raise InputError(f"{self._path}: a tensor of {claimed} bytes, of which {there} are there; it is cut off or damaged")
+            raise InputError(
+                f"{self._path}: a tensor of {claimed} bytes, but only {there} are in the file; it is cut off or damaged"
+            )
         if self._storages is not None:
             self._storages[str(key)] = claimed
         return _Inert()

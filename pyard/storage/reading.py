@@ -96,7 +96,9 @@ def regular_file(path: Path, most: int | None = None) -> Iterator[IO[bytes]]:
     with os.fdopen(descriptor, "rb") as file:
         size = os.fstat(descriptor).st_size
         if most is not None and size > most:
-            raise InputError(f"{path}: {size} bytes; a file of this kind has at most {most}. It is damaged, or another file")
+            raise InputError(
+                f"{path}: {size} bytes; a file of this kind has at most {most}. It is damaged, or a different file"
+            )
         yield file
 
 
@@ -178,11 +180,11 @@ def parse_json(text: bytes | str, path: Path | str, *, finite: bool = True) -> A
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_not_finite if finite else None)
         if "\\u" in text and not _has_whole_characters(value):
-            raise ValueError("it has a lone surrogate, which is no character")
+            raise ValueError("it has a lone surrogate, which is not a character")
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({' '.join(str(error).split())[:200]})") from None
     if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
-        raise InputError(f"{path}: values nested deeper than {MAX_DEPTH}; it is damaged, or another file")
+        raise InputError(f"{path}: values nested deeper than {MAX_DEPTH}; it is damaged, or a different file")
     return value
 
 
@@ -222,7 +224,7 @@ def _check_yaml(events: Iterator[Any], yaml: Any, path: Path | str) -> None:
             open_values.append((event.anchor, count))
             count += 1
             if len(open_values) > MAX_DEPTH:
-                raise InputError(f"{path}: values nested deeper than {MAX_DEPTH}; expected settings by name")
+                raise InputError(f"{path}: values nested deeper than {MAX_DEPTH}; expected a mapping of settings")
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, before = open_values.pop()
             if anchor is not None:
@@ -233,10 +235,12 @@ def _check_yaml(events: Iterator[Any], yaml: Any, path: Path | str) -> None:
                 sizes[event.anchor] = 1
         elif isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _ in open_values):
-                raise InputError(f"{path}: the alias *{event.anchor} stands within itself; expected settings by name")
+                raise InputError(f"{path}: the alias *{event.anchor} contains itself; expected a mapping of settings")
             count += sizes.get(event.anchor, 1)
         if count > _MOST_YAML_NODES:
-            raise InputError(f"{path}: more than {_MOST_YAML_NODES} values, aliases written out; expected settings by name")
+            raise InputError(
+                f"{path}: more than {_MOST_YAML_NODES} values once its aliases are expanded; expected a mapping of settings"
+            )
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -255,7 +259,7 @@ def _has_whole_characters(value: Any) -> bool:
 
 
 def _not_finite(constant: str) -> Any:
-    raise ValueError(f"it holds {constant}, which is no number")
+    raise ValueError(f"it holds {constant}, which is not a number")
 
 
 def _depth(value: Any) -> int:

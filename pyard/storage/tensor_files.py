@@ -89,4 +89,4 @@ def _unreadable(path: Path, error: Exception) -> InputError:
     found: Any = " ".join(str(error).split())[:300]
     if isinstance(error, OSError | MemoryError) or "mmap" in found:  # no word about what is in the file
         return UnreadableError(f"{path} cannot be read ({found})")
-    return InputError(f"{path} cannot be read ({found}); it is cut off or no safetensors file")
+    return InputError(f"{path} cannot be read ({found}); it is cut off or not a safetensors file")

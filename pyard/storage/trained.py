@@ -72,5 +72,5 @@ def load_trained(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None
     missing = sorted(set(trained_names(module)) - tensors.keys())
     unknown = sorted(tensors.keys() - module.state_dict().keys())
     if missing or unknown:
-        raise RuntimeError(f"tensors that are missing: {missing[:3]}; tensors that are unknown: {unknown[:3]}")
+        raise RuntimeError(f"missing tensors: {missing[:3]}; unknown tensors: {unknown[:3]}")
     module.load_state_dict(dict(tensors), strict=False)

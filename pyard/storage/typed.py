@@ -267,5 +267,12 @@ def words(hint: Any) -> str:
         return "a list of numbers" if members[-1] is Ellipsis else f"{len(members)} numbers"
     if origin in (list, collections.abc.Sequence):
         return {int: "a list of whole numbers", float: "a list of numbers"}.get(members[0], "a list")
-    known = {type(None): "none", bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+    known = {
+        type(None): "none",
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "a string",
+        Path: "a path",
+    }
     return known.get(hint, getattr(hint, "__name__", str(hint)))

@@ -85,7 +85,7 @@ def load_teacher(
         others = {"family": family, "num_heads": num_heads, "num_classes": num_classes, "schedule": schedule,
                   "network": network, "weights": weights}  # fmt: skip
         if given := [name for name, value in others.items() if value is not None]:
-            raise InputError(f"teacher {source}: {given[0]} is not for a text-to-image pipeline, whose folder says it")
+            raise InputError(f"teacher {source}: {given[0]} is not for a text-to-image pipeline, whose folder determines it")
         paths = {name: None if value is None else Path(value) for name, value in
                  (("transformer", transformer), ("lora", lora), ("vae", vae))}  # fmt: skip
         return load_pipeline(

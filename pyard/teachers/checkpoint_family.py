@@ -42,7 +42,7 @@ def refuse_other_networks(tensors: Tensors, path: Path) -> None:
         found = next((name for name in tensors if re.match(pattern, name)), None)
         if found is not None:
             raise InputError(
-                f"{path} ({found}) is {what}; pyard does not read it (docs/own-teacher.md says how to teach with it)"
+                f"{path} ({found}) is {what}; pyard does not read it (docs/own-teacher.md says how to use it as a teacher)"
             )
 
 

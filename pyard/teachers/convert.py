@@ -40,11 +40,12 @@ def convert(
             text-to-image student without a history: `transformer`, the folder of a diffusers transformer; `lora`, a file that
             the pipeline's `load_lora_weights` reads (an adapter folder of PEFT if it has none); the README.md in the folder
             has the code that uses it.
-        family: of a `.pt` or `.safetensors` file, if neither its name nor its contents tell.
+        family: family of a `.pt` or `.safetensors` file, if neither its name nor its contents tell.
         num_heads: attention heads of a `.pt` or `.safetensors` file, if its width is not that of a published model.
-        num_classes: of a `.pt` or `.safetensors` file without a row for "no class".
+        num_classes: number of classes of a `.pt` or `.safetensors` file without a row for "no class".
         vae: folder of the diffusers autoencoder of a source that has none; it is copied into `out`.
-        weights: of a `.pt` or `.safetensors` file with several: `ema` or `model`; none: the averaged ones if there are any.
+        weights: which weights of a `.pt` or `.safetensors` file with several: `ema` or `model`; none: the averaged ones if
+            there are any.
         network: package.module:Class of the teacher's backbone, if it is not one of pyard's.
         rank: for `lora`, approximate a student that was trained in full by the best LoRA of this rank; none: the LoRA must
             be exact.

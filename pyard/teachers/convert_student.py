@@ -105,11 +105,11 @@ def _check(config: StudentConfig, source: str | Path) -> TextSource:
     """What encodes the student's texts, if stock sampling can draw with it."""
     differing = [f"{name} {getattr(config, name)}" for name, wanted in _STOCK.items() if getattr(config, name) != wanted]
     if config.text is None:
-        differing.append("no text-to-image pipeline as its teacher")
+        differing.append("no text-to-image pipeline")
     if differing:
         flags = " ".join(f"--{name} {value}" for name, value in _STOCK.items())
         raise InputError(
-            f"{source}: a student of {', '.join(differing)}, which stock pipelines cannot draw with; draw with "
+            f"{source}: a student with {', '.join(differing)}, which stock pipelines cannot draw with; draw with "
             f"pyard.ARDPipeline, or train a student of a text-to-image pipeline with {flags}"
         )
     assert config.text is not None
@@ -127,8 +127,8 @@ def _check_out(out: Path) -> None:
 def _additions(student: Student, folder: Path, base: Path, rank: int | None) -> tuple[Kind, LowRank]:
     if not (base / "transformer").is_dir():
         raise InputError(
-            f"a LoRA is the difference to the transformer in {base}, which is not there; put it back, or give another copy of "
-            "that pipeline: --pipeline PATH"
+            f"a LoRA is the difference from the transformer in {base}, which does not exist; restore it, or give another copy "
+            "of that pipeline: --pipeline PATH"
         )
     if rank is not None and rank < 1:
         raise InputError(f"rank is {rank}; expected at least 1")
@@ -165,9 +165,9 @@ def _report(out: Path, card: Card, additions: LowRank | None, sampling: StockSam
     passed = "".join(f", {name}={values}" for name, values in sampling.arguments.items())
     print(f"{out}: {size}; {type(sampling.scheduler).__name__}, {card.config.grid.num_steps} steps{passed}")
     if has_card:
-        print(f"{out / CARD_NAME}: the lines of Python that draw with it")
+        print(f"{out / CARD_NAME}: shows how to draw with it in Python")
     else:
-        print("\n".join([f"{out / CARD_NAME} is yours and stays as it is. Draw with:", *card.code()]))
+        print("\n".join([f"{out / CARD_NAME} is your own and was left unchanged. To draw:", *card.code()]))
 
 
 def _shapes(student: Student) -> list[tuple[int, ...]]:

@@ -78,7 +78,7 @@ def load_diffusers(path: str | Path, *, schedule: NoiseSchedule | None = None) -
     if schedule is None:
         if not (home / "scheduler").is_dir():
             raise InputError(
-                f"{folder} comes without a scheduler ({home / 'scheduler'}), so nothing says how it was trained; give "
+                f"{folder} has no scheduler ({home / 'scheduler'}), so its noise schedule is unknown; give "
                 "schedule=NoiseSchedule(…), or the folder of the whole pipeline"
             )
         schedule = load_schedule(home / "scheduler")
@@ -99,7 +99,7 @@ def from_diffusers(transformer: Any, schedule: NoiseSchedule) -> DiT:
     """
     theirs = transformer.config
     for name, expected, reason in (
-        ("activation_fn", "gelu-approximate", "DiT's MLPs have no other"),
+        ("activation_fn", "gelu-approximate", "DiT's MLPs have no other activation"),
         ("norm_elementwise_affine", False, "adaLN has the only scale and shift of DiT's norms"),
     ):
         if theirs[name] != expected:
@@ -160,14 +160,18 @@ def to_diffusers(network: Denoiser, schedule: NoiseSchedule) -> Any:
         "mlp_ratio": (config.mlp_ratio, 4.0, "diffusers fixes the width of the MLPs"),
         "has_null_label": (config.has_null_label, True, "diffusers' label table always has a row for no class"),
         "(time_scale, time_offset)": ((config.time_scale, config.time_offset), (time_scale, 0.0),
-                                      "diffusers tells the network the scheduler's time"),
+                                      "diffusers passes the scheduler's time to the network"),
     }  # fmt: skip
     for name, (found, expected, reason) in fixed.items():
         if found != expected:
-            raise InputError(f"this network cannot be a diffusers one: {name} is {found}, there {expected}: {reason}")
+            raise InputError(
+                f"this network cannot be a diffusers transformer: {name} is {found}, expected {expected}: {reason}"
+            )
     table = sincos_position_embedding(config.input_size // config.patch_size, config.hidden_size)
     if not torch.allclose(trunk.pos_embed.cpu(), table, atol=1e-5):
-        raise InputError("this network cannot be a diffusers one: its position embedding is not the sin-cos table there")
+        raise InputError(
+            "this network cannot be a diffusers transformer: its position embedding is not diffusers' sin-cos table"
+        )
     transformer = DiTTransformer2DModel(
         num_attention_heads=config.num_heads,
         attention_head_dim=config.head_dim,
@@ -257,5 +261,5 @@ def _class_names(index: dict[str, Any], config: DiTConfig) -> list[str] | None:
     if not isinstance(labels, dict) or set(labels) != {str(i) for i in range(config.num_classes)}:
         return None
     if not all(isinstance(name, str) for name in labels.values()):
-        raise InputError("model_index.json: id2label has names that are no texts")
+        raise InputError("model_index.json: id2label has names that are not strings")
     return [labels[str(i)] for i in range(config.num_classes)]

@@ -142,7 +142,7 @@ def save_checkpoint(teacher: NetworkTeacher, path: str | Path) -> None:
         "path": (schedule.path, "linear"),
         "prediction": (schedule.prediction, SCHEDULES[family].prediction),
     }
-    other = [f"{name} is {found}, theirs {theirs}" for name, (found, theirs) in fixed.items() if found != theirs]
+    other = [f"{name} is {found} instead of {theirs}" for name, (found, theirs) in fixed.items() if found != theirs]
     if other:
         raise InputError(f"this teacher cannot be written as a {family} checkpoint, whose code fixes: {'; '.join(other)}")
     write_checkpoint(Path(path), join_checkpoint(dict(trunk.state_dict()), [head], config))

@@ -43,7 +43,7 @@ def combine(
     if kind not in get_args(GuidanceKind):
         raise InputError(f"guidance is {kind!r}; expected one of {get_args(GuidanceKind)}")
     if cfg_normalization and kind != "z_image":
-        raise InputError(f"cfg_normalization is {cfg_normalization:g}; guidance {kind!r} has none, 'z_image' has")
+        raise InputError(f"cfg_normalization is {cfg_normalization:g}; only guidance 'z_image' uses it, not {kind!r}")
     guided = unconditional + cfg_scale * (conditional - unconditional)
     if kind == "norm":
         lengths = _token_norms(conditional) / _token_norms(guided)
@@ -58,7 +58,7 @@ def combine(
 
 def _token_norms(x: torch.Tensor) -> torch.Tensor:  # [B, C, h, w] -> [B, 1, h / 2, w / 2]
     if x.ndim != 4 or x.shape[-1] % 2 or x.shape[-2] % 2:
-        raise InputError(f"guidance 'norm' is of tokens of 2 x 2 latents; found samples [C, h, w] of {tuple(x.shape[1:])}")
+        raise InputError(f"guidance 'norm' works on tokens of 2 x 2 latents; found samples [C, h, w] of {tuple(x.shape[1:])}")
     batch, channels, height, width = x.shape
     tokens = x.view(batch, channels, height // 2, 2, width // 2, 2)
     return torch.linalg.vector_norm(tokens, dim=(1, 3, 5))[:, None]

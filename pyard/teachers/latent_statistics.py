@@ -37,7 +37,7 @@ class LatentStatistics(NamedTuple):
         except (KeyError, IndexError) as error:
             raise InputError(f"{path}: it has statistics of latents, but no tensor {error}") from None
         if variance.shape != (channels,) or not bool((variance > 0).all()):
-            raise InputError(f"{path}: bn.running_var is no variance of {channels} channels")
+            raise InputError(f"{path}: bn.running_var is not a variance of {channels} channels")
         return cls._checked(mean.tolist(), torch.sqrt(variance).tolist(), channels, path)
 
     @classmethod
@@ -74,5 +74,7 @@ class LatentStatistics(NamedTuple):
     def _checked(cls, mean: list[float], std: list[float], channels: int, path: Path) -> LatentStatistics:
         values = torch.tensor([mean, std], dtype=torch.float64) if len(mean) == len(std) == channels else torch.empty(0)
         if values.numel() == 0 or not bool(values.isfinite().all()) or not bool((values[1] > 0).all()):
-            raise InputError(f"{path}: its statistics of latents are no mean and standard deviation of {channels} channels")
+            raise InputError(
+                f"{path}: its statistics of latents are not the mean and standard deviation of {channels} channels"
+            )
         return cls(tuple(values[0].tolist()), tuple(values[1].tolist()))

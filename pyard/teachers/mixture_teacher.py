@@ -73,7 +73,7 @@ class MixtureTeacher(NetworkTeacher):
         path, prefix = Path(path), "network."
         of_network = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         built = build_denoiser(path, config, of_network, network)
-        with reading(path, "config.json and weights do not fit each other", RuntimeError):
+        with reading(path, "config.json and weights do not match", RuntimeError):
             arrays = {name: tensors[f"mixture.{name}"].numpy() for name in _ARRAYS}
             mixture = GaussianMixture(sample_shape=config["sample_shape"], **arrays)
         return cls(mixture, built, NoiseSchedule.from_json(config["schedule"]))

@@ -161,9 +161,9 @@ def build_denoiser(
         InputError: a configuration of no teacher, or one that does not fit the tensors.
     """
     if not isinstance(config.get("schedule"), dict) or not isinstance(config.get("network"), dict):
-        raise InputError(f"{path}: config.json has no network or no schedule; it is no teacher that pyard wrote")
+        raise InputError(f"{path}: config.json has no network or no schedule; it is not a teacher written by pyard")
     backbone = backbone_class(str(config.get("family", "dit")), network, path)
-    with reading(path, "config.json and weights do not fit each other", RuntimeError):
+    with reading(path, "config.json and weights do not match", RuntimeError):
         sizes = backbone.config_class(**config["network"])
         require_sizes(path, sizes.depth, tensors)
         with backbone.without_weights():
@@ -176,5 +176,7 @@ def class_names_in(config: Mapping[str, Any], path: Path) -> list[str] | None:
     """The names of classes in a teacher's configuration, if it has any."""
     names = config.get("class_names")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise InputError(f"{path}: class_names in config.json are a {type(names).__name__}; expected a list of texts, or null")
+        raise InputError(
+            f"{path}: class_names in config.json are a {type(names).__name__}; expected a list of strings, or null"
+        )
     return names

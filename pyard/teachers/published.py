@@ -97,8 +97,8 @@ def _network_of(source: str | Path, network: type[Backbone] | str | None) -> tup
     name = _NAME.fullmatch(path.as_posix())
     if name is None:
         raise InputError(
-            f"teacher {str(source)!r}: nothing there, and no published name; expected 'digits', a folder, a file, or a name "
-            f"such as DiT-XL/2, SiT-XL-2-256, {', '.join(pipeline.name for pipeline in PUBLISHED)}"
+            f"teacher {str(source)!r}: neither an existing path nor a published name; expected 'digits', a folder, a file, or "
+            f"a name such as DiT-XL/2, SiT-XL-2-256, {', '.join(pipeline.name for pipeline in PUBLISHED)}"
         )
     family, size, patch, resolution = name.groups()
     depth, hidden, heads = SIZES[size.upper()]

@@ -177,17 +177,17 @@ def teach(
     Args:
         out: the pipeline's folder; while it trains, checkpoints are in the folder of the same name + `.training`.
         max_steps: updates.
-        hidden_size, depth, num_heads, patch_size: of the PixArt transformer.
-        text_hidden_size, text_depth: of the T5 encoder.
-        batch_size: pictures an update.
-        learning_rate: of AdamW, which trains embeddings, biases and the layers outside the blocks; both learning rates warm up
-            over 200 updates, stay, and fall to zero along a line over the second half.
-        matrix_learning_rate: of Muon (Jordan et al. 2024), which trains the matrices of the blocks.
+        hidden_size, depth, num_heads, patch_size: sizes of the PixArt transformer.
+        text_hidden_size, text_depth: sizes of the T5 encoder.
+        batch_size: pictures per update.
+        learning_rate: learning rate of AdamW, which trains embeddings, biases and the layers outside the blocks; both learning
+            rates warm up over 200 updates, stay constant, and fall linearly to zero over the second half.
+        matrix_learning_rate: learning rate of Muon (Jordan et al. 2024), which trains the matrices of the blocks.
         caption_dropout: share of the pictures whose caption is hidden, so that the network can be guided.
         time_mean: training times are the logistic function of a normal variable of this mean and standard deviation 1.
-        ema_decay: of the average of the weights that is the result; it warms up as (1 + n) / (10 + n).
-        size, cells, jitter: of the scenes, as in `SceneSetting`.
-        seed: of the weights, the scenes and the noise.
+        ema_decay: decay of the average of the weights that is the result; it warms up as (1 + n) / (10 + n).
+        size, cells, jitter: settings of the scenes, as in `SceneSetting`.
+        seed: random seed of the weights, the scenes and the noise.
         save_every: updates between checkpoints.
         progress: show a progress bar.
 

@@ -76,7 +76,7 @@ class TeachConfig(TrainingSettings):
 def check_share(name: str, value: float) -> None:
     """Raise an InputError if a setting is not in [0, 1)."""
     if not 0 <= value < 1:
-        raise InputError(f"teach: {name} is {value}; expected 0 to 1, 1 excluded")
+        raise InputError(f"teach: {name} is {value}; expected at least 0 and below 1")
 
 
 class TeachBatch(NamedTuple):
@@ -119,7 +119,7 @@ def taught_once(
         held = lock.acquire()
     except OSError as error:
         raise InputError(
-            f"{out.parent}: nothing can be written there ({error.strerror}), and the teacher {out.name} is not there; choose "
+            f"{out.parent} cannot be written to ({error.strerror}), and has no teacher {out.name}; choose "
             "another out, or another cache folder: PYARD_CACHE=DIR"
         ) from None
     with held:
@@ -264,12 +264,13 @@ def _write_settings(folder: Path, config: TrainingSettings) -> None:
 def _check_same_settings(folder: Path, config: TrainingSettings) -> None:
     file = folder / _SETTINGS_NAME
     try:
-        found = read_object(file, "the settings of a training")
+        found = read_object(file, "the settings of a training run")
     except InputError as error:
         raise InputError(f"{folder} exists, but holds no training of the built-in teacher ({error}); use another out") from None
     wanted = dataclasses.asdict(config)
-    differing = [f"{key}: {found.get(key)!r} there, {value!r} now" for key, value in wanted.items() if found.get(key) != value]
+    differing = [f"{key}: was {found.get(key)!r}, now {value!r}" for key, value in wanted.items() if found.get(key) != value]
     if differing:
         raise InputError(
-            f"{folder} holds a teacher of other settings ({'; '.join(differing)}); use another out, or remove it to start over"
+            f"{folder} holds a teacher with different settings ({'; '.join(differing)}); use another out, or remove it to "
+            "start over"
         )

@@ -22,25 +22,25 @@ class AdversarialConfig:
     """The adversarial stage: discriminators on a frozen teacher's features of the student's last prediction and of real data.
 
     Args:
-        real: real data: `digits`; a folder of pictures, one sub-folder a class in the order of the labels, as ImageNet is
+        real: real data: `digits`; a folder of pictures, one sub-folder per class in the order of the labels, as ImageNet is
             unpacked (cropped as ADM does; a student of latents encodes them with its VAE, once); for a text-to-image student, a
             folder of pictures with `metadata.jsonl`, whose lines have `file_name` and `text`; a `.safetensors` or `.npz`
             file with `images` float [n, C, ...] (-1 to 1, or latents) and `labels` [n], condition numbers; or a folder of such
             `.safetensors` (latents: see `RealData`).
-        real_cache: folder for the shards that pictures are made into; none: `real` in the run folder.
+        real_cache: folder for the shards that pictures are converted to; none: `real` in the run folder.
         flips: mirror a random half of the real data.
-        noise_levels: both kinds are noised before the teacher sees them, to a level drawn between these shares of its
-            noisiest time.
-        blocks: which of the teacher's blocks are looked at, from 0; none: all.
+        noise_levels: real and generated samples are noised before the teacher sees them, to a level between these fractions of
+            its noisiest time.
+        blocks: the teacher's blocks whose features are used, numbered from 0; none: all.
         width: channels of a discriminator's layers.
         depth: residual layers of a discriminator.
-        kernel_size: of those, in tokens, odd.
-        virtual_batch: samples that batch norm takes together; each process's share of a batch is a multiple of it.
-        learning_rate: of the discriminators' AdamW.
-        adam_betas: of the discriminators' AdamW.
-        weight: of the generator's loss, times |grad MSE| / (|grad GAN| + 1e-4) at the last head's weight.
+        kernel_size: kernel size of these layers, in tokens; odd.
+        virtual_batch: samples that batch norm normalises together; each process's share of a batch is a multiple of it.
+        learning_rate: learning rate of the discriminators' AdamW.
+        adam_betas: betas of the discriminators' AdamW.
+        weight: weight of the generator's loss, times |grad MSE| / (|grad GAN| + 1e-4) at the last head's weight.
         max_ratio: largest value of that ratio.
-        warmup_steps: first updates in which only the discriminators learn of the other side (weight 0).
+        warmup_steps: number of initial updates in which the student does not learn from the discriminators yet (weight 0).
         r1: weight of the squared gradient of the real data's logits at the heads' inputs (Mescheder et al. 2018); 0: none.
         feature_matching: weight of the squared distance of the mean hidden features (Salimans et al. 2016), beside the logits.
     """
@@ -76,16 +76,18 @@ class AdversarialConfig:
         conform(self, "adversarial")
         low, high = self.noise_levels
         if not 0 <= low <= high <= 1:
-            raise InputError(f"adversarial: noise_levels is {self.noise_levels}; expected two rising shares between 0 and 1")
+            raise InputError(
+                f"adversarial: noise_levels is {self.noise_levels}; expected two increasing numbers between 0 and 1"
+            )
         if self.blocks is not None and (not self.blocks or len(set(self.blocks)) < len(self.blocks) or min(self.blocks) < 0):
-            raise InputError(f"adversarial: blocks is {self.blocks}; expected different numbers from 0 on")
+            raise InputError(f"adversarial: blocks is {self.blocks}; expected distinct whole numbers, 0 or larger")
         for name, least in (("width", 1), ("depth", 0), ("kernel_size", 1), ("virtual_batch", 1), ("warmup_steps", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"adversarial: {name} is {getattr(self, name)}; expected at least {least}")
         if self.kernel_size % 2 == 0:
             raise InputError(f"adversarial: kernel_size is {self.kernel_size}; expected an odd number")
         if not all(0 <= beta < 1 for beta in self.adam_betas):
-            raise InputError(f"adversarial: adam_betas is {self.adam_betas}; expected two numbers from 0 to 1, 1 excluded")
+            raise InputError(f"adversarial: adam_betas is {self.adam_betas}; expected two numbers, at least 0 and below 1")
         for name in ("weight", "r1", "feature_matching"):
             if getattr(self, name) < 0:
                 raise InputError(f"adversarial: {name} is {getattr(self, name)}; expected at least 0")

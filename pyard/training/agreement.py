@@ -123,7 +123,7 @@ def agree_with_pipeline(
         if wanted == shapes[0]:  # sizes are rounded down to what the transformer takes
             config = dataclasses.replace(config, height=None, width=None)
     elif config.height is not None or config.width is not None:
-        raise InputError(f"training: height and width are for one size, but {where} are of several; leave them out")
+        raise InputError(f"training: height and width are for one size, but {where} have several; leave them out")
     if given and config.prompts is not None:
         _check_prompts(config.prompts, table, teacher.family.negative_prompt, where)
     _check(config, theirs, where)
@@ -152,6 +152,6 @@ def _check(config: TrainConfig, theirs: Mapping[str, Any], where: str) -> None:
         if mine not in (None, "auto") and mine != value:
             has = "none" if value is None else value
             raise InputError(
-                f"training: {name} is {mine}, but {has} in {where}; leave it out (none, where a file gives it), or give what "
-                "it is there"
+                f"training: {name} is {mine}, but {has} in {where}; leave it out (write none if a file has it), or give "
+                "that value"
             )

@@ -40,7 +40,9 @@ def check_ranges(config: TrainConfig) -> None:
         if not getattr(config, name) > 0:
             raise InputError(f"training: {name} is {getattr(config, name)}; expected more than 0")
     if not config.ema_decays or not all(0 <= decay < 1 for decay in config.ema_decays):
-        raise InputError(f"training: ema_decay is {config.ema_decay}; expected 0 to 1, 1 excluded, or a list of such")
+        raise InputError(
+            f"training: ema_decay is {config.ema_decay}; expected at least 0 and below 1, or a list of such numbers"
+        )
     if len(set(config.ema_decays)) < len(config.ema_decays):
         raise InputError(f"training: ema_decay is {config.ema_decay}; expected decays that differ")
     if not 0 <= config.rollout_probability <= 1:
@@ -72,7 +74,7 @@ def check_ranges(config: TrainConfig) -> None:
     if config.weight_decay < 0:
         raise InputError(f"training: weight_decay is {config.weight_decay}; expected at least 0")
     if not all(0 <= beta < 1 for beta in config.adam_betas):
-        raise InputError(f"training: adam_betas is {config.adam_betas}; expected two numbers from 0 to 1, 1 excluded")
+        raise InputError(f"training: adam_betas is {config.adam_betas}; expected two numbers, at least 0 and below 1")
     to_generate = config.num_trajectories or DEFAULTS["num_trajectories"]
     if config.trajectories is None and config.batch_size > to_generate:
         raise InputError(

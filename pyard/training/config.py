@@ -55,7 +55,7 @@ class TrainConfig:
             those that are given must agree with it.
         network: package.module:Class of the teacher's backbone, if it is not one of pyard's.
 
-        num_steps: S, network passes of the student; none: as many as a given store has jumps, else 4.
+        num_steps: S, network passes of the student; none: the number of jumps in a given store, else 4.
         history_layers: N, how many of the lowest attentions see earlier steps; 0 is step distillation; none: a quarter of
             the teacher's layers, rounded up.
         mask: which earlier steps they see: diagonal | window | anchor | causal; none: causal, or a given student's.
@@ -71,37 +71,37 @@ class TrainConfig:
         lora_rank: train low-rank additions to the blocks (PEFT) and the heads, not all weights. The folder of a text-to-image
             student then holds only the trained weights and names its base; in any other student the additions are merged into
             the weights. none: train everything.
-        lora_heads: with lora_rank, what is trained of the heads: `whole`, low-rank additions (`lora`), or nothing (`frozen`). A
-            stock LoRA can express the latter two. none: `lora` where a stock pipeline could draw with the student
+        lora_heads: with lora_rank, which part of the heads is trained: `whole`, low-rank additions (`lora`), or nothing
+            (`frozen`). A stock LoRA can express the latter two. none: `lora` where a stock pipeline could draw with the student
             (text-to-image, history_layers 0, `jump`, a `shared` head), else `whole`.
 
         num_trajectories: how many to generate if there is no store; none: 8192. If there is a store, the settings of this group
             come from it, and those that are given must agree with it.
         teacher_steps: steps of the teacher's solver; none: 25, or about as many as a text-to-image pipeline takes.
-        solver: of the teacher: ddim | euler | heun | dpm++2m; none: ddim or euler, or a text-to-image pipeline's.
+        solver: the teacher's solver: ddim | euler | heun | dpm++2m; none: ddim or euler, or a text-to-image pipeline's own.
         cfg_scale: guidance weight; 1: no guidance; none: 1.5, or that of a text-to-image pipeline.
         cfg_channels: guide only the first channels, this many, as DiT's public code does with 3 of 4; none: all.
-        trajectory_dtype: of stored trajectories: float32 | float16 | bfloat16; none: float32.
+        trajectory_dtype: dtype of stored trajectories: float32 | float16 | bfloat16; none: float32.
         trajectory_keep: what is stored: state | denoised | both; none: both.
-        trajectory_precision: that the teacher computes in: float32 | bfloat16; none: float32.
-        trajectory_batch_size: samples that the teacher computes together; none: 64, or fewer of large text-to-image samples.
+        trajectory_precision: precision that the teacher computes in: float32 | bfloat16; none: float32.
+        trajectory_batch_size: samples that the teacher computes together; none: 64, or fewer for large text-to-image samples.
 
         prompts: for a text-to-image pipeline: a `.txt` or `.jsonl` file, or a folder with `metadata.jsonl`.
-        height: of a text-to-image pipeline's pictures, in pixels; none: the pipeline's own.
-        width: likewise.
+        height: height of a text-to-image pipeline's pictures, in pixels; none: the pipeline's own.
+        width: width of the pictures, likewise.
         embedded_guidance: guidance scale that a pipeline such as FLUX.1-dev passes to its transformer; none: its default.
-        variant: of a text-to-image pipeline's weights, such as fp16.
+        variant: variant of a text-to-image pipeline's weights, such as fp16.
         transformer: a fine-tuned transformer in place of the pipeline's, folder or single file.
         lora: a LoRA that is added to the pipeline's transformer.
 
-        max_steps: updates. With `constant` and `constant_with_warmup`, a run can be extended by a larger number.
+        max_steps: number of updates. With `constant` and `constant_with_warmup`, a larger number extends an existing run.
         batch_size: trajectories per update, over all processes and accumulated micro-batches.
         gradient_accumulation: micro-batches that each process's share of an update is split into; saves memory, not time.
-        learning_rate: of AdamW.
-        lr_schedule: diffusers' names; `cosine` and `linear` fall to zero at max_steps.
+        learning_rate: AdamW's learning rate.
+        lr_schedule: schedule, by diffusers' names; `cosine` and `linear` fall to zero at max_steps.
         warmup_steps: updates over which the learning rate rises from zero; ignored by `constant`.
-        weight_decay: of AdamW.
-        adam_betas: of AdamW.
+        weight_decay: AdamW's weight decay.
+        adam_betas: AdamW's betas.
         grad_clip: largest gradient norm.
         ema_decay: decay of the averaged weights, which are the result. Of several decays, the first gives the result, and the
             others are kept in `student-ema-DECAY/`. It warms up as (1 + n) / (10 + n).
@@ -113,17 +113,17 @@ class TrainConfig:
         compile: compile the student with torch.compile; its results differ in the last bits.
         parallel: with several processes: `ddp`, each holds all weights; `fsdp`, the weights are split (FSDP2). The results are
             the same up to rounding.
-        seed: of the order of the trajectories and of everything else that is random.
+        seed: random seed for the order of the trajectories and everything else that is random.
 
-        loss: of a step's prediction: `mse`, or `pseudo_huber`, sqrt(|d|^2 + c^2) - c of the whole sample (Song & Dhariwal
+        loss: loss of a step's prediction: `mse`, or `pseudo_huber`, sqrt(|d|^2 + c^2) - c of the whole sample (Song & Dhariwal
             2024, section 3.3).
         huber_c: c of pseudo_huber; none: 0.00054 sqrt(numbers in a sample), as there.
         step_weights: `uniform`; `min_snr`, min(SNR, min_snr_gamma) at the time that a step arrives at (after Hang et al. 2023);
             or S numbers. All are scaled to a mean of 1.
         min_snr_gamma: where min_snr cuts off.
         rollout_probability: share of updates in which the student learns on its own history instead of the teacher's.
-        rollout_start: number of first updates without that: fine-tuning on its own history after teacher forcing.
-        rollout_gradient: `detach`: the own history is a constant input; `backprop`: gradients also flow through the
+        rollout_start: number of initial updates without that: teacher forcing first, then fine-tuning on its own history.
+        rollout_gradient: `detach`: its own history is a constant input; `backprop`: gradients also flow through the
             predictions, keys and values that it was computed from (S times the memory).
 
         save_every: updates between checkpoints.
@@ -134,7 +134,8 @@ class TrainConfig:
         evaluation_trajectories: trajectories for these curves, generated from a separate seed.
         max_skipped_in_a_row: updates with a non-finite loss or gradient are skipped; this many in a row end the run.
         trackers: `auto`: TensorBoard if it is installed and `evaluate_every` is not 0; `none`; or tensorboard | wandb.
-        peak_tflops: of the device in the precision used, for the model FLOPs utilisation; none: looked up for common GPUs.
+        peak_tflops: the device's peak TFLOP/s in the precision used, for the model FLOPs utilisation; none: looked up for
+            common GPUs.
         progress: show a progress bar.
 
         adversarial: settings of the adversarial stage.
@@ -219,7 +220,7 @@ class TrainConfig:
         "teacher, trajectories and run folder": "teacher",
         "stage": "stage",
         "student": "num_steps",
-        "trajectories, where none are given": "num_trajectories",
+        "trajectories, if none are given": "num_trajectories",
         "optimisation": "max_steps",
         "memory and speed": "mixed_precision",
         "loss": "loss",
@@ -258,7 +259,7 @@ class TrainConfig:
             path: a YAML file, or the name of one of pyard's recipes, such as `digits`.
         """
         file = recipe_file(path)
-        settings = as_object(read_yaml(file), f"recipe {path}", "settings by name")
+        settings = as_object(read_yaml(file), f"recipe {path}", "a mapping of settings")
         found = read_settings(cls, settings, f"recipe {path}")
         if "teacher" not in found:
             raise InputError(f"recipe {path} names no teacher")

@@ -160,7 +160,7 @@ def _run(
 
     if config.batch_size % (processes.world * config.gradient_accumulation):
         raise InputError(
-            f"training: batch_size {config.batch_size} is no multiple of {processes.world} processes times "
+            f"training: batch_size {config.batch_size} is not a multiple of {processes.world} processes times "
             f"gradient_accumulation {config.gradient_accumulation}"
         )
     begun = identity.begun(config)  # what it was begun with, before hours go into something else
@@ -175,7 +175,7 @@ def _run(
         raise InputError(f"training: {wrong[0]} is for a teacher given by its folder")
     network = type(teacher.network.trunk)
     if config.compile and network.not_compiled is not None:
-        raise InputError(f"training: compile does not go with {network.__name__}: {network.not_compiled}; leave it out")
+        raise InputError(f"training: compile does not work with {network.__name__}: {network.not_compiled}; leave it out")
     home = teacher.device
     teacher.to(processes.device)
     shared = teacher.network if isinstance(teacher, PipelineTeacher) else None

@@ -51,9 +51,9 @@ def resume_or_begin(config: TrainConfig, **inputs: Any) -> None:
         if names == ["max_steps"]:
             _check_other_length(config, theirs["max_steps"])
         elif names:
-            differing = [f"{key}: {theirs.get(key)!r} there, {mine.get(key)!r} now" for key in names]
+            differing = [f"{key}: was {theirs.get(key)!r}, now {mine.get(key)!r}" for key in names]
             raise InputError(
-                f"{config.out} holds a run with other settings ({'; '.join(differing)}); use another --out, or remove it"
+                f"{config.out} holds a run with different settings ({'; '.join(differing)}); use another --out, or remove it"
             )
     config.out.mkdir(parents=True, exist_ok=True)
     write_text(config.out / SETTINGS_NAME, config.to_yaml())
@@ -64,9 +64,9 @@ def _check_other_length(config: TrainConfig, begun_with: int) -> None:
     """Raises InputError if a run of so many updates would have computed other things than one of `max_steps`."""
     if config.lr_schedule not in ENDLESS:
         raise InputError(
-            f"{config.out} holds a run of max_steps {begun_with}, now {config.max_steps}, and lr_schedule "
-            f"{config.lr_schedule!r} depends on that ({' and '.join(ENDLESS)} do not, and such runs go on); to train its "
-            f"student further, give --student {config.out} and another --out"
+            f"{config.out} holds a run with max_steps {begun_with}, now {config.max_steps}, and lr_schedule "
+            f"{config.lr_schedule!r} depends on it ({' and '.join(ENDLESS)} do not, and such runs can be extended); to train "
+            f"its student further, give --student {config.out} and another --out"
         )
     done = max(Checkpoints(config.out / "checkpoints").steps(), default=0)
     if config.max_steps < done:
@@ -81,7 +81,7 @@ def begun(config: TrainConfig) -> dict[str, Any] | None:
     file = config.out / IDENTITY_NAME
     if not file.exists():
         return None
-    return read_object(file, "what a run began with; use another --out", MOST_LABELLED_BYTES)
+    return read_object(file, "the settings recorded when the run started; use another --out", MOST_LABELLED_BYTES)
 
 
 def is_finished(config: TrainConfig) -> bool:

@@ -158,13 +158,14 @@ def first_student(
     if earlier.config.teacher_fingerprint != teacher.fingerprint:
         raise InputError(
             f"student {config.student} was made from teacher {earlier.config.teacher_fingerprint[:12]}, but this is teacher "
-            f"{teacher.fingerprint[:12]}; give its own"
+            f"{teacher.fingerprint[:12]}; give the student's own teacher"
         )
     for store in stores:
         shape = earlier.trained_shape(store.manifest.sample_shape)
         if not earlier.config.grid_of(shape).same_trajectory(store.manifest.grid):
             raise InputError(
-                f"student {config.student} and the trajectories {store.path} have other grids; give those it learnt from"
+                f"student {config.student} and the trajectories {store.path} have different grids; give the trajectories that "
+                "it was trained on"
             )
     earlier.scores = None  # they are of the weights that it starts from
     earlier.conditions = earlier.conditions or teacher.conditions  # prompts are the trajectories', not the student's
@@ -199,8 +200,8 @@ def open_real_data(
     )
     if isinstance(teacher, PipelineTeacher) and (source == "digits" or is_image_folder(folder)) and not has_captions(folder):
         raise InputError(
-            f"real data {source}: classes, but this student draws from prompts; expected a folder of pictures with "
-            f"{METADATA_NAME}, one line a picture with file_name and text"
+            f"real data {source}: found classes, but this student draws from prompts; expected a folder of pictures with "
+            f"{METADATA_NAME}, one line per picture with file_name and text"
         )
     if isinstance(teacher, PipelineTeacher) and has_captions(folder):
         captions = read_captions(folder)
@@ -230,8 +231,8 @@ def _table_of_captions(
     )
     if table.record.encoder != learnt.record.encoder:
         raise InputError(
-            f"real data {config.adversarial.real}: its texts were encoded by other encoders than the trajectories' prompts "
-            f"in {learnt.folder}; restore the pipeline's folder, or generate the trajectories again"
+            f"real data {config.adversarial.real}: its texts were encoded by other text encoders than the trajectories' "
+            f"prompts in {learnt.folder}; restore the pipeline's folder, or generate the trajectories again"
         )
     return table
 

@@ -159,7 +159,7 @@ def train_stage(
                 save(step)
             if stop and not last:
                 if processes.is_main:
-                    bar.write(f"asked to end: checkpoint of step {step} written; the same command resumes", file=sys.stderr)
+                    bar.write(f"stopping: checkpoint of step {step} written; the same command resumes", file=sys.stderr)
                 raise Preempted(step, status)
     if log is not None:
         log.close()

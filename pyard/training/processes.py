@@ -265,6 +265,6 @@ def memory_advice(
             learnt = f"--steps_per_update (now {steps_per_update or num_steps}), whose gradients are noisier"
             helping = f"three settings help: {smaller}, --activation_checkpointing true, and {learnt}"
         raise InputError(
-            f"out of memory with a micro-batch of {batch} samples a process, S = {num_steps} steps and T = {tokens} tokens a "
-            f"step; {helping}. ({str(error).splitlines()[0]})"
+            f"out of memory with a micro-batch of {batch} samples per process, S = {num_steps} steps and T = {tokens} tokens "
+            f"per step; {helping}. ({str(error).splitlines()[0]})"
         ) from error

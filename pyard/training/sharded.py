@@ -201,7 +201,7 @@ def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str =
     student_config = StudentConfig.from_json(about, backbone)
     file = run / SETTINGS_NAME
     settings = as_object(read_yaml(file), file, "the settings of a run") if file.exists() else {}
-    with reading(folder, "its configuration fits no student", RuntimeError):
+    with reading(folder, "its configuration does not describe a student", RuntimeError):
         _check_sizes(folder, student_config, state, backbone, _shapes(folder, weights))
         student = _student_of(student_config, state, backbone, settings, folder)
     names = [file.stem for file in folder.glob("*.safetensors")]
@@ -223,7 +223,7 @@ def consolidate(run: Path, out: Path, *, step: int | None = None, weights: str =
         except RuntimeError as error:
             raise InputError(f"checkpoint {folder} cannot be read ({error}); choose another --step of {steps}") from error
     require_finite(tensors, folder)
-    with reading(folder, "weights and configuration do not fit each other", RuntimeError):
+    with reading(folder, "weights and configuration do not match", RuntimeError):
         load_trained(student, tensors)
     if student_config.base is None:
         merge_lora(student)
@@ -272,7 +272,7 @@ def _check_sizes(
         wanted = Student(config, backbone(config.network)).state_dict()  # type: ignore[call-arg]
     for name, tensor in wanted.items():
         if shapes.get(name, tuple(tensor.shape)) != tuple(tensor.shape):
-            raise InputError(f"{folder}: its configuration asks for {name} {list(tensor.shape)}; there is {list(shapes[name])}")
+            raise InputError(f"{folder}: its configuration asks for {name} {list(tensor.shape)}; found {list(shapes[name])}")
 
 
 def _student_of(
@@ -290,7 +290,7 @@ def _student_of(
     elif settings.get("teacher"):
         teacher = load_teacher(settings["teacher"], network=backbone)
         if teacher.fingerprint != config.teacher_fingerprint:
-            raise InputError(f"checkpoint {folder}: the teacher {settings['teacher']} is not the one that it was trained from")
+            raise InputError(f"checkpoint {folder}: the teacher {settings['teacher']} is not the one that it was trained with")
         student = Student(config, *teacher.network.trunk.for_student(teacher.network.head))
     else:
         raise InputError(
@@ -303,11 +303,11 @@ def _student_of(
 
 def precision_of_run(file: Path) -> str:
     """What the teacher of a run computed its trajectories in, by the record of what the run began with."""
-    manifest: Any = read_object(file, "what a run began with", MOST_LABELLED_BYTES).get("manifest")
+    manifest: Any = read_object(file, "the settings recorded when the run started", MOST_LABELLED_BYTES).get("manifest")
     manifest = manifest[0] if isinstance(manifest, list) and manifest else manifest
     found = as_object(manifest, file, "the trajectories' manifest").get("precision")
     if not isinstance(found, str):
-        raise InputError(f"{file}: the trajectories' precision is {found!r:.60}; expected a text")
+        raise InputError(f"{file}: the trajectories' precision is {found!r:.60}; expected a string")
     return found
 
 

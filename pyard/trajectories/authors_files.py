@@ -58,10 +58,10 @@ def convert_trajectories(
 
     Args:
         source: a folder with `zt/` (their `latent_trajectory`), or a store.
-        out: the store, or the folder that is to hold `zt/` and `pred_z0/`.
-        teacher: that computed an imported tree, so that its students can be trained on it; none: unknown.
+        out: the store, or the folder to write `zt/` and `pred_z0/` to.
+        teacher: the teacher that computed an imported tree, so that its students can be trained on it; none: unknown.
         num_steps: S of the store; the tree must hold the steps of its grid.
-        num_classes: classes of the teacher, if none is named.
+        num_classes: classes of the teacher, if no teacher is given.
         cfg_scale: guidance that the tree was computed with, which its files do not say.
         cfg_channels: channels that were guided: 3 in DiT's public code; none: all.
         dtype: how an imported store keeps states and predictions.
@@ -128,7 +128,7 @@ def list_samples(tree: Path) -> tuple[list[tuple[int, str]], int, tuple[int, int
     """(label, file name) of every sample in the order of their numbers, the teacher's steps, and a sample's shape."""
     steps = [int(folder.name) for folder in (tree / "zt").iterdir() if folder.name.isdecimal()]
     if not steps or max(steps) < 1:
-        raise InputError(f"convert: {tree / 'zt'} has no folder of a number of steps, such as 25 for the noise")
+        raise InputError(f"convert: {tree / 'zt'} has no folder named after a number of steps, such as 25 for the noise")
     noisiest = max(steps)
     found = []
     for folder in (tree / "zt" / str(noisiest)).iterdir():
@@ -163,8 +163,8 @@ def kept(tree: Path, grid: TimeGrid) -> Keep:
     }
     if all(missing.values()):
         raise InputError(
-            f"convert: {tree} has not what {grid.num_steps} steps need: for predictions {missing['denoised']}, for states "
-            f"{missing['state']}; try another num_steps"
+            f"convert: {tree} lacks what {grid.num_steps} steps need: {missing['denoised']} for predictions, "
+            f"{missing['state']} for states; try another num_steps"
         )
     if any(missing.values()):
         return "denoised" if missing["state"] else "state"

@@ -90,7 +90,7 @@ class BucketReader:
             found = len(states) if isinstance(states, list) else "no"
             raise InputError(
                 f"buckets: cannot resume at the exact sample: {len(self.readers)} stores with seed {self.seed}, was {found} "
-                f"with seed {state.get('seed')}. Resume with the same settings and stores, or start anew"
+                f"with seed {state.get('seed')}. Resume with the same settings and stores, or start over"
             )
         if type(epoch) is not int or type(batch) is not int or epoch < 0 or not 0 <= batch <= self.batches_per_epoch:
             raise InputError(

@@ -91,7 +91,7 @@ def generate_trajectories(
 
     The same call resumes an interrupted one, and a larger count appends to the store. Sample i is a function of
     `seed` and i: its noise and label are bit-identical on every machine, its states for equal batch_size on one
-    kind of machine. Before the start, the bytes and the time that it will take are printed.
+    kind of machine. Before it starts, it prints the disk space and the time that it will take.
 
     Any number of processes can write one store. Those of `torchrun` and `accelerate launch` share the work automatically;
     others use `part`, in one folder or in several that `pyard trajectories merge` joins. See also
@@ -103,7 +103,7 @@ def generate_trajectories(
         count: total number of trajectories in the store.
         num_steps: S, the number of steps of the students: states and denoised predictions are stored at S times each.
         teacher_steps: steps of the teacher's solver; None: 25, or about as many as a text-to-image pipeline takes.
-        grid: these times themselves; overrides num_steps and teacher_steps.
+        grid: the times themselves; overrides num_steps and teacher_steps.
         cfg_scale: classifier-free guidance weight s, F_u + s (F_c - F_u); 1: no guidance, at half the cost; None: 1.5, or that
             of a text-to-image pipeline.
         cfg_channels: guide only the first channels, this many, as DiT's public code does with 3 of 4; None: all.
@@ -111,8 +111,8 @@ def generate_trajectories(
         solver: `ddim` for diffusion schedules; `euler` or `heun` (two evaluations a step) for flows; `dpm++2m` (DPM-Solver++
             of second order) for both; None: ddim or euler.
         keep: what to store beside noise and label: `state` (x_t at the grid times), `denoised` (of x_0) or `both`.
-        dtype: of stored states and predictions; noise is always float32. Sidecars record the rounding error.
-        seed: of noise and labels, 0 to 2**64 - 1.
+        dtype: dtype of stored states and predictions; noise is always float32. Sidecars record the rounding error.
+        seed: random seed of noise and labels, 0 to 2**64 - 1.
         labels: condition numbers, such as classes: `uniform` (drawn), `balanced` (in turn) or a list, taken in turn; None:
             uniform, or as prompt_order says.
         batch_size: samples that the teacher computes together, twice that with guidance; None: the store's, or 64, or
@@ -121,22 +121,23 @@ def generate_trajectories(
             samples and 256 MiB, or the store's.
         precision: `bfloat16`: the teacher computes in autocast, which is faster on GPUs, and a text-to-image pipeline's weights
             are read in bfloat16; the solver stays in float32. None: float32, or that of a given teacher.
-        compile: compile the teacher by torch.compile, with CUDA graphs on a GPU.
-        device: of a teacher given by name, such as `cuda:1`; None: a GPU if there is one, a different one for each process.
+        compile: compile the teacher with torch.compile, with CUDA graphs on a GPU.
+        device: device of a teacher given by name, such as `cuda:1`; None: a GPU if there is one, a different one for each
+            process.
         part: k/n with k from 1 to n: of n processes or machines, this one writes the k-th part of the shards; None: the part
             that the environment of torchrun or Accelerate gives, or all. `1/1`: always all.
         progress: show a progress bar with rate, time left and disk use.
         network: class of the teacher's backbone, if it is not one of pyard's, or its "package.module:Class".
-        sample_shape: [C, ...] of the samples, of a teacher that takes several sizes; None: its usual one.
-        prompts: of a text-to-image pipeline: a `.txt` file with a prompt a line, a `.jsonl` file with `prompt` and
+        sample_shape: [C, ...] of the samples, if the teacher takes several sizes; None: its usual one.
+        prompts: for a text-to-image pipeline: a `.txt` file with one prompt per line, a `.jsonl` file with `prompt` and
             `negative_prompt`, a folder with `metadata.jsonl`, or a list. Each distinct text is encoded once, into `conditions/`
             of the store; a later call reuses it.
         prompt_order: `in_turn`: sample i has prompt i modulo their number; `uniform`: a random one.
-        height: of a text-to-image pipeline's pictures, in pixels; None: the pipeline's own.
-        width: likewise.
+        height: height of a text-to-image pipeline's pictures, in pixels; None: the pipeline's own.
+        width: width of the pictures, likewise.
         embedded_guidance: guidance scale that a pipeline such as FLUX.1-dev passes to its transformer; None: its default.
-        max_sequence_length: limit of text tokens; None: the pipeline's.
-        variant: of a pipeline's weights, such as `fp16`.
+        max_sequence_length: maximum number of text tokens; None: the pipeline's.
+        variant: variant of a pipeline's weights, such as `fp16`.
         transformer: a fine-tuned transformer in place of the pipeline's: a folder or a single file.
         lora: a LoRA that is added to the pipeline's transformer.
 
@@ -162,7 +163,7 @@ def generate_trajectories(
             raise InputError(f"trajectories: {name} is {value}; expected at least 1, or None for the default")
     out = Path(out)
     if out.exists() and not out.is_dir():
-        raise InputError(f"trajectories: {out} is a file; expected a folder, or nothing")
+        raise InputError(f"trajectories: {out} is a file; expected a folder or a new path")
     shape = _shape(teacher, sample_shape, height, width)
     if grid is None:
         grid = grid_of(teacher, num_steps, teacher_steps, shape)

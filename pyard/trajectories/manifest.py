@@ -107,12 +107,12 @@ class TrajectoryManifest:
 
     def __post_init__(self) -> None:
         if self.format_version != FORMAT_VERSION:
-            raise InputError(f"trajectories: format version {self.format_version}; this pyard knows version {FORMAT_VERSION}")
+            raise InputError(f"trajectories: format version {self.format_version}; this pyard reads version {FORMAT_VERSION}")
         # 1 and 1.0 are one setting and must have one digest.
         object.__setattr__(self, "cfg_scale", float(self.cfg_scale))
         for name in ("teacher_fingerprint", "conditions"):
             if not isinstance(getattr(self, name), str):
-                raise InputError(f"trajectories: {name} is {getattr(self, name)!r:.60}; expected a text")
+                raise InputError(f"trajectories: {name} is {getattr(self, name)!r:.60}; expected a string")
         shape = self.sample_shape
         if not 1 <= len(shape) <= MAX_RANK or any(not _is_int(size) or not 1 <= size <= _MOST_SIDE for size in shape):
             raise InputError(f"trajectories: sample_shape is {shape}; expected (C, ...), such as (C, H, W), of at least 1 each")
@@ -197,7 +197,7 @@ class TrajectoryManifest:
             raise InputError(f"target is {target!r}; expected one of {get_args(Target)}")
         if self.keep not in (target, "both"):
             raise InputError(
-                f"trajectories {where}: target={target!r} needs a store that keeps it, this one keeps only "
+                f"trajectories {where}: target={target!r} needs a store that keeps it, but this one only keeps "
                 f"{self.keep!r}; use target={self.keep!r}, or generate another store with keep={target!r} or 'both'"
             )
 
@@ -205,13 +205,13 @@ class TrajectoryManifest:
         """Raise an InputError that names both values of each difference. A grid's embed_times may differ."""
         mine, theirs = self._settings(), wanted._settings()
         differences = [
-            f"{name} is {_short(mine.get(name))}, asked for {_short(theirs.get(name))}"
+            f"{name} is {_short(mine.get(name))}, requested {_short(theirs.get(name))}"
             for name in {**mine, **theirs}  # a setting may be left out where it has its default
             if mine.get(name) != theirs.get(name)
         ]
         if differences:
             raise InputError(
-                f"trajectories {where}: the store holds other trajectories than the ones asked for: "
+                f"trajectories {where}: the store holds other trajectories than requested: "
                 f"{'; '.join(differences)}. Give the store's settings, or another folder"
             )
 
@@ -242,7 +242,7 @@ class TrajectoryManifest:
             raise InputError(f"expected a JSON object, found {type(config).__name__}")
         version = config.get("format_version")
         if version != FORMAT_VERSION:
-            raise InputError(f"format version {version!r}; this pyard knows version {FORMAT_VERSION}")
+            raise InputError(f"format version {version!r}; this pyard reads version {FORMAT_VERSION}")
         names = {field.name for field in dataclasses.fields(cls)}
         config = {"conditions": "", **config}
         if set(config) != names:

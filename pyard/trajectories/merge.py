@@ -28,9 +28,9 @@ def merge_trajectories(stores: list[str], out: str | Path, *, move: bool = False
     Example: pyard trajectories merge --stores "[part1, part2]" --out trajectories
 
     Args:
-        stores: folders of the stores, of one manifest: same teacher, grid, seed and all.
-        out: folder of the store that is to hold all; may be one that holds some already.
-        move: remove each shard from where it was once it is in `out`, so that the disk need hold one copy only.
+        stores: folders of the stores, which share one manifest: the same teacher, grid, seed and so on.
+        out: folder of the joined store; may be a store that already holds some of it.
+        move: remove each source shard once it is in `out`, so that the disk only needs to hold one copy.
         progress: show a progress bar.
 
     Returns:
@@ -48,7 +48,7 @@ def merge_trajectories(stores: list[str], out: str | Path, *, move: bool = False
         manifest.require_equal(source.manifest, f"{source.path}, to be merged with {sources[0].path},")
         if source.manifest.digest != manifest.digest:
             raise InputError(
-                f"merge: {source.path} and {sources[0].path} differ in their embed_times, so their shards do not mix"
+                f"merge: {source.path} and {sources[0].path} differ in their embed_times, so their shards cannot be mixed"
             )
         if _same_folder(source.path, out) or _same_folder(source.path / "shards", out / "shards"):
             raise InputError(f"merge: {out} is both a source and the destination; leave it out of the sources")
@@ -74,7 +74,7 @@ def merge_trajectories(stores: list[str], out: str | Path, *, move: bool = False
                 elif mine.count == shard.count and mine.sha256 != shard.sha256:
                     raise InputError(
                         f"merge: {source.path} and {out} or an earlier store both hold {shard.name}, with different numbers: "
-                        "they were computed on machines whose last bits differ. Delete its files in one of them"
+                        "they were computed on machines whose results differ in the last bits. Delete its files in one of them"
                     )
                 if move:
                     kept = there[shard.first]
@@ -82,7 +82,7 @@ def merge_trajectories(stores: list[str], out: str | Path, *, move: bool = False
                         if kept.count > shard.count:
                             file = out / "shards" / f"{kept.name}.safetensors"
                             raise InputError(
-                                f"merge: {file} is damaged: delete its sidecar (.json) and give the command again; "
+                                f"merge: {file} is damaged: delete its sidecar (.json) and rerun the command; "
                                 f"{source.path} keeps its shorter one"
                             )
                         copy_shard(source, shard, store)
@@ -96,7 +96,7 @@ def merge_trajectories(stores: list[str], out: str | Path, *, move: bool = False
     store = TrajectoryStore.open(out)
     missing = sum(end - first for first, end in store.missing())
     if progress:
-        print(f"{out}: {store.count} trajectories" + (f", {missing} more were asked for" if missing else ""), file=sys.stderr)
+        print(f"{out}: {store.count} trajectories" + (f", {missing} more were requested" if missing else ""), file=sys.stderr)
     return store
 
 
@@ -111,7 +111,7 @@ def _require_other_folder(source: TrajectoryStore, to: TrajectoryStore) -> None:
     probe.touch()
     try:
         if (source.path / "shards" / probe.name).exists():
-            raise InputError(f"merge: {source.path} and {to.path} are one folder; leave it out of the sources")
+            raise InputError(f"merge: {source.path} and {to.path} are the same folder; leave it out of the sources")
     finally:
         probe.unlink()
 

@@ -86,7 +86,9 @@ def writing(path: Path, part: Part, manifest: TrajectoryManifest, count: int) ->
             store = start_writing(path, manifest, count)
         yield store
     except filelock.Timeout:
-        raise InputError(f"trajectories {path}: another process keeps starting to write; is it stopped?") from None
+        raise InputError(
+            f"trajectories {path}: another process holds the lock for starting to write; wait for it or stop it"
+        ) from None
     finally:
         mine.release()
 
@@ -97,7 +99,7 @@ def _acquire(lock: filelock.BaseFileLock, path: Path, what: str) -> None:
     except filelock.Timeout:
         raise InputError(
             f"trajectories {path}: another process is writing this store ({what}); wait for it or stop it. To write with "
-            "several processes, give each another --part k/n of the same n"
+            "several processes, give each a different --part k/n with the same n"
         ) from None
 
 

@@ -160,7 +160,7 @@ class TrajectoryReader:
             differences = [f"{name} is {mine[name]}, was {theirs[name]}" for name in mine if mine[name] != theirs[name]]
             raise InputError(
                 f"reader: cannot resume at the exact sample: {'; '.join(differences)}. Resume with the same settings "
-                "and store, or start anew"
+                "and store, or start over"
             )
         epoch, batch = state.get("epoch"), state.get("batch")
         if type(epoch) is not int or type(batch) is not int or epoch < 0 or not 0 <= batch <= self.batches_per_epoch:

@@ -133,7 +133,7 @@ def _check_kinds(record: ShardRecord, path: Path) -> None:
     right = all(isinstance(error, dict) and set(error) == {"rms", "max"} for error in errors)
     right = right and all(isinstance(text, str) for pair in by for text in pair)
     if not right or not isinstance(record.sha256, str) or not isinstance(record.manifest, str):
-        raise InputError(f"{path.name}: rounding, written_by, sha256 or manifest are not what a sidecar has")
+        raise InputError(f"{path.name}: rounding, written_by, sha256 or manifest is not valid in a sidecar")
     for error in errors:
         for name, value in (error or {}).items():
             number(f"{path.name}: {name}", value, 0)

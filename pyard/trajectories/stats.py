@@ -77,7 +77,7 @@ def trajectory_stats(
     codec = _codec(vae, teacher)
     opened = TrajectoryStore.open(store)
     if not opened.shards:
-        raise InputError(f"trajectories {store}: holds none yet; give the command that was to write them")
+        raise InputError(f"trajectories {store}: holds no trajectories yet; run the command that writes them")
     if trajectories < 1:
         raise InputError(f"stats: trajectories is {trajectories}; expected at least 1")
     path = Path(picture) if picture is not None else opened.path / "stats.png"
@@ -88,8 +88,8 @@ def trajectory_stats(
     print(as_table(opened))
     if len(shape) != 3:
         if picture is not None:
-            raise InputError(f"stats: samples of shape {shape} are no pictures; leave picture out, or give vae or teacher")
-        print(f"\nsamples of shape {shape} are no pictures: none drawn")
+            raise InputError(f"stats: samples of shape {shape} are not pictures; leave picture out, or give vae or teacher")
+        print(f"\nsamples of shape {shape} are not pictures: none drawn")
         return 0
     draw(opened, path, trajectories, codec)
     print(f"\n{path}: {min(trajectories, opened.count)} trajectories")
@@ -109,7 +109,7 @@ def as_table(store: TrajectoryStore) -> str:
     size = sum(shard.num_bytes for shard in store.shards)
     writers = Counter(tuple(sorted(shard.written_by.items())) for shard in store.shards)
     facts = [
-        ("trajectories", f"{store.count}" + (f", {missing} more were asked for" if missing else "")),
+        ("trajectories", f"{store.count}" + (f", {missing} more were requested" if missing else "")),
         ("on disk", f"{format_bytes(size)} in {len(store.shards)} shards, {format_bytes(manifest.sample_bytes)} each"),
         ("teacher", manifest.teacher_fingerprint[:16]),
         ("solver", f"{manifest.solver}, {grid.teacher_steps} steps, {manifest.precision}"),

@@ -62,14 +62,14 @@ class TrajectoryStore:
         path = Path(path)
         manifest = read_manifest(path)
         if manifest is None:
-            raise InputError(f"{path}: not a trajectory store (no manifest.json); generate_trajectories writes one")
+            raise InputError(f"{path}: not a trajectory store (no manifest.json); `pyard trajectories` writes one")
         requested = read_request(path)
         if requested is None:
             raise InputError(f"{path / 'request.json'}: missing; the command that wrote the store restores it")
         if -(-requested // manifest.shard_size) > MOST_SHARDS:
             raise InputError(
-                f"{path / 'request.json'}: {requested} trajectories were asked for, in shards of {manifest.shard_size}; a "
-                f"store has at most {MOST_SHARDS}. Delete it and give the command that wrote the store again"
+                f"{path / 'request.json'}: {requested} trajectories were requested, in shards of {manifest.shard_size}; a "
+                f"store has at most {MOST_SHARDS}. Delete it and rerun the command that wrote the store"
             )
         shards, problems = list_shards(path, manifest)
         return cls(path, manifest, requested, shards, problems)
@@ -91,7 +91,7 @@ class TrajectoryStore:
             return ClassConditions(manifest.num_classes)
         table = load_conditions(self.path)
         if table is None or table.fingerprint != manifest.conditions:
-            state = "is missing" if table is None else "is another one than the manifest names"
+            state = "is missing" if table is None else "is not the one that the manifest names"
             raise InputError(
                 f"trajectories {self.path}: the table of conditions {state}; the command that wrote the store restores it"
             )
@@ -107,7 +107,7 @@ class TrajectoryStore:
         if missing:
             reasons = f" ({'; '.join(self.problems[:3])})" if self.problems else ""
             raise InputError(
-                f"trajectories {self.path}: {self.requested_count} were asked for, {self.count} are there; "
+                f"trajectories {self.path}: {self.requested_count} were requested, {self.count} are stored; "
                 f"{len(missing)} shards are missing or too short, the first {shard_name(*missing[0])}{reasons}. Give the "
                 "command that wrote the store again to finish it, with a smaller count to do with less"
             )
@@ -138,7 +138,7 @@ class TrajectoryStore:
                     raise InputError(f"{path.name}: sha256 is {found[:12]}..., its sidecar says {str(shard.sha256)[:12]}...")
                 expected = self.manifest.number_of(np.arange(shard.first, shard.end))
                 if not np.array_equal(self.tensors(shard)["label"], expected):
-                    raise InputError(f"{path.name}: its labels are not those that the manifest gives its samples")
+                    raise InputError(f"{path.name}: its labels are not those that the manifest gives")
             except (InputError, OSError) as error:
                 broken.append(str(error))
         if broken:
@@ -167,7 +167,7 @@ def read_request(path: Path) -> int | None:
     request = read_json(file)
     count = request.get("count") if isinstance(request, dict) else None
     if type(count) is not int or not 1 <= count <= MAX_COUNT:
-        raise InputError(f'{file}: expected {{"count": N}}, found {request!r:.60}; delete it and give the command again')
+        raise InputError(f'{file}: expected {{"count": N}}, found {request!r:.60}; delete it and rerun the command')
     return count
 
 
@@ -182,7 +182,7 @@ def list_shards(path: Path, manifest: TrajectoryManifest) -> tuple[tuple[ShardRe
         try:
             record = read_record(sidecar, manifest)
         except ForeignShardError as error:
-            raise InputError(f"trajectories {path}: {error}; restore what it was") from None
+            raise InputError(f"trajectories {path}: {error}; restore the original") from None
         except UnreadableError:  # which does not mean that there is no shard
             raise
         except InputError as error:

@@ -167,7 +167,7 @@ def test_settings_are_chosen_by_name_with_those_they_go_on_from():
         "denoised-direct-N-all", "denoised-direct-N-all-further",
     }  # fmt: skip
     assert len(chosen_cells(plan, None)) == len(plan.cells)
-    with pytest.raises(InputError, match="no setting is called 'gan'; there are denoised-direct-N0, "):
+    with pytest.raises(InputError, match="no setting matches 'gan'; expected some of denoised-direct-N0, "):
         chosen_cells(plan, "gan")
 
 

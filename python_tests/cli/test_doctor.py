@@ -77,9 +77,7 @@ def test_cuda_kernels_that_could_not_be_built_are_a_problem(tmp_path: Path) -> N
     record = {"built": True, "torch": "2.11.0+cu130", "cuda": "compiling failed: stream.cpp:16: error: x", "cuda_failed": True}
     finished = run_doctor(tmp_path, record)
     assert finished.returncode == 1, finished.stdout
-    assert (
-        "CUDA kernels were to be built, and building them failed: compiling failed: stream.cpp:16: error: x" in finished.stdout
-    )
+    assert "building the operators' CUDA kernels failed: compiling failed: stream.cpp:16: error: x" in finished.stdout
     assert "do: install pyard again with PYARD_CUDA=1" in finished.stdout
     left_out = {**record, "cuda": "PYARD_CUDA=0 was set when pyard was installed", "cuda_failed": False}
     assert run_doctor(tmp_path, left_out).returncode == 0
@@ -89,7 +87,7 @@ def test_cuda_kernels_that_could_not_be_built_are_a_problem(tmp_path: Path) -> N
     ("reason", "remedy"),
     [
         ("compiling the operators failed", "install a C++17 compiler"),
-        ("cmake was not found: pip install cmake", "install what was not found"),
+        ("cmake was not found: pip install cmake", "install the missing package"),
         ("PYARD_NATIVE=0 was set when pyard was installed", "unset PYARD_NATIVE"),
     ],
 )
@@ -98,7 +96,7 @@ def test_missing_operators_come_with_a_remedy(tmp_path: Path, reason: str, remed
     shutil.copytree(native.PACKAGE, package, ignore=shutil.ignore_patterns("libpyard_ops.*", "__pycache__"))
     finished = run_doctor(tmp_path, {"built": False, "reason": reason})
     assert finished.returncode == 1, finished.stderr
-    assert f"plain PyTorch runs in their place: {reason}\n  do: {remedy}" in finished.stdout
+    assert f"so plain PyTorch runs instead: {reason}\n  do: {remedy}" in finished.stdout
     assert finished.stderr == ""
 
 

@@ -97,13 +97,13 @@ def test_a_folder_never_causes_an_import(planted, capsys):
         ["convert", "--source", teacher, "--out", out],
     ):
         assert main([str(word) for word in words]) == 2, words
-        assert "is made of the network evil:Class, which is not one of pyard's" in capsys.readouterr().err, words
+        assert "uses the network evil:Class, which is not one of pyard's" in capsys.readouterr().err, words
     recipe = planted / "recipe.yaml"
     recipe.write_text(f"teacher: {teacher}\n")
     assert main(["estimate", str(recipe)]) == 2
-    assert "is made of the network evil:Class" in capsys.readouterr().err
+    assert "uses the network evil:Class" in capsys.readouterr().err
     for folder in (student, planted / "run", planted / "pipe"):
-        with pytest.raises(InputError, match="is made of the network evil:Class"):
+        with pytest.raises(InputError, match="uses the network evil:Class"):
             pyard.ARDPipeline.from_pretrained(folder)
     plant(planted / "pipe" / "model_index.json", student=["evil", "Class"])
     with pytest.raises(InputError, match=r"student is \['evil', 'Class'\]; expected"):

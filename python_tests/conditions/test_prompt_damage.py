@@ -72,7 +72,7 @@ def test_a_damaged_row_is_found_where_it_is_used_and_others_are_served(tmp_path:
     place.write_bytes(content.replace(row, bytes([row[0] ^ 1]) + row[1:]))
     opened = PromptTable(tmp_path / "t")
     assert torch.equal(opened.take(range(19))["tokens"], wanted["tokens"][:19, : opened.take(range(19))["tokens"].shape[1]])
-    with pytest.raises(InputError, match=rf"{place.name}: the embedding of text 22 is damaged; delete the file and give"):
+    with pytest.raises(InputError, match=rf"{place.name}: the embedding of text 22 is damaged; delete the file and rerun"):
         opened.take([3, 19])
     # What the message says to do.
     place.unlink()

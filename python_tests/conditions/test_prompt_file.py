@@ -71,7 +71,7 @@ BAD_FILES: dict[str, tuple[str, str | bytes, str]] = {
     "a JSON list": ("a.jsonl", '["a"]', "line 1: a JSON list; expected an object"),
     "no prompt": ("a.jsonl", '{"text": "a"}', 'line 1: no "prompt" among the keys text'),
     "no key": ("a.jsonl", "{}", r'no "prompt" among the keys \(none\)'),
-    "a number": ("a.jsonl", '{"prompt": 1}', "line 1: the prompt is a int; expected a text"),
+    "a number": ("a.jsonl", '{"prompt": 1}', "line 1: the prompt is a int; expected a string"),
     "negative list": ("a.jsonl", '{"prompt": "a", "negative_prompt": []}', "the negative_prompt is a list"),
     "empty prompt": ("a.jsonl", '{"prompt": ""}', "line 1: an empty prompt"),
     "lone surrogate": ("a.jsonl", '{"prompt": "\\ud83d"}', "line 1: not valid JSON \\(it has a lone surrogate"),
@@ -79,7 +79,7 @@ BAD_FILES: dict[str, tuple[str, str | bytes, str]] = {
     "latin-1": ("a.txt", "a\nF\xfcchse".encode("latin-1"), "line 2: not UTF-8"),
     "UTF-16": ("a.txt", "a circle".encode("utf-16"), "line 1: not UTF-8"),
     "UTF-16 unmarked": ("a.txt", "a circle".encode("utf-16-le"), "line 1: the prompt has a NUL character"),
-    "ending": ("a.csv", "prompt\na\n", "has the ending '.csv'; expected a .txt file"),
+    "ending": ("a.csv", "prompt\na\n", "has the extension '.csv'; expected a .txt file"),
 }
 
 
@@ -114,5 +114,5 @@ def test_a_folder_without_metadata_and_a_pipe_are_refused(tmp_path: Path) -> Non
     with pytest.raises(InputError, match=r"has no metadata\.jsonl; expected a .txt file"):
         read_prompts(tmp_path)
     os.mkfifo(tmp_path / "pipe.txt")
-    with pytest.raises(InputError, match="is no regular file"):
+    with pytest.raises(InputError, match="is not a regular file"):
         read_prompts(tmp_path / "pipe.txt")

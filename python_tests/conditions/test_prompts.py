@@ -106,16 +106,19 @@ def test_everything_that_decides_a_row_is_in_the_fingerprint(tmp_path: Path) -> 
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "edited prompt": ({"lines": [*many_lines(19), PromptLine("new")]}, "prompt 20 is 'scene 19 red red red red' there, 'new'"),
+    "edited prompt": (
+        {"lines": [*many_lines(19), PromptLine("new")]},
+        "prompt 20: found 'scene 19 red red red red', requested 'new'",
+    ),
     "edited negative": (
         {"lines": [PromptLine("scene 0", "x"), *many_lines(20)[1:]]},
-        "negative prompt 1 is 'blurry' there, 'x'",
+        "negative prompt 1: found 'blurry', requested 'x'",
     ),
-    "longer file": ({"lines": many_lines(21)}, "20 prompts there, 21 asked for"),
-    "another default": ({"default_negative": "ugly"}, "negative prompt 3 is '' there, 'ugly' asked for"),
-    "encoder": ({"encoder": ToyEncoder(name="new")}, "fingerprint of the text encoder 'toy-8' there, 'new-8' asked for"),
-    "dtype": ({"dtype": "float32"}, "dtype 'bfloat16' there, 'float32' asked for"),
-    "constants": ({"constants": {"guidance": 4}}, "constants {'guidance': 3.5} there, {'guidance': 4.0} asked for"),
+    "longer file": ({"lines": many_lines(21)}, "found 20 prompts, requested 21"),
+    "another default": ({"default_negative": "ugly"}, "negative prompt 3: found '', requested 'ugly'"),
+    "encoder": ({"encoder": ToyEncoder(name="new")}, "fingerprint of the text encoder: found 'toy-8', requested 'new-8'"),
+    "dtype": ({"dtype": "float32"}, "dtype: found 'bfloat16', requested 'float32'"),
+    "constants": ({"constants": {"guidance": 4}}, "constants: found {'guidance': 3.5}, requested {'guidance': 4.0}"),
 }
 
 
@@ -129,10 +132,10 @@ def test_another_table_in_the_folder_is_refused_by_what_differs(tmp_path: Path, 
         half_built(tmp_path / "t", **settings)
     before = contents(tmp_path / "t")
     changes, message = OTHERS[case]
-    with pytest.raises(InputError, match="holds a prompt table of other settings") as failed:
+    with pytest.raises(InputError, match="holds a prompt table with different settings") as failed:
         build(tmp_path / "t", **{**settings, **changes})
     assert message in str(failed.value)
-    assert str(failed.value).count(" asked for") == 1
+    assert str(failed.value).count(" requested ") == 1
     assert contents(tmp_path / "t") == before
     build(tmp_path / "t", **settings).verify()
 
@@ -193,8 +196,8 @@ def _give(change: Callable[[Encoded], Encoded]) -> ToyEncoder:
         (lambda e: Encoded({**e.tensors, "pooled": e.tensors["pooled"] / 0}, e.cut), "not finite"),
         (lambda e: Encoded({**e.tensors, "tokens": e.tensors["tokens"][:0]}, e.cut), r"gave \{'tokens': \(0, 6\).*n >= 1"),
         (lambda e: Encoded({**e.tensors, "tokens": e.tensors["tokens"][None]}, e.cut), r"'tokens': \(1, 4, 6\)"),
-        (lambda e: Encoded({"tokens": e.tensors["tokens"]}, e.cut), "other widths for the text before it"),
-        (lambda e: Encoded({**e.tensors, "tokens": e.tensors["tokens"][:, :5]}, e.cut), "other widths for the text before it"),
+        (lambda e: Encoded({"tokens": e.tensors["tokens"]}, e.cut), "different widths for the text before it"),
+        (lambda e: Encoded({**e.tensors, "tokens": e.tensors["tokens"][:, :5]}, e.cut), "different widths for the text before"),
         (lambda e: Encoded({**e.tensors, "mask": e.tensors["pooled"]}, e.cut), r"expected tokens \[n, D\]"),
         (lambda e: Encoded({"pooled": e.tensors["pooled"]}, e.cut), r"expected tokens \[n, D\]"),
     ],
@@ -212,11 +215,11 @@ def test_bad_arguments_are_one_line(tmp_path: Path) -> None:
             return super().encode(texts)[1:]
 
     for settings, message in (
-        ({"lines": []}, "there are none; expected at least one"),
+        ({"lines": []}, "the list is empty; expected at least one"),
         ({"dtype": "float16"}, "dtype is 'float16'; expected one of bfloat16, float32"),
         ({"batch_size": 0}, "batch_size 0"),
         ({"constants": {"tokens": 1.0}}, "the constant tokens is 1.0"),
-        ({"constants": {"guidance": float("nan")}}, "the constant guidance is nan; expected a finite number"),
+        ({"constants": {"guidance": float("nan")}}, "the constant guidance is nan; expected one or more finite numbers"),
         ({"constants": {"guidance": "x"}}, "the constant guidance is 'x'"),
         ({"encoder": Short()}, "gave 3 embeddings for 4 texts"),
     ):
@@ -239,7 +242,7 @@ def test_a_table_is_kept_where_it_lies_and_passed_on_whole_elsewhere(tmp_path: P
     assert copied.fingerprint == table.fingerprint
     assert copied.folder == tmp_path / "student" / FOLDER
     save_conditions(table, tmp_path / "student")
-    with pytest.raises(InputError, match="holds another table of conditions"):
+    with pytest.raises(InputError, match="holds a different table of conditions"):
         save_conditions(build(tmp_path / "other", many_lines(3)), tmp_path / "student")
     # A damaged one is not passed on.
     shard = tmp_path / "store" / FOLDER / "shards/0000000000-0000000008.safetensors"

@@ -126,12 +126,12 @@ def test_a_stopped_encoding_goes_on_and_processes_share_it(tmp_path, monkeypatch
 def test_other_pictures_and_broken_ones_are_named(tmp_path):
     folder = pictures(tmp_path / "images", size=(8, 8))
     cached_images(folder, tmp_path / "cache", (3, 8, 8), None)
-    with pytest.raises(InputError, match="holds other images"):
+    with pytest.raises(InputError, match="does not hold the images"):
         cached_images(folder, tmp_path / "cache", (3, 4, 4), None)
     (folder / ".thumbnails").mkdir()
     shutil.copy(folder / "cat" / "1.png", folder / ".thumbnails")
     cached_images(folder, tmp_path / "cache", (3, 8, 8), None)  # a hidden folder is no class
-    with pytest.raises(InputError, match="latents need a VAE"):
+    with pytest.raises(InputError, match="latents needs a VAE"):
         cached_images(folder, tmp_path / "latents", (4, 8, 8), None)
     (folder / "cat" / "x.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match=r"x\.png cannot be read as a picture"):
@@ -199,7 +199,7 @@ def test_folders_are_classes_by_number_by_name_or_by_order(folders, names, expec
         ([str(i) for i in range(1, 11)], None, "10 class folders for 10 classes .*10 10"),
         ([f"class{i}" for i in range(11)], None, "11 class folders for 10 classes"),
         (["1", "01", *"023456789"], None, "several folders for one class"),
-        (["b", *"cdefghij", "x"], list("abcdefghij"), "'b' is number 0 by its name and class 1 .*'x' is the name of no class"),
+        (["b", *"cdefghij", "x"], list("abcdefghij"), "'b' is number 0 .*, but .* class 1 .*'x' is not the name of a class"),
     ],
 )
 def test_folders_that_are_not_the_classes_are_refused_with_the_map(folders, names, message, tmp_path):

@@ -95,7 +95,7 @@ def test_settings_that_are_unknown_are_refused(settings, message):
 
 
 def test_times_that_do_not_exist_are_refused():
-    with pytest.raises(InputError, match=r"0 \.\.\. 999"):
+    with pytest.raises(InputError, match="0 to 999"):
         NoiseSchedule().alpha(999.5)
     with pytest.raises(InputError, match="expected 1 to 1000"):
         NoiseSchedule().timesteps(1001)
@@ -118,7 +118,7 @@ def test_schedule_survives_json(schedule):
     (dict(kind="flow", shift=0.0), "shift is 0"),
     (dict(kind="flow", shift="3"), "expected a number"),
     (dict(kind="flow", path="bezier"), "path is 'bezier'"),
-    (dict(kind="flow", path="vp", shift=2.0), "a path 'vp' has none"),
+    (dict(kind="flow", path="vp", shift=2.0), "path 'vp' has no shift"),
     (dict(path="gvp"), "belong to a 'flow'"),
     (dict(num_train_timesteps=10**9), "num_train_timesteps is 1000000000"),
     (dict(beta_end=float("nan")), "beta_end is nan"),

@@ -110,4 +110,4 @@ def test_the_solver_of_a_scheduler(scheduler, solver, options):
 def test_a_solver_that_pyard_lacks_is_said_so(scheduler, solver):
     found = own_solver(scheduler)
     assert (found.solver, found.options) == (solver, None)
-    assert found.note.startswith(f"{type(scheduler).__name__}: pyard walks its times with solver '{solver}'")
+    assert found.note.startswith(f"{type(scheduler).__name__}: pyard uses its times with solver '{solver}'")

@@ -69,7 +69,7 @@ def test_published_pipelines_have_several_names():
         assert published_pipeline(name).pipeline == "StableDiffusion3Pipeline"
     names = [name for found in PUBLISHED for name in (found.name, found.repository.lower())]
     assert len(set(names)) == 2 * len(PUBLISHED)
-    with pytest.raises(InputError, match=r"no published name; expected .* sd3.5-medium, .* z-image"):
+    with pytest.raises(InputError, match=r"nor a published name; expected .* sd3.5-medium, .* z-image"):
         outline_of("sd3.6-medium")
 
 
@@ -343,14 +343,14 @@ def test_wrong_questions(tmp_path, capsys):
     folder = tiny_pipeline("sd3", tmp_path / "teacher")
     for teacher, flags, message in (
         (folder, ["--text_tokens", "9"], "attends to padding, so every text has 333"),
-        ("digits", ["--text_tokens", "9"], "this teacher draws from no texts"),
+        ("digits", ["--text_tokens", "9"], "this teacher does not draw from prompts"),
         (tiny_pipeline("pixart_sigma", tmp_path / "pixart"), ["--text_tokens", "301"], "expected 1 to 300"),
     ):
         (tmp_path / "recipe.yaml").write_text(json.dumps({"teacher": str(teacher)}))
         assert main(["estimate", str(tmp_path / "recipe.yaml"), *flags]) == 2
         assert message in capsys.readouterr().err
     assert main(["describe", "sd3.6-medium"]) == 2
-    assert "neither there nor published" in capsys.readouterr().err
+    assert "neither an existing path nor a published name" in capsys.readouterr().err
     (folder / "transformer" / "config.json").unlink()
     assert main(["describe", str(folder)]) == 2
     assert "config.json" in capsys.readouterr().err

@@ -94,7 +94,7 @@ def test_sizes_of_names():
     with torch.device("meta"):
         assert sum(p.numel() for p in network.parameters()) == pytest.approx(675e6, rel=0.01)
     assert len(SIZES) == 4
-    with pytest.raises(InputError, match="no published name"):
+    with pytest.raises(InputError, match="nor a published name"):
         network_of("DiT-XXL/2")
 
 

@@ -174,10 +174,10 @@ def test_wrong_input_is_refused_before_any_work(tmp_path: Path) -> None:
         ),
         (run, {"prompts": PROMPTS, "clip": tmp_path / "pipeline"}, "no config.json, no preprocessor_config.json"),
         (run, {"prompts": tmp_path / "missing.txt"}, "missing.txt does not exist"),
-        (run, {"prompts": PROMPTS, "teacher": tmp_path / "gone"}, "gone is not there"),
+        (run, {"prompts": PROMPTS, "teacher": tmp_path / "gone"}, "gone does not exist"),
         (run, {"prompts": PROMPTS, "labels": "random"}, "prompts are taken in turn"),
         (run, {"prompts": PROMPTS, "cfg_scale": 2.0}, "leave --cfg_scale out"),
-        ([str(run), str(run)], {"prompts": PROMPTS}, "named twice"),
+        ([str(run), str(run)], {"prompts": PROMPTS}, "two students have the same name"),
     ]
     for students, settings, message in calls:
         with pytest.raises(pyard.InputError, match=message):

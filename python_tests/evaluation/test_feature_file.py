@@ -147,7 +147,7 @@ def test_wrong_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"not a TorchScript file.*state_dict"):
         FileFeatures(tmp_path / "weights.pt")
     (tmp_path / "bad.onnx").write_bytes(b"no graph")
-    with pytest.raises(InputError, match=r"bad\.onnx: no ONNX file"):
+    with pytest.raises(InputError, match=r"bad\.onnx: not an ONNX file"):
         FileFeatures(tmp_path / "bad.onnx")
     save_torchscript(Plain(), tmp_path / "plain.pt")
     with pytest.raises(InputError, match=r"no output '7'; there are 0, 1.*layers body, head"):

@@ -62,7 +62,7 @@ def test_a_counter_that_was_saved_sees_the_same(tmp_path: Path) -> None:
     assert (found.shape, found.dtype) == ((5, 64), np.float64)
     assert found.std() > 0
     np.testing.assert_array_equal(found, counter.features(pictures))
-    with pytest.raises(InputError, match=r"features .* cannot be read: .* trained anew"):
+    with pytest.raises(InputError, match=r"features .* cannot be read: .* to train them again"):
         ObjectCounter.load(file, SceneSetting(size=32))
     file.write_bytes(b"nothing")
     with pytest.raises(InputError, match="cannot be read"):

@@ -99,7 +99,7 @@ for (const broken of [bytes.subarray(0, bytes.length / 2), new TextEncoder().enc
     info = OnnxStudent(digits).info
     assert (json.loads(found)["num_steps"], json.loads(found)["num_classes"]) == (info.num_steps, info.num_classes)
     assert len(messages) == 3
-    assert all(message.startswith(("this is no ONNX file", "this is no file written by")) for message in messages)
+    assert all(message.startswith(("this is not an ONNX file", "this is not a file written by")) for message in messages)
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +285,7 @@ def test_what_is_no_student_is_said_on_the_page(digits: Path, packages: Path, tm
     cut.write_bytes(whole[: len(whole) // 2])
     other.write_text("<!doctype html>", encoding="utf-8")
     export_onnx(tiny_student(2, history_layers=1), tmp_path / "latents.onnx", form="step")
-    messages = {cut: "this is no ONNX file", other: "this is no ", tmp_path / "latents.onnx": "export the student with --vae"}
+    messages = {cut: "is not an ONNX file", other: "this is not", tmp_path / "latents.onnx": "export the student with --vae"}
     for file, message in messages.items():
         with served(file) as url:
             assert message in browse(packages, url, draws=[], fails=True)["message"]

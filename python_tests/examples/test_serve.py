@@ -126,13 +126,13 @@ def test_latents_are_refused(tmp_path: Path) -> None:
 
 def test_limits_that_are_none_are_refused() -> None:
     for limits, message in (
-        (dict(max_batch=0), "max_batch is 0; expected at least 1"),
-        (dict(max_queue=0), "max_queue is 0; expected at least 1"),
-        (dict(max_wait=-1.0), "max_wait is -1.0; expected at least 0"),
-        (dict(max_wait=math.nan), "max_wait is nan"),
-        (dict(max_request=10), "max_request is 10; expected at least 256"),
-        (dict(time_limit=0.0), "time_limit is 0.0; expected a number of seconds"),
-        (dict(max_count=5, max_queue=4), "max_count is 5, max_queue 4"),
+        (dict(max_batch=0), "--max-batch is 0; expected at least 1"),
+        (dict(max_queue=0), "--max-queue is 0; expected at least 1"),
+        (dict(max_wait=-1.0), "--max-wait is -1.0; expected at least 0"),
+        (dict(max_wait=math.nan), "--max-wait is nan"),
+        (dict(max_request=10), "--max-request is 10; expected at least 256"),
+        (dict(time_limit=0.0), "--time-limit is 0.0; expected a number of seconds"),
+        (dict(max_count=5, max_queue=4), "--max-count is 5; expected at most --max-queue, 4"),
     ):
         with pytest.raises(InputError, match=message):
             app.Limits(**limits)

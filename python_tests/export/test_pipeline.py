@@ -154,7 +154,7 @@ def test_embeddings_in_place_of_prompts(exported: Path) -> None:
             pipeline.sample(condition=wrong)
     with pytest.raises(InputError, match="found neither prompts and condition"):
         pipeline.sample()
-    with pytest.raises(InputError, match="expected a text, or a list of at least one"):
+    with pytest.raises(InputError, match="expected a string, or a list of at least one"):
         pipeline.sample([])
     with pytest.raises(InputError, match=r"height 32, width None: this student draws 16 x 16 pixels"):
         pipeline.sample(PROMPTS, height=32)
@@ -200,8 +200,8 @@ def test_damaged_folders_are_refused_in_one_line(exported: Path, tmp_path: Path)
         (whole.replace('"OnnxPipeline"', '"PixArtPipeline"'), "describes a PixArtPipeline"),
         (whole.replace('"format_version": 1', '"format_version": 7'), "has format version 7"),
         (whole.replace('"sizes"', '"seizes"').replace('"files"', '"flies"'), "is missing; export the student again"),
-        (whole.replace('"tokenizer/tokenizer.json"', '"../tokenizer.json"'), r"names '\.\./tokenizer.json'; expected files of"),
-        (whole.replace('"tokenizer/tokenizer.json"', '"/etc/passwd"'), "names '/etc/passwd'; expected files of its own folder"),
+        (whole.replace('"tokenizer/tokenizer.json"', '"../tokenizer.json"'), r"names '\.\./tokenizer.json'; expected files in"),
+        (whole.replace('"tokenizer/tokenizer.json"', '"/etc/passwd"'), "names '/etc/passwd'; expected files in its own folder"),
     ):
         config.write_text(text, encoding="utf-8")
         with pytest.raises(InputError, match=message):
@@ -220,7 +220,7 @@ def test_the_wrong_kind_of_target_is_refused_in_one_line(run: Path, tmp_path: Pa
         (tmp_path / "classes", ["--form", "both"], "--form both is for folders of text-to-image students"),
         (run, ["--onnx", str(tmp_path / "x"), "--method", "traced"], "--method is for students in one file"),
         (run, ["--onnx", str(tmp_path / "x"), "--precision", "int8-static"], "a pipeline is exported in one of fp32"),
-        (run, ["--onnx", str(tmp_path / "x"), "--text_encoders", str(tmp_path / "none")], "which is not there"),
+        (run, ["--onnx", str(tmp_path / "x"), "--text_encoders", str(tmp_path / "none")], "which does not exist"),
     ):
         assert main(["export", "--student", str(student), *words]) == 2
         error = capsys.readouterr().err

@@ -163,7 +163,7 @@ except pyard.InputError as error:
     print(error)
 """
     out = run(code, "http://127.0.0.1:9", tmp_path / "cache")
-    assert "someone/student: no such path, and no repository" in out
+    assert "someone/student: neither an existing path nor a readable repository" in out
     with pytest.raises(InputError, match=r"no config\.json"):
         Student.from_pretrained(tmp_path / "nowhere")
 

@@ -120,7 +120,7 @@ def test_a_shared_teacher_is_not_changed_by_training(tmp_path: Path):
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), result.state_dict().values(), strict=True))
     other = tiny_teacher(seed=5)
     other.save_pretrained(tmp_path / "teacher")
-    with pytest.raises(InputError, match="is not the one that it was trained from"):
+    with pytest.raises(InputError, match="is not the one that it was trained with"):
         consolidate(tmp_path / "run", tmp_path / "whole")
 
 

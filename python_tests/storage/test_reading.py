@@ -96,10 +96,10 @@ def test_json_that_is_read() -> None:
     [
         ("[" * 50_000, "nested deeper than 100"),
         ("\n".join("  " * i + "a:" for i in range(200)), "nested deeper than 100"),
-        ("a: &a [*a]", "stands within itself"),
+        ("a: &a [*a]", "contains itself"),
         (
             "\n".join([f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10 if i else 'x')}]" for i in range(12)]),
-            "aliases written out",
+            "its aliases are expanded",
         ),
         ("!!python/object/apply:os.system [true]", "not valid YAML"),
         ("a: *b", "not valid YAML"),
@@ -204,7 +204,7 @@ def test_tensors_that_are_larger_than_their_file(tmp_path: Path) -> None:
         for name in good.namelist():
             bad.writestr(name, good.read(name)[:8] if name.endswith("data/0") else good.read(name))
     # torch.load(weights_only=True) would return 64 bytes, of which 56 are not the file's.
-    with pytest.raises(InputError, match="a tensor of 64 bytes, of which 8 are there"):
+    with pytest.raises(InputError, match="a tensor of 64 bytes, but only 8 are in the file"):
         read_pickle(tmp_path / "short.pt")
     torch.save({"a": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "wide.pt")
     with pytest.raises(InputError, match="its tensors repeat few numbers"):
@@ -231,9 +231,9 @@ def test_arrays_hold_what_was_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (npy("(1000000000000,)"), "4000000000000 bytes; 0 are there"),
-        (npy("(2,)", "'<f4'", bytes(9)), "8 bytes; 9 are there"),
-        (npy("(-2,)"), "says it is float32"),
+        (npy("(1000000000000,)"), "4000000000000 bytes, but has 0 bytes"),
+        (npy("(2,)", "'<f4'", bytes(9)), "8 bytes, but has 9 bytes"),
+        (npy("(-2,)"), "declares float32"),
         (npy("(2,)", "'|O'", bytes(16)), "Objects would be unpickled"),
         (npy("(2,)", "[('a', '<f4')]", bytes(8)), "expected numbers"),
         (npy("(" * 4000 + ")" * 4000), "header"),

@@ -163,7 +163,7 @@ def test_repa_e_brings_the_statistics_of_its_latents(tmp_path: Path):
     assert vae == dict(latents_mean=[0.5, -1.0], latents_std=[2.0, 0.5], scaling_factor=1.0, shift_factor=None)
     broken = {**REPA_TENSORS, **statistics, "bn.running_var": torch.tensor([1.0, -1.0])}
     torch.save({"ema": broken}, tmp_path / "broken.pt")
-    with pytest.raises(InputError, match=r"bn\.running_var is no variance of 2 channels"):
+    with pytest.raises(InputError, match=r"bn\.running_var is not a variance of 2 channels"):
         pyard.load_teacher(tmp_path / "broken.pt", num_heads=2)
 
 

@@ -108,7 +108,7 @@ def test_a_number_of_classes_that_does_not_fit_is_refused_and_can_be_given(tmp_p
 def test_settings_of_a_pickle_survive_the_conversion_that_its_refusal_names(tmp_path: Path):
     args = argparse.Namespace(model="SiT-S/2", prediction="noise", path_type="GVP", out=Path("/tmp"))
     torch.save({"ema": T, "args": args}, tmp_path / "0100000.pt")
-    with pytest.raises(InputError, match="weights_only=True alone") as refusal:
+    with pytest.raises(InputError, match="only reads pickles with weights_only=True") as refusal:
         pyard.load_teacher(tmp_path / "0100000.pt", num_heads=2)
     exec(str(refusal.value).split('python -c "')[1].split('"')[0], {})
     teacher = pyard.load_teacher(tmp_path / "0100000.safetensors", num_heads=2)
@@ -157,13 +157,13 @@ def test_safetensors_are_read_whatever_they_are_called(plain, tmp_path: Path):
 
 
 @pytest.mark.parametrize(("name", "tensor", "message"), [
-    ("blocks.1.attn.qkv.weight", torch.zeros(96, 31), "do not fit each other: size mismatch for blocks.1.attention.qkv.weight"),
-    ("final_layer.linear.bias", None, "do not fit each other: Missing key"),
+    ("blocks.1.attn.qkv.weight", torch.zeros(96, 31), "do not match each other: size mismatch for blocks.1.attention.qkv"),
+    ("final_layer.linear.bias", None, "do not match each other: Missing key"),
     ("x_embedder.proj.weight", torch.zeros(32, 8), r"x_embedder.proj.weight is \[32, 8\]"),
     ("pos_embed", torch.zeros(1, 15, 32), "expected .* of a square picture"),
     ("pos_embed", torch.zeros(3), "expected .* of a square picture"),
     ("y_embedder.embedding_table.weight", torch.zeros(6), "expected a matrix"),
-    ("final_layer.linear.weight", torch.zeros(15, 32), "no multiple of 2² pixels"),
+    ("final_layer.linear.weight", torch.zeros(15, 32), "not a multiple of 2² pixels"),
     ("blocks.1000000000.mlp.fc1.weight", torch.zeros(1), "some are missing"),
     ("blocks.0.mlp.fc2.weight", torch.zeros(32, 128, dtype=torch.int8), "quantised"),
 ])  # fmt: skip

@@ -41,7 +41,7 @@ def test_a_checkpoint_becomes_a_folder_and_a_checkpoint_again(kind, tmp_path: Pa
 def test_what_diffusers_cannot_hold_is_one_line(tmp_path: Path, capsys):
     tiny_teacher(frequency_size=256).save_pretrained(tmp_path / "first")
     assert run("convert", "--source", tmp_path / "first", "--to", "diffusers", "--out", tmp_path / "out") == 2
-    assert "freq_shift is 0.0, there 1.0: diffusers fixes" in capsys.readouterr().err
+    assert "freq_shift is 0.0, expected 1.0: diffusers fixes" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     tiny_teacher(frequency_size=256, freq_shift=1.0).save_pretrained(tmp_path / "second")
     assert run("convert", "--source", tmp_path / "second", "--to", "diffusers", "--out", tmp_path / "out") == 0

@@ -235,7 +235,7 @@ def test_output_layers_trained_in_full_are_refused_for_their_biases(tmp_path: Pa
     student.save_pretrained(tmp_path / "student")
     capsys.readouterr()
     assert convert(tmp_path / "student", "--to", "lora", "--out", tmp_path / "other") == 2
-    assert "proj_out.bias of the student differs from its base, too: use --to transformer" in capsys.readouterr().err
+    assert "proj_out.bias of the student also differs from its base: use --to transformer" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 
@@ -244,18 +244,19 @@ def test_other_students_are_refused_in_one_line_that_names_what_differs(tmp_path
     student_of(folder, 2, history_layers=2, output="direct", heads="per_step", target="denoised").save_pretrained(
         tmp_path / "student"
     )
+    capsys.readouterr()  # transformers may have drawn a progress bar
     for kind in ("lora", "transformer"):
         assert convert(tmp_path / "student", "--to", kind, "--out", tmp_path / "out") == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
-        assert "a student of history_layers 2, output direct, heads per_step, target denoised, which stock" in error
+        assert "a student with history_layers 2, output direct, heads per_step, target denoised, which stock" in error
         assert "with --history_layers 0 --output jump --heads shared --target state" in error
     assert not (tmp_path / "out").exists()
     student_of(folder, 2).save_pretrained(tmp_path / "student")
     assert convert(tmp_path / "student", "--to", "lora", "--out", tmp_path / "out") == 2
     assert "no matrix of the student differs" in capsys.readouterr().err
     assert convert(tmp_path / "student", "--to", "lora", "--out", tmp_path / "out", "--pipeline", tmp_path / "none") == 2
-    assert "which is not there; put it back, or give another copy of that pipeline: --pipeline" in capsys.readouterr().err
+    assert "which does not exist; restore it, or give another copy of that pipeline: --pipeline" in capsys.readouterr().err
     assert convert(tmp_path / "student", "--to", "transformer", "--out", tmp_path / "student") == 2
     assert "holds a Student; choose another folder" in capsys.readouterr().err
     assert convert(tmp_path / "student", "--to", "transformer", "--out", tmp_path / "out", "--rank", 2) == 2
@@ -312,7 +313,7 @@ def test_a_flow_whose_network_is_told_whole_thousandths(teacher_steps: int, exac
     index.write_text(text, encoding="utf-8")
     error = relative(drawn_by_the_card(tmp_path / "out"), drawn_by_pyard(student))
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert ("told the network rounded times" in card) != exact
+    assert ("passed rounded times to the network" in card) != exact
     assert error <= 1e-4 if exact else 1e-6 < error < 1e-1
 
 

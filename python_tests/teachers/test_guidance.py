@@ -179,7 +179,7 @@ def test_the_combinations_are_their_formulas():
 
 @pytest.mark.parametrize(("shape", "kind", "settings", "message"), [
     ((2, 3, 4, 4), "rescaled", {}, "guidance is 'rescaled'; expected one of"),
-    ((2, 3, 4, 4), "plain", {"cfg_normalization": 1.0}, "guidance 'plain' has none, 'z_image' has"),
+    ((2, 3, 4, 4), "plain", {"cfg_normalization": 1.0}, "only guidance 'z_image' uses it, not 'plain'"),
     ((2, 3, 5, 4), "norm", {}, r"tokens of 2 x 2 latents; found samples \[C, h, w\] of \(3, 5, 4\)"),
     ((2, 3), "norm", {}, r"found samples \[C, h, w\] of \(3,\)"),
 ])  # fmt: skip

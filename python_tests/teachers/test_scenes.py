@@ -85,7 +85,7 @@ def test_a_small_teacher_samples_and_is_loaded(tmp_path: Path) -> None:
     assert load_teacher(tmp_path / "whole").fingerprint == whole.fingerprint
     ends = endpoints(whole, torch.randn(2, 3, 32, 32), torch.tensor([0, 15]), 3, cfg_scale=1.5)
     assert torch.isfinite(ends).all()
-    with pytest.raises(InputError, match="patch_size: 8 there, 16 now"):
+    with pytest.raises(InputError, match="patch_size: was 8, now 16"):
         teach(tmp_path / "whole", max_steps=6, **{**TINY, "patch_size": 16})
 
 

@@ -90,7 +90,7 @@ def test_a_resumed_training_ends_with_the_weights_of_an_unbroken_one(tmp_path: P
         teach(tmp_path / "broken", max_steps=5, save_every=3, **TINY)
     assert not (tmp_path / "broken").exists()
     monkeypatch.undo()
-    with pytest.raises(InputError, match=r"matrix_learning_rate: 0\.02 there, 0\.01 now"):
+    with pytest.raises(InputError, match=r"matrix_learning_rate: was 0\.02, now 0\.01"):
         teach(tmp_path / "broken", max_steps=5, **TINY, matrix_learning_rate=0.01)
     seen: list[int] = []
     monkeypatch.setattr(
@@ -111,7 +111,7 @@ def test_a_finished_teacher_is_left_as_it_is_and_other_settings_are_refused(tmp_
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()}
     assert teach(out, max_steps=1, **TINY) == out
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()} == before
-    with pytest.raises(InputError, match=r"jitter: 0\.25 there, 0\.5 now"):
+    with pytest.raises(InputError, match=r"jitter: was 0\.25, now 0\.5"):
         teach(out, max_steps=1, **{**TINY, "jitter": 0.5})
 
 
@@ -132,7 +132,7 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"caption_dropout": 1.0}, "caption_dropout is 1.0; expected 0 to 1, 1 excluded"),
+        ({"caption_dropout": 1.0}, "caption_dropout is 1.0; expected at least 0 and below 1"),
         ({"matrix_learning_rate": 0.0}, "matrix_learning_rate is 0.0; expected more than 0"),
         ({"hidden_size": 33}, "hidden_size is 33; expected a multiple of num_heads, 2"),
         ({"text_hidden_size": 40}, "text_hidden_size is 40; expected a multiple of 32"),

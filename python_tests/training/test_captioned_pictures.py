@@ -105,7 +105,7 @@ def test_captions_reach_the_discriminators(folder: Path) -> None:
     # An edited caption is no longer what the run learns from.
     lines = (folder / "swapped" / "metadata.jsonl").read_text(encoding="utf-8")
     (folder / "swapped" / "metadata.jsonl").write_text(lines.replace("a blue cross", "a red cross"), encoding="utf-8")
-    with pytest.raises(InputError, match="prompt 4 is 'a blue cross' there, 'a red cross' asked for"):
+    with pytest.raises(InputError, match="prompt 4: found 'a blue cross', requested 'a red cross'"):
         train_in(folder, "told-otherwise", **{**short, "adversarial": settings_of(folder, "swapped")["adversarial"]})
 
 

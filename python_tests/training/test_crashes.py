@@ -54,7 +54,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(folder, damage):
         content = (before / "optimizer.pt").read_bytes()
     file.write_bytes(content)
     wanted = "changed after it was written" if damage == "state" else "optimizer.pt is not the file that was written"
-    with pytest.warns(UserWarning, match=f"step-0000012 is damaged .*{wanted}.*: it is damaged-step-0000012 now"):
+    with pytest.warns(UserWarning, match=f"step-0000012 is damaged .*{wanted}.*: it was renamed to damaged-step-0000012"):
         train_in(folder, "run")
     assert (out / "student" / "model.safetensors").read_bytes() == student
     for checkpoint in (before, newest):
@@ -66,9 +66,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(folder, damage):
 def test_a_second_trainer_in_a_folder_is_refused(folder):
     with (
         only_one(folder / "run", "training"),
-        pytest.raises(
-            InputError, match=rf"process {os.getpid()} of {re.escape(socket.gethostname())}, since 20.* is at work here"
-        ),
+        pytest.raises(InputError, match=rf"is in use by process {os.getpid()} on {re.escape(socket.gethostname())} since 20"),
     ):
         train_in(folder, "run")
     # A holder that was killed does not count.
@@ -105,7 +103,7 @@ def test_a_store_that_lacks_trajectories_begins_no_run(folder):
     sidecar = max((folder / "store" / "shards").glob("*.json"))
     content = sidecar.read_bytes()
     sidecar.write_bytes(content[:10])
-    with pytest.raises(InputError, match="40 were asked for, 20 are there"):
+    with pytest.raises(InputError, match="40 were requested, 20 are stored"):
         train_in(folder, "run")
     assert not (folder / "run" / "train.json").exists()
     sidecar.write_bytes(content)

@@ -75,7 +75,7 @@ def test_result_is_the_average_of_the_weights(store, tmp_path):
 
 def test_run_folder_of_other_settings_is_refused(store, tmp_path):
     run(tmp_path, "run", max_steps=2)
-    with pytest.raises(InputError, match=r"learning_rate: 0\.003 there, 0\.001 now"):
+    with pytest.raises(InputError, match=r"learning_rate: was 0\.003, now 0\.001"):
         run(tmp_path, "run", max_steps=2, learning_rate=1e-3)
 
 

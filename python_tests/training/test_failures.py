@@ -133,14 +133,14 @@ def test_running_out_of_memory_says_what_to_lower(tmp_path):
     settings = dict(batch_size=2000, max_steps=1)
     assert wait(start(tmp_path, "run", 1, functools.partial(limit_memory, 600 * 2**20), **settings)) == [1]
     error = (tmp_path / "run.error-0").read_text()
-    assert "out of memory with a micro-batch of 2000 samples a process, S = 3 steps and T = 16 tokens" in error
+    assert "out of memory with a micro-batch of 2000 samples per process, S = 3 steps and T = 16 tokens" in error
     assert "--gradient_accumulation (now 1" in error
     assert "--activation_checkpointing true" in error
     # The adversarial stage does not accumulate gradients, and does not advise it.
     adversarial = {**student_and_real_data(tmp_path), **settings}
     assert wait(start(tmp_path, "gan", 1, functools.partial(limit_memory, 600 * 2**20), **adversarial)) == [1]
     error = (tmp_path / "gan.error-0").read_text()
-    assert "2000 samples a process" in error
+    assert "2000 samples per process" in error
     assert "two settings help: more processes, or a smaller --batch_size, and --activation_checkpointing true" in error
     # The advice helps.
     settings |= dict(gradient_accumulation=20, activation_checkpointing=True)

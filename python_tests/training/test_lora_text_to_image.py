@@ -171,7 +171,7 @@ def test_a_base_that_is_elsewhere_gone_or_changed(folder: Path, tmp_path: Path) 
     drawn = predictions(Student.from_pretrained(folder / "run"))
     config = tmp_path / "student" / "config.json"
     config.write_text(config.read_text().replace(str(folder / "teacher"), str(tmp_path / "gone")))
-    with pytest.raises(InputError, match=r"trained over the pipeline .*gone, which is not there; put back .*base="):
+    with pytest.raises(InputError, match=r"trained on top of the pipeline .*gone, which does not exist; restore .*base="):
         Student.from_pretrained(tmp_path / "student")
     moved = Student.from_pretrained(tmp_path / "student", base=place)
     assert torch.equal(predictions(moved), drawn)
@@ -212,7 +212,7 @@ def test_a_transformer_in_the_place_of_the_pipelines_is_recorded(exact_folder: P
     frozen = student.trunk.transformer.transformer_blocks[0].ff.net[0].proj.base_layer.weight
     assert torch.equal(frozen, teacher.network.trunk.transformer.transformer_blocks[0].ff.net[0].proj.weight)
     other.rename(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match=r"trained over the transformer .*other, which is not there"):
+    with pytest.raises(InputError, match=r"trained on top of the transformer .*other, which does not exist"):
         Student.from_pretrained(tmp_path / "run")
     assert torch.equal(
         predictions(Student.from_pretrained(tmp_path / "run", base=tmp_path / "elsewhere")), predictions(student)

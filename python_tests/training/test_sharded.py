@@ -230,5 +230,5 @@ def test_one_process_reads_what_several_have_finished_and_trains_nothing(folder)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in student.state_dict().items())
     with pytest.raises(InputError, match="expected several processes"):
         train_in(folder, "run", **{**settings, "max_steps": 3})
-    with pytest.raises(InputError, match="seed: 0 there, 1 now"):
+    with pytest.raises(InputError, match="seed: was 0, now 1"):
         train_in(folder, "run", **{**settings, "seed": 1})

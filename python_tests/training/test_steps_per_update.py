@@ -57,7 +57,7 @@ def test_a_killed_run_ends_as_one_that_was_not(folder: Path) -> None:
     assert signal_at(processes, folder / "killed" / "log.jsonl", 3) >= 3
     wait(processes)
     assert not (folder / "killed" / "student").exists()
-    with pytest.raises(InputError, match="steps_per_update: 2 there, 1 now"):
+    with pytest.raises(InputError, match="steps_per_update: was 2, now 1"):
         train_in(folder, "killed", **{**SETTINGS, "steps_per_update": 1})
     train_in(folder, "killed", **SETTINGS)
     assert_same_run(folder / "one", folder / "killed")

@@ -141,5 +141,5 @@ def test_folders_that_are_neither_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no \.npz"):
         convert_trajectories(tmp_path, tmp_path / "out")
     write_tree(tmp_path / "tree", steps=range(24, 26))
-    with pytest.raises(InputError, match="has not what 4 steps need"):
+    with pytest.raises(InputError, match="lacks what 4 steps need"):
         convert_trajectories(tmp_path / "tree", tmp_path / "out")

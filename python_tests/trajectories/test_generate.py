@@ -177,20 +177,20 @@ def test_default_shard_is_whole_batches_within_bounds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cfg_scale": 2.0}, r"cfg_scale is 1\.5, asked for 2\.0"),
-        ({"cfg_channels": 1}, "cfg_channels is None, asked for 1"),
-        ({"num_steps": 2}, r"grid\.state_index is \[0, 2, 4, 6\], asked for \[0, 3, 6\]"),
-        ({"teacher_steps": 9}, r"grid\.state_index is \[0, 2, 4, 6\], asked for \[0, 3, 6, 9\]"),
-        ({"seed": 8}, "seed is 7, asked for 8"),
-        ({"keep": "state"}, "keep is 'both', asked for 'state'"),
-        ({"cfg_interval": (0, 500)}, r"cfg_interval is None, asked for \(0\.0, 500\.0\)"),
-        ({"precision": "bfloat16"}, "precision is 'float32', asked for 'bfloat16'"),
-        ({"dtype": "bfloat16"}, "dtype is 'float32', asked for 'bfloat16'"),
-        ({"labels": "balanced"}, "labels is 'uniform', asked for 'balanced'"),
-        ({"batch_size": 2}, "batch_size is 4, asked for 2"),
-        ({"shard_size": 16}, "shard_size is 8, asked for 16"),
-        ({"teacher": GaussianTeacher(fingerprint="other")}, "teacher_fingerprint is 'gaussian', asked for 'other'"),
-        ({"teacher": GaussianTeacher(shape=(2, 4, 4))}, r"sample_shape is \(1, 4, 4\), asked for \(2, 4, 4\)"),
+        ({"cfg_scale": 2.0}, r"cfg_scale is 1\.5, requested 2\.0"),
+        ({"cfg_channels": 1}, "cfg_channels is None, requested 1"),
+        ({"num_steps": 2}, r"grid\.state_index is \[0, 2, 4, 6\], requested \[0, 3, 6\]"),
+        ({"teacher_steps": 9}, r"grid\.state_index is \[0, 2, 4, 6\], requested \[0, 3, 6, 9\]"),
+        ({"seed": 8}, "seed is 7, requested 8"),
+        ({"keep": "state"}, "keep is 'both', requested 'state'"),
+        ({"cfg_interval": (0, 500)}, r"cfg_interval is None, requested \(0\.0, 500\.0\)"),
+        ({"precision": "bfloat16"}, "precision is 'float32', requested 'bfloat16'"),
+        ({"dtype": "bfloat16"}, "dtype is 'float32', requested 'bfloat16'"),
+        ({"labels": "balanced"}, "labels is 'uniform', requested 'balanced'"),
+        ({"batch_size": 2}, "batch_size is 4, requested 2"),
+        ({"shard_size": 16}, "shard_size is 8, requested 16"),
+        ({"teacher": GaussianTeacher(fingerprint="other")}, "teacher_fingerprint is 'gaussian', requested 'other'"),
+        ({"teacher": GaussianTeacher(shape=(2, 4, 4))}, r"sample_shape is \(1, 4, 4\), requested \(2, 4, 4\)"),
     ],
 )
 def test_another_stores_folder_is_refused_naming_both_sides(tmp_path: Path, change: dict, message: str) -> None:
@@ -301,7 +301,7 @@ def test_flows_are_solved_by_heun_and_guided_in_an_interval(tmp_path: Path) -> N
     store = write(tmp_path / "guided", cfg_interval=(0.4, 0.6), **settings)
     assert TrajectoryStore.open(tmp_path / "guided").manifest == store.manifest
     assert (store.manifest.solver, store.manifest.cfg_interval) == ("heun", (0.4, 0.6))
-    with pytest.raises(InputError, match="solver is 'heun', asked for 'euler'"):
+    with pytest.raises(InputError, match="solver is 'heun', requested 'euler'"):
         write(tmp_path / "guided", 40, cfg_interval=(0.4, 0.6), **{**settings, "solver": "euler"})
     # (x - alpha m) / sqrt(alpha^2 s^2 + sigma^2) is constant along the exact ODE.
     plain = load(write(tmp_path / "plain", cfg_interval=(2.0, 3.0), **settings))

@@ -55,7 +55,7 @@ def test_kill_minus_nine_leaves_no_trace(tmp_path: Path) -> None:
         assert store.count < 100
         assert store.problems == ()
         if attempt == 0:
-            with pytest.raises(InputError, match=f"100 were asked for, {store.count} are there"):
+            with pytest.raises(InputError, match=f"100 were requested, {store.count} are stored"):
                 store.verify()
     write(tmp_path / "killed", 100)
     assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
@@ -126,13 +126,13 @@ def test_a_disk_that_fills_up_in_mid_shard_is_an_error_and_a_clean_resume(
     with pytest.raises(InputError, match="free some"):
         write(small_disk / "store", 4000, **SIZES)
     pretend_disk_is_large(monkeypatch)
-    with pytest.raises(InputError, match=r"cannot be written \(the disk is full: .*free\); what was there before is kept"):
+    with pytest.raises(InputError, match=r"cannot be written \(the disk is full: .*free\); the previous contents are kept"):
         write(small_disk / "store", 4000, **SIZES)
     store = TrajectoryStore.open(small_disk / "store")
     assert 0 < store.count < 4000
     assert store.problems == ()
     assert not list(small_disk.rglob("*.tmp"))
-    with pytest.raises(InputError, match="4000 were asked for"):
+    with pytest.raises(InputError, match="4000 were requested"):
         TrajectoryReader(store, 8, target="state")
     # Room was made: here on a larger disk.
     shutil.copytree(small_disk / "store", tmp_path / "store")

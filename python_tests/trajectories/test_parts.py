@@ -44,7 +44,7 @@ def test_parts_in_any_order_make_the_same_store(tmp_path: Path, count: int) -> N
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     alone = [str(tmp_path / f"alone {number}") for number in range(1, count + 1)]
     if count > 1:
-        with pytest.raises(InputError, match="50 were asked for"):
+        with pytest.raises(InputError, match="50 were requested"):
             TrajectoryStore.open(alone[0]).verify()
     merged = merge_trajectories(alone, tmp_path / "merged", progress=False)
     merged.verify()
@@ -99,7 +99,7 @@ def test_an_abandoned_lock_file_locks_nothing(tmp_path: Path) -> None:
 def test_a_writer_that_never_gets_to_start_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyard.trajectories.parts._PATIENCE_SECONDS", 0.05)
     (tmp_path / ".locks").mkdir()
-    with filelock.FileLock(tmp_path / ".locks" / "start.lock"), pytest.raises(InputError, match="keeps starting to write"):
+    with filelock.FileLock(tmp_path / ".locks" / "start.lock"), pytest.raises(InputError, match="lock for starting to write"):
         write(tmp_path)
 
 
@@ -131,7 +131,7 @@ def test_merge_resumes_and_says_what_is_missing(tmp_path: Path, capsys: pytest.C
     first, second = halves(tmp_path)
     store = merge_trajectories([first], tmp_path / "out")
     assert (store.count, store.missing()) == (12, [(8, 16)])
-    assert "12 trajectories, 8 more were asked for" in capsys.readouterr().err
+    assert "12 trajectories, 8 more were requested" in capsys.readouterr().err
     (tmp_path / "out" / "shards" / f"{SHARD}.safetensors").write_bytes(b"half")  # killed in between
     merge_trajectories([first, second, first], tmp_path / "out", progress=False).verify()
 
@@ -150,7 +150,7 @@ def test_merge_takes_the_longer_of_two_shards_and_can_move(tmp_path: Path) -> No
 def test_merge_refuses_what_does_not_belong_together(tmp_path: Path) -> None:
     first, second = halves(tmp_path)
     write(tmp_path / "seed", seed=8)
-    with pytest.raises(InputError, match="seed is 7, asked for 8"):
+    with pytest.raises(InputError, match="seed is 7, requested 8"):
         merge_trajectories([first, str(tmp_path / "seed")], tmp_path / "out", progress=False)
     with pytest.raises(InputError, match="both a source and the destination"):
         merge_trajectories([first, second], first, progress=False)

@@ -146,7 +146,7 @@ def test_order_is_the_same_on_every_machine() -> None:
 
 def test_a_store_without_the_target_is_refused(tmp_path: Path) -> None:
     store = write(tmp_path, keep="state")
-    with pytest.raises(InputError, match=r"target='denoised' needs a store that keeps it, this one keeps only 'state'"):
+    with pytest.raises(InputError, match=r"target='denoised' needs a store that keeps it, but this one only keeps 'state'"):
         TrajectoryReader(store, 4, target="denoised")
     with pytest.raises(InputError, match="target is 'velocity'"):
         TrajectoryReader(store, 4, target="velocity")  # type: ignore[arg-type]

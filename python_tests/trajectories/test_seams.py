@@ -76,5 +76,5 @@ def test_parts_of_another_shape_are_another_store(tmp_path: Path):
     merged = TrajectoryStore.open(tmp_path / "merged")
     merged.verify()
     assert merged.conditions.fingerprint == text_teacher().conditions.fingerprint
-    with pytest.raises(InputError, match=r"sample_shape is \(3, 6, 4\), asked for \(3, 4, 8\)"):
+    with pytest.raises(InputError, match=r"sample_shape is \(3, 6, 4\), requested \(3, 4, 8\)"):
         write(teacher, tmp_path / "merged", WIDE, 16)

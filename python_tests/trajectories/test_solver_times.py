@@ -40,11 +40,11 @@ def test_a_store_holds_the_trajectory_of_the_schedulers_times(tmp_path: Path) ->
     for k, target in zip((3, 6, 9, 12), stored.unbind(1), strict=True):
         torch.testing.assert_close(target, states[k - 1], rtol=1e-5, atol=1e-5)
     # Neither other times nor another solver go into the same store, and the times are named.
-    with pytest.raises(InputError, match=r"grid\.times is .*grid\.teacher_times is \[0\.99.*asked for None"):
+    with pytest.raises(InputError, match=r"grid\.times is .*grid\.teacher_times is \[0\.99.*requested None"):
         write(tmp_path / "store", 40, teacher=teacher, num_steps=4, teacher_steps=12, solver="dpm++2m")
-    with pytest.raises(InputError, match="solver is 'dpm\\+\\+2m', asked for 'euler'"):
+    with pytest.raises(InputError, match="solver is 'dpm\\+\\+2m', requested 'euler'"):
         write(tmp_path / "store", 40, teacher=teacher, grid=grid)
     plain = write(tmp_path / "plain", teacher=teacher, num_steps=4, teacher_steps=12)
     assert {"teacher_times", "teacher_embed_times"}.isdisjoint(plain.manifest.to_json()["grid"])
-    with pytest.raises(InputError, match=r"grid\.teacher_times is None, asked for"):
+    with pytest.raises(InputError, match=r"grid\.teacher_times is None, requested"):
         write(tmp_path / "plain", 40, teacher=teacher, grid=grid)

@@ -85,7 +85,7 @@ def test_samples_that_are_no_pictures_have_statistics_and_no_picture(
     assert trajectory_stats(tmp_path / "store") == 0
     assert "(4, 8)" in capsys.readouterr().out
     assert not (tmp_path / "store" / "stats.png").exists()
-    with pytest.raises(InputError, match="are no pictures"):
+    with pytest.raises(InputError, match="are not pictures"):
         trajectory_stats(tmp_path / "store", picture=tmp_path / "p.png")
     plain_vae().save_pretrained(tmp_path / "vae")
     assert trajectory_stats(tmp_path / "store", picture=tmp_path / "p.png", vae=tmp_path / "vae") == 0
@@ -97,14 +97,14 @@ def test_stats_of_a_store_with_problems(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "shards" / "0000000008-0000000016.safetensors").unlink()
     assert trajectory_stats(tmp_path) == 0
     out = capsys.readouterr().out
-    assert "12, 8 more were asked for" in out
+    assert "12, 8 more were requested" in out
     assert "missing, though its sidecar is there" in out
     assert (tmp_path / "stats.png").exists()
     with pytest.raises(InputError, match=r"expected a \.png"):
         trajectory_stats(tmp_path, picture="x.gif")
     for file in (tmp_path / "shards").glob("*"):
         file.unlink()
-    with pytest.raises(InputError, match="holds none yet"):
+    with pytest.raises(InputError, match="holds no trajectories yet"):
         trajectory_stats(tmp_path)
 
 

@@ -63,7 +63,7 @@ def test_maps_are_read_only_and_read_what_safetensors_reads(tmp_path: Path) -> N
     ("harm", "reason"),
     [
         (lambda root: (root / SHARD).unlink(), "missing, though its sidecar is there"),
-        (lambda root: (root / SIDECAR).unlink(), "20 were asked for, 12 are there"),
+        (lambda root: (root / SIDECAR).unlink(), "20 were requested, 12 are stored"),
         (lambda root: truncate(root / SHARD, 100), "truncated or overwritten"),
         (lambda root: (root / SHARD).write_bytes(b""), "truncated or overwritten"),
         (lambda root: (root / SIDECAR).write_bytes(b""), "not valid JSON"),
@@ -94,7 +94,7 @@ def test_the_last_shard_missing_is_noticed(tmp_path: Path) -> None:
     write(tmp_path)
     for file in (tmp_path / "shards").glob("0000000016-*"):
         file.unlink()
-    with pytest.raises(InputError, match="20 were asked for, 16 are there; 1 shards are missing"):
+    with pytest.raises(InputError, match="20 were requested, 16 are stored; 1 shards are missing"):
         TrajectoryReader(str(tmp_path), 4, target="state")
     # "with a smaller count to do with less", as the message says.
     write(tmp_path, 16)
@@ -178,7 +178,7 @@ def test_bytes_after_the_last_tensor_are_refused(tmp_path: Path) -> None:
         (b"[]", "expected a JSON object, found list"),
         (b"{}", "format version None"),
         (b'{"format_version": 1}', "settings missing"),
-        (b'{"format_version": 2}', "format version 2; this pyard knows version 1"),
+        (b'{"format_version": 2}', "format version 2; this pyard reads version 1"),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: bytes, message: str) -> None:

@@ -55,23 +55,23 @@ def bench_quality(
     (state targets, jump outputs), several seeds each; then come masks, steps, heads, losses, rollouts and the adversarial
     stage, one at a time. Everything gets the same budget.
 
-    Every student is a process with one CPU thread, or a GPU, of its own. The same command resumes: students that are there are
-    kept, one that was being trained goes on from its last checkpoint.
+    Every student is a process with one CPU thread, or a GPU, of its own. The same command resumes: finished students are
+    kept, and an unfinished one continues from its last checkpoint.
 
     Example: pyard bench quality --subjects '[digits]' --seeds 1
 
     Args:
-        out: folder of teachers, trajectories and students.
-        results: folder of `quality-SCALE.json`, the tables `quality-SCALE.md` and the figures, and of
+        out: folder for teachers, trajectories and students.
+        results: folder for `quality-SCALE.json`, the tables `quality-SCALE.md` and the figures, and for
             `quality-scenes-text.*`; none: `benchmarks/results` for a whole table, else `out`.
-        quick: a minute's run with next to no training: it shows that everything works, and nothing else.
+        quick: a minute's run with next to no training: it shows that everything works, and nothing more.
         scale: cpu | gpu.
-        subjects: of digits, mixture-2d, mixture-16, scenes-text (cpu), scenes (gpu); the first of classes has the one-factor
-            tables. none: all.
-        seeds: of the main table.
-        only: train only settings of this name, `*` standing for anything (`state-jump-*`), and those that they go on from; the
-            report has what is there.
-        workers: processes; none: one a core, or one a GPU.
+        subjects: some of digits, mixture-2d, mixture-16, scenes-text (cpu), scenes (gpu); the first one with classes has the
+            one-factor tables. none: all.
+        seeds: number of seeds in the main table.
+        only: train only settings with this name, where `*` matches anything (`state-jump-*`), and those they continue from; the
+            report has all results that exist.
+        workers: number of processes; none: one per core, or one per GPU.
         fresh: remove the results of earlier runs first.
         progress: show a progress bar.
 
@@ -119,7 +119,7 @@ def chosen_cells(plan: Plan, only: str | None) -> list[Cell]:
     names = {cell.name for cell in plan.cells if fnmatchcase(cell.setting.name, only)}
     if not names:
         settings = ", ".join(dict.fromkeys(cell.setting.name for cell in plan.cells))
-        raise InputError(f"bench quality: no setting is called {only!r}; there are {settings}")
+        raise InputError(f"bench quality: no setting matches {only!r}; expected some of {settings}")
     names |= {base for cell in plan.cells if cell.name in names and (base := base_of(cell)) is not None}
     return [cell for cell in plan.cells if cell.name in names]
 
@@ -152,7 +152,7 @@ def _train_all(plan: Plan, cells: list[Cell], out: Path, quick: bool, workers: i
                 failures.append(f"{name}: {error}")
                 bar.write("".join(traceback.format_exception(error)))
             bar.update(sum(_updates_done(plan, cell, out) for cell in cells) - bar.n)
-    return failures + [f"{name}: not tried, {cause} failed" for name, cause in schedule.left.items()]
+    return failures + [f"{name}: skipped, because {cause} failed" for name, cause in schedule.left.items()]
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def write_report(plan: Plan, out: Path, results: Path, name: str, quick: bool) -
             rows.append({**row, "training_flops": training_flops(workshop, settings, student)})
         stale += row is None and (out / cell.name / "result.json").exists()
     if stale:
-        print(f"{stale} results in {out} are of other settings, teachers or features; they are left out")
+        print(f"{stale} results in {out} come from other settings, teachers or features and are left out")
     teachers = {subject: workshop.measure(workshop.teacher_samples()["ends"]) for subject, workshop in workshops.items()}
     ratios = {subject: _ratio(workshop, rows) for subject, workshop in workshops.items()}
     record = {
@@ -114,7 +114,7 @@ def _document(
 ) -> str:
     lines = [f"`pyard bench quality`: {machine_sentence(record['machine'])}", ""]
     if quick:
-        lines += ["A quick run: next to no training, numbers without a meaning.", ""]
+        lines += ["A quick run with next to no training: the numbers mean nothing.", ""]
     for subject, budget in plan.budgets.items():
         if not any(row["subject"] == subject for row in rows):
             continue

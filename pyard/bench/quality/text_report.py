@@ -60,7 +60,7 @@ def write_text_report(plan: Plan, out: Path, results: Path, name: str, quick: bo
             rows.append(row)
         stale += row is None and (workshop.folder_of(cell) / "result.json").exists()
     if stale:
-        print(f"{stale} results in {workshop.folder} are of other settings, teachers or features; they are left out")
+        print(f"{stale} results in {workshop.folder} come from other settings, teachers or features and are left out")
     against = {setting.name: found for setting in _settings(plan) if (found := _difference(workshop, rows, setting))}
     record = {
         "machine": machine(),
@@ -114,7 +114,7 @@ def _seeds(rows: Sequence[Row], setting: Setting) -> set[int]:
 def _document(plan: Plan, record: Row, against: dict[str, tuple[Setting, Interval]], name: str) -> str:
     lines = [f"`pyard bench quality --subjects '[{TEXT}]'`: {machine_sentence(record['machine'])}", ""]
     if record["quick"]:
-        lines += ["A quick run: next to no training, numbers without a meaning.", ""]
+        lines += ["A quick run with next to no training: the numbers mean nothing.", ""]
     budget, prompts = record["budget"], record["prompts"]
     what = (
         f"{budget['updates']} updates of {budget['batch_size']} from {budget['trajectories']} trajectories each, guidance "

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     setting.add_argument("--size", type=int, default=16, help="side of the pictures in pixels, 16 to 32 (%(default)s)")
     setting.add_argument("--cells", type=int, default=2, help="cells along a side (%(default)s)")
     setting.add_argument("--jitter", type=float, default=0.5, help="how free positions are, 0 to 1 (%(default)s)")
-    setting.add_argument("--seed", type=int, default=0, help="of the scenes (%(default)s)")
+    setting.add_argument("--seed", type=int, default=0, help="random seed of the scenes (%(default)s)")
     sheet = commands.add_parser("sheet", parents=[setting], help="draw scenes with their captions into a PNG")
     sheet.add_argument("out", help="the PNG")
     sheet.add_argument("--count", type=int, default=40, help="how many scenes (%(default)s)")

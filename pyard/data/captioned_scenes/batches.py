@@ -33,7 +33,7 @@ class SceneBatch:
         if not self.pictures.shape[:1] == (len(self.captions),) == (len(self.prompts),):
             raise InputError(
                 f"{self.pictures.shape} pictures, {len(self.captions)} captions and {len(self.prompts)} prompts; "
-                "expected as many of each"
+                "expected the same number of each"
             )
 
 

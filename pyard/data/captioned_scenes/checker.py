@@ -79,7 +79,7 @@ def follow_prompts(pictures: np.ndarray, prompts: Sequence[Prompt], setting: Sce
     setting = setting or SceneSetting()
     readings = read_pictures(pictures, setting)
     if len(readings) != len(prompts):
-        raise InputError(f"{len(readings)} pictures and {len(prompts)} prompts; expected as many of one as of the other")
+        raise InputError(f"{len(readings)} pictures and {len(prompts)} prompts; expected the same number of both")
     return np.array([follows(reading, prompt, setting) for reading, prompt in zip(readings, prompts, strict=True)], dtype=bool)
 
 

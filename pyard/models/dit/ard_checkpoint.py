@@ -84,7 +84,7 @@ def save_ard_student(student: Student, path: str | Path) -> None:
     """
     config = student.config
     if not isinstance(student.trunk, Trunk) or not isinstance(config.network, DiTConfig):
-        raise InputError(f"this student cannot be written as an ARD checkpoint: its network is no DiT but {config.family}")
+        raise InputError(f"this student cannot be written as an ARD checkpoint: its network is not a DiT but {config.family}")
     network = config.network
     published = TimeGrid.build(config.schedule, student.num_steps, config.grid.teacher_steps)
     fixed = {
@@ -98,7 +98,7 @@ def save_ard_student(student: Student, path: str | Path) -> None:
         "mlp_norm_eps": (network.mlp_norm_eps, 1e-6),
         "(time_scale, time_offset)": ((network.time_scale, network.time_offset), (1.0, 0.0)),
     }
-    other = [f"{name} is {found}, theirs {theirs}" for name, (found, theirs) in fixed.items() if found != theirs]
+    other = [f"{name} is {found} instead of {theirs}" for name, (found, theirs) in fixed.items() if found != theirs]
     if other:
         raise InputError(f"this student cannot be written as an ARD checkpoint, whose code fixes: {'; '.join(other)}")
     # A shared head becomes as many equal ones as there are steps.

@@ -31,8 +31,8 @@ _AVERAGED = re.compile(r"(?<![a-z])ema(?![a-z])")
 _SETTINGS = ("args", "config", "hyper_parameters", "cfg")
 _DEPTH = 3
 
-_HOW_TO_CONVERT = """{path} holds more than tensors ({reason}), and pyard reads pickles with weights_only=True alone, because \
-anything else would run whatever code they name. If you trust where the file comes from, turn it into safetensors once: \
+_HOW_TO_CONVERT = """{path} holds more than tensors ({reason}), and pyard only reads pickles with weights_only=True, because \
+anything else would run whatever code they name. If you trust the file's source, convert it to safetensors once: \
 python -c "import json, torch; from safetensors.torch import save_file; c = torch.load('{path}', map_location='cpu', \
 weights_only=False); a = c.get('args') or {{}}; a = a if isinstance(a, dict) else vars(a); \
 a = {{k: v for k, v in a.items() if isinstance(v, (str, int, float))}}; w = c.get('ema', c.get('model', \
@@ -160,7 +160,7 @@ def _read_pickle(path: Path) -> tuple[Mapping[Any, Any], dict[str, Any]]:
         start = file.read(512)
     what = _what_else(path, start)
     if what is not None:
-        raise InputError(f"{path} is no PyTorch checkpoint: {what}")
+        raise InputError(f"{path} is not a PyTorch checkpoint: {what}")
     try:
         content = read_pickle(path)
     except ForeignObjectError as error:
@@ -180,7 +180,7 @@ def _what_else(path: Path, start: bytes) -> str | None:
     if instead is not None:
         return instead
     if text.startswith((b"{", b"[")):
-        return "it is a JSON text; of a model in several files, give one file with all tensors, or the folder"
+        return "it is a JSON file; for a model in several files, give one file with all tensors, or the folder"
     if path.suffix == ".safetensors":
         return "it is a pickle; name it .pt" if start.startswith((b"\x80", b"PK")) else None
     if start.startswith(b"PK"):

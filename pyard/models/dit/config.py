@@ -69,7 +69,7 @@ class DiTConfig:
         if self.mlp_norm_eps is None:
             object.__setattr__(self, "mlp_norm_eps", self.norm_eps)
         if self.input_size % self.patch_size:
-            raise InputError(f"DiT: input_size {self.input_size} is no multiple of patch_size {self.patch_size}")
+            raise InputError(f"DiT: input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise InputError(f"DiT: hidden_size {self.hidden_size} must be a multiple of 4 and of num_heads ({self.num_heads})")
 

@@ -62,22 +62,20 @@ def read_config(
         frequencies = tensors["t_embedder.mlp.0.weight"]
     except KeyError as error:
         found = ", ".join(list(tensors)[:4])
-        raise InputError(
-            f"no checkpoint of a DiT: there is no tensor {error}; found {len(tensors)} tensors: {found} …"
-        ) from None
+        raise InputError(f"not a DiT checkpoint: there is no tensor {error}; found {len(tensors)} tensors: {found} …") from None
     if patch.ndim != 4 or patch.shape[2] != patch.shape[3] or 0 in patch.shape:
-        raise InputError(f"no checkpoint of a DiT: x_embedder.proj.weight is {list(patch.shape)}; expected [D, C, P, P]")
+        raise InputError(f"not a DiT checkpoint: x_embedder.proj.weight is {list(patch.shape)}; expected [D, C, P, P]")
     for name, tensor in (("final_layer.linear", head), ("y_embedder.embedding_table", table), ("blocks.0.mlp.fc1", mlp),
                          ("t_embedder.mlp.0", frequencies)):  # fmt: skip
         if tensor.ndim != 2 or 0 in tensor.shape:
-            raise InputError(f"no checkpoint of a DiT: {name}.weight is {list(tensor.shape)}; expected a matrix")
+            raise InputError(f"not a DiT checkpoint: {name}.weight is {list(tensor.shape)}; expected a matrix")
     hidden, channels, patch_size, _ = patch.shape
     tokens = position.shape[-2] if position.ndim > 1 else 0
     if math.isqrt(tokens) ** 2 != tokens or not tokens:
-        raise InputError(f"no checkpoint of a DiT: pos_embed is {list(position.shape)}; expected [1, T, D] of a square picture")
+        raise InputError(f"not a DiT checkpoint: pos_embed is {list(position.shape)}; expected [1, T, D] of a square picture")
     if head.shape[0] % patch_size**2:
         raise InputError(
-            f"no checkpoint of a DiT: final_layer.linear.weight has {head.shape[0]} rows, no multiple of {patch_size}² pixels"
+            f"not a DiT checkpoint: final_layer.linear.weight has {head.shape[0]} rows, not a multiple of {patch_size}² pixels"
         )
     if num_heads is None:
         num_heads = KNOWN_HEADS.get(hidden)
@@ -124,9 +122,7 @@ def block_count(tensors: Tensors) -> int:
     """L, where the blocks' tensors are numbered 0 to L - 1."""
     found = {int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
     if not found or max(found) != len(found) - 1:
-        raise InputError(
-            f"no checkpoint of a DiT: {len(found)} blocks, numbered up to {max(found, default=0)}; some are missing"
-        )
+        raise InputError(f"not a DiT checkpoint: {len(found)} blocks, numbered up to {max(found, default=0)}; some are missing")
     return len(found)
 
 
@@ -143,7 +139,7 @@ def split_checkpoint(tensors: Tensors, config: DiTConfig) -> tuple[Tensors, list
     unknown = [name for name in tensors if name not in known]
     if missing or unknown:
         raise InputError(
-            f"no checkpoint of a DiT: {len(missing)} tensors are missing ({', '.join(missing[:3])}), {len(unknown)} are "
+            f"not a DiT checkpoint: {len(missing)} tensors are missing ({', '.join(missing[:3])}), {len(unknown)} are "
             f"unknown ({', '.join(unknown[:3])})"
         )
     quantised = [name for name in known if name in tensors and not tensors[name].is_floating_point()]
@@ -167,7 +163,7 @@ def load_tensors(module: nn.Module, tensors: Tensors, path: object, *, assign: b
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()] or [str(error)]
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-        raise InputError(f"{path}: its tensors do not fit each other: {lines[0]}{more}") from None
+        raise InputError(f"{path}: its tensors do not match each other: {lines[0]}{more}") from None
 
 
 def join_checkpoint(trunk: Tensors, heads: list[Tensors], config: DiTConfig) -> Tensors:

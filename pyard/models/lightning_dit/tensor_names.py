@@ -51,10 +51,10 @@ def read_lightning_config(
         modulation = tensors[f"{first}adaLN_modulation.1.weight"].shape[0]
         mlp_size = tensors[f"{first}mlp.w3.weight" if f"{first}mlp.w3.weight" in tensors else f"{first}mlp.fc2.weight"].shape[1]
     except (KeyError, IndexError) as error:
-        raise InputError(f"no checkpoint of a LightningDiT: there is no tensor {error}") from None
+        raise InputError(f"not a LightningDiT checkpoint: there is no tensor {error}") from None
     if modulation not in (4 * width, 6 * width):
         raise InputError(
-            f"no checkpoint of a LightningDiT: {first}adaLN_modulation.1.weight has {modulation} rows; expected 4 or "
+            f"not a LightningDiT checkpoint: {first}adaLN_modulation.1.weight has {modulation} rows; expected 4 or "
             f"6 times {width}"
         )
     rotary = _ROTARY[0] in tensors
@@ -95,7 +95,7 @@ def _check_rotation(tensors: Tensors, config: LightningDiTConfig) -> None:
         found = tensors.get(name)
         if found is None or found.shape != expected.shape or not torch.allclose(found.double(), expected, atol=1e-2):
             raise InputError(
-                f"no checkpoint of a LightningDiT: {name} is not the rotation by row and column of "
+                f"not a LightningDiT checkpoint: {name} is not the rotation by row and column of "
                 f"{len(expected)} tokens in a square"
             )
 

@@ -31,7 +31,9 @@ class QwenImage(WrappedBackbone):
     def check_settings(cls, config: WrappedConfig) -> None:
         for name in ("zero_cond_t", "use_layer3d_rope", "use_additional_t_cond"):
             if config.transformer.get(name):
-                raise InputError(f"Qwen-Image: {name} is set; pyard knows text-to-image models, which are not told pictures")
+                raise InputError(
+                    f"Qwen-Image: {name} is set; pyard supports text-to-image models, which take no pictures as input"
+                )
 
     @property
     def patch(self) -> int:

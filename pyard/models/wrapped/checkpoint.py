@@ -80,7 +80,7 @@ def add_stock_lora(transformer: Any, pipeline: type[Any], path: Path) -> None:
         _add_peft_adapter(transformer, path)
         return
     if not hasattr(pipeline, "lora_state_dict"):
-        raise InputError(f"lora {path}: {pipeline.__name__} reads no LoRA files; expected an adapter folder of PEFT")
+        raise InputError(f"lora {path}: {pipeline.__name__} does not read LoRA files; expected an adapter folder of PEFT")
     before = {name: id(module) for name, module in transformer.named_modules()}
     for file in (
         [path] if path.is_file() else sorted(f for kind in ("*.safetensors", *PICKLED_WEIGHTS) for f in path.glob(kind))
@@ -97,7 +97,7 @@ def add_stock_lora(transformer: Any, pipeline: type[Any], path: Path) -> None:
     except Exception as error:  # as in read_pretrained
         raise InputError(f"lora {path}: {pipeline.__name__} cannot read it: {' '.join(str(error).split())[:300]}") from None
     if before == {name: id(module) for name, module in transformer.named_modules()}:
-        raise InputError(f"lora {path}: none of its layers is one of this {type(transformer).__name__}")
+        raise InputError(f"lora {path}: none of its layers belongs to this {type(transformer).__name__}")
     transformer.fuse_lora()
     transformer.unload_lora()
 
@@ -117,7 +117,7 @@ def _add_peft_adapter(transformer: Any, path: Path) -> None:
     except Exception as error:  # as in read_pretrained
         raise InputError(f"lora {path}: PEFT cannot read it: {' '.join(str(error).split())[:300]}") from None
     if result.unexpected_keys:
-        raise InputError(f"lora {path}: {result.unexpected_keys[0]} is no layer of this {type(transformer).__name__}")
+        raise InputError(f"lora {path}: {result.unexpected_keys[0]} is not a layer of this {type(transformer).__name__}")
     merge_adapters(transformer)
 
 
@@ -128,7 +128,7 @@ def _from_single_file(kind: type[Any], file: Path, folder: Path, dtype: torch.dt
     require_finite(tensors, file)
     config = _config(folder)
     check_config(config, folder / "config.json", {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    with reading(folder, f"no configuration of a {kind.__name__}", RuntimeError), init_empty_weights(include_buffers=False):
+    with reading(folder, f"not a configuration of {kind.__name__}", RuntimeError), init_empty_weights(include_buffers=False):
         transformer: nn.Module = kind.from_config(config)
     wanted = transformer.state_dict()
     for prefix in _PREFIXES:
@@ -137,7 +137,7 @@ def _from_single_file(kind: type[Any], file: Path, folder: Path, dtype: torch.dt
             differing = [name for name, tensor in wanted.items() if tensor.shape != own[name].shape]
             if differing:
                 sizes = f"{tuple(own[differing[0]].shape)}, expected {tuple(wanted[differing[0]].shape)}"
-                raise InputError(f"transformer {file}: {differing[0]} is {sizes}; it is of another size than {folder}")
+                raise InputError(f"transformer {file}: {differing[0]} is {sizes}; it has a different size than {folder}")
             transformer.load_state_dict({name: own[name].clone() for name in wanted}, assign=True)
             return transformer.to(dtype).eval()
     if not hasattr(kind, "from_single_file"):

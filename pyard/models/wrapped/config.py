@@ -38,7 +38,7 @@ class WrappedConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.transformer, Mapping):
             raise InputError(
-                f"transformer: its configuration is a {type(self.transformer).__name__}; expected settings by name"
+                f"transformer: its configuration is a {type(self.transformer).__name__}; expected a mapping of settings"
             )
         settings = {key: value for key, value in self.transformer.items() if not key.startswith("_")}
         object.__setattr__(self, "transformer", _plain(settings))

@@ -85,8 +85,8 @@ def low_rank(
             others += float((tensor.double() - base[name].double()).square().sum())
     if rank is None and left_out:
         raise InputError(
-            f"a LoRA can only hold matrices of linear layers; {_count(left_out)} of the student differs from its base, too: "
-            "use --to transformer, or train with lora_rank and the output layers as LoRA or frozen"
+            f"a LoRA can only hold matrices of linear layers, but {_count(left_out)} of the student also differs from its "
+            "base: use --to transformer, or train with lora_rank and the output layers as LoRA or frozen"
         )
     found = LowRank({name: d.factors for name, d in layers.items() if len(d.factors.down)}, tuple(left_out), 0.0)
     whole = sum(d.square for d in layers.values()) + others
@@ -178,7 +178,7 @@ def _check_low(layers: Mapping[str, _Difference], found: LowRank, whole: float) 
     rest = sum(d.rest(try_rank) for d in layers.values())
     raise InputError(
         f"the student's difference from its base has rank {len(layers[worst].factors.down)} in {worst} ({m} x {n}), so it was "
-        "trained in full and is no LoRA: use --to transformer, train with lora_rank, or accept an approximation: --rank "
+        "trained in full and is not a LoRA: use --to transformer, train with lora_rank, or accept an approximation: --rank "
         f"{try_rank} leaves {(rest / whole) ** 0.5:.0%} of the difference out"
     )
 
@@ -189,7 +189,7 @@ def _check_names(student: Mapping[str, torch.Tensor], base: Mapping[str, torch.T
         raise InputError(f"the base is another model: {differing[0]} is in only one of them ({len(differing)} such tensors)")
     for name, tensor in student.items():
         if tensor.shape != base[name].shape:
-            raise InputError(f"the base is of another size: {name} is {tuple(base[name].shape)}, here {tuple(tensor.shape)}")
+            raise InputError(f"the base has a different size: {name} is {tuple(base[name].shape)}, here {tuple(tensor.shape)}")
 
 
 def _count(names: list[str]) -> str:

@@ -32,7 +32,7 @@ class ZImage(WrappedBackbone):
     block_lists = ("layers",)
     attention_names = ("attention",)
     output_places = {"final_layer": "all_final_layer.2-1"}  # noqa: RUF012
-    not_compiled = "its transformer takes each text by its length, so every batch of prompts would be compiled anew"
+    not_compiled = "its transformer depends on the length of each text, so every batch of prompts would be compiled again"
     on_tensors: ZImageTensors | None = None
 
     @classmethod
@@ -41,7 +41,9 @@ class ZImage(WrappedBackbone):
         if patches != ([2], [1]):
             raise InputError(f"Z-Image: patches of {patches[0]} pixels and {patches[1]} frames; expected [2] and [1]")
         if config.transformer.get("siglip_feat_dim"):
-            raise InputError("Z-Image: this transformer is told pictures (siglip_feat_dim); expected a text-to-image one")
+            raise InputError(
+                "Z-Image: this transformer takes pictures as input (siglip_feat_dim); expected a text-to-image one"
+            )
 
     @property
     def patch(self) -> int:

@@ -103,7 +103,7 @@ def _component(folder: Path, index: dict[str, Any], name: str, is_needed: bool, 
         raise InputError(f"{folder}: the pipeline has no {name} to encode prompts with: {where}; download the whole folder")
     library, kind = named
     if library != "transformers":
-        raise InputError(f"{folder / INDEX_NAME}: {name} is a {library}.{kind}; expected a class of transformers")
+        raise InputError(f"{folder / INDEX_NAME}: {name} is a {library}.{kind}; expected a transformers class")
     if name.startswith("tokenizer"):
         return Component(name, place, kind)
     if not (place / "config.json").is_file():

@@ -145,7 +145,10 @@ class PipelineFamily:
         if not configs.transformer.get("guidance_embeds"):
             return None
         if self.guidance_value is None:
-            raise InputError(f"{self.pipeline}: its transformer takes an embedded guidance without a default; give one")
+            raise InputError(
+                f"{self.pipeline}: its transformer needs an embedded guidance, which has no default here; give "
+                "embedded_guidance"
+            )
         return self.guidance_value
 
     def default_pixels(self, configs: PipelineConfigs) -> tuple[int, int]:

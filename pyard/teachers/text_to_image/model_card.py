@@ -78,12 +78,12 @@ class Card:
         ]  # fmt: skip
         if self.kind == "lora" and self.pipeline_warns:
             lines.append(
-                "diffusers says of the text encoders that no LoRA keys were found: this LoRA changes the transformer alone.\n"
+                "diffusers reports that it found no LoRA keys for the text encoders: this LoRA only changes the transformer.\n"
             )
         if told:
             lines.append(
-                "The teacher's scheduler told the network rounded times. Here it is told the exact ones, which differ by up to "
-                f"{told:.1g}, so pictures differ slightly from pyard's.\n"
+                "The teacher's scheduler passed rounded times to the network. This one passes the exact times, which differ "
+                f"by up to {told:.1g}, so pictures differ slightly from pyard's.\n"
             )
         return "\n".join(lines)
 

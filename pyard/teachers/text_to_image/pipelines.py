@@ -112,7 +112,7 @@ PIPELINES: Mapping[str, PipelineFamily] = MappingProxyType({family.pipeline: fam
 _REFUSED = {
     r"^Sana": "its attention is linear: without a softmax there are no keys and values for a history to remember",
     r"Img2Img|Inpaint|Fill|Control|Kontext|Edit|Redux|Layered|Omni": "it starts from a picture; give the plain pipeline",
-    r"PAG|Differential": "its guidance is its own; give the plain pipeline",
+    r"PAG|Differential": "it has a guidance of its own; give the plain pipeline",
 }
 
 
@@ -129,5 +129,7 @@ def pipeline_family(folder: str | Path) -> PipelineFamily:
     name = str(read_object(file, "the index of a diffusers pipeline").get("_class_name"))
     if name not in PIPELINES:
         reason = next((f": {why}" for pattern, why in _REFUSED.items() if re.search(pattern, name)), "")
-        raise InputError(f"{folder} is a {name}, which pyard cannot teach with{reason}. Expected one of {', '.join(PIPELINES)}")
+        raise InputError(
+            f"{folder} is a {name}, which pyard cannot use as a teacher{reason}. Expected one of {', '.join(PIPELINES)}"
+        )
     return PIPELINES[name]

@@ -86,7 +86,7 @@ class PipelineSettings:
         default = self.family.embedded_guidance(self.configs)
         if default is None and embedded_guidance is not None:
             raise InputError(
-                f"embedded_guidance is {embedded_guidance:g}, but the transformer of this {self.family.pipeline} is told none; "
+                f"embedded_guidance is {embedded_guidance:g}, but the transformer of this {self.family.pipeline} takes none; "
                 "use cfg_scale"
             )
         return {} if default is None else {"guidance": float(default if embedded_guidance is None else embedded_guidance)}

@@ -178,8 +178,8 @@ def _flow_of_sigmas(grid: TimeGrid, schedule: NoiseSchedule) -> StockSampling:
     # DPM-Solver passes whole noise levels to a flow's network, so the times may differ by one level.
     if _differs(visits._replace(embed_times=grid.embed_times), grid) > _SAME or told > 1 / schedule.num_train_timesteps:
         raise InputError(
-            f"no scheduler of diffusers visits this student's times {_listed(grid.times)} and tells the network "
-            f"{_listed(grid.embed_times)}; draw with pyard.ARDPipeline"
+            f"no diffusers scheduler visits this student's times {_listed(grid.times)} and passes "
+            f"{_listed(grid.embed_times)} to the network; draw with pyard.ARDPipeline"
         )
     return StockSampling(scheduler, {"sigmas": sigmas}, _levels(schedule, grid), told if told > _SAME else 0.0)
 
@@ -197,8 +197,8 @@ def _of_timesteps(grid: TimeGrid, schedule: NoiseSchedule) -> StockSampling:
     found = tuple(float(time) for time in placed.timesteps)
     if found != grid.times[:-1] or found != grid.embed_times:
         raise InputError(
-            f"no scheduler of diffusers visits this student's times {_listed(grid.times)} and tells the network "
-            f"{_listed(grid.embed_times)}: pipelines take whole noise levels; draw with pyard.ARDPipeline"
+            f"no diffusers scheduler visits this student's times {_listed(grid.times)} and passes "
+            f"{_listed(grid.embed_times)} to the network: pipelines take whole noise levels; draw with pyard.ARDPipeline"
         )
     return StockSampling(scheduler, {"timesteps": [float(time) for time in times]}, _levels(schedule, grid))
 

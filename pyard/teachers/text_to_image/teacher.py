@@ -140,10 +140,12 @@ class PipelineTeacher(PipelineSettings, NetworkTeacher):
         return fingerprint_of(self.network, self.schedule, json.loads(json.dumps(settings, default=str)))
 
     def with_schedule(self, schedule: Any) -> NetworkTeacher:
-        raise InputError(f"teacher {self.folder}: its scheduler says how it was trained; change its scheduler/ folder instead")
+        raise InputError(
+            f"teacher {self.folder}: its scheduler determines its noise schedule; change its scheduler/ folder instead"
+        )
 
     def save_pretrained(self, path: str | Path) -> None:
-        raise InputError(f"teacher {self.folder} is a pipeline of diffusers, which is read where it is; copy its folder")
+        raise InputError(f"teacher {self.folder} is a diffusers pipeline, which pyard reads in place; copy its folder")
 
 
 def is_pipeline_folder(path: Path) -> bool:
@@ -216,7 +218,7 @@ def load_pipeline(
 def read_scheduler(folder: Path) -> Any:
     """The scheduler of a pipeline's folder, or the deterministic one that replaces it, which is reported in a printed line."""
     if not (folder / "scheduler").is_dir():
-        raise InputError(f"{folder}: there is no scheduler/, so nothing says how it was trained; download the whole folder")
+        raise InputError(f"{folder}: there is no scheduler/, so its noise schedule is unknown; download the whole folder")
     scheduler, replaced = load_scheduler(folder / "scheduler")
     for note in (replaced, own_solver(scheduler).note):
         if note:

@@ -188,7 +188,7 @@ class PipelineTextEncoder:
             file = self.folder / "transformer" / "config.json"
             config = transformer or read_object(file, "the configuration of a transformer")
             check_config(config, file, {})
-            with reading(file, "no SD3Transformer2DModel", RuntimeError), torch.device("meta"):
+            with reading(file, "not an SD3Transformer2DModel", RuntimeError), torch.device("meta"):
                 pipeline.transformer = diffusers.SD3Transformer2DModel.from_config(dict(config))
         return pipeline
 

@@ -52,7 +52,7 @@ def test_unconditional_label_needs_label_dropout():
 
 
 def test_sizes_that_do_not_divide_are_refused():
-    with pytest.raises(InputError, match="no multiple of patch_size"):
+    with pytest.raises(InputError, match="not a multiple of patch_size"):
         tiny_config(input_size=9)
     with pytest.raises(InputError, match="num_heads"):
         tiny_config(num_heads=3)

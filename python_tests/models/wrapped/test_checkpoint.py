@@ -59,7 +59,7 @@ def test_a_transformer_of_another_model_is_one_line(pipeline: Path, tmp_path: Pa
     with pytest.raises(InputError, match=r"proj_out.* is .*expected"):
         load_teacher(pipeline, transformer=tmp_path / "narrow.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"<html>")
-    with pytest.raises(InputError, match="no safetensors file"):
+    with pytest.raises(InputError, match="not a safetensors file"):
         load_teacher(pipeline, transformer=tmp_path / "broken.safetensors")
 
 
@@ -104,7 +104,7 @@ def test_peft_adapters_and_loras_of_other_models(pipeline: Path, tmp_path: Path)
     merged = adapted.merge_and_unload().state_dict()
     mine = weights_of(pixart, lora=tmp_path / "adapter")
     assert all(torch.allclose(mine[name], merged[name], atol=1e-6) for name in mine)
-    with pytest.raises(InputError, match=r"PEFT cannot read it|is no layer"):
+    with pytest.raises(InputError, match=r"PEFT cannot read it|is not a layer"):
         load_teacher(pipeline, lora=tmp_path / "adapter")
     with pytest.raises(InputError, match="no such file or folder"):
         load_teacher(pipeline, lora=tmp_path / "nothing")

@@ -55,6 +55,6 @@ def test_a_family_that_cannot_is_refused_before_training(tmp_path: Path) -> None
 
     assert set(NAMES) - set(COMPILED) == {"z_image"}
     folder = tiny_pipeline("z_image", tmp_path / "pipeline")
-    with pytest.raises(InputError, match="compile does not go with ZImage: its transformer takes each text by its length"):
+    with pytest.raises(InputError, match="compile does not work with ZImage: its transformer depends on the length of"):
         pyard.train(folder, out=tmp_path / "run", prompts="a dog.txt", num_steps=2, compile=True, progress=False)
     assert not (tmp_path / "run" / "trajectories").exists()

@@ -95,7 +95,7 @@ def test_a_flux_without_embedded_guidance_has_none(tmp_path: Path) -> None:
 def test_a_guidance_without_a_default_is_asked_for(tmp_path: Path) -> None:
     opened = _Opened(tiny_pipeline("qwen_image", tmp_path))
     told = dataclasses.replace(opened.configs, transformer={**opened.configs.transformer, "guidance_embeds": True})
-    with pytest.raises(InputError, match="embedded guidance without a default"):
+    with pytest.raises(InputError, match="embedded guidance, which has no default"):
         opened.family.embedded_guidance(told)
 
 
@@ -320,7 +320,7 @@ def test_a_pipeline_of_another_class_is_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(InputError) as caught:
             pipeline_family(tmp_path)
         message = str(caught.value)
-        assert f"is a {name}, which pyard cannot teach with{reason}" in message
+        assert f"is a {name}, which pyard cannot use as a teacher{reason}" in message
         assert all(known in message for known in PIPELINES)
         assert "\n" not in message
 

@@ -170,7 +170,7 @@ def test_wrong_input_is_one_line(pipeline: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n', encoding="utf-8")
     refused("broken.jsonl, line 2", prompts=tmp_path / "broken.jsonl")
     refused("multiples of 8", prompts=PROMPTS, height=30)
-    refused("told none; use cfg_scale", prompts=PROMPTS, embedded_guidance=3.0)
+    refused("takes none; use cfg_scale", prompts=PROMPTS, embedded_guidance=3.0)
     refused("solver 'euler' does not go with", prompts=PROMPTS, solver="euler")
     refused("label 7", prompts=PROMPTS, labels=[7])
     assert not (tmp_path / "store").exists()  # nothing was encoded for what cannot be
@@ -178,7 +178,7 @@ def test_wrong_input_is_one_line(pipeline: Path, tmp_path: Path) -> None:
         pipeline, tmp_path / "begun", 2, prompts=PROMPTS, num_steps=2, teacher_steps=4, height=32, width=32, progress=False
     )
     encoded = sorted((tmp_path / "begun" / "conditions").rglob("*"))
-    with pytest.raises(InputError, match=r"cfg_scale is 4\.5, asked for 2"):
+    with pytest.raises(InputError, match=r"cfg_scale is 4\.5, requested 2"):
         pyard.generate_trajectories(
             pipeline, tmp_path / "begun", 2, prompts=PROMPTS, num_steps=2, teacher_steps=4, height=32, width=32, cfg_scale=2.0
         )

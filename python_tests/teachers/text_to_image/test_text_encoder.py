@@ -303,7 +303,7 @@ def test_components_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
     index = json.loads((whole / "model_index.json").read_text())
     for named, expected in (
-        (["my_package", "Encoder"], r"text_encoder is a my_package\.Encoder; expected a class of transformers"),
+        (["my_package", "Encoder"], r"text_encoder is a my_package\.Encoder; expected a transformers class"),
         (["transformers", "NoSuchModel"], r"has no class NoSuchModel"),
     ):
         folder = copy(named[1])
