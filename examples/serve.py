@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("student", help="a file, or the folder of a text-to-image student, written by python -m pyard.export")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--threads", type=int, help="CPU threads for a batch; if not given, OMP_NUM_THREADS or onnxruntime's choice")
+    parser.add_argument("--threads", type=int, help="CPU threads for a batch (OMP_NUM_THREADS, or onnxruntime's choice)")
     parser.add_argument("--patience", type=float, default=10.0, help="seconds that a client may take to send its request")
     add_limits(parser)
     options = parser.parse_args()

@@ -69,13 +69,11 @@ void on_bus_error(int number, siginfo_t* info, void*) {
   say(g_program);
   say(": error: ");
   if (path != nullptr && std::strncmp(path, "/dev/shm/", 9) == 0) {
-    say("shared memory is full (/dev/shm); make it larger, of a container by --shm-size, and give the same command "
-        "again\n");
+    say("shared memory (/dev/shm) is full; enlarge it (for a container, with --shm-size) and rerun the same command\n");
     _exit(2);
   }
   say(path == nullptr ? "a mapped file" : path);
-  say(" cannot be read (the disk has an error, or the file became shorter); check the disk and give the same command "
-      "again\n");
+  say(" cannot be read (the disk has an error, or the file became shorter); check the disk and rerun the same command\n");
   _exit(2);
 }
 

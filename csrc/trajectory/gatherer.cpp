@@ -31,7 +31,9 @@ size_t place_of(const std::vector<TensorLayout>& tensors, const std::string& nam
 Gatherer::Gatherer(const StoreLayout& store, size_t num_threads)
     : shard_size_(store.shard_size), num_classes_(store.num_classes), owner_(getpid()) {
   if (store.paths.size() != store.counts.size() || shard_size_ == 0 || num_threads == 0) {
-    throw InputError("expected as many counts as paths, a shard_size and at least one thread");
+    throw InputError("found " + std::to_string(store.paths.size()) + " paths, " + std::to_string(store.counts.size()) +
+                     " counts, shard_size " + std::to_string(shard_size_) + " and " + std::to_string(num_threads) +
+                     " threads; expected a count for each path, and a shard_size and threads of at least 1");
   }
   noise_ = place_of(store.tensors, "noise");
   target_ = place_of(store.tensors, store.target);
