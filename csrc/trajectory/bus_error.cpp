@@ -73,7 +73,8 @@ void on_bus_error(int number, siginfo_t* info, void*) {
     _exit(2);
   }
   say(path == nullptr ? "a mapped file" : path);
-  say(" cannot be read (the disk has an error, or the file became shorter); check the disk and rerun the same command\n");
+  say(" cannot be read (the disk has an error, or the file became shorter); check the disk and rerun the same "
+      "command\n");
   _exit(2);
 }
 

@@ -45,7 +45,7 @@ def test_full_shared_memory_is_not_taken_for_a_disk() -> None:
         Path(file.name).write_bytes(bytes(10000))
         done = subprocess.run([sys.executable, "-c", MAPPED, file.name], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("pyard train: error: shared memory is full (/dev/shm)")
+    assert done.stderr.startswith("pyard train: error: shared memory (/dev/shm) is full")
 
 
 def test_a_signal_that_somebody_sends_ends_the_process_as_before() -> None:
