@@ -121,10 +121,9 @@ def _reference(folder: Path) -> None:
 def _real(folder: Path) -> list[Any]:
     from pyard.data.real_data import RealData, RealReader
 
-    return [
-        next(RealReader(RealData.load(folder / name, (1, 8, 8), 5), 2, seed=0, flips=True))[0]
-        for name in ("real.npz", "real.safetensors")
-    ]
+    # A whole epoch: only the samples that are used are read.
+    found = [RealData.load(folder / name, (1, 8, 8), 5) for name in ("real.npz", "real.safetensors")]
+    return [next(RealReader(data, data.count, seed=0, flips=True))[0] for data in found]
 
 
 def _pictures(folder: Path) -> list[Any]:

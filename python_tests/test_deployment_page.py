@@ -29,7 +29,7 @@ pytestmark = [
 
 def commands(title: str) -> list[str]:
     """The lines of the bash blocks below a title."""
-    (section,) = re.findall(rf"^#+ {title}\n(.*?)(?=^#+ )", PAGE, re.DOTALL | re.MULTILINE)
+    (section,) = re.findall(rf"^#+ {title}\n(.*?)(?=^#+ |\Z)", PAGE, re.DOTALL | re.MULTILINE)
     return "".join(re.findall(r"```bash\n(.*?)```", section, re.DOTALL)).splitlines()
 
 

@@ -119,7 +119,7 @@ class LatentCodec:
     @classmethod
     def beside(cls, *folders: Path) -> LatentCodec | None:
         """The codec in the sub-folder `vae` of the first of these folders that has one."""
-        return next((cls(folder / FOLDER) for folder in folders if (folder / FOLDER / _CONFIG_NAME).is_file()), None)
+        return next((cls(folder / FOLDER) for folder in folders if (folder / FOLDER / _CONFIG_NAME).exists()), None)
 
     @property
     def vae(self) -> Any:

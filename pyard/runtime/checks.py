@@ -23,7 +23,7 @@ _OUTPUTS = {"sampler": {"sample"}, "step": {"prediction"}}
 def check_info(info: OnnxStudentInfo, session: Any, path: Path) -> None:
     """Raise an InputError if a file's metadata do not match its graph, or are not those of a student."""
     where = f"{path}: its metadata"
-    if info.form not in _INPUTS:
+    if not isinstance(info.form, str) or info.form not in _INPUTS:
         raise InputError(f"{where}: form is {info.form!r:.60}; expected {' or '.join(_INPUTS)}. Export the student again")
     for name, value, low, high in (
         ("num_steps", info.num_steps, 1, _MOST_STEPS),

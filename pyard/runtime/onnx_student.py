@@ -258,7 +258,7 @@ def _read_info(path: Path, session: onnxruntime.InferenceSession) -> OnnxStudent
         raise damaged(where, error, "export the student again") from None
     with reading(where, "export the student again"):
         info = _info_of(metadata, path, session)
-    check_info(info, session, path)
+        check_info(info, session, path)
     return info
 
 

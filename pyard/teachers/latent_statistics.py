@@ -44,7 +44,7 @@ class LatentStatistics(NamedTuple):
     def beside(cls, path: Path, channels: int) -> LatentStatistics | None:
         """Those in `latents_stats.pt` beside a checkpoint of LightningDiT, which normalises latents by it, if there is one."""
         file = path.with_name("latents_stats.pt")
-        if not file.is_file():
+        if not file.exists():
             return None
         try:
             found = read_pickle(file)

@@ -132,7 +132,7 @@ def _settings_of(content: Mapping[Any, Any], args: dict[str, Any], path: Path) -
     # REPA's and REPA-E's scripts write it into the run's folder, whose checkpoints are in a folder below.
     folders = [path.parent, path.parent.parent] if path.parent.name == "checkpoints" else [path.parent]
     for folder in folders:
-        if (folder / "args.json").is_file():
+        if (folder / "args.json").exists():  # a pipe of that name is refused, not passed over
             return read_object(folder / "args.json", "the settings of a training script")
     return {}
 

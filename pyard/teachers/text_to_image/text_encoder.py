@@ -131,7 +131,7 @@ class PipelineTextEncoder:
             the tokenizers cut it. For SD3 and Flux, n is the padded length, because their transformers attend to padding.
 
         Raises:
-            InputError: the transformers library cannot read one of the components.
+            InputError: the transformers library cannot read one of the components, or they fail on a text.
         """
         if not texts:
             return []
@@ -139,8 +139,11 @@ class PipelineTextEncoder:
             if self._pipeline is None:
                 self._pipeline = self._load()
             given = list(texts)
-            tensors = self.family.encode.encode(self._pipeline, given, self.max_sequence_length, self.device)
-            cut = self._cut(given)
+            with reading(
+                self.folder, "its tokenizers or text encoders are damaged, or do not fit each other", what="as text encoders"
+            ):
+                tensors = self.family.encode.encode(self._pipeline, given, self.max_sequence_length, self.device)
+                cut = self._cut(given)
         return [
             # Copies: a view would keep the tensors of the whole batch.
             Encoded({name: tensor.to("cpu", copy=True).contiguous() for name, tensor in one.items()}, is_cut)
