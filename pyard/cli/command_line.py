@@ -82,6 +82,9 @@ COMMANDS = {
     ),
 }
 
+# Commands that go on where they were interrupted.
+_RESUMED = ("demo", "teach", "teach scenes-text", "trajectories", "train", "bench quality")
+
 OVERVIEW = """usage: pyard COMMAND [flags]   (also: python -m pyard COMMAND)
 
 Few-step students of diffusion transformers, by autoregressive distillation.
@@ -117,11 +120,11 @@ def run(name: str, command: Command, argv: Sequence[str]) -> int:
     """Parse a command's flags, call its function and turn an InputError into one line and status 2."""
     try:
         module = importlib.import_module(command.module)
-    except ModuleNotFoundError as error:
-        if not str(error.name).startswith("pyard."):
-            raise
-        print(f"pyard {name}: error: {MISSING}", file=sys.stderr)
-        return 2
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("pyard."):
+            print(f"pyard {name}: error: {MISSING}", file=sys.stderr)
+            return 2
+        return _cannot_import(name, error)
     function = typable_function(getattr(module, command.function))
     settings = getattr(module, command.config) if command.config else None
     target = settings or function
@@ -146,15 +149,26 @@ def run(name: str, command: Command, argv: Sequence[str]) -> int:
         with _warnings_in_one_line(name):
             values = arguments(target, found)
             result = function(**values) if settings is None else function(settings(**values))
+    except ImportError as error:
+        return _cannot_import(name, error)
     except (InputError, OSError) as error:
         if os.environ.get("PYARD_TRACEBACK"):
             raise
         print(f"pyard {name}: error: {in_flags(' '.join(str(error).split()), flags)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\npyard {name}: interrupted; the same command resumes", file=sys.stderr)
+        then = "; the same command resumes" if name in _RESUMED else ""
+        print(f"\npyard {name}: interrupted{then}", file=sys.stderr)
         return 130
     return result if isinstance(result, int) else 0
+
+
+def _cannot_import(name: str, error: ImportError) -> int:
+    """Say in one line that a package that a command needs is missing or broken; one of pyard's own modules is a fault of it."""
+    if os.environ.get("PYARD_TRACEBACK") or (error.name or "pyard").partition(".")[0] == "pyard":
+        raise error
+    print(f"pyard {name}: error: {' '.join(str(error).split())}; `pyard doctor` says what to install", file=sys.stderr)
+    return 2
 
 
 def in_flags(message: str, flags: Collection[str]) -> str:

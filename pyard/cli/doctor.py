@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import platform
 import re
@@ -16,7 +17,12 @@ from pyard.version import __version__
 if TYPE_CHECKING:
     from pyard.ops.native import NativeLibrary
 
-PACKAGES = ("torch", "numpy", "safetensors", "diffusers", "accelerate", "onnx", "onnxscript", "scikit-learn")
+PACKAGES = (
+    "torch", "numpy", "safetensors", "diffusers", "transformers", "accelerate", "huggingface_hub", "onnx", "onnxscript",
+    "scikit-learn", "jsonargparse", "matplotlib", "pillow", "pyyaml", "tqdm", "filelock",
+)  # fmt: skip
+# What packages are imported as, where that is another name.
+_MODULES = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
 DISTRIBUTION = "pyard-distill"
 RUNTIME_DISTRIBUTION = "pyard-runtime"
 # Other projects on PyPI whose wheels have a package called pyard.
@@ -73,7 +79,7 @@ def examine() -> Report:
     _examine_versions(report)
     parts = [_examine_onnxruntime]
     if report.versions["torch"] is not None:
-        parts = [_examine_operators, _examine_trajectory_reader, *parts]
+        parts = [_examine_operators, _examine_trajectory_reader, *parts, _examine_imports]
     for part in parts:
         try:
             part(report)
@@ -256,6 +262,20 @@ def _run_self_test(report: Report) -> None:
         if not difference <= TOLERANCE:
             remedy = "set PYARD_BACKEND=reference to continue, and report this with the output of `pyard doctor --json`"
             report.problems.append(Problem(f"{operator} differs from its definition by {difference:.1e}", remedy))
+
+
+def _examine_imports(report: Report) -> None:
+    """Whether the packages that are installed can be imported: two that do not fit each other are found only then."""
+    for package in PACKAGES[1:]:  # torch was imported with the operators
+        if report.versions[package] is None:
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                importlib.import_module(_MODULES.get(package, package))
+        except Exception as error:  # a broken package may raise anything
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            report.problems.append(Problem(f"{package} does not import: {reason}", f"pip install --force-reinstall {package}"))
 
 
 def _examine_onnxruntime(report: Report) -> None:

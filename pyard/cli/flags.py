@@ -19,6 +19,7 @@ from pyard.storage.reading import as_object, parse_yaml, read_yaml
 from pyard.storage.typed import hints_of, parse, words
 
 _REQUIRED = inspect.Parameter.empty
+_LISTS = (list, tuple, collections.abc.Sequence)
 
 
 class Flag(NamedTuple):
@@ -73,7 +74,9 @@ def read_flags(
             continue
         flag = _known(name, flags)
         if values or name not in bare:
-            given[name] = _from_words(name, values, flag.hint)
+            value = _from_words(name, values, flag.hint)
+            if given.setdefault(name, value) != value:
+                raise InputError(_given_twice(name, given[name], value, flag.hint))
     found = {**files, **given}
     missing = [name for name, flag in flags.items() if flag.default is _REQUIRED and name not in found]
     if missing and complete:
@@ -93,6 +96,12 @@ def arguments(target: Any, found: dict[str, Any]) -> dict[str, Any]:
         else:
             result[name] = value
     return result | {name: hints[name](**arguments(hints[name], values)) for name, values in inner.items()}
+
+
+def _given_twice(name: str, first: Any, second: Any, hint: Any) -> str:
+    takes_several = any(typing.get_origin(kind) in _LISTS for kind in _members(hint))
+    both = " ".join(str(item) for value in (first, second) for item in (value if isinstance(value, list | tuple) else [value]))
+    return f"--{name} is given twice, as {first} and {second}; give it once" + (f": --{name} {both}" if takes_several else "")
 
 
 def _split(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -118,7 +127,7 @@ def _known(name: str, flags: dict[str, Flag]) -> Flag:
 
 def _from_words(name: str, values: list[str], hint: Any) -> Any:
     kinds = _members(hint)
-    lists = [kind for kind in kinds if typing.get_origin(kind) in (list, tuple, collections.abc.Sequence)]
+    lists = [kind for kind in kinds if typing.get_origin(kind) in _LISTS]
     if not values:
         if bool in kinds:
             return True
@@ -145,7 +154,7 @@ def _as_list(text: str, lists: list[Any], is_whole: bool) -> Any:
     """
     if text.startswith(("[", "(")):
         try:
-            found = parse_yaml(f"[{text[1:-1]}]", "a flag")
+            found = parse_yaml(f"[{text[1:-1]}]", "a flag", as_written=True)
         except InputError:
             return text
         return found if isinstance(found, list) else text
@@ -177,11 +186,13 @@ def _from_file(name: str, flags: dict[str, Flag]) -> dict[str, Any]:
     from pyard.training.config import recipe_file
 
     file = recipe_file(name)
-    content = as_object(read_yaml(file), f"--config {name}", "a mapping of settings")
+    content = as_object(read_yaml(file, as_written=True), f"--config {name}", "a mapping of settings")
     found = {}
     for key, value in _flattened(content, flags):
         try:
             flag = _known(key, flags)
+            if key in found:
+                raise InputError(f"{key} is given twice; give it once")
             found[key] = parse(value, flag.hint)
         except InputError as error:
             raise InputError(f"--config {name}: {error}") from None

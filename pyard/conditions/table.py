@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -105,15 +106,15 @@ class ClassConditions:
         ]
 
     def _find(self, label: str) -> int:
-        wanted = label.strip()
+        wanted = _one_spelling(label)
         for spellings in self._spellings:
-            found = spellings.get(wanted, spellings.get(wanted.lower(), ()))
+            found = spellings.get(wanted, spellings.get(wanted.casefold(), ()))
             if len(found) == 1:
                 return found[0]
             if found:
                 several = ", ".join(f"{i} ({self.names[i]})" for i in found[:5])  # type: ignore[index]
                 raise InputError(f"{label!r} is the name of several classes: {several}; give a number, or the whole name")
-        near = [name for name in self.names or () if wanted.lower() in name.lower()]
+        near = [name for name in self.names or () if wanted.casefold() in _one_spelling(name).casefold()]
         hint = f"; near: {', '.join(near[:5])}" if near else ""
         raise InputError(f"no class is named {label!r}{hint}")
 
@@ -124,11 +125,16 @@ class ClassConditions:
         whole: dict[str, list[int]] = {}
         synonyms: dict[str, list[int]] = {}
         for i, name in enumerate(self.names or ()):
-            exact.setdefault(name.strip(), []).append(i)
-            whole.setdefault(name.strip().lower(), []).append(i)
-            for synonym in {part.strip().lower() for part in name.split(",")}:
+            exact.setdefault(_one_spelling(name), []).append(i)
+            whole.setdefault(_one_spelling(name).casefold(), []).append(i)
+            for synonym in {_one_spelling(part).casefold() for part in name.split(",")}:
                 synonyms.setdefault(synonym, []).append(i)
         return exact, whole, synonyms
+
+
+def _one_spelling(name: str) -> str:
+    """A name whose accents are written in one way: macOS, and archives made there, take them apart."""
+    return unicodedata.normalize("NFC", name.strip())
 
 
 class EmbeddingTable:

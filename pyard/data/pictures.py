@@ -21,7 +21,7 @@ MOST_PIXELS = 2**27
 _MOST_STRETCHED = 100
 # Whatever they are called; of others some are programs, such as PostScript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-PICTURE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")
+PICTURE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 def tiles(samples: np.ndarray, columns: int | None = None, pixel: int | None = None) -> np.ndarray:
@@ -89,8 +89,21 @@ def centre_crop(picture: Image.Image, size: int) -> np.ndarray:
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """The pictures in a folder and its sub-folders, sorted; folders that are links are entered unless they form a circle."""
+    """The pictures in a folder and its sub-folders, sorted; folders that are links are entered unless they form a circle.
+
+    Hidden files and folders are left out: macOS and notebooks keep notes and copies of pictures there.
+    """
     return sorted(file for file in _walk(folder, ()) if file.suffix.lower() in PICTURE_SUFFIXES)
+
+
+def require_pictures_alone(folder: Path) -> None:
+    """Raises InputError if a folder has files and none is a picture: it would count as empty."""
+    files = list(_walk(folder, ()))
+    if files and not any(file.suffix.lower() in PICTURE_SUFFIXES for file in files):
+        raise InputError(
+            f"{folder} has {len(files)} files, such as {min(files).name}, and no pictures ({', '.join(PICTURE_SUFFIXES)}); "
+            "convert them, or remove them"
+        )
 
 
 def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
@@ -98,6 +111,8 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
     if here in above:
         return
     for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
         with reading(entry.path):  # a link to itself
             is_folder = entry.is_dir()
         if is_folder:
@@ -133,7 +148,9 @@ def _eight_bits(picture: Image.Image, file: Path) -> Image.Image:
     if not picture.mode.startswith(("I", "F")):
         return picture
     values = np.asarray(picture)
-    if picture.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+    # 32 bits that hold no more than 8 do not say whether 255 or 65535 is white.
+    is_unclear = picture.mode == "I" and picture.format != "PNG" and 0 < values.max(initial=0) <= 255
+    if picture.mode == "F" or is_unclear or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
         raise InputError(
             f"{file} holds numbers of the kind {picture.mode!r} from {values.min():g} to {values.max():g}; expected 8 or 16 "
             "bits a channel"

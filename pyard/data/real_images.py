@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from pyard.conditions import ClassConditions, Conditions
-from pyard.data.pictures import picture_files, read_picture
+from pyard.data.pictures import picture_files, read_picture, require_pictures_alone
 from pyard.errors import InputError
 from pyard.storage.files import new_file, write_text
 from pyard.storage.reading import read_object
@@ -68,9 +68,12 @@ def cached_images(
             cache of something else.
     """
     folders = class_folders(path, conditions if isinstance(conditions, ClassConditions) else None)
+    for _, folder in folders:
+        require_pictures_alone(folder)
     files = [(file, label) for label, folder in folders for file in picture_files(folder)]
     if progress and rank == 0:
-        print(f"{path}: {len(files)} pictures; class and folder: {_map(folders)}", file=sys.stderr)
+        names = conditions.names if isinstance(conditions, ClassConditions) else None
+        print(f"{path}: {len(files)} pictures; class and folder: {_map(folders, names)}", file=sys.stderr)
     return cached_pictures(
         path, files, cache, sample_shape, codec, device=device, rank=rank, world_size=world_size, progress=progress
     )
@@ -135,7 +138,7 @@ def cached_pictures(
 def class_folders(path: Path, classes: ClassConditions | None) -> list[tuple[int, Path]]:
     """The sub-folders of pictures with the number of their class, in its order.
 
-    Folders that are named by numbers, or all by names of the classes, are those classes; others are numbered in the order of
+    Folders that are all named by names of the classes, or by numbers, are those classes; others are numbered in the order of
     their names, as ImageNet's are.
 
     Args:
@@ -146,21 +149,21 @@ def class_folders(path: Path, classes: ClassConditions | None) -> list[tuple[int
         InputError: another number of folders than of classes, or names that contradict the order.
     """
     found = _sub_folders(path)
-    if found and all(folder.name.isdecimal() for folder in found):
+    names = () if classes is None or classes.names is None else classes.names
+    named = [_named(classes, folder.name) if classes is not None and names else None for folder in found]
+    numbers = [number for number in named if number is not None]
+    if len(numbers) < len(found) and all(folder.name.isdecimal() for folder in found):
         numbers = [int(folder.name) for folder in found]
-    elif classes is None or classes.names is None:
-        numbers = list(range(len(found)))
-    else:
-        named = [_named(classes, folder.name) for folder in found]
+    elif len(numbers) < len(found):
         moved = [(i, number) for i, number in enumerate(named) if number is not None and number != i]
-        if None in named and moved:
+        if moved:
             place, number = moved[0]
             raise InputError(
                 f"real data {path}: folder {found[place].name!r} is number {place} in the order of names, but its name is that "
-                f"of class {number} of the student ({classes.names[number]}), and {found[named.index(None)].name!r} is not the "
+                f"of class {number} of the student ({names[number]}), and {found[named.index(None)].name!r} is not the "
                 "name of a class; name all folders by their classes, or by numbers"
             )
-        numbers = [number for number in named if number is not None] if None not in named else list(range(len(found)))
+        numbers = list(range(len(found)))
     folders = sorted(zip(numbers, found, strict=True))
     numbers.sort()
     if len(set(numbers)) < len(numbers):
@@ -187,9 +190,14 @@ def _named(classes: ClassConditions, name: str) -> int | None:
     return None
 
 
-def _map(folders: list[tuple[int, Path]]) -> str:
-    """Which folder is which class, of many the first and last ones."""
+def _map(folders: list[tuple[int, Path]], names: Sequence[str] | None = None) -> str:
+    """Which folder is which class, of many the first and last ones; with the class's name where the folder has another."""
     pairs = [f"{number} {folder.name}" for number, folder in folders]
+    if names is not None:
+        for i, (number, folder) in enumerate(folders):
+            pairs[i] += (
+                "" if names[number].split(",")[0].strip() == folder.name else f" ({names[number].split(',')[0].strip()})"
+            )
     return ", ".join(pairs if len(pairs) <= 24 else [*pairs[:12], "...", *pairs[-4:]])
 
 

@@ -8,6 +8,7 @@ erfinv may differ in the last bit from one machine to the next, these may not.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Sequence
 from typing import Any, SupportsIndex
@@ -107,12 +108,28 @@ def check_labels(labels: object, num_classes: int) -> NDArray[np.int64]:
         found = np.atleast_1d(np.asarray(labels))
     except ValueError:
         raise InputError(f"labels: found {labels!r:.100}; expected a list of integers") from None
+    if isinstance(labels, list | tuple) or found.dtype == object:
+        found = _integers_of_any_kind(found, labels)
     if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
         raise InputError(f"labels: found shape {found.shape} of {found.dtype}; expected a list of integers")
     wrong = found[(found < 0) | (found >= num_classes)]
     if wrong.size:
         raise InputError(f"label {wrong[0]}: expected 0 to {num_classes - 1} ({num_classes} classes)")
     return found.astype(np.int64)
+
+
+def _integers_of_any_kind(found: NDArray[Any], labels: Any) -> NDArray[Any]:
+    """Labels of several kinds as integers: numpy makes floats of uint64 and int64 together, and integers of switches."""
+    if found.dtype.kind not in "fOiu" or found.ndim != 1 or not found.size:
+        return found
+    items = labels if isinstance(labels, list | tuple) else found.tolist()
+    if any(isinstance(item, bool | np.bool_) for item in items):
+        raise InputError(f"labels: found {items!r:.100}; expected a list of integers")
+    if found.dtype.kind in "iu":
+        return found
+    with contextlib.suppress(TypeError, OverflowError):
+        return np.array([operator.index(item) for item in items], dtype=np.int64)
+    return found
 
 
 def normal_quantile(probability: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -119,6 +119,9 @@ def evaluate(
             written.
     """
     _check_files(features, reference, samples_npz, out)
+    if prompts is not None and out is not None and out.suffix in ("", ".png"):
+        # Beside it are a folder and a .png of the same name.
+        raise InputError(f"evaluate: out is {out}; expected a name that ends in .json")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sources = list(students) if isinstance(students, list) else [students]
     if not sources:
@@ -251,9 +254,12 @@ def _check_files(
         raise InputError(f"evaluate: reference is {reference}: no such file or folder")
     if samples_npz is not None and samples_npz.suffix != ".npz":
         raise InputError(f"evaluate: samples_npz is {samples_npz}; expected a name that ends in .npz")
+    read = [Path(file).resolve() for file in (features, reference) if isinstance(file, str | Path)]
     for name, path in (("out", out), ("samples_npz", samples_npz)):
         if path is None:
             continue
+        if path.resolve() in read:
+            raise InputError(f"evaluate: {name} is {path}, which is read and would be replaced; choose another name")
         if path.is_dir():
             raise InputError(f"evaluate: {name} is {path}, a folder; expected the name of a file")
         try:

@@ -34,6 +34,7 @@ from pyard.export.pipeline_parity import PARITY_PROMPTS, check_pipeline, measure
 from pyard.export.quantise import quantise_weights
 from pyard.export.shared_weights import SharedWeights
 from pyard.export.text_encoders import TextEncoders
+from pyard.models.folder import require_replaceable
 from pyard.models.student import Student
 from pyard.runtime import OnnxPipeline
 from pyard.runtime.pipeline_folder import CLASS_NAME, CONFIG_NAME, FORMAT_VERSION, PictureSize
@@ -111,6 +112,7 @@ def export_pipeline(
     if precision not in PRECISIONS_OF_PIPELINES:
         expected = ", ".join(PRECISIONS_OF_PIPELINES)
         raise InputError(f"precision is {precision!r}; a pipeline is exported in one of {expected}")
+    is_ours = require_replaceable(folder, CLASS_NAME, names=_OWNED)
     forms: tuple[Form, ...] = ("sampler", "step") if form == "both" else (form,)
     request = _Request(forms, opset, precision, parity_bound)
     student = copy.deepcopy(student).to("cpu", torch.float32).eval().requires_grad_(False)
@@ -120,7 +122,7 @@ def export_pipeline(
     # The folder may be passed on, so it does not name the path of the text encoders.
     text = dataclasses.replace(student.config.text, folder="")  # type: ignore[type-var]
     student.config = dataclasses.replace(student.config, text=text)
-    with new_folder(folder, owned=_OWNED) as building:
+    with new_folder(folder, owned=_OWNED if is_ours else ()) as building:
         parity = {"transformer": _write_transformer(building, student, conditions, request)}
         if decoder is not None:
             _write_decoder(building, student, decoder, conditions, request)

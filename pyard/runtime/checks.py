@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 _MOST_STEPS = 1000
 _MOST_SIDE = 2**20
+_NUMPY_NAMES = {
+    "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32",
+    "tensor(bool)": "bool",
+}  # fmt: skip
 _INPUTS = {"sampler": {"noise"}, "step": {"latent", "step"}}
 _OUTPUTS = {"sampler": {"sample"}, "step": {"prediction"}}
 
@@ -52,6 +56,19 @@ def check_info(info: OnnxStudentInfo, session: Any, path: Path) -> None:
             f"{path}: its graph takes {', '.join(inputs)} and returns {', '.join(outputs)}; a student of the form {info.form} "
             f"takes {', '.join(sorted(wanted))}"
         )
+    untold = {name for name in inputs if not name.startswith("past")} - wanted
+    if untold:
+        raise InputError(
+            f"{where} do not say what {', '.join(sorted(untold))} is, which its graph takes; export the student again"
+        )
+    types = {tensor.name: _NUMPY_NAMES.get(tensor.type, tensor.type) for tensor in session.get_inputs()}
+    for item in info.conditions:
+        if item.dtype != types[item.name]:
+            raise InputError(f"{where}: {item.name} is {item.dtype!r:.60}; its graph takes {types[item.name]}")
+    if info.pictures != any(tensor.type == "tensor(uint8)" for tensor in session.get_outputs()):
+        raise InputError(f"{where}: pictures is {info.pictures}, which its graph contradicts; export the student again")
+    if info.num_classes is not None and info.num_conditions not in (None, info.num_classes):
+        raise InputError(f"{where}: {info.num_classes} classes and {info.num_conditions} conditions; export the student again")
     start = inputs["noise" if info.form == "sampler" else "latent"]
     if len(start) != len(info.sample_shape) + 1 or any(
         isinstance(there, int) and there != said for there, said in zip(start[1:], info.sample_shape, strict=True)

@@ -16,6 +16,8 @@ import onnxruntime
 from pyard.errors import InputError
 from pyard.storage.reading import require_regular
 
+_MOST_THREADS = 1024  # onnxruntime starts them all, however long that takes
+
 Provider = str | tuple[str, Mapping[str, Any]]
 
 
@@ -29,6 +31,10 @@ def choose_providers(providers: Sequence[Provider] | None) -> list[tuple[str, di
     if providers is None:
         cuda = "CUDAExecutionProvider" in available and _cuda_driver_works()
         return [(name, {}) for name in (["CUDAExecutionProvider"] if cuda else []) + ["CPUExecutionProvider"]]
+    if isinstance(providers, Mapping):  # its options would be passed over
+        raise InputError(
+            f"providers: found a dictionary, {dict(providers)!r:.100}; expected a list of names, or (name, options)"
+        )
     chosen: list[tuple[str, dict[str, Any]]] = []
     for item in [providers] if isinstance(providers, str) else providers:
         pair: Any = (item, {}) if isinstance(item, str) else item
@@ -64,8 +70,10 @@ def open_session(
     if not path.exists() or path.is_dir():
         raise InputError(f"{path}: no such file; expected a student.onnx written by python -m pyard.export")
     require_regular(path)
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}; expected at least 1, or None for OMP_NUM_THREADS or onnxruntime's choice")
+    if threads is not None and not 1 <= threads <= _MOST_THREADS:
+        raise InputError(
+            f"threads is {threads}; expected 1 to {_MOST_THREADS}, or None for OMP_NUM_THREADS or onnxruntime's choice"
+        )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # its warnings are about its own graph optimisations
     if threads := threads or _threads_of_environment():

@@ -31,8 +31,10 @@ def only_one(folder: Path, work: str) -> Iterator[None]:
     Raises:
         InputError: another process holds it; the message names host, process and time.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; expected a folder or a new path")
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise InputError(
+            f"{folder} is {'a dangling link' if folder.is_symlink() else 'a file'}; expected a folder or a new path"
+        )
     locks, was_there = folder / FOLDER, folder.exists()
     make_folder(locks)
     lock, holder = filelock.FileLock(locks / f"{work}.lock", timeout=0), locks / f"{work}.json"

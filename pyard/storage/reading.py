@@ -188,30 +188,57 @@ def parse_json(text: bytes | str, path: Path | str, *, finite: bool = True) -> A
     return value
 
 
-def read_yaml(path: Path, most: int = MOST_YAML_BYTES) -> Any:
+def read_yaml(path: Path, most: int = MOST_YAML_BYTES, *, as_written: bool = False) -> Any:
     """The value in a YAML file; an InputError if it is none, see `parse_yaml`."""
-    return parse_yaml(read_text(path, most), path)
+    return parse_yaml(read_text(path, most), path, as_written=as_written)
 
 
-def parse_yaml(text: str, path: Path | str) -> Any:
+def parse_yaml(text: str, path: Path | str, *, as_written: bool = False) -> Any:
     """The value of a YAML text: plain data, never an object of a class that the text names.
 
+    Args:
+        text: of any number of lines.
+        path: where it was found.
+        as_written: keep a date, and a number that Python writes in another way, as the text that it is written as: YAML 1.1
+            reads 010 as 8, 12:30 as 750 and 1.10 as 1.1, and only a setting's type can tell what was meant
+            (`pyard.storage.typed.parse`).
+
     Raises:
-        InputError: no YAML, values nested deeper than `MAX_DEPTH`, or aliases that stand for more values than any file of
-            settings has ("billion laughs").
+        InputError: no YAML, a key that appears twice, values nested deeper than `MAX_DEPTH`, or aliases that stand for more
+            values than any file of settings has ("billion laughs").
     """
     # Here, since a machine that runs ONNX students alone may have no yaml.
     import yaml
 
     try:
         _check_yaml(yaml.parse(text, Loader=yaml.SafeLoader), yaml, path)
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_yaml_loader(yaml, path, as_written))
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())[:300]})") from None
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not valid YAML ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
+
+
+def _yaml_loader(yaml: Any, path: Path | str, as_written: bool) -> Any:
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        def flatten_mapping(self, node: Any) -> None:
+            lines: dict[str, int] = {}
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                line = key.start_mark.line + 1
+                if lines.setdefault(key.value, line) != line:
+                    raise InputError(f"{path}, line {line}: {key.value!r} is in line {lines[key.value]} as well; give it once")
+            super().flatten_mapping(node)
+
+    def written(loader: Any, node: Any) -> Any:
+        value = yaml.SafeLoader.yaml_constructors[node.tag](loader, node)
+        return value if isinstance(value, int | float) and str(value) == node.value else node.value
+
+    if as_written:
+        for kind in ("int", "float", "timestamp"):
+            Loader.add_constructor(f"tag:yaml.org,2002:{kind}", written)
+    return Loader
 
 
 def _check_yaml(events: Iterator[Any], yaml: Any, path: Path | str) -> None:

@@ -138,10 +138,14 @@ def convert(value: Any, hint: Any) -> Any:
 def parse(value: Any, hint: Any) -> Any:
     """A value of YAML, or a text of a command line, in a type; a TypeError if it has no equal there.
 
-    YAML 1.1 reads 5e-4 as a text, and a bare no, off or null as something that a reader may not have meant.
+    YAML 1.1 reads 5e-4 as a text, and a bare no, off or null as something that a reader may not have meant. A path may begin
+    with the home folder, `~/`, which a shell leaves alone in `--out=~/runs`; it may not be empty, as that of a variable that
+    is not set.
     """
     origin, members = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
+        if value == "" and Path in members:
+            raise TypeError
         order = sorted(members, key=_parsing_order)
         for member in order:
             try:
@@ -162,12 +166,25 @@ def parse(value: Any, hint: Any) -> Any:
         return None
     if hint is bool and value.lower() in _SWITCH:
         return _SWITCH[value.lower()]
+    if hint is Path and not value:
+        raise TypeError
+    if hint in (str, Path) and value.startswith("~/"):
+        return hint(_in_home(value))
+    if origin is typing.Literal and "no" in members and _SWITCH.get(value.lower()) is False:
+        return "no"
     if hint in (int, float):
         try:
             return convert(hint(value.replace("_", "x")), hint)
         except ValueError:
             raise TypeError from None
     return convert(value, hint)
+
+
+def _in_home(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # an account without a home folder
+        return Path(path)
 
 
 _SWITCH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}

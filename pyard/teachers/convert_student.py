@@ -32,6 +32,7 @@ from pyard.teachers.text_to_image.model_card import Card, Kind
 from pyard.teachers.text_to_image.pipelines import PIPELINES
 from pyard.teachers.text_to_image.stock_sampling import StockSampling, stock_samplings
 
+_INDEX = "model_index.json"
 _SCHEDULER = "scheduler"
 _TRANSFORMER = "diffusion_pytorch_model"
 # What stock sampling with a velocity or noise network is, and nothing else.
@@ -120,7 +121,9 @@ def _check_out(out: Path) -> None:
     """Raises InputError for a folder that holds another kind of model, which a converted student would spoil."""
     file = out / CONFIG_NAME
     kind = read_object(file).get("_class_name") if file.is_file() else None
-    if (out / WEIGHTS_NAME).exists() or kind == "Student" or (out / "model_index.json").exists():
+    if (out.resolve().parent / _INDEX).exists():
+        raise InputError(f"out {out} is a component of the pipeline {out.resolve().parent}; choose a folder outside it")
+    if (out / WEIGHTS_NAME).exists() or kind == "Student" or (out / _INDEX).exists():
         raise InputError(f"out {out} holds a {'pipeline' if kind is None else kind}; choose another folder")
 
 

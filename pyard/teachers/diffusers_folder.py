@@ -17,13 +17,14 @@ from pyard.models.codec import LatentCodec, require_latent_codec
 from pyard.models.dit.checkpoint_file import Tensors
 from pyard.models.dit.config import DiTConfig
 from pyard.models.dit.network import DiT, dit_trunk, sincos_position_embedding
-from pyard.models.folder import class_name
+from pyard.models.folder import class_name, require_replaceable
 from pyard.models.pretrained import read_pretrained
 from pyard.storage.files import write_text
 from pyard.storage.folders import new_folder
 from pyard.storage.reading import read_json, read_object
 from pyard.teachers.network_teacher import NetworkTeacher
 
+_INDEX = "model_index.json"
 # The published DiT-XL/2 folder still names the class that diffusers had for all of its transformers.
 _TRANSFORMERS = ("DiTTransformer2DModel", "Transformer2DModel")
 
@@ -48,7 +49,7 @@ _EMBED = {
 
 def is_diffusers_folder(path: Path) -> bool:
     """True for the folder of a diffusers pipeline or transformer."""
-    if (path / "model_index.json").is_file():
+    if (path / _INDEX).is_file():
         return True
     return class_name(path) in _TRANSFORMERS
 
@@ -67,9 +68,9 @@ def load_diffusers(path: str | Path, *, schedule: NoiseSchedule | None = None) -
 
     path = Path(path)
     home, folder, index = path.parent, path, {}
-    if (path / "model_index.json").is_file():
+    if (path / _INDEX).is_file():
         home, folder = path, path / "transformer"
-        index = read_object(path / "model_index.json", "the index of a DiTPipeline")
+        index = read_object(path / _INDEX, "the index of a DiTPipeline")
         if index.get("_class_name") != "DiTPipeline":
             raise InputError(f"{path} is a {index.get('_class_name')}; expected a DiTPipeline")
     found = read_object(folder / "config.json", "the configuration of a transformer").get("_class_name")
@@ -211,18 +212,26 @@ def save_diffusers(teacher: NetworkTeacher, path: str | Path) -> None:
     vae = None if teacher.codec is None else require_latent_codec(teacher.codec, "a DiTPipeline").vae
     if vae is not None and not isinstance(vae, AutoencoderKL):
         raise InputError(f"a DiTPipeline only decodes with an AutoencoderKL; this teacher's VAE is a {type(vae).__name__}")
-    with new_folder(Path(path), owned=("model_index.json", "transformer", "scheduler", "vae")) as folder:
+    with new_folder(Path(path), owned=_owned_in(Path(path))) as folder:
         if vae is not None:
             names = None if teacher.class_names is None else dict(enumerate(teacher.class_names))
             pipeline = DiTPipeline(transformer, vae, scheduler, id2label=names)
             pipeline.save_pretrained(str(folder))
             if names is not None:
                 # The pipeline reads these names from its index but does not write them there.
-                index = read_json(folder / "model_index.json")
-                write_text(folder / "model_index.json", json.dumps({**index, "id2label": names}, indent=2) + "\n")
+                index = read_json(folder / _INDEX)
+                write_text(folder / _INDEX, json.dumps({**index, "id2label": names}, indent=2) + "\n")
         else:
             transformer.save_pretrained(str(folder / "transformer"))
             scheduler.save_pretrained(str(folder / "scheduler"))
+
+
+def _owned_in(path: Path) -> tuple[str, ...]:
+    """What an earlier teacher has left in a folder; an InputError if another model is in it."""
+    names = (_INDEX, "transformer", "scheduler")
+    if not (path / _INDEX).exists() and class_name(path / "transformer") in _TRANSFORMERS:
+        return names
+    return (*names, "vae") if require_replaceable(path, "DiTPipeline", names=names, index=_INDEX) else ()
 
 
 def _block_names(config: DiTConfig) -> dict[str, str]:

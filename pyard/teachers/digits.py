@@ -9,6 +9,7 @@ import torch
 
 from pyard.data.digits import NUM_CLASSES, digits_data
 from pyard.diffusion.noise_schedule import NoiseSchedule
+from pyard.errors import InputError
 from pyard.models.dit.config import DiTConfig
 from pyard.storage.typed import checked
 from pyard.teachers.network_teacher import NetworkTeacher
@@ -22,8 +23,12 @@ def cache_folder() -> Path:
     """Where pyard keeps what it computes once: $PYARD_CACHE, else $XDG_CACHE_HOME/pyard, else ~/.cache/pyard."""
     if own := os.environ.get("PYARD_CACHE"):
         return Path(own)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "pyard"
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "pyard"
+    try:
+        return Path.home() / ".cache" / "pyard"
+    except RuntimeError:  # a container's user without a home folder
+        raise InputError("there is no home folder to keep the built-in teachers in; choose a folder: PYARD_CACHE=DIR") from None
 
 
 def digits_teacher(progress: bool = True) -> NetworkTeacher:

@@ -126,7 +126,7 @@ class NetworkTeacher:
                 self.codec.save(folder)
             save_conditions(self.conditions, folder)
 
-        save_folder(Path(path), config, self.network.state_dict(), kind=KINDS[0], beside=beside)
+        save_folder(Path(path), config, self.network.state_dict(), kind=KINDS[0], beside=beside, former_kinds=KINDS[1:])
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, network: type[Backbone] | str | None = None) -> NetworkTeacher:

@@ -23,7 +23,7 @@ from pyard.models.dit.config import DiTConfig
 from pyard.models.dit.network import DiT
 from pyard.storage.checkpoints import Checkpoints, Stateful, ema_of
 from pyard.storage.files import sync_directory, write_text
-from pyard.storage.folders import sync_tree
+from pyard.storage.folders import sync_tree, with_a_name
 from pyard.storage.reading import read_object
 
 _SETTINGS_NAME = "teach.json"
@@ -107,7 +107,7 @@ def taught_once(
     Raises:
         InputError: `out` holds something else, or a teacher trained with other settings.
     """
-    out = Path(out)
+    out = with_a_name(Path(out))
     working = out.with_name(out.name + ".training")
     if out.exists() and not working.exists():  # it appears whole, so the folder above may be read-only
         _check_same_settings(out, config)

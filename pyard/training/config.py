@@ -259,7 +259,7 @@ class TrainConfig:
             path: a YAML file, or the name of one of pyard's recipes, such as `digits`.
         """
         file = recipe_file(path)
-        settings = as_object(read_yaml(file), f"recipe {path}", "a mapping of settings")
+        settings = as_object(read_yaml(file, as_written=True), f"recipe {path}", "a mapping of settings")
         found = read_settings(cls, settings, f"recipe {path}")
         if "teacher" not in found:
             raise InputError(f"recipe {path} names no teacher")

@@ -22,6 +22,7 @@ from pyard.teachers.text_to_image.teacher import PipelineTeacher
 from pyard.training import identity
 from pyard.training.agreement import agree_with_pipeline, agree_with_stores, agree_with_student, check_target
 from pyard.training.config import TrainConfig, known
+from pyard.training.early import check_before_generating, names_of_results, require_run_folder
 from pyard.training.inputs import (
     Trajectories,
     check_teacher,
@@ -64,8 +65,8 @@ def train(
     (`torchrun -m pyard train ...`, `accelerate launch -m pyard train ...`) share each update.
 
     The folder `out` then has `student/` (averaged weights), `settings.yaml` (all settings, which `pyard train --config` reads),
-    `log.jsonl` and `checkpoints/`; with `evaluate_every`, also `exposure_bias.jsonl` and `tensorboard/`, and for a
-    text-to-image student pictures of the first prompts in `grids/`.
+    `log.jsonl` and `checkpoints/`; with `evaluate_every`, also `exposure_bias.jsonl`, `tensorboard/`, and, in `grids/`,
+    pictures of the first prompts or of 20 samples of the classes in turn.
 
     Example: pyard train --config recipes/digits.yaml --out runs/digits
 
@@ -163,6 +164,7 @@ def _run(
             f"training: batch_size {config.batch_size} is not a multiple of {processes.world} processes times "
             f"gradient_accumulation {config.gradient_accumulation}"
         )
+    require_run_folder(config)
     begun = identity.begun(config)  # what it was begun with, before hours go into something else
     counts = [] if begun is None else [manifest["count"] for manifest in manifests_of(begun)]
     stores, is_given = [] if trajectories is None else given_stores(trajectories), trajectories is not None
@@ -192,6 +194,7 @@ def _run(
                 f"{config.out} holds a run on {counts[0]} trajectories, but num_trajectories is "
                 f"{config.num_trajectories}; use another --out, or remove it"
             )
+        config = check_before_generating(config, teacher, earlier, processes.world)
         stores = [new_store(teacher, config)]
         config = dataclasses.replace(config, num_trajectories=None)
         config = agree_with_stores(config, stores, read_counts(stores, counts))
@@ -280,8 +283,7 @@ def _run(
         if watcher is not None:
             watcher.finish()
     _refuse_diverged(averages, config)
-    for i, decay in enumerate(config.ema_decays):
-        name = "student" if i == 0 else f"student-ema-{decay:g}"
+    for i, name in enumerate(names_of_results(config)):
         if processes.sharded:
             save_sharded(averages[i], config.out / name, processes)
             continue

@@ -13,6 +13,7 @@ from pyard.models.student import Student
 from pyard.teachers import is_text_to_image, load_teacher
 from pyard.teachers.text_to_image.teacher import PipelineTeacher
 from pyard.training.config import TrainConfig, known
+from pyard.training.early import require_own_teacher
 from pyard.trajectories import TrajectoryStore, generate_trajectories
 from pyard.trajectories.buckets import check_buckets
 from pyard.trajectories.store import read_manifest
@@ -155,11 +156,7 @@ def first_student(
             share=config.lora_rank is not None,
             text=teacher.text_source() if isinstance(teacher, PipelineTeacher) else None,
         )
-    if earlier.config.teacher_fingerprint != teacher.fingerprint:
-        raise InputError(
-            f"student {config.student} was made from teacher {earlier.config.teacher_fingerprint[:12]}, but this is teacher "
-            f"{teacher.fingerprint[:12]}; give the student's own teacher"
-        )
+    require_own_teacher(config, earlier, teacher)
     for store in stores:
         shape = earlier.trained_shape(store.manifest.sample_shape)
         if not earlier.config.grid_of(shape).same_trajectory(store.manifest.grid):

@@ -64,20 +64,19 @@ class Watcher:
         self.config, self.student, self.held_out = config, student, held_out
         self.trackers = _trackers(config, resume_step) if records else []
         self.curves = TrainingLog(config.out / CURVES_NAME, resume_step) if held_out and records else None
-        self.grids: Path | None = None
+        self.grids = config.out / GRIDS_NAME if config.evaluate_every and records else None
         table = student.require_conditions()
+        self._of_prompts = isinstance(table, PromptTable)
         if isinstance(table, PromptTable):
             numbers = _first_of_each_prompt(table)
-            if config.evaluate_every and records:
-                self.grids = config.out / GRIDS_NAME
-                self.grids.mkdir(exist_ok=True)
+            if self.grids is not None:
                 texts = (" ".join(table.prompts[number].split()) for number in numbers)
                 write_text(self.grids / "prompts.txt", "".join(f"{text}\n" for text in texts))
         else:
             numbers = np.arange(_GRID_SAMPLES) % student.num_conditions
-        self._together = 1 if isinstance(table, PromptTable) else _GRID_SAMPLES
+        self._together = 1 if self._of_prompts else _GRID_SAMPLES
         noise = standard_normal(config.seed, np.arange(len(numbers)), student.sample_shape)
-        if (self.trackers or self.grids) and config.evaluate_every and student.codec is not None:
+        if self.grids is not None and student.codec is not None:
             student.codec.check(student.sample_shape)  # now, not at the first picture
         self._noise, self._condition = torch.from_numpy(noise), table.take(numbers)
 
@@ -134,9 +133,9 @@ class Watcher:
 
     def _show(self, pictures: torch.Tensor, step: int) -> None:  # [n, C, H, W]
         scale = _SHOWN_PIXELS / max(pictures.shape[2:])
-        if self.grids is not None and scale < 1:
+        if self._of_prompts and scale < 1:
             pictures = F.interpolate(pictures, scale_factor=scale, mode="bilinear", antialias=True)
-        columns = (_GRID_SAMPLES if self.grids is None else _GRID_PROMPTS) // 2
+        columns = (_GRID_PROMPTS if self._of_prompts else _GRID_SAMPLES) // 2
         picture = tiles(pictures.numpy(), columns=columns)  # [rows, columns, 3]
         if self.grids is not None:
             save_picture(picture, self.grids / f"step-{step:07d}.png")

@@ -122,6 +122,10 @@ def run(capsys, *argv: str) -> tuple[int, str]:
         (["train", "--teacher"], "--teacher needs a value"),
         (["train", "digits"], "unexpected 'digits'"),
         (["sample", "-s", "x"], "unexpected '-s'"),
+        (["train", "--teacher", "digits", "--out", ""], "--out is ''; expected a path"),
+        (["train", "--max-steps", "3", "--max_steps=4"], "--max_steps is given twice, as 3 and 4; give it once"),
+        (["evaluate", "--students", "a", "--students", "b"], "give it once: --students a b"),
+        (["describe", "a", "--student", "b"], "--student is given twice"),
         (["train", "--config", "nowhere"], "recipe nowhere: no such file; expected a YAML file, or one of digits, "),
         (["train", "--teacher", "digits", "--out", "x", "--batch_size", "0"], "--batch_size is 0; expected at least 1"),
         (["estimate", "digits", "--device", "h1000"], "--device is 'h1000'; expected one of A100"),
@@ -206,6 +210,33 @@ def test_words_and_yaml_mean_what_a_reader_expects(tmp_path: Path):
     file.write_text("precision: no\nquick: on\ntrackers: null\nsize: none\nlabels: [3, cat]\nstudents: 7\n", encoding="utf-8")
     expected = {"precision": "no", "quick": True, "trackers": "none", "size": None, "labels": [3, "cat"], "students": "7"}
     assert read("--config", str(file)) == expected
+    file.write_text("size: 010\nstudents: [1.10, 007, 2026-01-02]\nprecision: off\n", encoding="utf-8")
+    expected = {"size": 10, "students": ["1.10", "007", "2026-01-02"], "precision": "no"}
+    assert read("--config", str(file), "--size", "10", "--size=10") == expected
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch):
+    def function(out: Path, teacher: str = "", store: str | list[str] = "", vae: Literal["own"] | Path = "own") -> None: ...
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = flags_of(function)
+    assert read_flags(["--out=~/a", "--teacher", "~/b", "--store", "~/c", "d", "--vae", "~/e"], flags) == {
+        "out": tmp_path / "a",
+        "teacher": f"{tmp_path}/b",
+        "store": [f"{tmp_path}/c", "d"],
+        "vae": tmp_path / "e",
+    }
+    file = tmp_path / "s.yaml"
+    file.write_text("out: ~/a\nteacher: a~/b\n", encoding="utf-8")
+    assert read_flags(["--config", str(file)], flags) == {"out": tmp_path / "a", "teacher": "a~/b"}
+
+
+def test_one_setting_under_two_spellings_in_a_file_is_refused(tmp_path: Path, capsys):
+    file = tmp_path / "s.yaml"
+    for text in ("max_steps: 3\nmax-steps: 4\n", "adversarial: {width: 8}\nadversarial.width: 9\n"):
+        file.write_text(text, encoding="utf-8")
+        status, error = run(capsys, "train", "--teacher", "digits", "--out", "x", "--config", str(file))
+        assert (status, "is given twice; give it once" in error) == (2, True)
 
 
 def test_train_explains_its_flags_in_groups(capsys):

@@ -100,7 +100,7 @@ def test_missing_operators_come_with_a_remedy(tmp_path: Path, reason: str, remed
     assert finished.stderr == ""
 
 
-@pytest.mark.parametrize("package", ["onnxruntime", "torch", "onnx", "diffusers"])
+@pytest.mark.parametrize("package", ["onnxruntime", "torch", "onnx", "diffusers", "yaml", "matplotlib"])
 def test_the_doctor_survives_a_broken_import(package, tmp_path):
     (tmp_path / package).mkdir()
     (tmp_path / package / "__init__.py").write_text("raise OSError('libbroken.so: cannot open')", encoding="utf-8")
@@ -111,9 +111,23 @@ def test_the_doctor_survives_a_broken_import(package, tmp_path):
     )  # fmt: skip
     assert "Traceback" not in done.stderr
     assert "versions" in done.stdout
-    if package in ("onnxruntime", "torch"):
-        assert done.returncode == 1
-        assert "libbroken.so" in done.stdout
+    assert done.returncode == 1
+    assert "libbroken.so" in done.stdout
+
+
+def test_a_package_that_is_missing_or_broken_is_one_line_of_any_command(tmp_path):
+    path = os.pathsep.join([str(tmp_path), str(Path(pyard.__file__).parents[1])])
+    (tmp_path / "onnx").mkdir()
+    for error in ("ImportError('libbroken.so: cannot open', name='onnx')", "ModuleNotFoundError('no x', name='x')"):
+        (tmp_path / "onnx" / "__init__.py").write_text(f"raise {error}", encoding="utf-8")
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-m", "pyard", "export", "--student", "x"], env=environment,
+            capture_output=True, text=True, encoding="utf-8", check=False, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.endswith("; `pyard doctor` says what to install\n")
+        assert done.stderr.count("\n") == 1
 
 
 def test_the_doctor_runs_where_only_the_runtime_is(tmp_path):

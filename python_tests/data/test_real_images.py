@@ -173,6 +173,9 @@ def test_16_bits_are_scaled_and_not_clipped(mode, tmp_path):
         (["0", "1", "2", "10", "3", "4", "5", "6", "7", "8", "9"], None, list(range(11))),  # "10" sorts before "2"
         (["cat", "bird", "great_owl"], ["owl, great owl", "cat, kitten", "bird"], [1, 2, 0]),
         (["n1", "n2", "n3"], ["owl", "cat", "bird"], [0, 1, 2]),
+        (["a\u0302ne", "ze\u0300bre"], ["z\xe8bre", "\xe2ne"], [1, 0]),  # as macOS spells accents
+        (["STRASSE", "Ufer"], ["ufer", "stra\xdfe"], [1, 0]),
+        (["0", "1"], ["1", "0"], [1, 0]),  # names of classes come before numbers
     ],
 )
 def test_folders_are_classes_by_number_by_name_or_by_order(folders, names, expected, tmp_path, capsys):
@@ -187,6 +190,7 @@ def test_folders_are_classes_by_number_by_name_or_by_order(folders, names, expec
     assert {int(v): int(label) for v, label in zip(values, shard["labels"], strict=True)} == dict(enumerate(numbers))
     printed = capsys.readouterr().err
     assert f"{numbers[1]} {folders[1]}" in printed
+    assert not (names and folders[0] == "n1") or "0 n1 (owl), 1 n2 (cat), 2 n3 (bird)" in printed
     assert "encoding pictures" in printed
     assert f"{len(folders)}/{len(folders)}" in printed
 
@@ -209,6 +213,38 @@ def test_folders_that_are_not_the_classes_are_refused_with_the_map(folders, name
     with pytest.raises(InputError, match=message):
         cached_images(tmp_path / "images", tmp_path / "cache", (1, 8, 8), None, conditions=ClassConditions(10, names))
     assert not (tmp_path / "cache").exists()
+
+
+def test_hidden_files_and_folders_are_no_pictures(tmp_path):
+    folder = pictures(tmp_path / "images", size=(8, 8))
+    (folder / "cat" / "._1.png").write_bytes(b"what macOS notes of 1.png")
+    (folder / "cat" / ".ipynb_checkpoints").mkdir()
+    shutil.copy(folder / "cat" / "1.png", folder / "cat" / ".ipynb_checkpoints" / "1-checkpoint.png")
+    assert RealData.load(cached_images(folder, tmp_path / "cache", (3, 8, 8), None), (3, 8, 8), 2).count == 7
+
+
+def test_a_class_of_files_that_are_no_pictures_is_not_empty(tmp_path):
+    folder = pictures(tmp_path / "images", size=(8, 8))
+    Image.open(folder / "cat" / "1.png").save(folder / "cat" / "1.TIFF")
+    Image.open(folder / "cat" / "1.png").save(folder / "cat" / "1.gif")
+    assert RealData.load(cached_images(folder, tmp_path / "cache", (3, 8, 8), None), (3, 8, 8), 2).count == 9
+    (folder / "dog").mkdir()
+    assert len(real_images.class_folders(folder, None)) == 3
+    for name in ("b.heic", "a.npy"):
+        (folder / "dog" / name).write_bytes(b"")
+    with pytest.raises(InputError, match=r"dog has 2 files, such as a\.npy, and no pictures \(\.jpeg, .*convert them"):
+        cached_images(folder, tmp_path / "other", (3, 8, 8), None)
+
+
+def test_32_bits_with_numbers_of_8_are_refused(tmp_path):
+    folder = pictures(tmp_path / "images", size=(8, 8))
+    for top, message in ((255, "numbers of the kind 'I' from 0 to 255; expected 8 or 16 bits"), (0, "")):
+        Image.fromarray(np.array([[0, top]] * 2, np.int32)).save(folder / "cat" / "x.tiff")
+        if message:
+            with pytest.raises(InputError, match=message):
+                cached_images(folder, tmp_path / f"cache-{top}", (1, 2, 2), None)
+        else:
+            cached_images(folder, tmp_path / f"cache-{top}", (1, 2, 2), None)
 
 
 @pytest.mark.slow

@@ -116,6 +116,8 @@ def test_labels_of_a_caller() -> None:
         assert checked.dtype == np.int64
         assert checked.tolist() == [3, 0]
     assert check_labels(2, 4).tolist() == [2]
-    for wrong in ([4], [-1], [1.0], [[1]], [[1], [1, 2]], ["1"], [True], None):
+    for mixed in ([np.uint64(3), 0], (np.uint64(3), np.int8(0)), np.array([3, 0], object), [np.array(3), 0]):
+        assert check_labels(mixed, 4).tolist() == [3, 0]
+    for wrong in ([4], [-1], [1.0], [[1]], [[1], [1, 2]], ["1"], [True], [True, 2], [np.False_, 2], [2**70], None):
         with pytest.raises(InputError, match="label"):
             check_labels(wrong, 4)

@@ -1,5 +1,6 @@
 """Sampling without torch: the seed's samples whatever the batch, and a clear error for every wrong input."""
 
+import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -155,6 +156,31 @@ def test_providers_may_have_options(path: Path) -> None:
             OnnxStudent(path, providers=wrong)
     with pytest.raises(InputError, match="providers: found NoSuchProvider; this onnxruntime has"):
         OnnxStudent(path, providers=[("NoSuchProvider", {})])
+    with pytest.raises(InputError, match="providers: found a dictionary"):  # whose options would be passed over
+        OnnxStudent(path, providers={"CPUExecutionProvider": options})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="threads is 1000000; expected 1 to 1024"):
+        OnnxStudent(path, threads=10**6)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("pictures", True, "pictures is True, which its graph contradicts"),  # floats would be read as bytes
+        ("num_classes", 9, "9 classes and 5 conditions"),
+        ("conditions", [], "do not say what label is"),
+        ("conditions", [{"name": "label", "dtype": "int32"}], "label is 'int32'; its graph takes int64"),
+        ("conditions", [{"name": "label", "dtype": "banana"}], "label is 'banana'; its graph takes int64"),
+    ],
+)
+def test_metadata_that_contradict_the_graph_are_one_line(
+    name: str, value: object, message: str, path: Path, tmp_path: Path
+) -> None:
+    model = onnx.load(path)
+    (entry,) = (entry for entry in model.metadata_props if entry.key == "pyard")
+    entry.value = json.dumps({**json.loads(entry.value), name: value})
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(InputError, match=message):
+        OnnxStudent(tmp_path / "other.onnx")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from factories import tiny_student, tiny_teacher
+from training_runs import small_disk
 
 from pyard.errors import InputError
 from pyard.models.student import Student
@@ -102,6 +103,52 @@ def test_a_file_or_a_link_is_refused(tmp_path: Path, kind: str) -> None:
     assert (tmp_path / "file").read_text() == "precious"
 
 
+@pytest.mark.parametrize("target", [".", "..", "inner/..", ""])
+def test_the_working_folder_and_those_around_it_stay_the_folders_they_are(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "notes").write_text("old")
+    monkeypatch.chdir(tmp_path / "inner" if target == ".." else tmp_path)
+    before = tmp_path.stat().st_ino
+    write(Path(target), "config", "vae/weights")
+    write(Path(target), "config", "weights")
+    assert content(tmp_path) == {"notes": "old", "config": "new", "weights": "new"}
+    assert names(tmp_path) == ["config", "inner", "notes", "weights"]
+    assert tmp_path.stat().st_ino == before  # a shell in it would see an empty folder otherwise
+    (tmp_path / f".{tmp_path.name}.{folders.this_process()}.new").mkdir()  # of a process that was killed
+    write(Path(target), "config")
+    assert names(tmp_path) == ["config", "inner", "notes"]
+
+
+@pytest.mark.parametrize("kind", ["disk", "folder"])
+def test_a_mount_point_is_written_to_as_any_folder(kind: str, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "1m"):
+        path = tmp_path / "disk"
+        if kind == "folder":  # of the same disk, which does not look like a mount point
+            path = tmp_path / "disk" / "mounted"
+            (tmp_path / "disk" / "source").mkdir()
+            path.mkdir()
+            subprocess.run(["mount", "--bind", tmp_path / "disk" / "source", path], check=True)
+        try:
+            (path / "notes").write_text("old")
+            write(path, "config", "weights", "vae/weights")
+            write(path, "config", "weights")
+            assert content(path) == {"notes": "old", "config": "new", "weights": "new"}
+        finally:
+            if kind == "folder":
+                subprocess.run(["umount", "-l", path], check=True)
+    assert names(tmp_path) == ["disk"]
+
+
+def test_a_target_below_a_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("file", "dangling"):
+        with pytest.raises(InputError, match=f"{name}/model: cannot be made or written"):
+            tiny_teacher().save_pretrained(tmp_path / name / "model")
+
+
 def test_killed_at_any_moment_it_holds_one_model(tmp_path: Path) -> None:
     path = tmp_path / "model"
     path.mkdir()
@@ -139,6 +186,33 @@ def test_a_student_saved_into_a_run_leaves_the_run(tmp_path: Path) -> None:
         "model.safetensors",
         "settings.yaml",
     ]
+
+
+def test_other_models_and_weights_are_not_replaced(tmp_path: Path) -> None:
+    student, teacher = tiny_student(history_layers=1), tiny_teacher()
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "config.json").write_text('{"architectures": ["BertModel"]}')
+    (tmp_path / "download").mkdir()
+    (tmp_path / "download" / "model.safetensors").write_bytes(b"precious")
+    teacher.save_pretrained(tmp_path / "teacher")
+    student.save_pretrained(tmp_path / "student")
+    before = {str(file): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    for save, name, message in (
+        (student.save_pretrained, "transformers", "config.json without the config.json of a Student"),
+        (teacher.save_pretrained, "download", "model.safetensors without the config.json of a NetworkTeacher"),
+        (student.save_pretrained, "teacher", "config.json of a NetworkTeacher, which would be lost"),
+        (teacher.save_pretrained, "student", "config.json of a Student, which would be lost"),
+    ):
+        with pytest.raises(InputError, match=message):
+            save(tmp_path / name)
+    assert {str(file): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_vae_that_was_put_there_first_stays(tmp_path: Path) -> None:
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "weights").write_text("precious")
+    tiny_teacher().save_pretrained(tmp_path)
+    assert (tmp_path / "vae" / "weights").read_text() == "precious"
 
 
 def test_of_two_writers_of_a_folder_the_first_wins(tmp_path: Path) -> None:

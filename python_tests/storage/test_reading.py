@@ -106,6 +106,8 @@ def test_json_that_is_read() -> None:
         ("a: 2026-99-99", "not valid YAML"),
         ("{[1, 2]: 3}", "not valid YAML"),
         ("a: [1", "not valid YAML"),
+        ("a: 1\nb: 2\na: 3", "line 3: 'a' is in line 1 as well; give it once"),
+        ("b: {a: 1, c: 2,\n a: 1}", "line 2: 'a' is in line 1 as well"),
     ],
 )
 def test_yaml_that_is_none(text: str, message: str) -> None:
@@ -117,6 +119,13 @@ def test_yaml_that_is_none(text: str, message: str) -> None:
 
 def test_yaml_with_aliases_is_read() -> None:
     assert parse_yaml("a: &x [1, 2]\nb: *x\nc: {d: *x}", "x") == {"a": [1, 2], "b": [1, 2], "c": {"d": [1, 2]}}
+
+
+def test_yaml_keeps_what_only_a_settings_type_can_tell() -> None:
+    text = "[8, 010, 1_000, 12:30, 0x10, 1.1, 1.10, 1.0e-05, 2026-01-02, no, null, '8', a: 010]"
+    expected = [8, "010", "1_000", "12:30", "0x10", 1.1, "1.10", "1.0e-05", "2026-01-02", False, None, "8", {"a": "010"}]
+    assert parse_yaml(text, "x", as_written=True) == expected
+    assert parse_yaml("a: &x {b: 1}\nc: {<<: *x, b: 2}", "x") == {"a": {"b": 1}, "c": {"b": 2}}
 
 
 def test_pickles_hold_what_was_saved(tmp_path: Path) -> None:

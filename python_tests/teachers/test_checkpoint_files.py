@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
+import lzma
 import zipfile
 from pathlib import Path
 
@@ -51,6 +53,11 @@ FILES = {
     "fsdp": {"model": wrapped(T)},
     "averaged model": {**under("module.", T), "n_averaged": torch.tensor(7)},
     "deepspeed": {"module": T, "global_steps": 10},
+    "capitals": {"model": OTHER, "EMA": T},
+    "fsdp around the embedding": {
+        "model": {name.replace("x_embedder", "x_embedder._fsdp_wrapped_module"): t for name, t in T.items()}
+    },
+    "average beside an optimiser": {"ema": {"shadow": T, "decay": 0.9}, "opt": {"state": {0: {"exp_avg": torch.ones(3)}}}},
 }
 
 
@@ -78,6 +85,41 @@ def test_weights_of_a_file_with_several_are_chosen(plain, tmp_path: Path, capsys
     torch.save({**under("generator.", T), **under("teacher.", OTHER)}, tmp_path / "two.pt")
     with pytest.raises(InputError, match=r"several networks \(generator, teacher\)"):
         read(tmp_path / "two.pt")
+
+
+@pytest.mark.parametrize("kind", ["list", "names without dots"])
+def test_averages_whose_names_say_nothing_are_not_passed_over(kind, tmp_path: Path):
+    """As torch_ema and the LitEma of latent diffusion store them."""
+    if kind == "list":
+        content = {"model": OTHER, "ema": {"decay": 0.9, "shadow_params": list(T.values())}}
+    else:
+        content = {**under("model.", OTHER), **{"model_ema." + name.replace(".", ""): tensor for name, tensor in T.items()}}
+    torch.save(content, tmp_path / "dit.pt")
+    with pytest.raises(InputError, match="averaged weights whose names do not say what they are of; give weights='model'"):
+        read(tmp_path / "dit.pt")
+    torch.save(OTHER, tmp_path / "other.pt")
+    assert read(tmp_path / "dit.pt", weights="model").fingerprint == read(tmp_path / "other.pt").fingerprint
+
+
+@pytest.mark.parametrize("args", [{"class_dropout_prob": 0.0}, argparse.Namespace(cfg_prob=0, lr=1e-4)])
+def test_a_network_that_never_lost_a_label_has_no_row_without_class(args, tmp_path: Path):
+    torch.save({"model": T, "args": args}, tmp_path / "dit.pt")
+    assert read(tmp_path / "dit.pt").conditions.count == 6
+    assert not read(tmp_path / "dit.pt").conditions.has_null
+    assert read(tmp_path / "dit.pt", num_classes=5).conditions.has_null
+
+
+def test_packed_and_cut_files_are_called_what_they_are(tmp_path: Path):
+    torch.save(T, tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    for name, content, message in (
+        ("a.pt.gz", gzip.compress(whole), "compressed by gzip; unpack it first"),
+        ("b.pt", lzma.compress(whole[:1000]), "compressed by xz; unpack it first"),
+        ("c.pt", whole[:-500], "zip archive without its end, cut off at .* bytes; copy it again"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            read(tmp_path / name)
 
 
 def test_half_precision_files_are_read_in_float32(tmp_path: Path):
@@ -134,7 +176,7 @@ def test_files_that_are_no_checkpoint_are_one_line_without_advice_to_unpickle(tm
         ("c.safetensors.index.json", index, "JSON"),
         ("d.pt", b"", "is empty"),
         ("e.pt", b"\x89HDF\r\n\x1a\n" + bytes(100), "begins with"),
-        ("f.pt", good[: len(good) // 2], "cannot be read"),
+        ("f.pt", good[: len(good) // 2], "cut off"),
         ("g.pt", b"\x80\x04\x95" + bytes(40), "cannot be read"),
         ("h.safetensors", good, "it is a pickle"),
     ):

@@ -80,6 +80,15 @@ def test_the_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: p
     assert cache_folder() == tmp_path / "xdg" / "pyard"
     monkeypatch.setenv("PYARD_CACHE", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own"
+    for name in ("PYARD_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name)
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(InputError, match=r"no home folder .*PYARD_CACHE=DIR"):
+        cache_folder()
 
 
 def test_the_built_in_teacher_is_trained_once_into_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

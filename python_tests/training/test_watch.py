@@ -123,6 +123,7 @@ def test_pictures_are_decoded_with_the_vae_of_the_run(tmp_path: Path):
     assert shown.shape == expected.shape
     assert np.abs(shown.astype(int) - expected).max() <= 2
     assert (shown[..., 0] != shown[..., 2]).any()
+    assert np.array_equal(np.asarray(Image.open(run / "grids" / "step-0000002.png")), shown)
 
     plain_vae(latent_channels=3).save_pretrained(tmp_path / "teacher" / "vae")
     with pytest.raises(InputError, match="latents of 3 channels"):  # before the first update

@@ -26,10 +26,12 @@ _ANCHOR = "x_embedder.proj.weight"
 # Modules that wrap others: DDP and torch.optim's averages, torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _WRAPPED = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(_WRAPPERS)})\.")
-_AVERAGED = re.compile(r"(?<![a-z])ema(?![a-z])")
+_ANCHORS = re.compile(r"(?:(?<=\.)|^)" + _ANCHOR.replace(".", rf"\.(?:(?:{'|'.join(_WRAPPERS)})\.)*") + "$")
+_AVERAGED = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 # Where training scripts keep their settings in a checkpoint.
 _SETTINGS = ("args", "config", "hyper_parameters", "cfg")
 _DEPTH = 3
+_PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"7z\xbc\xaf": "7-Zip"}
 
 _HOW_TO_CONVERT = """{path} holds more than tensors ({reason}), and pyard only reads pickles with weights_only=True, because \
 anything else would run whatever code they name. If you trust the file's source, convert it to safetensors once: \
@@ -91,6 +93,11 @@ def read_checkpoint(path: Path, *, weights: Weights | None = None) -> Checkpoint
     kinds = sorted({one.weights for one in found})
     if weights is not None and weights not in kinds:
         raise InputError(f"{path} has the weights {_listed(found)}; there is no {weights!r} among them")
+    if weights is None and kinds == ["model"] and _has_unnamed_average(content, found[0]):
+        raise InputError(
+            f"{path} has averaged weights whose names do not say what they are of; give weights='model' to read those that "
+            "were not averaged, or save the average under the network's names"
+        )
     chosen = [one for one in found if one.weights == (weights or kinds[0])]  # "ema" before "model"
     if len(chosen) > 1:
         raise InputError(
@@ -102,12 +109,28 @@ def read_checkpoint(path: Path, *, weights: Weights | None = None) -> Checkpoint
 
 def _weights_in(content: Mapping[Any, Any], label: str, depth: int) -> Iterator[_Found]:
     names = [name for name in content if isinstance(name, str)]
-    prefixes = [name[: -len(_ANCHOR)] for name in names if name == _ANCHOR or name.endswith("." + _ANCHOR)]
+    prefixes = [name[: match.start()] for name in names if (match := _ANCHORS.search(name)) is not None]
     for prefix in prefixes:
         yield _Found(label + prefix, {name[len(prefix) :]: content[name] for name in names if name.startswith(prefix)})
     for name in names:
         if depth and isinstance(content[name], Mapping):
             yield from _weights_in(content[name], f"{label}{name}.", depth - 1)
+
+
+def _has_unnamed_average(content: Mapping[Any, Any], found: _Found) -> bool:
+    """Whether there are about as many averaged tensors as the network has: in a list, or under names without their dots."""
+    count = 0
+    waiting: list[tuple[Any, bool, int]] = [(content, False, _DEPTH)]
+    while waiting:
+        value, is_averaged, depth = waiting.pop()
+        pairs = value.items() if isinstance(value, Mapping) else (("", item) for item in value)
+        for name, inner in pairs:
+            averaged = is_averaged or _AVERAGED.search(str(name)) is not None
+            if isinstance(inner, Mapping | list | tuple) and depth:
+                waiting.append((inner, averaged, depth - 1))
+            elif averaged and isinstance(inner, torch.Tensor) and inner.ndim:
+                count += 1
+    return count > len(found.tensors) // 2
 
 
 def _listed(found: list[_Found]) -> str:
@@ -179,6 +202,9 @@ def _what_else(path: Path, start: bytes) -> str | None:
     instead = stand_in(path)
     if instead is not None:
         return instead
+    packed = next((how for magic, how in _PACKED.items() if start.startswith(magic)), None)
+    if packed is not None:
+        return f"it is compressed by {packed}; unpack it first"
     if text.startswith((b"{", b"[")):
         return "it is a JSON file; for a model in several files, give one file with all tensors, or the folder"
     if path.suffix == ".safetensors":
@@ -188,7 +214,7 @@ def _what_else(path: Path, start: bytes) -> str | None:
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
         except DAMAGE:
-            return None  # cut off: torch says so
+            return f"it is a zip archive without its end, cut off at {path.stat().st_size} bytes; copy it again"
         if any(name.endswith("constants.pkl") for name in names):
             return "it is a TorchScript program, which pyard does not run; save its state_dict()"
         if not any(name.rpartition("/")[2] == "data.pkl" for name in names):

@@ -22,6 +22,9 @@ from pyard.storage.files import new_file
 # Heads of the published S, B, L and XL models by width; the tensors hold no trace of them.
 KNOWN_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
+# What training scripts call the share of labels that they drop.
+_LABEL_DROPOUT = ("class_dropout_prob", "cfg_prob", "label_dropout_prob", "class_dropout")
+
 _TRUNK = {
     "x_embedder.proj": "patch_embed",
     "t_embedder.mlp.0": "time_embed.fc1",
@@ -84,7 +87,7 @@ def read_config(
             f"a width of {hidden} belongs to none of the published DiTs ({', '.join(map(str, KNOWN_HEADS))}), and the number "
             "of attention heads cannot be read off the tensors; give num_heads"
         )
-    num_classes = classes_of(table.shape[0], num_classes, (args or {}).get("num_classes"))
+    num_classes = classes_of(table.shape[0], num_classes, args or {})
     return DiTConfig(
         input_size=math.isqrt(tokens) * patch_size,
         in_channels=channels,
@@ -100,12 +103,20 @@ def read_config(
     )
 
 
-def classes_of(rows: int, given: int | None, in_args: object) -> int:
+def classes_of(rows: int, given: int | None, args: Mapping[str, Any]) -> int:
     """Classes of a label table; the caller's word goes before the training script's.
+
+    Args:
+        rows: of the table.
+        given: by the caller.
+        args: settings of the training script: its classes, or that it never dropped a label, so that no row is "no class".
 
     Raises:
         InputError: neither as many as rows nor one fewer.
     """
+    in_args = args.get("num_classes")
+    if in_args is None and any(args.get(name) == 0 for name in _LABEL_DROPOUT):
+        in_args = rows
     where = "num_classes" if given is not None else "num_classes of the checkpoint's args"
     wanted = given if given is not None else in_args
     if wanted is None:
