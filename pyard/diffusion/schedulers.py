@@ -85,7 +85,7 @@ def schedule_of(scheduler: Any) -> NoiseSchedule:
         InputError: a setting that changes the samples and that pyard does not have, with the reason.
     """
     process, config, name = process_of(scheduler), scheduler.config, type(scheduler).__name__
-    other_times = {"sigma_min": (None, _OTHER_TIMES), "sigma_max": (None, _OTHER_TIMES)}
+    other_times: dict[str, tuple[Any, str]] = {"sigma_min": (None, _OTHER_TIMES), "sigma_max": (None, _OTHER_TIMES)}
     if process.kind == "flow":
         _refuse(config, name, {
             "use_dynamic_shifting": (False, "its shift depends on the picture's size; set `shift` to your size's"),
@@ -97,6 +97,7 @@ def schedule_of(scheduler: Any) -> NoiseSchedule:
         if key not in config:
             raise InputError(f"scheduler {name}: it has no {key}; expected a flow with one")
         return dataclasses.replace(process, shift=config[key])
+    other_times["interpolation_type"] = ("linear", _OTHER_TIMES)
     _refuse(config, name, {**dict.fromkeys(OTHER_SPACINGS, (False, _OTHER_TIMES)), **other_times})
     spacing = config.get("timestep_spacing", "leading")
     if spacing == "leading":

@@ -142,6 +142,7 @@ def test_schedules_that_no_scheduler_has_are_refused(tmp_path: Path):
     ("EulerDiscreteScheduler", dict(timestep_type="continuous", prediction_type="v_prediction"), "timestep_type"),
     ("EulerDiscreteScheduler", dict(use_karras_sigmas=True), "use_karras_sigmas is True"),
     ("EulerDiscreteScheduler", dict(sigma_min=0.01), "sigma_min is 0.01"),
+    ("EulerDiscreteScheduler", dict(interpolation_type="log_linear"), "interpolation_type is .log_linear"),
     ("DPMSolverMultistepScheduler", dict(use_karras_sigmas=True), "use_karras_sigmas"),
     ("DPMSolverMultistepScheduler", dict(use_lu_lambdas=True), "use_lu_lambdas"),
     ("DPMSolverMultistepScheduler", dict(use_exponential_sigmas=True), "use_exponential_sigmas"),
