@@ -123,7 +123,7 @@ def test_what_is_no_backbone_is_refused(tmp_path: Path, capsys):
         ("own_backbones:Nobody", "has no attribute 'Nobody'"),
         ("own_backbones:TextConfig", "inherits from pyard.models.backbone.Backbone"),
         ("own_backbones", "expected package.module:Class"),
-        ("own_backbones:VideoBackbone", "does not fit"),
+        ("own_backbones:VideoBackbone", "not valid in this version of pyard"),
     ):
         assert main(["describe", str(tmp_path / "student"), "--network", network]) == 2
         error = capsys.readouterr().err
