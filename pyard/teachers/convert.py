@@ -64,6 +64,8 @@ def convert(
         return
     if given := [name for name, value in (("rank", rank), ("pipeline", pipeline)) if value is not None]:
         raise InputError(f"convert: {given[0]} is for --to lora and --to transformer")
+    if to == "dit" and (out.exists() or out.is_symlink()):  # such as the checkpoint itself, with its optimiser
+        raise InputError(f"convert: {out} is there and would be replaced; remove it, or choose another name")
     teacher = load_teacher(
         source, family=family, num_heads=num_heads, num_classes=num_classes, vae=vae, weights=weights, network=network
     )

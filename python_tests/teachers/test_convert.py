@@ -94,3 +94,14 @@ def test_names_and_precision_reach_the_sampler_from_the_command_line(tmp_path: P
     assert "no class is named 'z'" in capsys.readouterr().err
     assert run("describe", "--student", tmp_path / "s") == 0
     assert "cost of history" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_is_there_is_not_replaced(tmp_path: Path, capsys):
+    tiny_teacher().save_pretrained(tmp_path / "teacher")
+    (tmp_path / "link.safetensors").symlink_to("nowhere")
+    (tmp_path / "0100000.pt").write_bytes(b"precious")
+    for name in ("0100000.pt", "link.safetensors"):
+        argv = ["convert", str(tmp_path / "teacher"), "--to", "dit", "--out", str(tmp_path / name)]
+        assert main(argv) == 2
+        assert "is there and would be replaced" in capsys.readouterr().err
+    assert (tmp_path / "0100000.pt").read_bytes() == b"precious"
