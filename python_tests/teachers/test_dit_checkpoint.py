@@ -190,6 +190,6 @@ def test_a_teacher_without_variance_is_written_with_zeros_there(tmp_path: Path):
 
 def test_settings_that_dit_fixes_otherwise_are_not_exported(tmp_path: Path):
     shifted = DiT(dataclasses.replace(tiny_config(frequency_size=256), freq_shift=1.0))
-    with pytest.raises(InputError, match=r"freq_shift is 1\.0, theirs 0\.0"):
+    with pytest.raises(InputError, match=r"freq_shift is 1\.0 instead of 0\.0"):
         save_checkpoint(NetworkTeacher(shifted, NoiseSchedule()), tmp_path / "dit.pt")
     assert not list(tmp_path.iterdir())

@@ -248,11 +248,11 @@ def test_the_latent_statistics_beside_it_are_read(file: Path):
 @pytest.mark.parametrize(("change", "message"), [
     ({"feat_rope.freqs_cos": torch.zeros(16, 8)}, "freqs_cos is not the rotation by row and column"),
     ({"feat_rope.freqs_sin": None}, "freqs_sin is not the rotation"),
-    ({"blocks.1.mlp.w3.weight": torch.zeros(WIDTH, 3)}, "do not fit"),
-    ({"blocks.0.mlp.w12.weight": None}, "do not fit|no tensor"),
+    ({"blocks.1.mlp.w3.weight": torch.zeros(WIDTH, 3)}, "do not match"),
+    ({"blocks.0.mlp.w12.weight": None}, "do not match|no tensor"),
     ({"blocks.0.adaLN_modulation.1.weight": torch.zeros(5 * WIDTH, WIDTH)}, "expected 4 or 6 times 32"),
-    ({"blocks.2.norm1.weight": None}, "do not fit"),
-    ({"blocks.1.extra.weight": torch.zeros(3)}, "do not fit"),
+    ({"blocks.2.norm1.weight": None}, "do not match"),
+    ({"blocks.1.extra.weight": torch.zeros(3)}, "do not match"),
     ({"s_embedder.proj.weight": torch.zeros(3)}, "is DDT"),
 ])  # fmt: skip
 def test_other_networks_are_refused_in_one_line(change, message, tmp_path: Path):
