@@ -126,7 +126,10 @@ def onnx_metadata(path: Path) -> OnnxStudentInfo:
 
     tensor = functools.partial(SimpleNamespace, type="tensor(float)")
     session: Any = SimpleNamespace(
-        get_inputs=lambda: [tensor(name="noise", shape=["n", 1, 8, 8]), tensor(name="label", shape=["n"])],
+        get_inputs=lambda: [
+            tensor(name="noise", shape=["n", 1, 8, 8]),
+            tensor(name="label", shape=["n"], type="tensor(int64)"),
+        ],
         get_outputs=lambda: [tensor(name="sample", shape=["n", 1, 8, 8])],
         get_providers=lambda: ["CPUExecutionProvider"],
     )
