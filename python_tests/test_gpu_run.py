@@ -183,7 +183,7 @@ def test_a_library_that_is_not_fit_stops_the_call(bare: dict[str, str], tmp_path
     environment = {**bare, "PYARD_PREBUILT": str(tmp_path / "none.so")}
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 1
-    assert f"not fit: PYARD_PREBUILT={tmp_path / 'none.so'}: there is no such file" in finished.stdout
+    assert f"not usable: PYARD_PREBUILT={tmp_path / 'none.so'}: there is no such file" in finished.stdout
     steps, tables = results_of(tmp_path / "out", "a")
     assert steps == {"library": "failed (1)"}
     assert tables == {}

@@ -172,9 +172,9 @@ def test_a_video_toy_from_trajectories_to_arrays(tmp_path: Path, capsys):
     named = ["--teacher", tmp_path / "teacher", "--network", VIDEO]
     run("trajectories", *named, "--out", tmp_path / "store", "--count", 16, "--num-steps", 2, "--teacher-steps", 4)
     run("trajectories", "stats", tmp_path / "store")
-    assert "no pictures" in capsys.readouterr().out
+    assert "not pictures" in capsys.readouterr().out
     assert not (tmp_path / "store" / "stats.png").exists()
-    assert "no pictures" in refused(capsys, "trajectories", "stats", tmp_path / "store", "--picture", tmp_path / "a.png")
+    assert "not pictures" in refused(capsys, "trajectories", "stats", tmp_path / "store", "--picture", tmp_path / "a.png")
     flags = ["--num-steps", 2, "--batch-size", 4, "--save-every", 2, "--evaluate-every", 2, "--evaluation-trajectories", 4]
     flags += ["--trackers", "tensorboard", "--trajectories", tmp_path / "store", "--progress", "false"]
     run("train", *named, *flags, "--out", tmp_path / "run", "--max-steps", 4)
@@ -182,5 +182,5 @@ def test_a_video_toy_from_trajectories_to_arrays(tmp_path: Path, capsys):
     student = ["--student", tmp_path / "run", "--network", VIDEO]
     run("sample", *student, "--labels", "[3, 1]", "--out", tmp_path / "a.npz")
     assert np.load(tmp_path / "a.npz")["samples"].shape == (2, 2, 3, 2, 4)
-    assert "no pictures" in refused(capsys, "sample", *student, "--out", tmp_path / "a.png")
+    assert "not pictures" in refused(capsys, "sample", *student, "--out", tmp_path / "a.png")
     run("describe", tmp_path / "run", "--network", VIDEO)
