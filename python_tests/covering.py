@@ -1,0 +1,23 @@
+"""Which settings of a product to test where all of them would take too long."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import Any
+
+
+def covering(product: list[dict[str, Any]], together: int = 2) -> list[dict[str, Any]]:
+    """Settings of a product in which every two (or `together`) values occur that do so anywhere in it, picked greedily.
+
+    With PYARD_TEST_PRODUCTS=1, the whole product.
+    """
+    if os.environ.get("PYARD_TEST_PRODUCTS") == "1":
+        return product
+    groups = [set(itertools.combinations(sorted((k, str(v)) for k, v in one.items()), together)) for one in product]
+    left, picked = set().union(*groups), []
+    while left:
+        best = max(range(len(product)), key=lambda i: len(groups[i] & left))
+        picked.append(product[best])
+        left -= groups[best]
+    return picked
