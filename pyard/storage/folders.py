@@ -218,12 +218,17 @@ def _replace_each(path: Path, building: Path, owned: Collection[str]) -> None:
             sync_tree(staged)
     try:
         for name in written:
-            place = path / name
+            place, old = path / name, staged / f"{name}.old"
             if place.is_dir() and not place.is_symlink():
-                place.rename(staged / f"{name}.old")
+                place.rename(old)
             elif (staged / name).is_dir():
                 place.unlink(missing_ok=True)
-            (staged / name).replace(place)
+            try:
+                (staged / name).replace(place)
+            except OSError:
+                if old.exists():
+                    old.rename(place)
+                raise
         for name in set(owned) - set(written):
             _remove(path / name)
         sync_directory(path)
