@@ -71,9 +71,9 @@ def test_a_shared_head_is_written_once_for_each_step(student, tmp_path: Path):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    (dict(mask="anchor"), "mask is anchor, theirs causal"),
-    (dict(history_bias=-1.0), "history_bias is -1.0, theirs None"),
-    (dict(target="state", output="jump"), "target is state, theirs denoised; output is jump, theirs direct"),
+    (dict(mask="anchor"), "mask is anchor instead of causal"),
+    (dict(history_bias=-1.0), "history_bias is -1.0 instead of None"),
+    (dict(target="state", output="jump"), "target is state instead of denoised; output is jump instead of direct"),
 ])  # fmt: skip
 def test_what_their_code_would_not_do_is_refused(student, tmp_path: Path, changes, message):
     with pytest.raises(InputError, match=message):
