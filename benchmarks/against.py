@@ -4,8 +4,9 @@
 
 CHECKOUT is a folder with another commit and its built operators (`git worktree add`, `python setup.py build_ext --inplace`).
 Each round measures both checkouts, in an order that alternates, in processes of their own: the CPU operators and a training
-step (`benchmarks.cpu_ops`), drawing in PyTorch and onnxruntime (`pyard bench onnx`), and a training of digits from a store
-that is there. The table has medians of the rounds' ratios, as rates: above 1, this checkout is the faster one.
+step (`benchmarks.cpu_ops`), drawing in PyTorch and onnxruntime (`pyard bench onnx`), a training of digits from a store
+that is there, without checkpoints and with one every 50 updates, and `pyard teach` with as many. The table has medians of
+the rounds' ratios, as rates: above 1, this checkout is the faster one.
 Writes benchmarks/results/NAME.json and NAME.md.
 """
 
@@ -28,7 +29,9 @@ from pyard.bench.machine import processor
 HERE = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 # Of two trainings the shorter one's time is taken away: loading, the first updates and the end are in both.
-UPDATES = (10, 60)
+UPDATES = (10, 210)
+TEACHER_UPDATES = (10, 510)
+SAVE_EVERY = 50
 TEACHER = "import sys, pyard.teachers.convert as c, pathlib; c.convert('digits', pathlib.Path(sys.argv[1]), to='dit')"
 # The digits' teacher as a file that every commit reads.
 LOADED = "import json, sys, time, pyard; teacher = pyard.load_teacher(sys.argv[1], family='dit', num_heads=4)\n"
@@ -37,7 +40,7 @@ TRAINING = (
     LOADED
     + """
 out, store, times = sys.argv[2], sys.argv[3], []
-settings = dict(num_steps=4, batch_size=64, num_trajectories=128, save_every=1000, progress=False)
+settings = dict(num_steps=4, batch_size=64, num_trajectories=128, save_every=int(sys.argv[5]), progress=False)
 for updates in json.loads(sys.argv[4]):
     started = time.perf_counter()
     pyard.train(teacher, store, out=f"{out}/{updates}", max_steps=updates, **settings)
@@ -45,6 +48,16 @@ for updates in json.loads(sys.argv[4]):
 print(json.dumps(times[1] - times[0]))
 """
 )
+TEACHING = """
+import json, sys, time
+from pyard.teachers import digits
+times = []
+for updates in json.loads(sys.argv[2]):
+    started = time.perf_counter()
+    digits.teach(f"{sys.argv[1]}/{updates}", max_steps=updates, save_every=int(sys.argv[3]), progress=False)
+    times.append(time.perf_counter() - started)
+print(json.dumps(times[1] - times[0]))
+"""
 ONNX_WAYS = ("PyTorch eager, native operators", "ONNX fp32")
 
 
@@ -82,7 +95,7 @@ def main() -> None:
 def seconds(checkout: Path, threads: int, teacher: Path, scratch: Path) -> Iterator[tuple[str, float]]:
     """What each piece of work takes in a checkout, median of the calls of one process."""
     scratch.mkdir()
-    run(checkout, threads, "-m", "benchmarks.cpu_ops", "--threads", str(threads), "--rounds", "7", "--step-rounds", "3",
+    run(checkout, threads, "-m", "benchmarks.cpu_ops", "--threads", str(threads), "--rounds", "3", "--step-rounds", "1",
         "--name", "against_ops")  # fmt: skip
     for work in json.loads((checkout / "benchmarks/results/against_ops.json").read_text(encoding="utf-8"))["measurements"]:
         yield work["name"], statistics.median(work["seconds"]["pyard"])
@@ -94,10 +107,15 @@ def seconds(checkout: Path, threads: int, teacher: Path, scratch: Path) -> Itera
     for row in json.loads((scratch / "onnx.json").read_text(encoding="utf-8"))["DiT-S/2"]["rows"]:
         yield f"drawing, DiT-S/2, {row['way']}", row["seconds_per_image"]
     run(checkout, threads, "-c", STORE, str(teacher), str(scratch / "store"))
-    printed = run(
-        checkout, threads, "-c", TRAINING, str(teacher), str(scratch / "runs"), str(scratch / "store"), json.dumps(UPDATES)
-    )
-    yield f"training of digits, {UPDATES[1] - UPDATES[0]} updates of 64", float(printed.splitlines()[-1])
+    for save_every, told in ((1000, "no checkpoints"), (SAVE_EVERY, f"a checkpoint every {SAVE_EVERY}")):
+        runs = str(scratch / f"runs-{save_every}")
+        printed = run(
+            checkout, threads, "-c", TRAINING, str(teacher), runs, str(scratch / "store"), json.dumps(UPDATES), str(save_every)
+        )
+        yield f"training of digits, {UPDATES[1] - UPDATES[0]} updates of 64, {told}", float(printed.splitlines()[-1])
+    printed = run(checkout, threads, "-c", TEACHING, str(scratch / "taught"), json.dumps(TEACHER_UPDATES), str(SAVE_EVERY))
+    updates = TEACHER_UPDATES[1] - TEACHER_UPDATES[0]
+    yield f"teach, {updates} updates of 64, a checkpoint every {SAVE_EVERY}", float(printed.splitlines()[-1])
 
 
 def run(checkout: Path, threads: int, *arguments: str) -> str:

@@ -29,7 +29,13 @@ DIT_S_2 = DiTConfig(input_size=32, in_channels=4, patch_size=2, hidden_size=384,
 def new_student() -> Student:
     """A DiT-S/2 student whose every parameter was drawn: gates of zero would make work that is no work."""
     schedule = NoiseSchedule()
-    student = Student(StudentConfig(DIT_S_2, TimeGrid.build(schedule, S, 25), schedule, history_layers=N))
+    # Not the defaults: the usual way below has no history bias, and its outputs are the predictions themselves.
+    student = Student(
+        StudentConfig(
+            DIT_S_2, TimeGrid.build(schedule, S, 25), schedule, history_layers=N, mask="causal", history_bias=None,
+            heads="per_step", target="denoised", output="direct",
+        )
+    )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in student.parameters():
@@ -108,5 +114,5 @@ def training_step() -> tuple[Measurement, dict[str, Callable[[], object]]]:
         "naive": step(NaiveStudent(new_student()), "reference"),
     }
     # Useful ones: no masked-out logit, and adaLN once per (sample, step).
-    flops = update_flops(first.config, B)
+    flops = update_flops(first, B)
     return Measurement("training step, DiT-S/2 student, batch 4", "pyard", flops=flops, aim={"naive": 2.2}), rivals

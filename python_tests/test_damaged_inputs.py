@@ -31,6 +31,7 @@ def trial(base: Path, *words: object) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_good_inputs_are_read(base: Path) -> None:
     found = trial(base, "good")
     assert not found["faults"], "\n".join(found["faults"])

@@ -109,6 +109,7 @@ def results_of(folder: Path, name: str) -> tuple[dict[str, str], dict[str, dict[
     return {step["step"]: step["result"] for step in results["steps"]}, tables
 
 
+@pytest.mark.slow
 def test_all_sections_run_on_a_bare_machine(bare: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "results"
     wanted = [*CALLS["A"], *CALLS["B"][1:], "memcheck"]

@@ -116,6 +116,7 @@ def test_evaluated_by_features_of_a_file(folder, kind, tmp_path: Path):
         assert archive["arr_0"].shape == (20, WIDE[1], WIDE[2], 3)
 
 
+@pytest.mark.slow
 def test_consolidated_and_exported(folder, capsys):
     run("consolidate", "--run", folder / "run", "--out", folder / "early", "--step", 3, "--network", TEXT)
     early = pyard.Student.from_pretrained(folder / "early", network=TEXT)

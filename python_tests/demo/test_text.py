@@ -39,6 +39,7 @@ def test_every_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         demo(tmp_path, text=True, adversarial=True)
 
 
+@pytest.mark.slow
 def test_the_scenes_themselves_are_followed_and_close_to_themselves() -> None:
     from pyard.data.captioned_scenes import scene_batch
     from pyard.evaluation.captioned_scenes import PROMPT_SEED

@@ -166,6 +166,7 @@ def test_external_data_lie_beside_the_model_until_an_export_without_them(tmp_pat
     assert sorted(file.name for file in tmp_path.iterdir()) == ["student.onnx", "student.onnx.json"]
 
 
+@pytest.mark.slow
 def test_a_model_and_its_data_change_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed before any rename, an export leaves the former model with the former data, or the new one with its own."""
     path, noise = tmp_path / "student.onnx", np.ones((1, 2, 8, 8), dtype=np.float32)

@@ -86,7 +86,11 @@ def compare_with_assembled(settings: dict[str, Any], folder: Path) -> None:
         assert all(relative_error(a, b) < 1e-4 for a, b in pairs)
 
 
-@pytest.mark.parametrize("settings", COVERING, ids=lambda s: f"{s['mask']}-{s['form']}")
+@pytest.mark.parametrize(
+    "settings",
+    [*COVERING[:2], *(pytest.param(s, marks=pytest.mark.slow) for s in COVERING[2:])],
+    ids=lambda s: f"{s['mask']}-{s['form']}",
+)
 def test_the_assembled_graph_of_a_dit_equals_the_traced_one(settings: dict[str, Any], tmp_path: Path) -> None:
     compare_with_assembled(settings, tmp_path)
 

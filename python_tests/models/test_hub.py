@@ -136,6 +136,7 @@ def test_a_pushed_student_is_read_back_by_its_name(hub, tmp_path: Path):
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), student.state_dict().values(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_readme_on_the_hub_that_is_not_pyard_s_stays(hub, tmp_path: Path):
     endpoint, files = hub
     pyard.ARDPipeline(tiny_student(2, history_layers=1)).save_pretrained(tmp_path / "pipe")

@@ -62,6 +62,7 @@ def settings_of(folder: Path, pictures: str = "pictures", **adversarial: Any) ->
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_pictures_and_captions_are_encoded_once_and_a_killed_run_resumes(folder: Path) -> None:
     settings = settings_of(folder)
     train_in(folder, "whole", **settings)

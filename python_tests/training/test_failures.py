@@ -128,6 +128,7 @@ def limit_memory(spare: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used + spare, used + spare))
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_says_what_to_lower(tmp_path):
     teacher_and_store(tmp_path, count=2000)
     settings = dict(batch_size=2000, max_steps=1)

@@ -219,7 +219,7 @@ def test_a_transformer_in_the_place_of_the_pipelines_is_recorded(exact_folder: P
     )
 
 
-@pytest.mark.parametrize(("world", "parallel"), [(2, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize(("world", "parallel"), [pytest.param(2, "ddp", marks=pytest.mark.slow), (2, "fsdp")])
 def test_two_processes_train_what_one_trains(exact_folder: Path, world: int, parallel: str) -> None:
     if not (exact_folder / "one").exists():
         train_in(exact_folder, "one", **SETTINGS)
@@ -243,6 +243,7 @@ def test_two_processes_train_what_one_trains(exact_folder: Path, world: int, par
 
 
 @pytest.mark.parametrize(("world", "parallel"), [(1, "ddp"), (2, "fsdp")])
+@pytest.mark.slow
 def test_a_killed_run_ends_as_one_that_was_not(folder: Path, world: int, parallel: str) -> None:
     settings = {**SETTINGS, "parallel": parallel, "max_steps": 8}
     whole, killed = f"whole-{world}", f"killed-{world}"
@@ -255,6 +256,7 @@ def test_a_killed_run_ends_as_one_that_was_not(folder: Path, world: int, paralle
     assert_same_run(folder / whole, folder / killed)
 
 
+@pytest.mark.slow
 def test_the_adversarial_stage_goes_on_with_the_same_additions(folder: Path) -> None:
     shape = load_pipeline(folder / "teacher").shape_of(32, 32)
     images = torch.randn(12, *shape, generator=torch.Generator().manual_seed(3))

@@ -103,6 +103,7 @@ def test_equal_to_ddp_and_consolidated(folder, capsys):
         consolidate(folder / "fsdp", folder / "x", step=4)
 
 
+@pytest.mark.slow
 def test_low_rank_additions_are_equal_to_ddp_in_both_stages(folder):
     settings = {**FSDP, "max_steps": 6, "save_every": 3, "lora_rank": 2}
     assert set(wait(start(folder, "ddp", 2, **{**settings, "parallel": "ddp"}))) == {0}
@@ -158,6 +159,7 @@ def test_the_vae_comes_along(folder):
     assert pyard.sample(folder / "whole", [1]).shape == (1, 3, 8, 8)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bitwise_the_same(folder):
     settings = {**FSDP, "max_steps": 16}
     assert set(wait(start(folder, "whole", 2, **settings))) == {0}
@@ -166,6 +168,7 @@ def test_killed_and_resumed_is_bitwise_the_same(folder):
     assert_same_shards(folder / "whole", folder / "killed")
 
 
+@pytest.mark.slow
 def test_adversarial_stage_is_equal_to_ddp_and_resumes(folder):
     settings = {**student_and_real_data(folder), "max_steps": 8}
     settings["adversarial"]["warmup_steps"] = 2
@@ -179,6 +182,7 @@ def test_adversarial_stage_is_equal_to_ddp_and_resumes(folder):
     assert_same_shards(folder / "fsdp", folder / "killed")
 
 
+@pytest.mark.slow
 def test_signal_writes_shards_and_a_full_disk_leaves_those_before(folder):
     settings = {**FSDP, "max_steps": 9, "save_every": 3, "keep_last": 1, "keep_every": 3}
     assert set(wait(start(folder, "whole", 2, **settings))) == {0}

@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = dict(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["flux", "qwen_image"])
+@pytest.fixture(scope="module", params=[pytest.param("flux", marks=pytest.mark.slow), "qwen_image"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`teacher/` with a steep shift by size, `square/` and `wide/`."""
     place = tmp_path_factory.mktemp(request.param)
@@ -234,3 +234,14 @@ def test_stores_that_were_cut_elsewhere_are_refused(folder: Path) -> None:
     assert other.manifest.grid.teacher_steps == 6
     with pytest.raises(InputError, match="do not belong together: teacher_steps is 4 in one, 6 in the other"):
         train_in(folder, "refused", **{**SETTINGS, "store": [folder / "square", folder / "other"]})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_train_both_sizes_as_one_does(parallel: str, folder: Path, run: Path) -> None:
+    assert set(wait(start(folder, parallel, 2, None, **{**_settings(folder), "parallel": parallel}))) == {0}
+    for one, two in zip(read_log(run / "log.jsonl"), read_log(folder / parallel / "log.jsonl"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    student = Student.from_pretrained(folder / parallel)
+    assert student.config.grids == Student.from_pretrained(run).config.grids

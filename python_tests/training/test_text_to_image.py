@@ -19,7 +19,7 @@ SETTINGS: dict[str, Any] = dict(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["sd3", "z_image"])
+@pytest.fixture(scope="module", params=["sd3", pytest.param("z_image", marks=pytest.mark.slow)])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp(request.param)
     tiny_pipeline(request.param, place / "teacher")
@@ -44,6 +44,7 @@ def test_two_processes_in_shards_train_what_one_trains(folder: Path) -> None:
     assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) < 2e-3
 
 
+@pytest.mark.slow
 def test_layers_that_nothing_reads_are_not_waited_for(tmp_path: Path) -> None:
     """The last block of Qwen-Image computes text tokens that no output depends on."""
     tiny_pipeline("qwen_image", tmp_path / "teacher")

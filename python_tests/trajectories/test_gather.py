@@ -182,7 +182,7 @@ def test_readers_that_are_dropped_midway_leave_no_thread(store: TrajectoryStore)
         return len(list(Path("/proc/self/task").iterdir()))
 
     before = threads()
-    for _ in range(20):
+    for _ in range(5):
         reader = TrajectoryReader(store, 8, target="state", backend="native", num_threads=4, prefetch=5)
         next(reader)
         assert threads() >= before + 4

@@ -78,6 +78,7 @@ def test_two_writers_of_one_part_are_refused(tmp_path: Path) -> None:
     assert contents(tmp_path / "whole").items() <= {k: v for k, v in contents(tmp_path).items() if "whole" not in k}.items()
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_part_end_with_one_error_and_a_whole_store(tmp_path: Path) -> None:
     # Long enough that neither is done before the other has started, however busy the machine is.
     processes = [start_writer(tmp_path / "store", 40, 0.15) for _ in range(2)]
