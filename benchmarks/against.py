@@ -81,7 +81,7 @@ def main() -> None:
                     for name in order
                 }
             )
-            record = {
+            record: dict[str, object] = {
                 "machine": {"processor": processor(), "threads": options.threads, "load_average": os.getloadavg()[0]},
                 "commits": {name: commit(folder) for name, folder in checkouts.items()},
                 "seconds": rounds,
@@ -145,7 +145,7 @@ def table(record: dict[str, object], rounds: list[dict[str, dict[str, float]]]) 
     lines = [f"- {name}: {value}" for name, value in record.items() if name != "seconds"]
     lines += ["", "| work | other, ms | this, ms | ratio | of the rounds |", "|---|---|---|---|---|"]
     medians = []
-    for work in rounds[0]["this"]:
+    for work in (work for work in rounds[0]["this"] if work in rounds[0]["other"]):  # some work is newer than the other
         ratios = [both["other"][work] / both["this"][work] for both in rounds]
         medians.append(statistics.median(ratios))
         other, this = (statistics.median(both[name][work] for both in rounds) * 1e3 for name in ("other", "this"))
