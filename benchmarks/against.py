@@ -29,7 +29,7 @@ from pyard.bench.machine import processor
 HERE = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 # Of two trainings the shorter one's time is taken away: loading, the first updates and the end are in both.
-UPDATES = (10, 210)
+UPDATES = (10, 160)
 TEACHER_UPDATES = (10, 510)
 SAVE_EVERY = 50
 TEACHER = "import sys, pyard.teachers.convert as c, pathlib; c.convert('digits', pathlib.Path(sys.argv[1]), to='dit')"

@@ -62,7 +62,7 @@ def timed(draw: Callable[[str, np.ndarray], np.ndarray], shape: tuple[int, ...])
 
 
 def in_pytorch(run: Path, shape: tuple[int, ...]) -> Draw:
-    pipe = pyard.ARDPipeline.from_pretrained(run, pipeline=TEACHER)
+    pipe: Any = pyard.ARDPipeline.from_pretrained(run, pipeline=TEACHER)
     pipe.set_progress_bar_config(disable=True)
 
     def draw(prompt: str, noise: np.ndarray) -> np.ndarray:
@@ -72,7 +72,7 @@ def in_pytorch(run: Path, shape: tuple[int, ...]) -> Draw:
 
 
 def in_diffusers(steps: int, guidance: float, shape: tuple[int, ...]) -> Draw:
-    pipe = PixArtSigmaPipeline.from_pretrained(TEACHER, vae=None)
+    pipe: Any = PixArtSigmaPipeline.from_pretrained(TEACHER, vae=None)
     pipe.set_progress_bar_config(disable=True)
     usual = dict(num_inference_steps=steps, guidance_scale=guidance, output_type="latent", use_resolution_binning=False)
     usual |= dict(height=shape[1], width=shape[2], clean_caption=False)
@@ -107,13 +107,15 @@ def in_browser(folder: Path, stack: ExitStack) -> tuple[Draw, dict[str, Any]] | 
     command = ["node", str(driver), puppeteer.as_uri(), chromium, server.stdout.readline().strip()]
     node = stack.enter_context(subprocess.Popen(command, **pipe))
     assert node.stdin is not None
-    stack.callback(node.stdin.close)
-    about = json.loads(node.stdout.readline())
+    assert node.stdout is not None
+    asked, answered = node.stdin, node.stdout
+    stack.callback(asked.close)
+    about = json.loads(answered.readline())
 
     def draw(prompt: str, seed: int) -> tuple[np.ndarray, float]:
-        node.stdin.write(json.dumps([prompt, seed]) + "\n")
-        node.stdin.flush()
-        answer = json.loads(node.stdout.readline())
+        asked.write(json.dumps([prompt, seed]) + "\n")
+        asked.flush()
+        answer = json.loads(answered.readline())
         return np.reshape(np.array(answer["data"], dtype=np.float32), answer["dims"])[0], answer["milliseconds"]
 
     return draw, about

@@ -72,6 +72,7 @@ def compare(folder: Path, count: int) -> list[dict[str, Any]]:
     with TemporaryDirectory() as name:
         for run in runs:
             student = Student.from_pretrained(run).eval()
+            assert student.num_classes is not None
             labels = balanced_labels(len(ends), student.num_classes)
             for kind, row in rows.items():
                 if kind == PYTORCH:

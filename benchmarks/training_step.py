@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from pyard.cost.flops import update_flops
 from pyard.diffusion.noise_schedule import NoiseSchedule
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.models.dit.config import DiTConfig
-from pyard.models.dit.network import Block, Head, unpatchify
+from pyard.models.dit.network import Block, Head, Trunk, unpatchify
 from pyard.models.student import Student
 from pyard.models.student_config import StudentConfig
 from pyard.ops import Backend, use_backend, visible_steps
@@ -46,9 +47,13 @@ def new_student() -> Student:
 class NaiveStudent(nn.Module):
     """The same function of the same parameters, written the usual way."""
 
+    history_mask: Tensor
+    own_mask: Tensor
+
     def __init__(self, student: Student):
         super().__init__()
         self.student = student
+        assert isinstance(student.trunk, Trunk)
         T = student.trunk.tokens_per_step()
         for name, mask in (("history_mask", student.config.mask), ("own_mask", "diagonal")):
             dense = torch.full((S, T, S, T), -math.inf)
@@ -57,14 +62,15 @@ class NaiveStudent(nn.Module):
             self.register_buffer(name, dense.view(S * T, S * T))
 
     def forward(self, history: Tensor, labels: Tensor) -> Tensor:  # [B, S, C, H, W], [B] -> [B, S, C, H, W]
-        student, config = self.student, self.student.config.network
+        student, config = self.student, DIT_S_2
+        assert isinstance(student.trunk, Trunk)
         T = config.tokens_per_step
         condition = student.trunk.step_vectors(student.embed_times[None], labels).repeat_interleave(T, dim=1)  # [B, S*T, D]
         x = student.trunk.embed(history).flatten(1, 2)  # [B, S*T, D]
-        for layer, block in enumerate(student.trunk.blocks):
+        for layer, block in enumerate(student.trunk.dit_blocks):
             x = self._block(block, x, condition, self.history_mask if layer < N else self.own_mask)
         tokens = [
-            self._head(head, x[:, s * T : (s + 1) * T], condition[:, s * T : (s + 1) * T])
+            self._head(cast(Head, head), x[:, s * T : (s + 1) * T], condition[:, s * T : (s + 1) * T])
             for s, head in enumerate(student.heads)
         ]
         return unpatchify(torch.stack(tokens, dim=1), config.patch_size, config.in_channels)

@@ -33,20 +33,26 @@ _HOMES = {
 
 __all__ = [*_HOMES, "__version__"]
 
+# `as`: for type checkers, a name that is only imported is not exported.
 if TYPE_CHECKING:
-    from pyard.diffusion.noise_schedule import NoiseSchedule
-    from pyard.diffusion.time_grid import TimeGrid
-    from pyard.errors import InputError
-    from pyard.estimate.student_cost import Description, describe
-    from pyard.evaluation import evaluate
-    from pyard.models.dit.ard_checkpoint import load_ard_student, save_ard_student
-    from pyard.models.student import Student
-    from pyard.models.student_config import StudentConfig
-    from pyard.pipeline import ARDPipeline
-    from pyard.sampling.draw import sample
-    from pyard.teachers import Teacher, load_teacher
-    from pyard.training import train
-    from pyard.trajectories import TrajectoryReader, TrajectoryStore, generate_trajectories
+    from pyard.diffusion.noise_schedule import NoiseSchedule as NoiseSchedule
+    from pyard.diffusion.time_grid import TimeGrid as TimeGrid
+    from pyard.errors import InputError as InputError
+    from pyard.estimate.student_cost import Description as Description
+    from pyard.estimate.student_cost import describe as describe
+    from pyard.evaluation import evaluate as evaluate
+    from pyard.models.dit.ard_checkpoint import load_ard_student as load_ard_student
+    from pyard.models.dit.ard_checkpoint import save_ard_student as save_ard_student
+    from pyard.models.student import Student as Student
+    from pyard.models.student_config import StudentConfig as StudentConfig
+    from pyard.pipeline import ARDPipeline as ARDPipeline
+    from pyard.sampling.draw import sample as sample
+    from pyard.teachers import Teacher as Teacher
+    from pyard.teachers import load_teacher as load_teacher
+    from pyard.training import train as train
+    from pyard.trajectories import TrajectoryReader as TrajectoryReader
+    from pyard.trajectories import TrajectoryStore as TrajectoryStore
+    from pyard.trajectories import generate_trajectories as generate_trajectories
 
 
 def __getattr__(name: str) -> Any:

@@ -85,7 +85,7 @@ def _report(trials: list[dict[str, str]], skipped: dict[str, str], to: Path) -> 
     from benchmarks.crash.commands import COMMANDS
     from benchmarks.crash.table import table
 
-    rows = {}
+    rows: dict[tuple[str, str], dict[str, int]] = {}
     for one in trials:
         row = rows.setdefault((one["command"], one["way"]), {"trials": 0, "recovered": 0, "lost": 0, "wrong": 0})
         row["trials"] += 1
@@ -164,12 +164,12 @@ def _shorten_the_demo() -> None:
     """A minute's run is too long for a trial: every command is the same, with a hundredth of the updates."""
     import dataclasses
 
-    from pyard.demo import digits
+    from pyard.demo import digits, students
     from pyard.evaluation.features import digits_classifier
 
-    teacher = {**(digits.QUICK.teacher or {}), "max_steps": 8, "save_every": 4}
+    teacher = {**(students.QUICK.teacher or {}), "max_steps": 8, "save_every": 4}
     small = dict(trajectories=32, student_steps=4, samples=20, save_every=1, teacher=teacher)
-    digits.QUICK = dataclasses.replace(digits.QUICK, **small)  # type: ignore[arg-type]
+    digits.QUICK = dataclasses.replace(students.QUICK, **small)  # type: ignore[arg-type, attr-defined]
     digits_classifier()  # from a fixed seed, in seconds, and kept as long as the process lives
 
 

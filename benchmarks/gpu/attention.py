@@ -166,7 +166,7 @@ def _dense(case: Case, exact: Tensor) -> dict[str, Any]:
 def _deterministic(wanted: bool) -> Iterator[None]:
     torch.use_deterministic_algorithms(wanted)
     # Otherwise every new tensor is filled with NaN first, which is no part of the work.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:

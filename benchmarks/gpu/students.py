@@ -5,7 +5,7 @@ B batch, S num_steps, T tokens_per_step, D hidden size, H heads, Dh head size, L
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -148,7 +148,7 @@ class NaiveStudent(nn.Module):
             inputs = block, x, condition, self.masks[int(layer >= history_layers), : steps * T, : steps * T]
             x = checkpoint(_naive_block, *inputs, use_reentrant=False) if self.recomputes else _naive_block(*inputs)
         pieces = zip(self.student.heads, x.split(T, dim=1), condition.split(T, dim=1), strict=False)
-        tokens = torch.stack([_naive_head(*piece) for piece in pieces], dim=1)
+        tokens = torch.stack([_naive_head(cast(Head, head), *rest) for head, *rest in pieces], dim=1)
         out = trunk.unembed(tokens, self.student.sample_shape)
         jumps = self.student.jumps[:steps]
         return torch.stack([a * history[:, s].float() + b * out[:, s].float() for s, (a, b) in enumerate(jumps)], dim=1)

@@ -69,7 +69,8 @@ def _student(device: str, tiny: bool) -> Student:
 
 
 def _condition(student: Student, B: int, device: str) -> Condition:
-    width = student.trunk.transformer.config.caption_channels
+    transformer: Any = student.trunk.transformer
+    width = int(transformer.config.caption_channels)
     lengths = torch.arange(B, device=device) * 17 % (TEXT_TOKENS // 2) + TEXT_TOKENS // 2
     mask = torch.arange(TEXT_TOKENS, device=device) < lengths[:, None]
     return Condition({"tokens": torch.randn(B, TEXT_TOKENS, width, device=device), "mask": mask})

@@ -1,4 +1,4 @@
-"""The operators that pyard's models are made of. Each takes its compiled kernel or plain PyTorch; see `use_backend`.
+"""The operators that pyard's models are built from. Each runs as a compiled kernel or in plain PyTorch; see `use_backend`.
 
 B batch, S num_steps, T tokens_per_step, D hidden size, H heads, Dh head size.
 """
@@ -52,7 +52,8 @@ def modulated_layer_norm(
         shift: [B, S, D]; converted to the dtype of x.
         scale: [B, S, D]; converted to the dtype of x.
         eps: Added to the variance.
-        dtype: Of the result; None: that of x. `dtype_of_linears` under autocast, where a linear layer would convert it.
+        dtype: dtype of the result; None: that of x. Under autocast, pass `dtype_of_linears(x)`: the linear layer that follows
+            would convert the result anyway.
 
     Returns:
         [B, S, T, D], contiguous.
@@ -118,15 +119,15 @@ def gated_residual_modulated_layer_norm(
 
     Args:
         x: [B, S, T, D], floating point: the residual stream.
-        gate: [B, S, D]; this and all that follow are converted to the dtype of x.
+        gate: [B, S, D]; like all arguments below, converted to the dtype of x.
         branch: [B, S, T, D].
         shift: [B, S, D].
         scale: [B, S, D].
         eps: Added to the variance.
-        dtype: Of the norm, as in `modulated_layer_norm`.
+        dtype: dtype of the normalised result, as in `modulated_layer_norm`.
 
     Returns:
-        (residual, normal), each [B, S, T, D]; the residual in the dtype of x.
+        (residual, normalised), each [B, S, T, D]; the residual has the dtype of x.
 
     Raises:
         InputError: If the shapes do not fit.
@@ -151,7 +152,7 @@ def gelu_tanh(
     x: Tensor,  # [..., D]
     bias: Tensor,  # [D]
 ) -> Tensor:  # [..., D]
-    """The tanh form of GELU of `x + bias`: a linear layer's bias and the activation behind it in one pass.
+    """GELU (tanh approximation) of `x + bias`: a linear layer's bias and the activation that follows it, in one pass.
 
     Args:
         x: [..., D], floating point: `F.linear(input, weight)`, without the bias.
@@ -186,10 +187,10 @@ def timestep_embedding(
     """Sinusoidal features of times, cosines first.
 
     Args:
-        times: [...], any real dtype, fractions allowed, in the teacher's time.
-        dim: Number of features; an odd one ends in a column of zeros.
+        times: [...], any real dtype, in the teacher's units of time; fractions are allowed.
+        dim: number of features; if it is odd, the last column is zeros.
         max_period: The longest period, in units of time.
-        freq_shift: Taken from the number of frequencies in the exponent's denominator (0 in DiT, 1 in some others).
+        freq_shift: subtracted from dim // 2 in the exponent's denominator (0 in DiT, 1 in some other models).
 
     Returns:
         [..., dim] float32: cos(t f_i) then sin(t f_i), f_i = max_period^(-i / (dim // 2 - freq_shift)).
@@ -215,9 +216,9 @@ def block_attention(
     window: int | None = None,
     bias: Tensor | None = None,  # [H]
 ) -> Tensor:  # [B, H, Sq * T, Dh]
-    """Attention between blocks of T tokens: every token of a block sees all tokens of the blocks that `mask` shows it.
+    """Attention between blocks of T tokens: each token attends to all tokens of those blocks that `mask` allows for its block.
 
-    The Sq query blocks are the last of the Sk key blocks, so a cached rollout passes one block of queries and all keys.
+    The Sq query blocks are the last Sq of the Sk key blocks. So a cached rollout passes one block of queries and all keys.
 
     Args:
         q: [B, H, Sq * T, Dh], floating point.
@@ -225,12 +226,12 @@ def block_attention(
         v: [B, H, Sk * T, Dh]; converted to the dtype of q.
         tokens_per_step: T.
         mask: `diagonal | window | anchor | causal`, see `visible`.
-        window: Blocks that a block sees under `window`, the own one included.
-        bias: [H], added to the logits of the keys of earlier blocks; None adds nothing.
+        window: for the mask `window`, the number of blocks that a block attends to, including itself.
+        bias: [H], added to the logits of keys in earlier blocks; None: no bias.
 
     Returns:
-        [B, H, Sq * T, Dh]; logits are scaled by 1 / sqrt(Dh). The kernel writes heads side by side, so that
-        `.transpose(1, 2).reshape(B, Sq * T, H * Dh)` copies nothing.
+        [B, H, Sq * T, Dh]; logits are scaled by 1 / sqrt(Dh). The kernel writes a token's heads next to each other in
+        memory, so `.transpose(1, 2).reshape(B, Sq * T, H * Dh)` makes no copy.
 
     Raises:
         InputError: If shapes, mask or window do not fit.
@@ -273,13 +274,13 @@ def gather_trajectories(
     indices: Tensor,  # [B] int64
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:  # [B, S, C, H, W] twice
-    """A student's inputs and outputs from trajectories that are held in memory, the conversion included.
+    """A student's inputs and targets from trajectories in memory, converted to the wanted dtype in the same pass.
 
     Args:
         noise: [n, C, H, W], float32, bfloat16 or float16: x_T of every trajectory.
-        steps: [n, S, C, H, W], float32, bfloat16 or float16: what its S steps predict, x_0 last.
-        indices: [B] int64: which trajectories, 0 to n - 1, in any order.
-        dtype: Of what is returned: float32, bfloat16 or float16.
+        steps: [n, S, C, H, W], float32, bfloat16 or float16: the targets of its S steps, x_0 last.
+        indices: [B] int64: the trajectories to take, 0 to n - 1, in any order.
+        dtype: dtype of the returned tensors: float32, bfloat16 or float16.
 
     Returns:
         history [B, S, C, H, W], the noise and all steps but the last, and target [B, S, C, H, W], the steps.

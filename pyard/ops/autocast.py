@@ -1,4 +1,4 @@
-"""The regime of autocast: a float32 residual stream with 16-bit linear layers on it."""
+"""Autocast: a float32 residual stream whose linear layers compute in 16 bits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NARROW_DTYPES = frozenset({torch.bfloat16, torch.float16})
 
 
 def dtype_of_linears(x: Tensor) -> torch.dtype:
-    """What a linear layer computes in when it is given x: the dtype of the autocast in force, or that of x."""
+    """The dtype in which a linear layer computes when given x: the current autocast dtype, or that of x without autocast."""
     device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return x.dtype
@@ -21,12 +21,12 @@ def dtype_of_linears(x: Tensor) -> torch.dtype:
 
 
 def takes_mixed(operator: str, x: Tensor, *others: torch.dtype) -> bool:
-    """Whether the operator's kernel, which serves x, also serves a float32 x beside 16-bit tensors.
+    """Whether the operator's kernel also accepts this mix of dtypes: a float32 x with 16-bit tensors.
 
     Args:
         operator: One of the row operators.
         x: [B, S, T, D], the residual stream.
-        others: The dtypes of all other tensors, the result of the norm among them.
+        others: dtypes of all other tensors, including the result of the norm.
     """
     if x.device.type not in MIXED_DEVICES or x.dtype != torch.float32 or len(set(others)) != 1:
         return False

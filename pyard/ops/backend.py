@@ -1,4 +1,4 @@
-"""Which implementation an operator takes: the compiled one or plain PyTorch."""
+"""Chooses the implementation of each operator: the compiled kernel or plain PyTorch."""
 
 from __future__ import annotations
 
@@ -60,20 +60,20 @@ _choice: Backend = _checked(os.environ.get("PYARD_BACKEND", "auto"), "PYARD_BACK
 
 
 def current_backend() -> Backend:
-    """The backend in force: that of the innermost `use_backend`, else of PYARD_BACKEND, else `auto`."""
+    """The current backend: that of the innermost `use_backend`, else PYARD_BACKEND, else `auto`."""
     return _choice
 
 
 @contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
-    """Runs the operators called inside the block, in every thread, with another backend.
+    """Runs the operators inside the `with` block with another backend, in all threads.
 
     Args:
-        name: `auto` (what is fastest: on the CPU the kernel where there is one, else plain PyTorch), `native` (the kernel of
-            every operator that has one, or an error that says why not) or `reference` (plain PyTorch; what exporters
-            want). `sdpa`, `merged` and `flex` choose for `block_attention` alone, and are `auto` for the rest: PyTorch's
-            SDPA step by step; its kernels over own and over earlier blocks, merged by log-sum-exp; FlexAttention on CUDA,
-            where other devices have SDPA.
+        name: `auto`: the fastest one (on the CPU the kernel if there is one, else plain PyTorch). `native`: the kernel of every
+            operator that has one, or an error that says why it cannot run. `reference`: plain PyTorch, as exporters need.
+            The other three only choose for `block_attention` and mean `auto` for the rest. `sdpa`: PyTorch's SDPA, step by
+            step. `merged`: SDPA's kernels over the block itself and over earlier blocks, merged by log-sum-exp. `flex`:
+            FlexAttention on CUDA, SDPA on other devices.
 
     Raises:
         InputError: If `name` is none of these.
@@ -87,7 +87,7 @@ def use_backend(name: Backend) -> Iterator[None]:
 
 
 def takes_native(operator: str, x: Tensor) -> bool:
-    """Whether `operator` runs natively on `x` under the backend in force; `x` as for `why_not_native`.
+    """Whether `operator` runs as a kernel on `x` under the current backend; `x` as in `why_not_native`.
 
     Raises:
         InputError: If the backend is `native` and the operator's kernel cannot run.
@@ -110,11 +110,11 @@ def takes_native(operator: str, x: Tensor) -> bool:
 
 
 def why_not_native(operator: str, x: Tensor) -> str:
-    """Why the compiled kernel of an operator cannot serve a tensor: library, device, dtype or shape; "" if it can.
+    """Why an operator's compiled kernel cannot run on a tensor (library, device, dtype or shape); "" if it can.
 
     Args:
-        operator: Its name.
-        x: Its first tensor; of `block_attention` the keys, of `gather_trajectories` the steps.
+        operator: name of the operator.
+        x: its first tensor; for `block_attention` the keys, for `gather_trajectories` the steps.
     """
     device = x.device.type
     if operator not in KERNELS:
@@ -134,7 +134,7 @@ def why_not_native(operator: str, x: Tensor) -> str:
 
 
 def _tell_of_failed_build() -> None:
-    """Warns, once, that the installation could not build the CUDA kernels: pip hides the output of a build that succeeds."""
+    """Warns, once, that the CUDA kernels could not be built at installation. pip hides the output of builds that succeed."""
     global _told_of_failed_build
     if _told_of_failed_build or library is None or not library.cuda_failed or torch.compiler.is_compiling():
         return
@@ -147,7 +147,7 @@ def _tell_of_failed_build() -> None:
 
 
 def has_kernel(operator: str, device: str) -> bool:
-    """Whether the backend in force takes a kernel of `operator` on a device type, for the dtypes that it has."""
+    """Whether the current backend runs a kernel of `operator` on a device type, for the dtypes that the kernel supports."""
     if operator == "block_attention" and _choice in ATTENTION_BACKENDS:
         return False
     chosen = _choice == "native" or (_choice in ("auto", *ATTENTION_BACKENDS) and device in AUTO_DEVICES)

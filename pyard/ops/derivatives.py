@@ -1,4 +1,4 @@
-"""Shapes and derivatives of the compiled operators: what PyTorch cannot learn from a schema."""
+"""Shapes and derivatives of the compiled operators, which PyTorch cannot derive from a schema."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyard.ops.masks import MASKS
 
 
 def register() -> None:
-    """Registers them for every operator of the library that was just loaded."""
+    """Registers shapes and derivatives for every operator of the library that was just loaded."""
     register_fake, register_autograd = torch.library.register_fake, torch.library.register_autograd
     register_fake("pyard::modulated_layer_norm", _layer_norm_shapes)
     register_autograd("pyard::modulated_layer_norm", _layer_norm_backward, setup_context=_save_for_layer_norm_backward)
@@ -44,9 +44,11 @@ def register() -> None:
 
 
 def _differentiate_as(operator: str, plain: Callable[..., tuple[Tensor, ...]]) -> None:
-    """Gradients of gradients are rare (penalties on them): the derivative of the backward's plain version serves, at any order.
+    """Registers the derivative of a backward operator as that of its plain PyTorch version, which works to any order.
 
-    The plain version computes in the widest dtype of its inputs; each result is in that of the operator's.
+    Gradients of gradients are rare (gradient penalties), so they need not be fast.
+
+    The plain version computes in the widest dtype of its inputs; each result has the dtype that the operator gives it.
     """
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -86,7 +88,7 @@ def _layer_norm_backward_shapes(grad: Tensor, x: Tensor, scale: Tensor, eps: flo
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What the kernels add up in."""
+    """The dtype in which the kernels accumulate."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -139,7 +141,7 @@ def attention_second_order(
     options: list[Any],  # tokens_per_step, number of the mask, window
     cotangents: tuple[Tensor, ...],  # of dq, dk, dv and dbias
 ) -> tuple[Tensor | None, ...]:
-    """As `_differentiate_as`, for the softmax; what forward saved is a function of q, k, v, so these carry its share.
+    """As `_differentiate_as`, for attention. What forward saved depends on q, k and v, so their gradients include that path.
 
     Returns:
         The gradients of grad, q, k, v and bias.

@@ -1,4 +1,4 @@
-"""block_attention by PyTorch's FlexAttention: the backend `flex`, for CUDA. On a CPU it has no backward.
+"""`block_attention` by PyTorch's FlexAttention: the backend `flex`, for CUDA. On the CPU it has no backward pass.
 
 Dong et al., "Flex Attention" (arXiv 2412.05496).
 """

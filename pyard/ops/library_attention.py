@@ -1,8 +1,8 @@
-"""PyTorch's own attention kernels as a pair: out and log-sum-exp forward, any out and log-sum-exp in backward.
+"""PyTorch's own attention kernels: forward returns out and log-sum-exp, and backward accepts any out and log-sum-exp.
 
-`F.scaled_dot_product_attention` keeps the log-sum-exp to itself, so this calls what it calls. The signatures are the same in
-torch 2.11 to 2.13. Those of CUDA were read, never run: layouts are from torch/_meta_registrations.py, and that a backward
-may be given the out and log-sum-exp of a larger softmax is what torch.distributed's context parallelism rests on.
+`F.scaled_dot_product_attention` does not return the log-sum-exp, so this module calls the kernels beneath it. Their signatures
+are the same in torch 2.11 to 2.13. The CUDA calls have never run: their layouts follow torch/_meta_registrations.py. Passing
+backward the out and log-sum-exp of a larger softmax is also what torch.distributed's context parallelism does.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EFFICIENT_ROWS = 32
 
 
 def check(q: Tensor) -> None:
-    """Refuses devices and dtypes for which the library has no such kernel.
+    """Refuses devices and dtypes for which PyTorch has no such kernel.
 
     Raises:
         InputError: Naming what was found and what there is.
@@ -46,7 +46,7 @@ def forward(
     k: Tensor,  # [B, H, keys, Dh]
     v: Tensor,  # [B, H, keys, Dh]
 ) -> tuple[Tensor, Tensor]:  # [B, H, rows, Dh], [B, H, rows]
-    """Attention of all rows to all keys, and the log-sum-exp of the logits, float32 or, for float64, float64."""
+    """Attention of all rows to all keys, and the log-sum-exp of the logits in float32 (float64 for float64 inputs)."""
     if q.numel() == 0:
         return torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     if q.is_cuda:
@@ -63,7 +63,7 @@ def backward(
     out: Tensor,  # [B, H, rows, Dh]
     lse: Tensor,  # [B, H, rows]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The share of these keys in the gradients of q, k and v, where `out` and `lse` may be those of more keys."""
+    """The gradients of q, k and v due to these keys; `out` and `lse` may come from a softmax over more keys."""
     if q.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     if q.is_cuda:
@@ -73,9 +73,9 @@ def backward(
 
 
 def cuda_kernel(q: Tensor) -> str:
-    """Which kernel of CUDA: that of `torch.nn.attention.sdpa_kernel`, where it leaves a choice, flash for 16 bits.
+    """The CUDA kernel to call: the one that `torch.nn.attention.sdpa_kernel` allows; if it allows several, flash for 16 bits.
 
-    float32 has the memory-efficient one alone.
+    For float32 there is only the memory-efficient kernel.
     """
     allowed = torch.backends.cuda
     if q.dtype == torch.float32:
@@ -86,7 +86,7 @@ def cuda_kernel(q: Tensor) -> str:
 
 
 def _forward_cuda(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Flash returns lse [B, H, rows], cuDNN [B, H, rows, 1], the efficient kernel whole tiles of rows."""
+    """lse is [B, H, rows] from flash and [B, H, rows, 1] from cuDNN; the memory-efficient kernel pads rows to whole tiles."""
     scale, head_dim = 1 / math.sqrt(q.shape[3]), q.shape[3]
     q, k, v = (_aligned(x) for x in (q, k, v))
     kernel = cuda_kernel(q)
@@ -100,7 +100,7 @@ def _forward_cuda(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _backward_cuda(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Without dropout the random numbers' state is not read, and without ragged batches neither are the cumulated lengths."""
+    """Without dropout, the random state is not read; without ragged batches, neither are the cumulative lengths."""
     scale, head_dim, rows, keys = 1 / math.sqrt(q.shape[3]), q.shape[3], q.shape[2], k.shape[2]
     grad, q, k, v, out = (_aligned(x) for x in (grad, q, k, v, out))
     lse = lse.clone(memory_format=torch.contiguous_format)
@@ -127,7 +127,7 @@ def _backward_cuda(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x with a head size and strides that are multiples of what a kernel moves at once; x itself where they are."""
+    """x with a head size and strides that are multiples of what a kernel moves at once; x itself if they already are."""
     x = F.pad(x, (0, -x.shape[3] % PADDED_HEAD))
     # torch allocates at multiples of far more bytes.
     places = [x.storage_offset(), *x.stride()[:3]]

@@ -1,6 +1,6 @@
-"""What shapes and devices the CUDA kernels serve: asked before one is chosen, and said when one was asked for.
+"""The shapes and devices that the CUDA kernels support: consulted when a kernel is chosen, and named in errors.
 
-The CPU's kernels take every shape. B batch, S num_steps, T tokens_per_step, D hidden size, H heads, Dh head size.
+The CPU kernels accept every shape. B batch, S num_steps, T tokens_per_step, D hidden size, H heads, Dh head size.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ ROW_OPERATORS = ("modulated_layer_norm", "gated_residual", "gated_residual_modul
 
 @dataclass(frozen=True)
 class CudaDevice:
-    """What the kernels ask of a GPU.
+    """What the kernels need to know about a GPU.
 
     Args:
-        capability: Its compute capability, (8, 0) for an A100.
-        shared_bytes: The most shared memory that a block of threads may ask for.
+        capability: compute capability, (8, 0) for an A100.
+        shared_bytes: the most shared memory that a thread block may use.
     """
 
     capability: tuple[int, int]
@@ -37,19 +37,19 @@ class CudaDevice:
 
 @torch.compiler.assume_constant_result
 def describe_device(device: torch.device) -> CudaDevice:
-    """The facts about a GPU, as CUDA's runtime tells them."""
+    """The properties of a GPU, from CUDA's runtime."""
     facts = torch.cuda.get_device_properties(device)
     # Older than this attribute is no GPU with less than what sm_86 has.
     return CudaDevice((facts.major, facts.minor), getattr(facts, "shared_memory_per_block_optin", SMALL_SHARED_BYTES))
 
 
 def shape_obstacle(operator: str, shape: Sequence[int], dtype: torch.dtype) -> str:
-    """Why the CUDA kernel of an operator cannot take its first tensor; "" if it can.
+    """Why an operator's CUDA kernel cannot take a first tensor of this shape; "" if it can.
 
     Args:
         operator: Its name.
-        shape: That of x, of the keys ([B, H, Sk * T, Dh]) or of the stored steps ([n, S, ...]).
-        dtype: Of the same tensor.
+        shape: of x, of the keys ([B, H, Sk * T, Dh]) or of the stored steps ([n, S, ...]).
+        dtype: of the same tensor.
     """
     per_chunk = CHUNK_BYTES // dtype.itemsize
     if operator in ROW_OPERATORS:
@@ -81,7 +81,7 @@ def device_obstacle(
     Args:
         operator, shape, dtype: See `shape_obstacle`.
         device: The GPU.
-        architectures: What the kernels were compiled for, as TORCH_CUDA_ARCH_LIST writes it: `8.0`, `9.0+PTX`.
+        architectures: the GPUs that the kernels were compiled for, in the form of TORCH_CUDA_ARCH_LIST: `8.0`, `9.0+PTX`.
     """
     major, minor = device.capability
     if not any(_runs_on(architecture, device.capability) for architecture in architectures):
@@ -99,7 +99,7 @@ def device_obstacle(
 
 
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
-    """Machine code runs on later minor versions of its major one, PTX on everything later; `9.0a` on 9.0 alone."""
+    """Machine code runs on later minor versions of the same major version, PTX on all later GPUs; `9.0a` only on 9.0."""
     number, _, ptx = architecture.partition("+")
     major, minor = (int(part) for part in number.rstrip("a").split("."))
     if number.endswith("a"):

@@ -1,6 +1,6 @@
-"""Which blocks a block may look at: the masks M1-M4 of ARD (arXiv 2504.11295, figure 1b) as predicates.
+"""The masks M1-M4 of ARD (arXiv 2504.11295, figure 1b) as predicates: which blocks a block attends to.
 
-Blocks are counted from x_T, block 0, towards x_0. Every fast form must equal `visible` exactly.
+Blocks are counted from x_T (block 0) towards x_0. Every fast implementation must agree with `visible` exactly.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ MASKS: tuple[Mask, ...] = get_args(Mask)
 
 
 def mask_number(mask: str) -> int:
-    """What the compiled operators call a mask: its place in `MASKS`. A string would leak in the stable ABI."""
+    """A mask's number in the compiled operators: its index in `MASKS`. Strings leak memory in torch's stable ABI."""
     return MASKS.index(mask)  # type: ignore[arg-type]
 
 
@@ -23,7 +23,7 @@ def check_mask(mask: str, window: int | None) -> None:
 
     Args:
         mask: One of `diagonal | window | anchor | causal`.
-        window: Number of blocks that a block sees, its own included; for `window` alone.
+        window: number of blocks that a block attends to, including itself; only for `window`.
 
     Raises:
         InputError: Naming what was found and what is allowed.
@@ -59,5 +59,5 @@ def visible(mask: str, q_step: int, kv_step: int, window: int | None = None) -> 
 
 
 def visible_steps(mask: str, q_step: int, window: int | None = None) -> list[int]:
-    """The blocks that block `q_step` attends to, ascending; the own block is the last."""
+    """The blocks that block `q_step` attends to, in ascending order; the last one is `q_step` itself."""
     return [kv_step for kv_step in range(q_step + 1) if visible(mask, q_step, kv_step, window)]

@@ -1,12 +1,13 @@
-"""block_attention by the library's own attention kernels, exact and without a mask: the backend `merged`.
+"""`block_attention` by PyTorch's own attention kernels, exact and without a mask: the backend `merged`.
 
-One call attends within all blocks at once, folded into the batch; one more for each query block attends to its earlier
-blocks. Their results are merged by log-sum-exp, where the bias of earlier blocks enters as a number per head:
+One call computes attention within all blocks at once, with blocks folded into the batch. One more call for each query block
+covers its earlier blocks. The results are merged by log-sum-exp; the bias of earlier blocks is a number per head:
 
     lse = log(e^lse_own + e^(lse_earlier + bias)),   out = e^(lse_own - lse) out_own + e^(lse_earlier + bias - lse) out_earlier.
 
 Backward calls the library's backward for the same parts with the merged out and lse, since it needs only P = e^(logits - lse)
-and rowsum(grad * out); a part with a bias gets lse - bias. Liu et al., "Ring Attention" (arXiv 2310.01889), merges likewise.
+and rowsum(grad * out); a part with a bias gets lse - bias.
+Liu et al., "Ring Attention" (arXiv 2310.01889), merges in the same way.
 
 B batch, H heads, Dh head size, T tokens_per_step, Sq and Sk blocks of queries and keys.
 """
@@ -39,7 +40,7 @@ def block_attention(
     """See `pyard.ops.block_attention`.
 
     Raises:
-        InputError: If the library has no kernel for q's device and dtype that returns a log-sum-exp.
+        InputError: If PyTorch has no kernel for q's device and dtype that returns a log-sum-exp.
     """
     library_attention.check(q)
     number, T = mask_number(mask), tokens_per_step
@@ -54,7 +55,10 @@ def block_attention(
 
 
 def _parts(q: Tensor, k: Tensor, T: int, mask: int, window: int | None) -> list[tuple[slice, slice]]:
-    """Rows of q and the rows of k before their own blocks that they see; neighbours that see the same are one part."""
+    """Rows of q, and the rows of k in earlier blocks that they attend to.
+
+    Neighbours with the same earlier blocks form one part.
+    """
     first, key_steps = (k.shape[2] - q.shape[2]) // T, k.shape[2] // T
     parts = []
 
@@ -74,12 +78,12 @@ def _own_blocks(q: Tensor, *keys: Tensor) -> list[Tensor]:
 
 
 def _fold(x: Tensor, steps: int) -> Tensor:
-    """[B, H, steps * T, ...] to [B * steps, H, T, ...]; a view where whole blocks of the batch lie behind one another."""
+    """[B, H, steps * T, ...] to [B * steps, H, T, ...]; a view if the blocks of each sample are contiguous."""
     return x.unflatten(2, (steps, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def _unfold(x: Tensor, steps: int) -> Tensor:
-    """The way back."""
+    """The inverse of `_fold`."""
     return x.unflatten(0, (-1, steps)).transpose(1, 2).flatten(2, 3)
 
 

@@ -36,12 +36,12 @@ class NativeLibrary:
 
 
 def load() -> tuple[NativeLibrary | None, str]:
-    """Loads the library; returns it and "", or None and why it is not there.
+    """Loads the library; returns it and "", or None and the reason why it is missing.
 
-    Warns when it cannot be loaded, unless it was left out on purpose: everything works without, only slower.
+    Warns if it cannot be loaded, unless it was left out on purpose. Everything works without it, only slower.
 
     Raises:
-        InputError: If PYARD_PREBUILT names a library that does not fit: who names one does not want to do without.
+        InputError: If PYARD_PREBUILT names a library that does not fit.
     """
     named = os.environ.get("PYARD_PREBUILT")
     if named:

@@ -1,4 +1,4 @@
-"""PYARD_PREBUILT: a library that was built elsewhere, which is loaded in place of pyard's own once it has been checked."""
+"""PYARD_PREBUILT: a library that was built elsewhere. It is checked, then loaded in place of pyard's own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SUFFIXES = (".cpp", ".h", ".cu", ".cuh")
 
 
 def check_sources(path: Path, sources: str, csrc: Path) -> None:
-    """Compares the digest that a library carries with that of the source tree in `csrc`, where there is one.
+    """Compares the digest in a library with that of the source tree in `csrc`, if there is one.
 
     Raises:
         InputError: If the library was built from other sources.
@@ -24,17 +24,17 @@ def check_sources(path: Path, sources: str, csrc: Path) -> None:
 
 
 def check_kernels(path: Path, architectures: tuple[str, ...], torch_cuda: str | None) -> None:
-    """Whether a library has CUDA kernels where torch has CUDA.
+    """Checks that a library has CUDA kernels if torch has CUDA.
 
     Raises:
-        InputError: If it has none: who brings a library to a GPU machine brings it for its kernels.
+        InputError: If it has none, because a library is brought to a GPU machine for its kernels.
     """
     if torch_cuda is not None and not architectures:
         raise InputError(f"PYARD_PREBUILT={path} has no CUDA kernels, and this torch was built for CUDA {torch_cuda}")
 
 
 def source_digest(csrc: Path) -> str:
-    """SHA-256 of the operators' sources, hexadecimal: that of cmake/sources.cmake."""
+    """SHA-256 of the operators' sources in hexadecimal, as cmake/sources.cmake computes it."""
     files = [path for path in csrc.rglob("*") if path.suffix in SUFFIXES and path.relative_to(csrc).parts[0] != "trajectory"]
     names = {f"{csrc.name}/{path.relative_to(csrc).as_posix()}": path for path in files}
     listing = "".join(f"{hashlib.sha256(names[name].read_bytes()).hexdigest()} {name}\n" for name in sorted(names))

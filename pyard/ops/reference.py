@@ -1,7 +1,7 @@
-"""The operators' definition in plain PyTorch: what the kernels must equal, and what runs where there is no kernel.
+"""The operators' definition in plain PyTorch: the kernels must agree with it, and it runs if there is no kernel.
 
-B batch, S num_steps, T tokens_per_step, D hidden size, H heads, Dh head size. Arguments are checked by the faces in
-`pyard.ops`, not here.
+B batch, S num_steps, T tokens_per_step, D hidden size, H heads, Dh head size. The public functions in
+`pyard.ops` check arguments; these do not.
 """
 
 from __future__ import annotations
@@ -159,9 +159,9 @@ def _with_bias_channel(
     bias: Tensor,  # [H]
     T: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Adds `bias` to the logits of earlier blocks without a mask: one more channel, 1 in q and bias * sqrt(Dh) in k.
+    """Adds `bias` to the logits of earlier blocks without a mask, by one more channel: 1 in q and bias * sqrt(Dh) in k.
 
-    v gets a channel of zeros, since the fused kernels want equal head sizes.
+    v gets a channel of zeros, because the fused kernels need equal head sizes.
     """
     B, H, K, head_dim = k.shape
     earlier = torch.arange(K, device=k.device) < K - T  # [K]

@@ -1,4 +1,4 @@
-"""A second's worth of checks that the kernels equal plain PyTorch on this machine; `pyard doctor` runs it."""
+"""Checks within a second that the kernels agree with plain PyTorch on this machine; `pyard doctor` runs it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Operator = Callable[..., Tensor]
 
 
 def self_test() -> dict[str, float]:
-    """The largest difference from plain PyTorch, in outputs and gradients, of every operator with a CPU kernel.
+    """The largest difference from plain PyTorch, in outputs and gradients, for every operator with a CPU kernel.
 
     Returns:
-        By operator, the largest absolute difference in float64, NaN where either has one; fine up to `TOLERANCE`.
+        For each operator the largest absolute difference in float64, NaN if either side has one; up to `TOLERANCE` is fine.
     """
     tested = {
         "modulated_layer_norm": _modulated_layer_norm,

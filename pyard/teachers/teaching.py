@@ -24,6 +24,7 @@ from pyard.models.dit.network import DiT
 from pyard.storage.checkpoints import Checkpoints, Stateful, ema_of
 from pyard.storage.files import sync_directory, write_text
 from pyard.storage.folders import sync_tree, with_a_name
+from pyard.storage.freed_memory import keep_freed_memory
 from pyard.storage.reading import read_object
 
 _SETTINGS_NAME = "teach.json"
@@ -225,6 +226,8 @@ def minimise(
     Returns:
         The network with its averaged weights.
     """
+    if next(network.parameters()).device.type == "cpu":
+        keep_freed_memory()
     ema = ema_of(network, config.ema_decay)
     peaks = {name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in optimizers.items()}
     checkpoints = Checkpoints(working / "checkpoints")

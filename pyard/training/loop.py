@@ -16,6 +16,7 @@ from pyard.cost.devices import peak_tflops
 from pyard.errors import InputError
 from pyard.models.student import Student
 from pyard.storage.checkpoints import Checkpoints
+from pyard.storage.freed_memory import keep_freed_memory
 from pyard.storage.log import TrainingLog
 from pyard.training.config import TrainConfig
 from pyard.training.processes import Preempted, Processes, memory_advice, preemption, seed_of
@@ -59,6 +60,8 @@ def train_stage(
         KeyboardInterrupt: SIGINT arrived twice.
     """
     skipped = in_a_row = 0
+    if processes.device.type == "cpu":
+        keep_freed_memory()
     if begin:
         state = checkpoints.load(begin, stage.parts)
         reader.load_state_dict(state["reader"])

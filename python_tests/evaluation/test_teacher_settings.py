@@ -145,9 +145,20 @@ def test_passes_are_those_of_the_teacher(folder: Path) -> None:
         (lambda folder: {"out": folder}, "out is .*, a folder"),
         (lambda folder: {"out": folder / "pointer.pt" / "q.json"}, "q.json, which cannot be written"),
         (lambda folder: {"samples_npz": folder / "samples.npy"}, "expected a name that ends in .npz"),
+        (
+            lambda folder: {"reference": folder / "ref.npz", "out": folder / "ref.npz"},
+            "out is .* is read and would be replaced",
+        ),
+        (
+            lambda folder: {"reference": folder / "ref.npz", "samples_npz": folder / "link.npz"},
+            "samples_npz is .* is read and would be replaced",
+        ),
     ],
 )
 def test_missing_files_and_bad_names_are_found_before_the_work(given, message: str, tmp_path: Path) -> None:
     (tmp_path / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\n", encoding="utf-8")
+    (tmp_path / "ref.npz").write_bytes(b"pictures")
+    (tmp_path / "link.npz").symlink_to(tmp_path / "ref.npz")
     with pytest.raises(InputError, match=message):  # before the teacher, which is not there, is looked for
         pyard.evaluate("nowhere", "no-teacher", **given(tmp_path))
+    assert (tmp_path / "ref.npz").read_bytes() == b"pictures"

@@ -23,7 +23,7 @@ class AuraFlowConfig(WrappedConfig):
 
 
 class AuraFlow(WrappedBackbone):
-    """`AuraFlowTransformer2DModel`; condition: tokens, which are zero where a text is padded, and attended to there."""
+    """`AuraFlowTransformer2DModel`; condition: tokens; padding is zeros, which take part in attention."""
 
     config_class = AuraFlowConfig
     transformer_name = "AuraFlowTransformer2DModel"

@@ -1,4 +1,4 @@
-"""Reading `.pt` and `.safetensors` files of training scripts: their weights, under whatever key or prefix, and settings."""
+"""Reads `.pt` and `.safetensors` files of training scripts: weights, under any known key or prefix, and settings."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ for k, v in w.items() if isinstance(v, torch.Tensor)}}, '{target}', \
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file held.
+    """The contents of a checkpoint file.
 
     Args:
         tensors: DiT's names to tensors, on the CPU, floating-point ones in float32.
-        args: settings of the training script, by name, as far as the file or an `args.json` beside it has them.
+        args: settings of the training script by name, if the file or an `args.json` beside it has them.
     """
 
     tensors: Tensors
@@ -57,7 +57,7 @@ class Checkpoint:
 
 
 class _Found(NamedTuple):
-    """One set of weights in a file: where, and its tensors without the prefix that they share."""
+    """One set of weights in a file: its place, and its tensors without their common prefix."""
 
     label: str  # such as "ema" or "state_dict.model."
     tensors: dict[str, Any]
@@ -68,19 +68,19 @@ class _Found(NamedTuple):
 
 
 def read_checkpoint(path: Path, *, weights: Weights | None = None) -> Checkpoint:
-    """Read a `.pt` or `.safetensors` file, whatever it is called.
+    """Read a PyTorch or safetensors file; the name's ending does not matter.
 
-    Known are plain tensors; training checkpoints with weights under a key ("ema", "model", "state_dict" …); and names with a
-    prefix ("ema_model.", "model.", "net." …) or with those of wrappers in them (DDP, torch.compile, FSDP, activation
-    checkpointing).
+    The file may contain plain tensors, or a training checkpoint with weights under a key ("ema", "model", "state_dict" …).
+    Tensor names may have a prefix ("ema_model.", "model.", "net." …) or parts added by wrappers (DDP, torch.compile, FSDP,
+    activation checkpointing).
 
     Args:
         path: the file.
-        weights: which weights of a file with several: `ema` or `model`; None: the averaged ones where there are any.
+        weights: which weights of a file with several: `ema` or `model`; None: the averaged ones if there are any.
 
     Raises:
-        InputError: no such file, a damaged one, none of PyTorch's, one that needs more than weights_only=True, or one without
-            these weights.
+        InputError: the file does not exist, is damaged, is no PyTorch or safetensors file, needs more than
+            weights_only=True, or lacks these weights.
     """
     if weights not in (None, "ema", "model"):
         raise InputError(f"weights is {weights!r}; expected 'ema' or 'model'")
@@ -118,7 +118,7 @@ def _weights_in(content: Mapping[Any, Any], label: str, depth: int) -> Iterator[
 
 
 def _has_unnamed_average(content: Mapping[Any, Any], found: _Found) -> bool:
-    """Whether there are about as many averaged tensors as the network has: in a list, or under names without their dots."""
+    """Whether the file has averaged tensors without usable names (a list, or names without dots), as many as the model."""
     count = 0
     waiting: list[tuple[Any, bool, int]] = [(content, False, _DEPTH)]
     while waiting:
@@ -161,7 +161,7 @@ def _settings_of(content: Mapping[Any, Any], args: dict[str, Any], path: Path) -
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By its first bytes: the length of a JSON header, and the header. A cut-off file of that name is one, too."""
+    """Whether it is a safetensors file, by its first bytes (length of the JSON header, then the header) or by its name."""
     with regular_file(path) as file:
         start = file.read(512)
     if len(start) > 8 and start[8:9] == b"{" and 0 < int.from_bytes(start[:8], "little") < path.stat().st_size:
@@ -197,7 +197,7 @@ def _read_pickle(path: Path) -> tuple[Mapping[Any, Any], dict[str, Any]]:
 
 
 def _what_else(path: Path, start: bytes) -> str | None:
-    """What a file is that is neither a PyTorch checkpoint nor a safetensors file; None if it may be one of them."""
+    """What kind of file this is, if it is neither a PyTorch checkpoint nor a safetensors file; None: it may be one of them."""
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
     instead = stand_in(path)
     if instead is not None:

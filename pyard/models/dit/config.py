@@ -28,7 +28,7 @@ class DiTConfig:
         hidden_size: D.
         depth: L.
         num_heads: H.
-        num_classes: classes; the label table has one more row for "no class" if `has_null_label`.
+        num_classes: classes; the label table has one more row, for "no class", if `has_null_label`.
         has_null_label: whether the network knows the unconditional label `num_classes`.
         mlp_ratio: hidden units of the MLP, over D.
         frequency_size: width of the sinusoidal time embedding.
@@ -36,7 +36,7 @@ class DiTConfig:
         time_scale, time_offset: the embedding sees time_scale * time + time_offset: 1000 t for a diffusers flow, 1 - t for SiT,
             which counts from noise to data.
         norm_eps: epsilon of every LayerNorm.
-        mlp_norm_eps: epsilon of the LayerNorm in front of an MLP, where diffusers has another; None: the same.
+        mlp_norm_eps: epsilon of the LayerNorm before an MLP, if it differs, as in diffusers; None: the same.
     """
 
     input_size: int
@@ -89,5 +89,5 @@ class DiTConfig:
         return self.in_channels, self.input_size, self.input_size
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dictionary; `DiTConfig(**it)` is equal to this."""
+        """A dictionary for JSON; `DiTConfig(**dictionary)` equals this object."""
         return dataclasses.asdict(self)

@@ -1,6 +1,6 @@
 """A class-conditional diffusion transformer with adaLN-Zero (Peebles & Xie 2023, section 3.2 and figure 3).
 
-Written so that a student can reuse every part: all tensors carry the step dimension S, which is 1 in a teacher.
+A student reuses every part: all tensors have a dimension S of steps, which is 1 in a teacher.
 
     B batch · S steps · T tokens per step · D hidden · H heads · P patch · C channels
 """
@@ -83,7 +83,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention whose pattern is given by the caller."""
+    """Multi-head self-attention; the caller provides the attention pattern."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -186,7 +186,7 @@ class Trunk(Backbone):
 
     @property
     def dit_blocks(self) -> list[Block]:
-        """The blocks, for those who look into them."""
+        """The blocks, typed as `Block`."""
         return [cast(Block, block) for block in self.blocks]
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:  # [B, S, C, H, W] -> [B, S, T, D]
@@ -196,7 +196,7 @@ class Trunk(Backbone):
         return unpatchify(tokens, self.config.patch_size, tokens.shape[-1] // self.config.patch_size**2)
 
     def step_vectors(self, times: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # [B or 1, S], [B] -> [B, S, D]
-        """Time and class of every step, SiLU applied: every adaLN of the network begins with it."""
+        """Embedding of time and class for every step, after SiLU: the input of every adaLN layer."""
         return F.silu(self.time_embed(times) + self.label_embed(labels)[:, None])
 
     def conditioning(self, times: torch.Tensor, condition: Condition) -> torch.Tensor:  # [B], B rows -> [B, D]
@@ -217,7 +217,10 @@ class Trunk(Backbone):
         return x
 
     def prepare(self, times: torch.Tensor, condition: Condition) -> list[Condition]:
-        """Modulations of all steps in one product a block: their weights, a third of a DiT's, are read once."""
+        """Compute the modulations of all steps with one matrix product per block.
+
+        So their weights, a third of a DiT's, are read once.
+        """
         vectors = self.step_vectors(times, condition["label"])  # [B, S, D]
         known = {"step_vectors": vectors}
         known |= {f"modulation.{i}": block.modulation(vectors) for i, block in enumerate(self.dit_blocks)}  # [B, S, 6D]
@@ -262,7 +265,7 @@ class Trunk(Backbone):
         return self.config.has_null_label
 
     def for_student(self, head: nn.Module) -> tuple[Trunk, nn.Module]:
-        """Copies without the variance that a teacher may predict: a student's head has C output channels."""
+        """Copies of trunk and head without the variance that a teacher may predict: a student's head has C output channels."""
         trunk, config = copy.deepcopy(self), self.config
         if config.out_channels == config.in_channels:
             return trunk, copy.deepcopy(head)
@@ -274,14 +277,14 @@ class Trunk(Backbone):
 
 
 def dit_trunk(network: Denoiser, wanted: str) -> Trunk:
-    """The trunk of a network that must be a DiT; an InputError names what is wanted of it where it is none."""
+    """The trunk of a network that must be a DiT; if it is not, the InputError says what needs one."""
     if not isinstance(network.trunk, Trunk):
         raise InputError(f"{wanted}: expected a DiT, found a network of the family {network.trunk.family()}")
     return network.trunk
 
 
 def run_heads(heads: Sequence[nn.Module], x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    """Each step's tokens through its head: [B, S, T, D], [B, S, D] -> [B, S, T, P*P*C]."""
+    """Apply each step's head to its tokens: [B, S, T, D], [B, S, D] -> [B, S, T, P*P*C]."""
     if len(heads) == 1:
         tokens: torch.Tensor = heads[0](x, vectors)
         return tokens
@@ -293,9 +296,9 @@ def run_heads(heads: Sequence[nn.Module], x: torch.Tensor, vectors: torch.Tensor
 
 
 class DiT(Denoiser):
-    """The teacher's network: x_t, t and class to a prediction.
+    """The teacher's network: predicts from x_t, t and class.
 
-    A fresh one is initialised as adaLN-Zero prescribes: gates and head are zero, so every block is the identity.
+    A new one is initialised as adaLN-Zero prescribes: gates and head are zero, so every block is the identity.
     """
 
     trunk: Trunk

@@ -1,6 +1,6 @@
-"""DiT's own tensor names next to ours, and the sizes of a network read off its tensors.
+"""Translates DiT's tensor names to pyard's, and derives the sizes of a network from its tensors.
 
-DiT, SiT and the ARD authors' students share these names, so tensors alone do not tell them apart.
+DiT, SiT and the ARD authors' students share these names, so they cannot be told apart by their tensors alone.
 """
 
 from __future__ import annotations
@@ -44,17 +44,18 @@ _HEAD = {"linear": "linear", "adaLN_modulation.1": "modulation"}
 def read_config(
     tensors: Tensors, *, num_heads: int | None = None, num_classes: int | None = None, args: Mapping[str, Any] | None = None
 ) -> DiTConfig:
-    """The sizes of a network, read off its tensors.
+    """Derive the sizes of a network from its tensors.
 
     Args:
         tensors: with DiT's names.
-        num_heads: H; none: that of the published model of this width.
-        num_classes: as many as the label table has rows, or one fewer where a row stands for "no class"; none: what `args`
-            says, else one fewer.
+        num_heads: H; None: that of the published model of this width.
+        num_classes: the number of rows of the label table, or one fewer if one row means "no class"; None: as `args` says,
+            else one fewer.
         args: settings of the training script.
 
     Raises:
-        InputError: tensors that are not a DiT's, an unknown width without num_heads, or classes that do not fit the table.
+        InputError: the tensors are not a DiT's, the width is unknown and num_heads is missing, or num_classes does not fit the
+            table.
     """
     try:
         patch = tensors["x_embedder.proj.weight"]  # [D, C, P, P]
@@ -104,15 +105,15 @@ def read_config(
 
 
 def classes_of(rows: int, given: int | None, args: Mapping[str, Any]) -> int:
-    """Classes of a label table; the caller's word goes before the training script's.
+    """The number of classes of a label table; the caller's value overrides the training script's.
 
     Args:
-        rows: of the table.
-        given: by the caller.
-        args: settings of the training script: its classes, or that it never dropped a label, so that no row is "no class".
+        rows: number of rows of the table.
+        given: number of classes that the caller gave.
+        args: settings of the training script: its number of classes, or a label dropout of 0, so that no row is "no class".
 
     Raises:
-        InputError: neither as many as rows nor one fewer.
+        InputError: the number is neither `rows` nor `rows` - 1.
     """
     in_args = args.get("num_classes")
     if in_args is None and any(args.get(name) == 0 for name in _LABEL_DROPOUT):
@@ -130,7 +131,7 @@ def classes_of(rows: int, given: int | None, args: Mapping[str, Any]) -> int:
 
 
 def block_count(tensors: Tensors) -> int:
-    """L, where the blocks' tensors are numbered 0 to L - 1."""
+    """L; an InputError unless the blocks' tensors are numbered 0 to L - 1."""
     found = {int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
     if not found or max(found) != len(found) - 1:
         raise InputError(f"not a DiT checkpoint: {len(found)} blocks, numbered up to {max(found, default=0)}; some are missing")
@@ -164,10 +165,10 @@ def split_checkpoint(tensors: Tensors, config: DiTConfig) -> tuple[Tensors, list
 
 
 def load_tensors(module: nn.Module, tensors: Tensors, path: object, *, assign: bool = False) -> None:
-    """`load_state_dict`, whose many lines of what does not fit become one.
+    """`load_state_dict`, with a one-line error about what does not fit.
 
     Raises:
-        InputError: tensors of other names or shapes than the module's.
+        InputError: the tensors' names or shapes differ from the module's.
     """
     try:
         module.load_state_dict(tensors, assign=assign)
@@ -189,7 +190,7 @@ def join_checkpoint(trunk: Tensors, heads: list[Tensors], config: DiTConfig) -> 
 
 
 def write_checkpoint(path: Path, tensors: Tensors, **extra: Any) -> None:
-    """Write tensors as `.safetensors`, or as `.pt`, there as {"model", "ema", **extra} if there is anything extra."""
+    """Write tensors as `.safetensors` or `.pt`; a `.pt` with `extra` is {"model", "ema", **extra}."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix not in (".pt", ".safetensors"):
         raise InputError(f"{path}: expected a name that ends in .pt or .safetensors")
@@ -203,7 +204,7 @@ def write_checkpoint(path: Path, tensors: Tensors, **extra: Any) -> None:
 
 
 def trunk_names(config: DiTConfig) -> dict[str, str]:
-    """DiT's name to ours, for every tensor below the head."""
+    """DiT's names to pyard's, for every tensor below the head."""
     layers = dict(_TRUNK)
     for i in range(config.depth):
         layers |= {f"blocks.{i}.{theirs}": f"blocks.{i}.{ours}" for theirs, ours in _BLOCK.items()}
@@ -213,7 +214,7 @@ def trunk_names(config: DiTConfig) -> dict[str, str]:
 
 
 def head_names(prefix: str) -> dict[str, str]:
-    """DiT's name to ours, for one head."""
+    """DiT's names to pyard's, for one head."""
     return {f"{prefix}.{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in _HEAD.items() for kind in ("weight", "bias")}
 
 
@@ -223,7 +224,7 @@ def head_prefix(index: int) -> str:
 
 
 def with_zero_variance(head: Tensors, config: DiTConfig) -> Tensors:
-    """A head of C output channels with C more that are always zero, where DiT predicts a variance."""
+    """A head of C output channels, extended by C that are always zero where DiT predicts a variance."""
     wider = dict(head)
     for name in ("linear.weight", "linear.bias"):
         rows = head[name].unflatten(0, (config.patch_size**2, -1))

@@ -21,7 +21,7 @@ class FluxConfig(WrappedConfig):
 
 
 class Flux(WrappedBackbone):
-    """`FluxTransformer2DModel`; condition: tokens, pooled and, where guidance is embedded, guidance."""
+    """`FluxTransformer2DModel`; condition: tokens, pooled and, if guidance is embedded, guidance."""
 
     config_class = FluxConfig
     transformer_name = "FluxTransformer2DModel"

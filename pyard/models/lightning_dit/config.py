@@ -1,4 +1,4 @@
-"""Sizes of a LightningDiT, and which of its changes to DiT it has."""
+"""Sizes of a LightningDiT, and the changes to DiT that it uses."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class LightningDiTConfig(DiTConfig):
         norm: of the blocks and the head: `layer`, without weights, or `rms`, with them.
         qk_norm: of each head's queries and keys: `none`, `layer` (weights and biases, epsilon 1e-5) or `rms`.
         mlp: `gelu`, or `swiglu`, silu(a) b (Shazeer 2020).
-        rotary: whether queries and keys are rotated by their row and column, beside the position embedding.
-        shift: whether the blocks' modulations shift; the head's do in any case.
+        rotary: whether queries and keys are rotated by row and column, in addition to the position embedding.
+        shift: whether the blocks' modulations have a shift; the head's always has one.
     """
 
     norm: Norm = "rms"

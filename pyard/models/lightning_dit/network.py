@@ -1,4 +1,4 @@
-"""LightningDiT (Yao et al. 2025, arXiv 2501.01423): a DiT with RMSNorm, SwiGLU, rotary embeddings, and QK norm if wanted.
+"""LightningDiT (Yao et al. 2025, arXiv 2501.01423): a DiT with RMSNorm, SwiGLU, rotary embeddings, and optional QK norm.
 
 R rows, which are B samples times S steps · T tokens · D hidden · H heads · Dh head size · P patch · C channels
 """
@@ -27,7 +27,7 @@ _THETA = 10000.0  # of the rotary embedding
 
 
 def rotation(side: int, head_dim: int, device: torch.device) -> torch.Tensor:
-    """Angles [T, Dh/2] of each pair of a head's numbers: the row turns the first half of the pairs, the column the second."""
+    """Angles [T, Dh/2] for a head's pairs of channels: the row rotates the first half of the pairs, the column the second."""
     frequency = _THETA ** (-torch.arange(0, head_dim // 2, 2, dtype=torch.float64, device=device) / (head_dim // 2))
     angle = torch.arange(side, dtype=torch.float64, device=device)[:, None] * frequency  # [side, Dh/4]
     rows, columns = angle[:, None].expand(-1, side, -1), angle[None].expand(side, -1, -1)
@@ -35,7 +35,7 @@ def rotation(side: int, head_dim: int, device: torch.device) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:  # [R, H, T, Dh], [T, Dh/2] -> [R, H, T, Dh]
-    """Turn neighbouring numbers as the coordinates of a point (Su et al. 2021, equation 34)."""
+    """Rotate pairs of neighbouring channels as points in the plane (Su et al. 2021, equation 34)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = angle.cos().to(wide), angle.sin().to(wide)
     a, b = x.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
@@ -109,12 +109,12 @@ class Head(nn.Module):
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:
-    """`x * (1 + scale) + shift`, where there is a shift."""
+    """`x * (1 + scale) + shift`; without a shift, `x * (1 + scale)`."""
     return x * (1 + scale) if shift is None else x * (1 + scale) + shift
 
 
 class LightningDiT(Backbone):
-    """Everything of a LightningDiT below its head, for any number of steps."""
+    """All of a LightningDiT below its head, for any number of steps."""
 
     config_class = LightningDiTConfig
     config: LightningDiTConfig
@@ -180,7 +180,7 @@ class LightningDiT(Backbone):
         return self.config.has_null_label
 
     def for_student(self, head: nn.Module) -> tuple[LightningDiT, nn.Module]:
-        """Copies without the variance that a teacher may predict: a student's head has C output channels."""
+        """Copies of trunk and head without the variance that a teacher may predict: a student's head has C output channels."""
         trunk, config = copy.deepcopy(self), self.config
         if config.out_channels == config.in_channels:
             return trunk, copy.deepcopy(head)

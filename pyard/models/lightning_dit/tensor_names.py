@@ -1,4 +1,4 @@
-"""LightningDiT's own tensor names next to ours, and its sizes and settings read off its tensors."""
+"""Translates LightningDiT's tensor names to pyard's, and derives its sizes and settings from its tensors."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ _ROTARY = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")
 def read_lightning_config(
     tensors: Tensors, *, num_heads: int | None, num_classes: int | None, args: Mapping[str, Any]
 ) -> LightningDiTConfig:
-    """Sizes and settings of a network, read off its tensors.
+    """Derive sizes and settings of a network from its tensors.
 
     Args:
         tensors: with LightningDiT's names.
-        num_heads: H; none: from the rotary embedding or the QK norm, which have a head's size, else that of the published model
-            of this width.
+        num_heads: H; None: derived from the rotary embedding or the QK norm, which show the size of a head, else that of the
+            published model of this width.
         num_classes: as for DiT.
         args: settings of the training script.
 
     Raises:
-        InputError: tensors that are not a LightningDiT's.
+        InputError: the tensors are not a LightningDiT's.
     """
     first = "blocks.0."
     try:
