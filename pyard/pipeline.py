@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 
 from pyard.conditions import Condition
@@ -49,6 +50,11 @@ class StudentModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def forward(self, history: torch.Tensor, condition: Condition | torch.Tensor) -> torch.Tensor:
         """The parallel pass of the student."""
         return self.student(history, condition)
+
+    @apply_forward_hook
+    def rollout(self, noise: torch.Tensor, condition: Condition) -> Iterator[torch.Tensor]:
+        """The student's predictions, step by step. As with `forward`, an offload hook first moves the student to its device."""
+        return self.student.rollout(noise, condition)
 
     def save_pretrained(self, save_directory: str | Path, **unused: Any) -> None:
         """Write the student's folder, with all weights, but without its VAE, which is a separate component."""
@@ -300,7 +306,7 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise InputError(f"latents of shape {tuple(latents.shape)}; expected {shape}")
         times = student.config.grid_of(shape[1:]).embed_times
         with self.progress_bar(total=student.num_steps) as bar:
-            for step, prediction in enumerate(student.rollout(latents.to(device), condition)):
+            for step, prediction in enumerate(self.student.rollout(latents.to(device), condition)):
                 sample = prediction.float()
                 if callback_on_step_end is not None:
                     callback_on_step_end(self, step, times[step], {"latents": sample})
@@ -309,6 +315,13 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
             sample = self._images(sample, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=sample) if return_dict else (sample,)
+
+    def enable_sequential_cpu_offload(self, *arguments: Any, **options: Any) -> None:
+        """Refused: a student's steps use the weights of several layers at once."""
+        raise InputError(
+            "enable_sequential_cpu_offload: the steps of a student use weights of several layers at once; "
+            "use enable_model_cpu_offload, which moves whole components"
+        )
 
     def _text_encoder(self) -> PipelineTextEncoder:
         text = _text_of(self.student.student)

@@ -57,6 +57,37 @@ def test_a_saved_pipeline_draws_the_same(student, tmp_path: Path):
     assert from_folder.codec is not None
 
 
+def test_what_saves_memory_draws_the_same(student):
+    def draw(pipe: ARDPipeline) -> np.ndarray:
+        pipe.set_progress_bar_config(disable=True)
+        return np.asarray(pipe(class_labels=[1, 4], generator=torch.manual_seed(3), output_type="np").images)
+
+    images = draw(ARDPipeline(student, tiny_vae()))
+    pipe = ARDPipeline(student, tiny_vae())
+    pipe.enable_model_cpu_offload(device="cpu")
+    moved: list[str] = []
+    for name in ("student", "vae"):
+        hook = getattr(pipe, name)._hf_hook
+        usual = hook.pre_forward
+        hook.pre_forward = lambda *inputs, name=name, usual=usual: moved.append(name) or usual(*inputs)
+    assert np.array_equal(draw(pipe), images)
+    assert moved == ["student", "vae"]
+    with pytest.raises(InputError, match="use enable_model_cpu_offload"):
+        pipe.enable_sequential_cpu_offload(device="cpu")
+
+    pipe = ARDPipeline(student, tiny_vae())
+    pipe.vae.enable_slicing()
+    decoded: list[int] = []
+    pipe.vae.decoder.register_forward_pre_hook(lambda module, inputs: decoded.append(len(inputs[0])))
+    assert np.abs(draw(pipe) - images).max() < 1e-5
+    assert decoded == [1, 1]
+    pipe.vae.enable_tiling()
+    pipe.vae.tile_latent_min_size = pipe.vae.tile_sample_min_size = 4
+    decoded.clear()
+    assert draw(pipe).shape == images.shape
+    assert len(decoded) > 2
+
+
 def test_a_class_that_would_run_the_code_of_a_folder_is_refused(student, tmp_path: Path):
     ARDPipeline(student).save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())

@@ -170,7 +170,8 @@ def _run(
     stores, is_given = [] if trajectories is None else given_stores(trajectories), trajectories is not None
     if is_given:
         config = agree_with_stores(config, stores, read_counts(stores, counts))
-    if isinstance(teacher, str | Path):
+    read_here = isinstance(teacher, str | Path)
+    if read_here:
         with processes.main_first():  # the built-in teacher is trained on first use
             teacher = open_teacher(teacher, config, network)
     elif wrong := [name for name in ("variant", "transformer", "lora") if getattr(config, name) is not None]:
@@ -259,7 +260,11 @@ def _run(
         )
         stage = Adversarial(config, student, processes, teacher, real, shown)
     else:
-        teacher.to(home)  # the regression needs its trajectories alone: one model less on the device
+        # The regression only needs trajectories: one model less in memory, or on the device if the caller has the teacher.
+        if read_here:
+            teacher = shared = None
+        else:
+            teacher.to(home)
         stage = Regression(config, student, processes)
     averages = stage.averages
     checkpoints = checkpoints_of(student, config, processes)

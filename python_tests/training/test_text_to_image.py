@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from safetensors.torch import load_file
 from tiny_pipelines import tiny_pipeline
 from training_runs import assert_same_run, signal_at, start, train_in, wait
 
+from pyard.models.backbone import Denoiser
 from pyard.storage.log import read_log
+from pyard.training.regression import Regression
 from pyard.trajectories import generate_trajectories
 
 SETTINGS: dict[str, Any] = dict(
@@ -69,3 +72,15 @@ def test_a_killed_run_ends_as_one_that_was_not(folder: Path) -> None:
     assert not (folder / "killed" / "student").exists()
     train_in(folder, "killed", **SETTINGS)
     assert_same_run(folder / "whole", folder / "killed")
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_the_teacher_leaves_memory_before_the_first_update(folder: Path, lora_rank: int | None, monkeypatch) -> None:
+    def networks() -> int:
+        gc.collect()
+        return sum(isinstance(one, Denoiser) for one in gc.get_objects())
+
+    found, before, usual = [], networks(), Regression.apply
+    monkeypatch.setattr(Regression, "apply", lambda self: found.append(networks()) or usual(self))
+    train_in(folder, f"alone-{lora_rank}", **{**SETTINGS, "max_steps": 1, "lora_rank": lora_rank})
+    assert found == [before]

@@ -18,6 +18,7 @@ from pyard.conditions import PromptTable
 from pyard.conditions.prompt_file import read_prompts
 from pyard.diffusion.noise import standard_normal
 from pyard.errors import InputError
+from pyard.pipeline import TEXT_COMPONENTS
 from pyard.teachers import load_teacher
 from pyard.teachers.text_to_image.teacher import PipelineTeacher
 
@@ -90,6 +91,22 @@ def test_trajectories_end_where_the_pipelines_images_begin(pipeline: Path, guide
         assert (plain - stock).abs().max() > 1e-3 * stock.abs().max()
 
 
+def watch_offloading(pipe: pyard.ARDPipeline) -> list[str]:
+    """Offload components to the CPU as to any other device, and note which one is moved to the device of the work, in order."""
+    moved: list[str] = []
+    pipe.enable_model_cpu_offload(device="cpu")
+    for name, component in pipe.components.items():
+        if hasattr(component, "_hf_hook"):
+            usual = component._hf_hook.pre_forward
+
+            def noted(*inputs: Any, name: str = name, usual: Any = usual, **options: Any) -> Any:
+                moved.append(name)
+                return usual(*inputs, **options)
+
+            component._hf_hook.pre_forward = noted
+    return moved
+
+
 @pytest.mark.parametrize("pipeline", NAMES, indirect=True)
 def test_from_a_folder_and_a_file_of_prompts_to_pictures(pipeline: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS, "a dog"]) + "\n", encoding="utf-8")
@@ -124,6 +141,11 @@ def test_from_a_folder_and_a_file_of_prompts_to_pictures(pipeline: Path, tmp_pat
     saved = pyard.ARDPipeline.from_pretrained(tmp_path / "pipe")
     saved.set_progress_bar_config(disable=True)
     assert torch.equal(saved(texts, latents=noise, output_type="latent").images, drawn)
+    moved = watch_offloading(saved)
+    assert torch.equal(saved(texts, latents=noise, output_type="latent").images, drawn)
+    assert list(dict.fromkeys(moved)) == [
+        name for name in (*TEXT_COMPONENTS[1::2], "student") if getattr(saved, name) is not None
+    ]
 
 
 @pytest.mark.parametrize("pipeline", ["sd3"], indirect=True)
