@@ -55,8 +55,9 @@ def _remembering(kind: type[nn.Module]) -> type[nn.Module]:
             if len(calls) != 1:
                 raise InputError(
                     f"history: {kind.__name__} called scaled_dot_product_attention {len(calls)} times, expected once: an "
-                    "attention backend or cache that bypasses it cannot see earlier steps; use the native backend"
+                    "attention backend or cache that bypasses it cannot see earlier steps; use the native backend, and no cache"
                 )
+            place.current.attended.append(None)
             return output
 
     Remembering.__name__, Remembering.__qualname__ = f"Remembering{kind.__name__}", f"Remembering{kind.__qualname__}"

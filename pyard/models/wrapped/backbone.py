@@ -66,11 +66,11 @@ class WrappedBackbone(Backbone):
             transformer = self._new(config.transformer)
             take_output(transformer, self.output_places, self.current)
         self.transformer = transformer
-        number = 0
+        self._blocks_of_attentions: list[int] = []
         for i, block in enumerate(self.blocks):
             for attention in self.attentions_of(block):
-                remember(attention, Place(self.current, i, number, self.image_first))
-                number += 1
+                remember(attention, Place(self.current, i, len(self._blocks_of_attentions), self.image_first))
+                self._blocks_of_attentions.append(i)
 
     @classmethod
     def wrap(cls, transformer: Any, sample_shape: Sequence[int], *, time_scale: float, pixels: int = 8) -> Denoiser:
@@ -114,7 +114,17 @@ class WrappedBackbone(Backbone):
         rows = x.flatten(0, 1).to(dtype)
         with self.current.running(history, heads, batch, self.count_tokens(tuple(x.shape[2:]))):
             output = self.run(rows, times.expand(batch, steps).flatten(), _cast(condition.repeat(steps), dtype))
+            if history is not None:
+                self._require_attended(history.layers)
         return output.unflatten(0, (batch, steps))
+
+    def _require_attended(self, layers: int) -> None:
+        found, expected = len(self.current.attended), sum(block < layers for block in self._blocks_of_attentions)
+        if found != expected:
+            raise InputError(
+                f"history: {found} of the {expected} attentions with a history have run. A cache that skips blocks cannot be "
+                "used with a history; call disable_cache() on the transformer"
+            )
 
     @abc.abstractmethod
     def run(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers.hooks import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers.models import attention_dispatch
 
 from pyard.conditions import Condition
 from pyard.diffusion.noise_schedule import NoiseSchedule
@@ -229,3 +232,41 @@ def test_parameters_without_a_gradient_are_known(name: str) -> None:
     student(inputs(), tiny_condition(name)).square().mean().backward()
     without = {part for part, parameter in student.named_parameters() if parameter.grad is None}
     assert without == {f"trunk.{part}" for part in student.trunk.unread_parameters()}
+
+
+@pytest.fixture
+def _native_attention() -> Iterator[None]:
+    """`set_attention_backend` sets the default of all later models, too."""
+    yield
+    attention_dispatch._AttentionBackendRegistry.set_active_backend(attention_dispatch.AttentionBackendName.NATIVE)
+
+
+def skip_later_blocks(transformer: Any) -> None:
+    transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+
+
+def broadcast_attentions(transformer: Any) -> None:
+    skips = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 1000),
+        current_timestep_callback=lambda: 500,
+    )
+    transformer.enable_cache(skips)
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen_image"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda transformer: transformer.set_attention_backend("flex"), "called scaled_dot_product_attention 0 times"),
+        (skip_later_blocks, "of the 2 attentions with a history have run.*disable_cache"),
+        (broadcast_attentions, "of the 2 attentions with a history have run.*disable_cache"),
+    ],
+)
+@pytest.mark.usefixtures("_native_attention")
+def test_what_bypasses_the_history_is_refused(name: str, change: Any, message: str) -> None:
+    student = student_of(name)
+    condition, noise = tiny_condition(name), inputs()[:, 0]
+    change(student.trunk.transformer)
+    with torch.no_grad(), pytest.raises(InputError, match=message), student.trunk.transformer.cache_context("cond"):
+        list(student.rollout(noise, condition))
