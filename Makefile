@@ -67,7 +67,7 @@ docs: $(INSTALLED) ## Build the documentation as a site, in build/site
 	@echo "build/site/index.html"
 
 test: $(INSTALLED) ## Run the tests, a process for each core (PYTEST_FLAGS="-m slow" for the long ones)
-	@$(RUN) pytest -n auto $(PYTEST_FLAGS)
+	@$(RUN) pytest -n auto --dist worksteal $(PYTEST_FLAGS)
 
 lint: $(LINTERS) ## Check style, types and layers: ruff, mypy, import-linter, clang-format
 	@$(RUN) ruff check

@@ -151,8 +151,7 @@ def test_handlers_are_put_back(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("stage", ["regression", "adversarial"])
+@pytest.mark.parametrize(("stage", "world"), [("regression", 1), ("adversarial", 2)])
 def test_killed_fifty_times(folder, stage, world):
     """PYARD_KILL_LOG=FILE keeps what was done."""
     settings = EVERYTHING if stage == "regression" else student_and_real_data(folder)
