@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_pipelines import tiny_pipeline
@@ -16,7 +17,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 import pyard
 from pyard.conditions import PromptTable
 from pyard.conditions.prompt_file import read_prompts
-from pyard.diffusion.noise import standard_normal
+from pyard.diffusion.noise import standard_normal, uniform_labels
 from pyard.errors import InputError
 from pyard.pipeline import TEXT_COMPONENTS
 from pyard.teachers import load_teacher
@@ -247,3 +248,33 @@ def test_a_pipeline_without_t5_draws_from_prompts(pipeline: Path, tmp_path: Path
     noise = torch.from_numpy(standard_normal(0, [0], (4, 8, 8)))
     drawn = pipe(PROMPTS[0], latents=noise, output_type="latent").images
     assert torch.equal(drawn, pyard.sample(tmp_path / "run", prompts=PROMPTS[:1], latents=True))
+
+
+@pytest.mark.parametrize("pipeline", ["sd3"], indirect=True)
+def test_prompts_are_taken_in_turn_or_drawn(pipeline: Path, tmp_path: Path) -> None:
+    settings = dict(
+        num_steps=2, teacher_steps=2, batch_size=8, keep="state", prompts=[*PROMPTS, "a dog"], height=16, width=16,
+        progress=False,
+    )  # fmt: skip
+    numbers = {}
+    for order in ("in_turn", "uniform"):
+        store = pyard.generate_trajectories(pipeline, tmp_path / order, 8, prompt_order=order, **settings)
+        numbers[order] = store.manifest.number_of(np.arange(8)).tolist()
+        batch = pyard.TrajectoryReader(store, 8, target="state").gather(range(8))
+        table = store.conditions.take(numbers[order])
+        assert torch.equal(batch.condition["tokens"], table["tokens"])
+    assert numbers["in_turn"] == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert numbers["uniform"] == uniform_labels(0, np.arange(8), 3).tolist() != numbers["in_turn"]
+    for wrong, message in (
+        (dict(prompt_order="random"), "prompt_order is 'random'; expected one of in_turn, uniform"),
+        (dict(prompt_order="uniform", labels=[0]), r"prompt_order is 'uniform', but labels is \[0\]"),
+    ):
+        with pytest.raises(InputError, match=message):
+            pyard.generate_trajectories(pipeline, tmp_path / "wrong", 8, **{**settings, **wrong})
+
+
+@pytest.mark.parametrize("pipeline", ["sd3"], indirect=True)
+def test_teacher_steps_are_the_pipelines_own_rounded_up_to_a_multiple(pipeline: Path) -> None:
+    teacher: Any = load_teacher(pipeline)
+    assert teacher.teacher_steps == 28
+    assert [teacher.grid(S, None, (4, 8, 8)).teacher_steps for S in (1, 3, 4, 5)] == [28, 30, 28, 30]
