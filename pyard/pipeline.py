@@ -368,8 +368,27 @@ def _text_of(student: Student) -> TextSource:
 
 
 def _given(student: Student, tokens: torch.Tensor, pooled: torch.Tensor | None, mask: torch.Tensor | None) -> Condition:
+    """The condition of embeddings that the caller computed; an InputError if they do not fit the student."""
+    text = _text_of(student)
+    wanted = PIPELINES[text.pipeline].encode.shape(getattr(student.config.network, "transformer", {}), 1)
+    n = len(tokens)
+    found = {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled, "prompt_embeds_mask": mask}
+    expected = {
+        "prompt_embeds": f"[n, tokens, {wanted.width}]",
+        "pooled_prompt_embeds": "none" if wanted.pooled is None else f"[{n}, {wanted.pooled}]",
+        "prompt_embeds_mask": f"[{n}, {tokens.shape[1] if tokens.ndim > 1 else 'tokens'}], or none",
+    }
+    fits = {
+        "prompt_embeds": tokens.ndim == 3 and tokens.shape[2] == wanted.width and 0 not in tokens.shape,
+        "pooled_prompt_embeds": (None if pooled is None else tuple(pooled.shape))
+        == (None if wanted.pooled is None else (n, wanted.pooled)),
+        "prompt_embeds_mask": mask is None or tuple(mask.shape) == tuple(tokens.shape[:2]),
+    }
+    for name, is_right in fits.items():
+        if not is_right:
+            shape = "none" if found[name] is None else list(found[name].shape)  # type: ignore[union-attr]
+            raise InputError(f"{name}: found {shape}; expected {expected[name]}")
     tensors = {"tokens": tokens, "mask": torch.ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask.bool()}
     if pooled is not None:
         tensors["pooled"] = pooled
-    constants = _text_of(student).constants
-    return Condition({**tensors, **{name: torch.full((len(tokens),), value) for name, value in constants.items()}})
+    return Condition({**tensors, **{name: torch.full((n,), value) for name, value in text.constants.items()}})

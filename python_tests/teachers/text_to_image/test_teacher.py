@@ -20,6 +20,7 @@ from pyard.conditions.prompt_file import read_prompts
 from pyard.diffusion.noise import standard_normal, uniform_labels
 from pyard.errors import InputError
 from pyard.pipeline import TEXT_COMPONENTS
+from pyard.sampling.prompts import encode_prompts
 from pyard.teachers import load_teacher
 from pyard.teachers.text_to_image.teacher import PipelineTeacher
 
@@ -92,6 +93,26 @@ def test_trajectories_end_where_the_pipelines_images_begin(pipeline: Path, guide
         assert (plain - stock).abs().max() > 1e-3 * stock.abs().max()
 
 
+def draws_from_embeddings(pipe: pyard.ARDPipeline, texts: list[str], noise: torch.Tensor, drawn: torch.Tensor) -> None:
+    """Embeddings that the caller computed draw what their texts draw; those that do not fit are refused by name."""
+    condition = encode_prompts(pipe._text_encoder(), texts, {})
+    given = {"prompt_embeds": condition["tokens"], "prompt_embeds_mask": condition["mask"]}
+    if "pooled" in condition:
+        given["pooled_prompt_embeds"] = condition["pooled"]
+    options: dict[str, Any] = dict(latents=noise, output_type="latent")
+    assert torch.equal(pipe(**given, **options).images, drawn)
+    pooled = torch.zeros(2, 3)
+    for wrong in (
+        {"prompt_embeds": condition["tokens"][0]},
+        {"prompt_embeds": condition["tokens"][..., 1:]},
+        {"prompt_embeds_mask": condition["mask"][:, 1:]},
+        {"pooled_prompt_embeds": pooled},
+        *([{"pooled_prompt_embeds": None}] if "pooled" in condition else []),
+    ):
+        with pytest.raises(InputError, match=rf"^{next(iter(wrong))}: found .*; expected "):
+            pipe(**{**given, **wrong}, **options)
+
+
 def watch_offloading(pipe: pyard.ARDPipeline) -> list[str]:
     """Offload components to the CPU as to any other device, and note which one is moved to the device of the work, in order."""
     moved: list[str] = []
@@ -142,6 +163,7 @@ def test_from_a_folder_and_a_file_of_prompts_to_pictures(pipeline: Path, tmp_pat
     saved = pyard.ARDPipeline.from_pretrained(tmp_path / "pipe")
     saved.set_progress_bar_config(disable=True)
     assert torch.equal(saved(texts, latents=noise, output_type="latent").images, drawn)
+    draws_from_embeddings(saved, texts, noise, drawn)
     moved = watch_offloading(saved)
     assert torch.equal(saved(texts, latents=noise, output_type="latent").images, drawn)
     assert list(dict.fromkeys(moved)) == [
