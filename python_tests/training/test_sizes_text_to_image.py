@@ -165,6 +165,7 @@ def test_another_stage_goes_on_with_both_sizes(folder: Path, run: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("folder", ["qwen_image"], indirect=True)
 def test_an_exported_folder_draws_both_sizes(folder: Path, run: Path, tmp_path: Path) -> None:
     student = Student.from_pretrained(run)
     parity = export_pipeline(student, tmp_path / "onnx", form="sampler")
@@ -237,6 +238,7 @@ def test_stores_that_were_cut_elsewhere_are_refused(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("folder", ["qwen_image"], indirect=True)
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_train_both_sizes_as_one_does(parallel: str, folder: Path, run: Path) -> None:
     assert set(wait(start(folder, parallel, 2, None, **{**_settings(folder), "parallel": parallel}))) == {0}
