@@ -161,7 +161,7 @@ def generate_trajectories(
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
         if value is not None and value < 1:
             raise InputError(f"trajectories: {name} is {value}; expected at least 1, or None for the default")
-    if prompt_order == "uniform" and labels not in (None, "uniform"):
+    if prompt_order == "uniform" and labels is not None and not (isinstance(labels, str) and labels == "uniform"):
         raise InputError(f"trajectories: prompt_order is 'uniform', but labels is {labels!r}; give one of the two")
     out = Path(out)
     if out.exists() and not out.is_dir():

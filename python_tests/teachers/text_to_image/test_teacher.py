@@ -289,6 +289,7 @@ def test_prompts_are_taken_in_turn_or_drawn(pipeline: Path, tmp_path: Path) -> N
     assert numbers["uniform"] == uniform_labels(0, np.arange(8), 3).tolist() != numbers["in_turn"]
     for wrong, message in (
         (dict(prompt_order="random"), "prompt_order is 'random'; expected one of in_turn, uniform"),
+        (dict(prompt_order="uniform", labels=np.array([0, 1])), "prompt_order is 'uniform', but labels is "),
         (dict(prompt_order="uniform", labels=[0]), r"prompt_order is 'uniform', but labels is \[0\]"),
     ):
         with pytest.raises(InputError, match=message):
