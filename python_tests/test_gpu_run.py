@@ -96,6 +96,7 @@ def test_the_hook_refuses(bare: dict[str, str]) -> None:
         python(bare, "-c", "import jsonargparse")
 
 
+@pytest.mark.slow
 def test_the_tests_for_a_gpu_can_be_collected(bare: dict[str, str]) -> None:
     listed = python(bare, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "-m", "cuda and not slow", *TESTS)
     assert "test_values_and_gradients_are_those_of_the_twin" in listed
@@ -143,6 +144,7 @@ def test_the_naive_student_is_the_student() -> None:
         torch.testing.assert_close(naive.rollout(history[:, 0], labels), sample, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_breaks_costs_itself_alone(bare: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.gpu.steps.SECTIONS", {**SECTIONS, **SECTIONS_OF_THIS_TEST})
     monkeypatch.setattr("benchmarks.gpu.steps.GRACE_S", 4.0)
@@ -179,6 +181,7 @@ def test_programs_run_beside_one_another_and_end_in_time(tmp_path: Path) -> None
     assert call.steps[-1]["log"] == ["before"]
 
 
+@pytest.mark.slow
 def test_a_library_that_is_not_fit_stops_the_call(bare: dict[str, str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", "A", "--out", str(tmp_path / "out"), "--cpu-smoke"]
     environment = {**bare, "PYARD_PREBUILT": str(tmp_path / "none.so")}

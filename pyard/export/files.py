@@ -87,7 +87,10 @@ def config_text(student: Student) -> str:
 
 
 def check_target(path: Path) -> None:
-    """Refuse a path that is a folder, or if another program's file at the path or beside it would be overwritten."""
+    """Refuse a path that is a folder or a link, or if another program's file at the path or beside it would be overwritten."""
+    for place in (path, config_path(path)):
+        if place.is_symlink():
+            raise InputError(f"{place} is a link; expected a file or a new path. Remove it, or choose another name")
     if path.is_dir():
         raise InputError(f"{path} is a folder; expected the name of a file, such as {path / 'student.onnx'}")
     if path.is_file() and path.stat().st_size and not _is_model(path):

@@ -23,7 +23,7 @@ from pyard.errors import InputError
 from pyard.storage.disk import require_room
 from pyard.storage.typed import checked
 from pyard.storage.units import format_bytes, format_seconds
-from pyard.teachers import Teacher, load_teacher
+from pyard.teachers import Teacher, load_teacher, pipeline_folder
 from pyard.teachers.text_to_image.teacher import PipelineTeacher
 from pyard.trajectories.batch_size import USUAL, default_batch_size
 from pyard.trajectories.compute import compiled, compute_batch, device_name, drawn_ahead, pack_shard, warm_up
@@ -48,6 +48,7 @@ DEFAULT_CFG_SCALE = 1.5
 MAX_SHARD_SAMPLES = 1024
 MAX_SHARD_BYTES = 256 * 2**20
 
+_NO_PIXELS = "trajectories: height and width are for a text-to-image pipeline, in place of sample_shape"
 _Teacher = TypeVar("_Teacher", bound=Teacher)
 
 
@@ -151,11 +152,6 @@ def generate_trajectories(
     """
     mine = Part.parse(part)
     of_pipeline = {"variant": variant, "transformer": transformer, "lora": lora, "max_sequence_length": max_sequence_length}
-    if isinstance(teacher, str | Path):
-        teacher = load_teacher(teacher, network=network, dtype=precision, **_given(of_pipeline))
-        teacher = on_device(teacher, device)
-    elif _given(of_pipeline):
-        raise InputError(f"trajectories: {', '.join(_given(of_pipeline))} is for a teacher given by its folder")
     if count < 1:
         raise InputError(f"trajectories: count is {count}; expected at least 1")
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
@@ -166,10 +162,19 @@ def generate_trajectories(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise InputError(f"trajectories: {out} is a file; expected a folder or a new path")
+    lines = None if prompts is None else read_prompts(prompts)
+    if isinstance(teacher, str | Path):
+        if pipeline_folder(teacher) is None:  # before the built-in teacher is trained
+            _check_classes(lines, embedded_guidance)
+            if height is not None or width is not None:
+                raise InputError(_NO_PIXELS)
+        teacher = load_teacher(teacher, network=network, dtype=precision, **_given(of_pipeline))
+        teacher = on_device(teacher, device)
+    elif _given(of_pipeline):
+        raise InputError(f"trajectories: {', '.join(_given(of_pipeline))} is for a teacher given by its folder")
     shape = _shape(teacher, sample_shape, height, width)
     if grid is None:
         grid = grid_of(teacher, num_steps, teacher_steps, shape)
-    lines = None if prompts is None else read_prompts(prompts)
     there = read_manifest(out)
     to_encode = lines if isinstance(teacher, PipelineTeacher) else None
     if to_encode is None:
@@ -233,7 +238,7 @@ def _given(settings: dict[str, Any]) -> dict[str, Any]:
 def _shape(teacher: Teacher, wanted: tuple[int, ...] | None, height: int | None, width: int | None) -> tuple[int, ...]:
     if height is not None or width is not None:
         if not isinstance(teacher, PipelineTeacher) or wanted is not None:
-            raise InputError("trajectories: height and width are for a text-to-image pipeline, in place of sample_shape")
+            raise InputError(_NO_PIXELS)
         return teacher.shape_of(height, width)
     shape = teacher.sample_shape if wanted is None else tuple(wanted)
     if shape != teacher.sample_shape:
@@ -265,8 +270,7 @@ def with_prompts(
         InputError: prompts are given for a class-conditional teacher, or none for a text-to-image teacher.
     """
     if not isinstance(teacher, PipelineTeacher):
-        if lines is not None or embedded_guidance is not None:
-            raise InputError("trajectories: prompts and embedded_guidance are for text-to-image pipelines of diffusers")
+        _check_classes(lines, embedded_guidance)
         return teacher
     if lines is None:
         if isinstance(teacher.conditions, PromptTable):
@@ -284,6 +288,12 @@ def with_prompts(
         progress=progress,
     )
     return teacher.with_prompts(table)
+
+
+def _check_classes(lines: list[PromptLine] | None, embedded_guidance: float | None) -> None:
+    """Refuse what a class-conditional teacher has no use for."""
+    if lines is not None or embedded_guidance is not None:
+        raise InputError("trajectories: prompts and embedded_guidance are for text-to-image pipelines of diffusers")
 
 
 def write_shards(teacher: Teacher, store: TrajectoryStore, missing: list[tuple[int, int]], progress: bool, part: Part) -> None:

@@ -71,6 +71,7 @@ def run_doctor(package_in: Path, record: dict[str, object]) -> subprocess.Comple
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @needs_native
 def test_cuda_kernels_that_could_not_be_built_are_a_problem(tmp_path: Path) -> None:
     shutil.copytree(native.PACKAGE, tmp_path / "pyard", ignore=shutil.ignore_patterns("__pycache__"))
@@ -174,6 +175,7 @@ def test_minimum_versions_are_those_of_the_metadata(monkeypatch):
     assert checks.minimum_versions() == {"torch": "2.11", "jsonargparse": "4.49"}
 
 
+@pytest.mark.slow
 def test_another_project_with_a_package_called_pyard_is_a_problem(tmp_path):
     """py-ard and the `pyard` of PyPI write into the folder that pyard-distill writes into."""
     site = tmp_path / "py_ard-1.5.0.dist-info"

@@ -182,7 +182,7 @@ def test_an_estimate_is_what_a_run_leaves(name, settings, tmp_path):
     assert [stage.name for stage in again.stages] == ["regression"]
 
 
-@pytest.mark.parametrize(("name", "passes"), [("sd3", 2 * 4), ("flux", 4), ("pixart_sigma", 2 * 4)])
+@pytest.mark.parametrize(("name", "passes"), [("sd3", 2 * 4), ("flux", 4), pytest.param("pixart_sigma", 2 * 4, marks=pytest.mark.slow)])
 def test_guidance_doubles_the_passes_that_run(name, passes, tmp_path, monkeypatch):
     folder = tiny_pipeline(name, tmp_path / "teacher")
     (tmp_path / "prompts.txt").write_text("a dog\n")
@@ -226,7 +226,7 @@ def filled(student: Student, folder: Path) -> Student:
     return made
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "z_image"])
+@pytest.mark.parametrize("name", ["sd3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flux", "z_image"))])
 def test_updates_of_low_rank_cost_what_runs(name, tmp_path):
     """Frozen weights get no gradient: an update takes well under three forward passes, and keeps fewer activations."""
     folder = tiny_pipeline(name, tmp_path / "teacher")

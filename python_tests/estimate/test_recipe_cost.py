@@ -107,8 +107,9 @@ def test_teachers_on_disk_are_read_without_their_weights(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(), dict(trajectory_dtype="bfloat16", trajectory_keep="denoised", target="denoised"),
-    dict(num_trajectories=1500, trajectory_dtype="float16"),
+    dict(), pytest.param(
+        dict(trajectory_dtype="bfloat16", trajectory_keep="denoised", target="denoised"), marks=pytest.mark.slow
+    ), dict(num_trajectories=1500, trajectory_dtype="float16"),
 ], ids=str)  # fmt: skip
 def test_bytes_are_those_of_the_store(settings, tmp_path):
     network = DiT(digits_network())
@@ -289,7 +290,13 @@ def test_what_is_missing_of_a_backbone_of_ones_own_is_named(own_folder, capsys):
 
 
 @pytest.mark.parametrize(
-    "recipe", [path for path in sorted(RECIPES.glob("*.yaml")) if "1024" not in path.stem], ids=lambda path: path.stem
+    "recipe",
+    [
+        path if path.stem in ("digits", "imagenet256-dit-xl2") else pytest.param(path, marks=pytest.mark.slow)
+        for path in sorted(RECIPES.glob("*.yaml"))
+        if "1024" not in path.stem
+    ],
+    ids=lambda path: path.stem,
 )
 def test_recipes_have_a_cost(recipe, capsys):
     found = estimate(recipe, device="NVIDIA H100", gpus=8)

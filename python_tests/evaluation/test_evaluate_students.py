@@ -93,6 +93,7 @@ def rgb(tmp_path: Path) -> tuple[NetworkTeacher, Student]:
     return teacher, student
 
 
+@pytest.mark.slow
 def test_any_teacher_is_measured_with_a_feature_file_and_adm_s_protocol(
     rgb: tuple[NetworkTeacher, Student], tmp_path: Path
 ) -> None:

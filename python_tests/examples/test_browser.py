@@ -86,17 +86,19 @@ def digits(tmp_path_factory) -> Path:
 
 
 @needs_node
-def test_metadata_are_read_from_the_file(digits: Path, tmp_path: Path):
+def test_metadata_are_read_from_the_file(tmp_path: Path):
+    file = tmp_path / "student.onnx"
+    export_onnx(tiny_student(2, history_layers=1), file, form="step")
     code = f"""
 import {{ readFileSync }} from 'node:fs';
 import {{ readMetadata }} from {json.dumps((PAGE / "student.js").as_uri())};
-const bytes = new Uint8Array(readFileSync({json.dumps(str(digits))}));
+const bytes = new Uint8Array(readFileSync({json.dumps(str(file))}));
 console.log(JSON.stringify(readMetadata(bytes)));
 for (const broken of [bytes.subarray(0, bytes.length / 2), new TextEncoder().encode('<!doctype html>'), new Uint8Array(0)]) {{
   try {{ readMetadata(broken); }} catch (error) {{ console.log(error.message); }}
 }}"""
     found, *messages = javascript(code).splitlines()
-    info = OnnxStudent(digits).info
+    info = OnnxStudent(file).info
     assert (json.loads(found)["num_steps"], json.loads(found)["num_classes"]) == (info.num_steps, info.num_classes)
     assert len(messages) == 3
     assert all(message.startswith(("this is not an ONNX file", "this is not a file written by")) for message in messages)

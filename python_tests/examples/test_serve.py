@@ -158,6 +158,7 @@ def closed_after(port: int, *pieces: bytes, pause: float = 0.0) -> tuple[float, 
             answer += piece
 
 
+@pytest.mark.slow
 def test_half_a_request_is_not_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections.ImpatientProtocol, "seconds", 0.5)
     whole = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"

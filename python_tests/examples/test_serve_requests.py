@@ -181,7 +181,7 @@ def test_metrics_count_answers_batches_and_seconds(path: Path) -> None:
     assert 0 < found["pyard_draw_seconds_sum"] < 60
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_equal_requests_give_equal_bits_whatever_else_is_drawn(precision: Any, path: Path, tmp_path: Path) -> None:
     export_onnx(grey_student(), tmp_path / "student.onnx", precision=precision)
     drawer = drawing.Drawer(OnnxStudent(tmp_path / "student.onnx", threads=1))

@@ -42,7 +42,11 @@ VAES = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "form"), [("shifted", "sampler"), ("statistics", "step"), ("qwen", "sampler"), ("wan", "step")]
+    ("kind", "form"),
+    [
+        ("statistics", "step"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("shifted", "sampler"), ("qwen", "sampler"), ("wan", "step"))),
+    ],
 )
 def test_a_student_is_exported_with_its_own_vae(kind: str, form: Any, tmp_path: Path) -> None:
     vae, student = VAES[kind](), tiny_student(2, history_layers=1)
@@ -121,6 +125,7 @@ def test_command_line_chooses_the_vae(tmp_path: Path, capsys: pytest.CaptureFixt
         assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_vae_in_half_precision_is_left_as_it_is(tmp_path: Path) -> None:
     student = tiny_student(1, history_layers=0)
     vae = plain_vae().to(torch.bfloat16)

@@ -24,7 +24,7 @@ from pyard.models.student import Student
 from pyard.runtime import OnnxStudent
 from pyard.storage.files import file_sha256
 
-# Each of N, target with output, heads and mask occurs; every three values run under -m slow.
+# Each of N, target with output, heads and mask occurs.
 COVERING: list[dict[str, Any]] = [
     {"num_steps": 2, "history_layers": 0, "target": "denoised", "output": "direct", "heads": "per_step"},
     {"num_steps": 3, "history_layers": 2, "target": "state", "output": "jump", "heads": "shared", "opset": 20},
@@ -83,7 +83,11 @@ def check_equal_to_pytorch(path: Path, settings: dict[str, Any]) -> tuple[Studen
     return student, exported
 
 
-@pytest.mark.parametrize("settings", COVERING, ids=lambda s: f"N{s['history_layers']}-{s['target']}")
+@pytest.mark.parametrize(
+    "settings",
+    [*COVERING[:2], *(pytest.param(settings, marks=pytest.mark.slow) for settings in COVERING[2:])],
+    ids=lambda s: f"N{s['history_layers']}-{s['target']}",
+)
 def test_export_equals_pytorch(settings: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "student.onnx"
     student, exported = check_equal_to_pytorch(path, settings)
@@ -153,6 +157,7 @@ def test_present_keys_are_only_those_that_the_mask_still_shows(tmp_path: Path) -
         assert {array.shape for array in present} == {(1, 2, tokens, 16)}
 
 
+@pytest.mark.slow
 def test_external_data_lie_beside_the_model_until_an_export_without_them(tmp_path: Path) -> None:
     path, student = tmp_path / "student.onnx", tiny_student(2, history_layers=1)
     export.export_onnx(student, path, external_data=True)
@@ -209,12 +214,27 @@ def test_a_file_that_is_no_model_is_not_overwritten(tmp_path: Path) -> None:
     assert path.read_text(encoding="utf-8") == "precious notes"
 
 
+@pytest.mark.parametrize("name", ["student.onnx", "student.onnx.json"])
+def test_a_link_is_neither_followed_nor_replaced(name: str, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("precious", encoding="utf-8")
+    for target in (elsewhere, tmp_path / "nothing"):
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises(InputError, match=rf"{name} is a link; expected a file or a new path"):
+            export.export_onnx(tiny_student(1, history_layers=0), tmp_path / "student.onnx")
+        assert (tmp_path / name).readlink() == target
+        (tmp_path / name).unlink()
+    assert [file.name for file in tmp_path.iterdir()] == ["elsewhere"]
+    assert elsewhere.read_text(encoding="utf-8") == "precious"
+
+
 def test_weights_that_one_file_cannot_hold_go_into_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "LARGEST_SINGLE_FILE", 1000)
     export.export_onnx(tiny_student(1, history_layers=0), tmp_path / "student.onnx")
     assert len(list(tmp_path.glob("student.onnx.*.data"))) == 1
 
 
+@pytest.mark.slow
 def test_each_file_has_a_configuration_of_its_own_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}', encoding="utf-8")
     for steps in (1, 2):
@@ -259,6 +279,7 @@ def test_a_deviation_fails_the_export_and_keeps_the_old_file(tmp_path: Path, mon
     assert path.read_bytes() == previous
 
 
+@pytest.mark.slow
 def test_a_larger_error_is_accepted_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student = tiny_student(1, history_layers=0)
     student.save_pretrained(tmp_path / "student")
@@ -318,6 +339,7 @@ def test_export_leaves_the_student_as_it_was(tmp_path: Path) -> None:
     assert all(parameter.requires_grad for parameter in student.parameters())
 
 
+@pytest.mark.slow
 def test_command_line_writes_beside_the_student(tmp_path: Path) -> None:
     student = tiny_student(1, history_layers=1)
     student.save_pretrained(tmp_path / "run" / "student")
@@ -349,7 +371,10 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         export.export_onnx(student, tmp_path)
 
 
-@pytest.mark.parametrize(("precision", "opset"), [("fp16", 23), ("int8", 23), ("int8-static", 23), ("int8", 20)])
+@pytest.mark.parametrize(
+    ("precision", "opset"),
+    [("fp16", 23), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("int8", 23), ("int8-static", 23), ("int8", 20)))],
+)
 def test_precisions(precision: export.Precision, opset: int, tmp_path: Path) -> None:
     student, path = tiny_student(3, history_layers=1, target="state", output="jump"), tmp_path / "student.onnx"
     exact = export.export_onnx(student, tmp_path / "exact.onnx", opset=opset)
@@ -382,6 +407,7 @@ def _jump_coefficients(model: onnx.ModelProto) -> list[onnx.TensorProto]:
     return scalars
 
 
+@pytest.mark.slow
 def test_a_deviation_of_each_precision_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for precision in ("fp16", "int8"):
         monkeypatch.setitem(export.PARITY_BOUND, precision, 1e-6)

@@ -88,7 +88,7 @@ def compare_with_assembled(settings: dict[str, Any], folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [*COVERING[:2], *(pytest.param(s, marks=pytest.mark.slow) for s in COVERING[2:])],
+    [*COVERING[:1], *(pytest.param(s, marks=pytest.mark.slow) for s in COVERING[1:])],
     ids=lambda s: f"{s['mask']}-{s['form']}",
 )
 def test_the_assembled_graph_of_a_dit_equals_the_traced_one(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_every_assembled_graph_equals_the_traced_one(settings: dict[str, Any], t
     compare_with_assembled(settings, tmp_path)
 
 
-@pytest.mark.parametrize("form", ["sampler", "step"])
+@pytest.mark.parametrize("form", [pytest.param("sampler", marks=pytest.mark.slow), "step"])
 def test_a_backbone_that_is_not_ours(form: Any, tmp_path: Path) -> None:
     student = student_of(
         MyBackbone(MyConfig()), mask="causal" if form == "step" else "window", window=None if form == "step" else 2
@@ -140,7 +140,10 @@ def test_a_backbone_that_is_not_ours(form: Any, tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize(("form", "settings"), [("step", {"history_bias": 0.7}), ("sampler", {"mask": "anchor"})])
+@pytest.mark.parametrize(
+    ("form", "settings"),
+    [("step", {"history_bias": 0.7}), pytest.param("sampler", {"mask": "anchor"}, marks=pytest.mark.slow)],
+)
 def test_a_video(form: Any, settings: dict[str, Any], tmp_path: Path) -> None:
     student = student_of(VideoBackbone(VideoConfig()), **settings)
     export_onnx(student, tmp_path / "student.onnx", form=form)
@@ -151,7 +154,9 @@ def test_a_video(form: Any, settings: dict[str, Any], tmp_path: Path) -> None:
     assert relative_error(found[2], found[3]) > 1e-2
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8", "int8-static"])
+@pytest.mark.parametrize(
+    "precision", ["fp16", *(pytest.param(one, marks=pytest.mark.slow) for one in ("int8", "int8-static"))]
+)
 def test_precisions(precision: Any, tmp_path: Path) -> None:
     student = student_of(MyBackbone(MyConfig()))
     path = tmp_path / "student.onnx"
@@ -162,6 +167,7 @@ def test_precisions(precision: Any, tmp_path: Path) -> None:
     assert (quantised > 0) == (precision != "fp16")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_refused_with_the_reason(tmp_path: Path) -> None:
     path = tmp_path / "student.onnx"
     with pytest.raises(InputError, match="makes the size 'num_tokens' a constant"):
@@ -177,6 +183,7 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_student_without_a_table_is_traced_with_examples(tmp_path: Path) -> None:
     student = student_of(MyBackbone(MyConfig()))
     examples = [prompts().take([0, 2]), prompts().take([1])]

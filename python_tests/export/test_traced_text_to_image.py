@@ -42,7 +42,7 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 CASES = [
-    pytest.param("pixart_alpha", "step", 23),
+    pytest.param("pixart_alpha", "step", 23, marks=pytest.mark.slow),
     pytest.param("pixart_alpha_1024", "sampler", 20, marks=pytest.mark.slow),
     pytest.param("sd3", "step", 23, marks=pytest.mark.slow),
     pytest.param("aura_flow", "step", 23, marks=pytest.mark.slow),

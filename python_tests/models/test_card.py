@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from factories import digits_student, randomise, tiny_student, tiny_teacher
+from factories import randomise, tiny_student, tiny_teacher
 from models.autoencoders import plain_vae
 from own_teachers import TEXT, student_of, text_teacher
 from tiny_pipelines import tiny_pipeline
@@ -53,7 +53,7 @@ def text_student(folder: Path) -> Student:
 
 
 def test_the_lines_draw_what_the_student_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    student = digits_student()
+    student = tiny_student(4, history_layers=2)
     student.save_pretrained(tmp_path / "student")
     front, text = card_of(tmp_path / "student")
     assert front["library_name"] == "pyard"
@@ -99,7 +99,7 @@ def test_a_network_of_one_s_own_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_readme_of_one_s_own_stays(tmp_path: Path) -> None:
-    student = digits_student()
+    student = tiny_student(4, history_layers=2)
     for save in (student.save_pretrained, pyard.ARDPipeline(student).save_pretrained):
         folder = tmp_path / str(save.__qualname__)
         save(folder)
@@ -140,7 +140,7 @@ def test_scores_follow_the_weights_that_were_measured(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"table": 3}', '{"table": [["", 1]], "weights": "a", "about": "b"}'])
 def test_damaged_scores_are_none(content: str, tmp_path: Path) -> None:
-    digits_student().save_pretrained(tmp_path)
+    tiny_student(4, history_layers=2).save_pretrained(tmp_path)
     (tmp_path / SCORES_NAME).write_text(content, encoding="utf-8")
     assert Student.from_pretrained(tmp_path).scores is None
 

@@ -119,6 +119,7 @@ def run(code: str, endpoint: str, cache: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_pushed_student_is_read_back_by_its_name(hub, tmp_path: Path):
     endpoint, files = hub
     student = tiny_student(2, history_layers=1)
@@ -154,6 +155,7 @@ def test_a_readme_on_the_hub_that_is_not_pyard_s_stays(hub, tmp_path: Path):
     assert files["README.md"] == b"# Mine"
 
 
+@pytest.mark.slow
 def test_a_name_that_is_nowhere_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     code = """
@@ -169,6 +171,7 @@ except pyard.InputError as error:
         Student.from_pretrained(tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_read_by_its_name_with_somebody_else_s_backbone(hub, tmp_path: Path):
     endpoint, files = hub
     student = student_of(text_teacher(), num_steps=2)

@@ -120,8 +120,17 @@ def assert_averages_to_the_whole(make: Callable[[], Student], batch: TrajectoryB
         assert float((one["loss"] - whole["loss"]).abs()) > 1e-3 * float(whole["loss"]), "a subset alone is something else"
 
 
-@pytest.mark.parametrize(("history_layers", "heads"), [(0, "per_step"), (1, "shared"), (1, "per_step"), ("all", "per_step")])
-@pytest.mark.parametrize("name", ["dit", *NAMES])
+HISTORIES: list[tuple[Any, str]] = [(1, "per_step"), ("all", "per_step"), (1, "shared"), (0, "per_step")]
+
+
+@pytest.mark.parametrize(
+    ("name", "history_layers", "heads"),
+    [
+        pytest.param(name, *history, marks=() if name == "dit" or i == n % len(HISTORIES) else pytest.mark.slow)
+        for n, name in enumerate(("dit", *NAMES))
+        for i, history in enumerate(HISTORIES)
+    ],
+)
 def test_the_average_over_all_subsets_is_the_whole_update(name: str, history_layers: Any, heads: str) -> None:
     def make() -> Student:
         return student_of(name, history_layers=history_layers, heads=heads)

@@ -65,6 +65,7 @@ def test_native_refuses_what_it_has_no_kernel_for() -> None:
         modulated_layer_norm(x, per_step, per_step)
 
 
+@pytest.mark.slow
 def test_a_new_operator_runs_as_plain_pytorch_until_it_has_a_kernel(tmp_path: Path) -> None:
     """Step 1 of "Adding an operator" in CONTRIBUTING.md, and nothing else."""
     package = tmp_path / "pyard"
@@ -117,7 +118,7 @@ for _ in range(2):
 
 
 @needs_native
-@pytest.mark.parametrize(("failed", "warnings"), [(True, 1), (False, 0)])
+@pytest.mark.parametrize(("failed", "warnings"), [(True, 1), pytest.param(False, 0, marks=pytest.mark.slow)])
 def test_cuda_kernels_that_could_not_be_built_are_missed_once(tmp_path: Path, failed: bool, warnings: int) -> None:
     shutil.copytree(native.PACKAGE, tmp_path / "pyard", ignore=shutil.ignore_patterns("__pycache__"))
     record = {"built": True, "torch": "2.13.0", "cuda": "compiling failed: stream.cpp:16: error: x\nlog", "cuda_failed": failed}

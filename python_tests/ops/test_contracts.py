@@ -71,6 +71,7 @@ def test_every_operator_with_a_kernel_has_a_case() -> None:
     assert {name.split(",")[0] for name in CASES} == {name for name in OPERATORS if name in KERNELS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMOOTH)
 def test_derivatives_to_second_order(name: str) -> None:
     case = CASES[name]
@@ -107,6 +108,7 @@ def opcheck_samples() -> list[tuple[str, tuple[object, ...]]]:
     ]
 
 
+@pytest.mark.slow
 def test_opcheck() -> None:
     for name, inputs in opcheck_samples():
         torch.library.opcheck(getattr(torch.ops.pyard, name).default, inputs)

@@ -16,6 +16,7 @@ EPS = 1e-6
 SIZES = [(1, 1, 1, 8), (2, 3, 1, 72), (1, 2, 33, 512), (2, 2, 37, 1152), (1, 1, 5, 1280), (1, 2, 9, 2048), (1, 1, 2, 8192)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize(("has_gate", "has_norm"), [(True, False), (False, True), (True, True)])

@@ -89,12 +89,14 @@ def test_a_bias_may_switch_the_history_off(off: float, dtype: torch.dtype) -> No
     assert torch.equal(torch.autograd.grad(out.sum(), bias)[0], torch.zeros(2))
 
 
+@pytest.mark.slow
 def test_derivatives_to_second_order() -> None:
     with use_backend("merged"):
         assert torch.autograd.gradcheck(attend, sample())
         assert torch.autograd.gradgradcheck(attend, sample())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
 def test_opcheck(with_bias: bool) -> None:
     q, k, v, bias = sample(torch.float32)

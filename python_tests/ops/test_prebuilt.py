@@ -46,6 +46,7 @@ def test_it_takes_the_place_of_the_own_one(elsewhere: Path) -> None:
     assert finished.stdout.strip() == f"{elsewhere} | built elsewhere (PYARD_PREBUILT)", finished.stderr
 
 
+@pytest.mark.slow
 def test_a_file_that_is_missing_or_no_library_is_refused(tmp_path: Path) -> None:
     assert refused(load(tmp_path / "none.so")).startswith(f"PYARD_PREBUILT={tmp_path / 'none.so'}: there is no such file")
     text = tmp_path / "text.so"

@@ -108,7 +108,7 @@ def test_a_step_file_streams_the_sample_whatever_the_batch(tmp_path: Path) -> No
         student.stream([5])
 
 
-@pytest.mark.parametrize("keep", [0, 0.5, 0.999])
+@pytest.mark.parametrize("keep", [0.5, *(pytest.param(keep, marks=pytest.mark.slow) for keep in (0, 0.999))])
 def test_truncated_or_missing_external_data(tmp_path: Path, keep: float) -> None:
     export_onnx(tiny_student(2, history_layers=1), tmp_path / "student.onnx", external_data=True)
     (data,) = tmp_path.glob("student.onnx.*.data")
@@ -202,6 +202,7 @@ def test_damaged_metadata_is_one_line(change, path: Path, tmp_path: Path) -> Non
         OnnxStudent(tmp_path / "damaged.onnx")
 
 
+@pytest.mark.slow
 def test_example_draws_the_pictures_of_a_file_with_a_decoder(tmp_path: Path) -> None:
     """Upright, in colour, as the runtime draws them."""
     student = tiny_student(2, history_layers=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -119,6 +120,24 @@ def test_the_working_folder_and_those_around_it_stay_the_folders_they_are(
     (tmp_path / f".{tmp_path.name}.{folders.this_process()}.new").mkdir()  # of a process that was killed
     write(Path(target), "config")
     assert names(tmp_path) == ["config", "inner", "notes"]
+
+
+def test_a_sub_folder_that_cannot_be_replaced_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "weights").write_text("old")
+    replace = Path.replace
+
+    def fails(self: Path, target: Path) -> Path:
+        if target.name == "vae":
+            raise OSError(errno.EIO, "input/output error")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises(OSError, match="input/output error"):
+        write(Path(), "vae/weights")
+    assert content(tmp_path) == {"vae/weights": "old"}
+    assert names(tmp_path) == ["vae"]
 
 
 @pytest.mark.parametrize("kind", ["disk", "folder"])

@@ -244,6 +244,7 @@ def test_a_broken_index_is_one_line(text, tmp_path: Path):
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.slow
 def test_class_names_are_read_in_any_locale(tmp_path: Path):
     write_pipeline(tmp_path / "pipe")
     file = tmp_path / "pipe" / "model_index.json"

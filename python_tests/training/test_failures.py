@@ -101,7 +101,7 @@ def test_killed_saves_leave_nothing_behind(folder, monkeypatch):
     assert [entry.name for entry in (run / "checkpoints").iterdir()] == ["step-0000004"]
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_full_disk_leaves_the_previous_checkpoint_valid(folder, world):
     settings = dict(max_steps=9, save_every=3, keep_last=1, keep_every=3)
     assert set(wait(start(folder, "whole", world, **settings))) == {0}

@@ -314,6 +314,7 @@ def test_backpropagation_reaches_earlier_steps_and_detaching_does_not():
         assert float(ours[i]) == pytest.approx((above - below) / 2e-5, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_rollouts_are_drawn_for_their_share_of_updates():
     made = stage(rollout_probability=0.3)
     drawn = [made._rolls_out(step) for step in range(2000)]

@@ -161,6 +161,7 @@ def assert_in_shards() -> None:
     Regression.apply = checked  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 @one_fast_of_four("text", "regression")
 def test_in_shards_on_two_processes_it_is_equal_to_ddp(shared, stage):
     folder, settings = shared

@@ -138,6 +138,7 @@ def assert_same_shards(a: Path, b: Path) -> None:
     assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(*leaves, strict=True))
 
 
+@pytest.mark.slow
 def test_everything_that_saves_memory_together_is_equal_to_ddp(folder):
     """Gradients through the rollout, blocks computed again, bfloat16: shards are gathered S times before one backward pass."""
     changes = dict(rollout_probability=1.0, rollout_gradient="backprop", activation_checkpointing=True, mixed_precision="bf16")
@@ -208,6 +209,7 @@ def test_signal_writes_shards_and_a_full_disk_leaves_those_before(folder):
         assert_same_shards(folder / "whole", folder / "run")
 
 
+@pytest.mark.slow
 def test_damaged_shards_are_named(folder):
     settings = {**FSDP, "max_steps": 2}
     assert set(wait(start(folder, "run", 2, **settings))) == {0}

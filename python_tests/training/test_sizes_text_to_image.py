@@ -132,6 +132,7 @@ def test_an_untrained_student_draws_what_its_teacher_draws_in_as_many_steps(fold
             assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_one_that_was_not(folder: Path, run: Path) -> None:
     processes = start(folder, "killed", 1, None, **_settings(folder))
     assert signal_at(processes, folder / "killed" / "log.jsonl", 3) >= 3

@@ -57,6 +57,7 @@ def test_two_processes_train_what_one_trains(folder: Path, changes: dict[str, An
     assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) < 2e-3
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_one_that_was_not(folder: Path) -> None:
     processes = start(folder, "killed", 1, None, **SETTINGS)
     assert signal_at(processes, folder / "killed" / "log.jsonl", 3) >= 3

@@ -34,6 +34,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return place
 
 
+@pytest.mark.slow
 def test_two_processes_in_shards_train_what_one_trains(folder: Path) -> None:
     train_in(folder, "one", **SETTINGS)
     shards = {**SETTINGS, "parallel": "fsdp", "activation_checkpointing": True}
@@ -74,7 +75,7 @@ def test_a_killed_run_ends_as_one_that_was_not(folder: Path) -> None:
     assert_same_run(folder / "whole", folder / "killed")
 
 
-@pytest.mark.parametrize("lora_rank", [None, 2])
+@pytest.mark.parametrize("lora_rank", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_teacher_leaves_memory_before_the_first_update(folder: Path, lora_rank: int | None, monkeypatch) -> None:
     def networks() -> int:
         gc.collect()

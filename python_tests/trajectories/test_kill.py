@@ -47,6 +47,7 @@ def kill_while_writing(out: Path, count: int, delay: float, seed: int, parts: tu
     return sum(process.wait() == -signal.SIGKILL for process in processes)
 
 
+@pytest.mark.slow
 def test_kill_minus_nine_leaves_no_trace(tmp_path: Path) -> None:
     write(tmp_path / "undisturbed", 100)
     for attempt in range(3):

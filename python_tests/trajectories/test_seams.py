@@ -35,7 +35,7 @@ def write(teacher: Path, out: Path, shape: tuple[int, ...], count: int = COUNT, 
     )
 
 
-@pytest.mark.parametrize("shape", [WIDE, TALL])
+@pytest.mark.parametrize("shape", [WIDE, pytest.param(TALL, marks=pytest.mark.slow)])
 def test_killed_and_resumed_to_the_same_bytes(shape, tmp_path: Path):
     teacher = Path(save(text_teacher(), tmp_path / "teacher"))
     write(teacher, tmp_path / "whole", shape)

@@ -236,8 +236,26 @@ def test_wrong_input_is_one_line(pipeline: Path, tmp_path: Path) -> None:
     index = json.loads((bare / "model_index.json").read_text())
     (bare / "model_index.json").write_text(json.dumps({**index, "_class_name": "SanaPipeline"}), encoding="utf-8")
     refused("linear", bare, prompts=PROMPTS)
-    with pytest.raises(InputError, match="prompts and embedded_guidance are for text-to-image"):
-        pyard.generate_trajectories("digits", tmp_path / "digits", 2, prompts=PROMPTS, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(prompts=PROMPTS), "prompts and embedded_guidance are for text-to-image"),
+        (dict(embedded_guidance=3.0), "prompts and embedded_guidance are for text-to-image"),
+        (dict(height=32), "height and width are for a text-to-image"),
+        (dict(transformer="fine-tuned"), "transformer is for text-to-image"),
+        (dict(count=0), "count is 0"),
+    ],
+    ids=str,
+)
+def test_the_built_in_teacher_is_not_trained_for_what_it_cannot_do(
+    settings: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYARD_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(InputError, match=message):
+        pyard.generate_trajectories("digits", tmp_path / "store", **{"count": 2, "progress": False, **settings})
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("pipeline", NAMES, indirect=True)
