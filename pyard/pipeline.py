@@ -246,6 +246,8 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
         callback_on_step_end: Callable[[Any, int, float, dict[str, Any]], dict[str, Any] | None] | None = None,
         *,
         negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         pooled_prompt_embeds: torch.Tensor | None = None,
         prompt_embeds_mask: torch.Tensor | None = None,
         class_labels: list[int | str] | None = None,
@@ -268,6 +270,8 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
             callback_on_step_end: called with (pipeline, step, time, {"latents": ...}) after each step. Latents that it returns
                 are not used, because a student's next step continues from its own history.
             negative_prompt: ignored with a warning: guidance was distilled into the student.
+            num_inference_steps: the student's own number of steps; it has no other.
+            guidance_scale: ignored with a warning, as negative_prompt is, unless it is the embedded guidance of its training.
             pooled_prompt_embeds: pooled embeddings [n, E] to use with prompt_embeds, if the student's family has them.
             prompt_embeds_mask: bool [n, tokens], which of prompt_embeds are text and not padding; None: all.
             class_labels: class numbers, or names if the student has class names.
@@ -283,12 +287,21 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
         given = (prompt, prompt_embeds, class_labels, condition_numbers, condition)
         if sum(value is not None for value in given) != 1:
             raise InputError("expected one of prompt, prompt_embeds, class_labels, condition_numbers and condition")
-        if negative_prompt:
+        if num_inference_steps not in (None, student.num_steps):
+            raise InputError(f"num_inference_steps is {num_inference_steps}; this student draws in {student.num_steps} steps")
+        if num_images_per_prompt < 1:
+            raise InputError(f"num_images_per_prompt is {num_images_per_prompt}; expected at least 1")
+        text = student.config.text
+        own_guidance = {None, 0, 1} if text is None else {None, 0, 1, text.constants.get("guidance")}
+        ignored = [*["negative_prompt"] * bool(negative_prompt), *["guidance_scale"] * (guidance_scale not in own_guidance)]
+        if ignored:
             warnings.warn(
-                "negative_prompt is ignored: the student has its teacher's guidance in its weights", stacklevel=2
+                f"{' and '.join(ignored)} {'is' if len(ignored) == 1 else 'are'} ignored: the student has its teacher's guidance in its weights", stacklevel=2
             )  # fmt: skip
         if prompt is not None:
-            texts = [prompt] if isinstance(prompt, str) else list(prompt)
+            texts = [prompt] if isinstance(prompt, str) else prompt
+            if not isinstance(texts, Sequence) or not all(isinstance(one, str) for one in texts):
+                raise InputError(f"prompt is {prompt!r:.60}; expected a text or a list of texts")
             condition = encode_prompts(self._text_encoder(), texts, _text_of(student).constants)
         elif prompt_embeds is not None:
             condition = _given(student, prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask)

@@ -68,7 +68,8 @@ def bench_onnx(
     Args:
         models: some of DiT-S/2, DiT-B/2, DiT-L/2, DiT-XL/2; none: the first two.
         batch_sizes: samples per call; none: 1 and 8.
-        ways: ways of drawing, see `WAYS`; samples are compared with those of the first; none: all.
+        ways: ways of drawing, some of 'PyTorch eager, plain', 'PyTorch eager, native operators', torch.compile, 'ONNX fp32',
+            'ONNX int8', 'ONNX int8-static'; samples are compared with those of the first; none: all.
         rounds: timed calls of each way.
         threads: CPU threads of each process.
         out: folder for `onnx.json` and `onnx.md`.

@@ -49,16 +49,16 @@ COMMANDS = {
         positional=("source",),
     ),
     "trajectories": Command("pyard.trajectories", "generate_trajectories", "write a teacher's ODE trajectories to a store"),
-    "trajectories verify": Command("pyard.trajectories", "verify_trajectories", "check every checksum", positional=("store",)),
+    "trajectories verify": Command("pyard.trajectories", "verify_trajectories", "check a store against its checksums", positional=("store",)),
     "trajectories stats": Command(
         "pyard.trajectories", "trajectory_stats", "summarise a store and draw a few of its trajectories", positional=("store",)
     ),
-    "trajectories merge": Command("pyard.trajectories", "merge_trajectories", "join the parts of several folders"),
+    "trajectories merge": Command("pyard.trajectories", "merge_trajectories", "join stores that were written in parts"),
     "trajectories convert": Command(
         "pyard.trajectories", "convert_trajectories", "import or export the authors' .npz files", positional=("source", "out")
     ),
     "train": Command(
-        "pyard.training", "train_command", "train a student on trajectories (generates missing ones)", config="TrainConfig"
+        "pyard.training", "train_command", "train a student; generates the trajectories if none are given", config="TrainConfig"
     ),
     "estimate": Command(
         "pyard.estimate.recipe_cost", "estimate", "estimate the bytes, GPU-hours and memory of a recipe", positional=("recipe",)
@@ -91,7 +91,9 @@ Few-step students of diffusion transformers, by autoregressive distillation.
 
 {commands}
 
-For the flags of a command: pyard COMMAND --help. Flags can also come from a YAML file or a named recipe (--config FILE);
+For the flags of a command: pyard COMMAND --help. For the version: pyard --version.
+Flags may be written with hyphens or underscores (--num-steps, --num_steps). A list is written as several values (3 1 4), as
+numbers with commas (3,1,4) or in brackets ('[a, b]'). Flags can also come from a YAML file or a named recipe (--config FILE);
 flags on the command line override it. --print_config prints such a file. Set PYARD_TRACEBACK=1 to see the traceback of an
 input error."""
 
@@ -202,7 +204,7 @@ def _warnings_in_one_line(name: str) -> Iterator[None]:
 
 def print_help(name: str, function: Callable[..., Any], settings: Any) -> None:
     """The flags of a command with what docstrings say of them, those of a dataclass in its groups."""
-    from argparse import RawDescriptionHelpFormatter
+    from argparse import SUPPRESS, RawDescriptionHelpFormatter
 
     try:
         from jsonargparse import ArgumentParser, DefaultHelpFormatter
@@ -230,6 +232,11 @@ def print_help(name: str, function: Callable[..., Any], settings: Any) -> None:
     else:
         parser.add_class_arguments(settings, fail_untyped=False, sub_configs=False)
         _regroup(parser, getattr(settings, "GROUPS", {}))
+    for action in parser._actions:
+        if action.dest == "print_config":
+            action.help, action.nargs = "print these settings as YAML that --config reads, and exit", 0
+        elif action.help == "Path to a configuration file.":  # of a dataclass among the flags: its fields are flags here
+            action.help = SUPPRESS
     parser.print_help()
 
 
@@ -254,6 +261,7 @@ def typable_function(function: Callable[..., Any]) -> Callable[..., Any]:
     hints = {name: typable(hint) for name, hint in hints_of(function).items()}
     signature = inspect.signature(function)
     parameters = [p.replace(annotation=hints.get(p.name, p.annotation)) for p in signature.parameters.values()]
+    parameters = [p for p in parameters if p.annotation is not type(None)]  # for Python alone, such as `grid`
 
     @functools.wraps(function)
     def typed(*args: Any, **kwargs: Any) -> Any:

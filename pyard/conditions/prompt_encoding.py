@@ -238,6 +238,7 @@ class Encoding:
             pooled_width=pooled_width,
             cut=len(cut),
             shards={path.name: path.stat().st_size for path in paths},
+            max_sequence_length=getattr(self.encoder, "max_sequence_length", None),
         )
         write_atomically(self.folder / INDEX_NAME, save(index))
         write_atomically(self.folder / ABOUT_NAME, to_bytes(record.to_json()))

@@ -148,6 +148,7 @@ class TableRecord(TableSettings):
         pooled_width: E; None: there is no pooled embedding.
         cut: texts that were longer than the text encoder's limit.
         shards: bytes of each shard by file name.
+        max_sequence_length: the text encoder's limit of tokens; None: tables of earlier versions do not say.
     """
 
     fingerprint: str
@@ -157,6 +158,7 @@ class TableRecord(TableSettings):
     pooled_width: int | None
     cut: int
     shards: dict[str, int]
+    max_sequence_length: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "prompts", **asdict(self)}
@@ -166,8 +168,9 @@ class TableRecord(TableSettings):
         settings = TableSettings.from_json(about, path)
         names = [field.name for field in fields(cls) if field not in fields(TableSettings)]
         rest = {name: about.get(name) for name in names}
-        counts = [rest[name] for name in ("num_prompts", "num_texts", "width")] + [rest["pooled_width"] or 1]
-        if any(type(count) is not int or count < 1 for count in counts) or type(rest["cut"]) is not int:
+        counts = [rest[name] for name in ("num_prompts", "num_texts", "width")]
+        counts += [1 if rest[name] is None else rest[name] for name in ("pooled_width", "max_sequence_length")]
+        if any(type(count) is not int or not 1 <= count < 2**31 for count in counts) or type(rest["cut"]) is not int:
             raise InputError(f"{path}: sizes are {counts}, cut is {rest['cut']!r}; expected whole numbers. {_remedy(path)}")
         shards = rest["shards"] if isinstance(rest["shards"], dict) else {}
         if not all(_SHARD_NAME.fullmatch(name) and type(size) is int for name, size in shards.items()):

@@ -271,6 +271,21 @@ class PromptTable:
         if broken:
             raise InputError("; ".join(broken))
 
+    def require_encoder(self, encoder: TextEncoder) -> None:
+        """Raises InputError if this encoder would give other embeddings than the one that made the table."""
+        if self.record.encoder == encoder.fingerprint:
+            return
+        limits = self.record.max_sequence_length, getattr(encoder, "max_sequence_length", None)
+        if None not in limits and limits[0] != limits[1]:
+            raise InputError(
+                f"{self.folder}: its prompts were encoded with max_sequence_length {limits[0]}, but it is {limits[1]} now; give "
+                "the same, or write new trajectories to another folder"
+            )
+        raise InputError(
+            f"{self.folder}: its prompts were encoded by other text encoders or tokenizers, or in another precision, than the "
+            "teacher's are now; restore the pipeline's folder, or write new trajectories to another folder"
+        )
+
     def save(self, folder: Path) -> None:
         """Write the table into a folder that is being built, and verify it there.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 NUM_CLASSES = 10
+DIGIT_SHAPE = (1, 8, 8)
 
 
 def digits_data() -> tuple[np.ndarray, np.ndarray]:

@@ -109,9 +109,9 @@ def describe(
     Example: pyard describe runs/digits
 
     Args:
-        student: the student, or the folder of a run or student; or a teacher: its folder, or a published name such as
+        student: a run folder or a student folder; or a teacher: its folder, or a published name such as
             `DiT-XL/2`, `sd3.5-medium` or `black-forest-labs/FLUX.1-dev`.
-        network: class of the student's backbone, if it is not one of pyard's, or its "package.module:Class".
+        network: package.module:Class of the student's backbone, if it is not one of pyard's. In Python also the class itself.
         num_steps: S of a teacher's student; none: 4.
         history_layers: N of a teacher's student; none: a quarter of the layers, rounded up.
         steps_per_update: steps that each training update learns, for the cost of an update; none: all.

@@ -97,7 +97,7 @@ class ByPrompts:
             folder = Path(text.folder) if str(given) == "digits" else Path(given)
             if not folder.is_dir():
                 raise InputError(f"evaluate: the teacher's pipeline {folder} does not exist; restore it, or give --teacher")
-            given = load_teacher(folder, max_sequence_length=text.max_sequence_length, **_how_read(source)).to(device)
+            given = load_teacher(folder, max_sequence_length=text.max_sequence_length, **_how_read(source, self.students[0])).to(device)
         if not isinstance(given, PipelineTeacher):
             raise InputError("evaluate: prompts need a teacher that is a text-to-image pipeline of diffusers")
         return given
@@ -170,11 +170,15 @@ class ByPrompts:
         return dataclasses.replace(evaluation, rows=rows, settings=settings)
 
 
-def _how_read(source: Any) -> dict[str, Any]:
-    """Arguments of `load_teacher` with which a student's run read its teacher; none where it does not say."""
+def _how_read(source: Any, student: Student) -> dict[str, Any]:
+    """Arguments of `load_teacher` with which a student's run read its teacher, as far as run or student say."""
     run = Path(source) if isinstance(source, str | Path) else None
     if run is None or not all((run / name).is_file() for name in (_RECORD, _SETTINGS)):
-        return {}
+        text, base = student.config.text, student.config.base
+        told = {} if text is None else dict(text.read_with)
+        if base is not None:
+            told |= {name: getattr(base, name) for name in ("dtype", "variant", "transformer", "lora")}
+        return {name: value for name, value in told.items() if value is not None}
     settings = as_object(read_yaml(run / _SETTINGS), run / _SETTINGS, "the settings of a run")
     given = {name: settings.get(name) for name in ("variant", "transformer", "lora")}
     return {"dtype": precision_of_run(run / _RECORD), **{name: value for name, value in given.items() if value is not None}}

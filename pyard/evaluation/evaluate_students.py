@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyard.data.digits import digits_data
+from pyard.data.digits import DIGIT_SHAPE, digits_data
 from pyard.diffusion.solvers import Solver
 from pyard.errors import InputError
 from pyard.evaluation.by_prompts import ByPrompts
@@ -81,19 +81,20 @@ def evaluate(
         teacher: `digits`, or a teacher's folder or file. For text-to-image students, their own pipeline by default.
         count: samples for each row; none: 1797, the number of real digits, or one for each prompt.
         seed: random seed of the noise; choose a different one from that of the trajectories.
-        teacher_steps: solver steps of the teacher; auto, for this and the next four: as in the trajectories that the students
-            were trained on, which they record; 0: leave out the teacher, whose samples may take longest.
-        cfg_scale: its guidance weight; 1: no guidance. Students of earlier versions record nothing: then the flags decide, or
-            25 steps and a weight of 1.5 on all channels at all times.
-        cfg_channels: guide only the first channels, this many; none: all.
-        cfg_interval: lowest and highest teacher time with guidance; none: all times.
-        solver: ddim, euler or heun; none: the schedule's usual one.
+        teacher_steps: solver steps of the teacher; 0: leave out the teacher, whose samples may take longest; auto: the value
+            recorded by the students. For this, cfg_scale, cfg_channels, cfg_interval and solver, auto takes the settings of the
+            trajectories that the students were trained on. For students of earlier versions, which record nothing, it means 25
+            steps and a guidance weight of 1.5 on all channels at all times.
+        cfg_scale: the teacher's guidance weight; 1: no guidance; auto: see teacher_steps.
+        cfg_channels: number of leading channels to guide; none: all; auto: see teacher_steps.
+        cfg_interval: lowest and highest teacher time with guidance; none: all times; auto: see teacher_steps.
+        solver: the teacher's solver: ddim | euler | heun | dpm++2m; none: the schedule's usual one; auto: see teacher_steps.
         batch_size: samples that are drawn, and timed, together.
-        features: a feature network's file, TorchScript (such as inception-2015-12-05.pt) or ONNX; none: the classifier of the
-            digits.
+        features: file of a feature network: TorchScript (such as inception-2015-12-05.pt) or ONNX; none: the digits classifier,
+            for 8 x 8 digits only. With `prompts`, see there and `clip`.
         feature_settings: inputs and outputs of that network.
-        reference: real data: an .npz file with mu and sigma, with images arr_0, or with both, as ADM's reference batches; or a
-            folder of pictures; none: the digits.
+        reference: real data: an .npz file with mu and sigma, with images arr_0, or with both, as in ADM's reference batches; or a
+            folder of pictures; none: the real digits, for 8 x 8 digits only.
         labels: labels of the samples: `balanced`, every class in turn, or `random`, uniform.
         extrapolate: also extrapolate Fréchet distances to infinitely many samples; needs at least 4 samples per feature.
         trajectories: a store of the teacher's trajectories, preferably not used in training: measure the exposure bias of
@@ -101,7 +102,8 @@ def evaluate(
         samples_npz: write the student's samples as ADM's .npz (arr_0, uint8 [n, H, W, C]; arr_1, labels), whatever the count.
         out: a JSON file to write as well.
         progress: show a progress bar.
-        network: class of the backbone of teacher and students, if it is not one of pyard's, or "package.module:Class".
+        network: package.module:Class of the backbone of teacher and students, if it is not one of pyard's. In Python also the
+            class itself.
         sample_shape: [C, ...] of the samples, if teacher and students take several sizes; none: the teacher's usual one.
         prompts: compare text-to-image students with their teacher on these prompts: a `.txt` or `.jsonl` file, a folder
             with metadata.jsonl, or a list. Sample i has prompt i modulo their number. With `out`, their embeddings are kept in
@@ -285,13 +287,12 @@ def _network_and_data(
         if features is None:
             return by_prompts.clip, None
         return features if isinstance(features, FileFeatures) else FileFeatures(features, settings), None
-    images, _ = digits_data()
-    of_digits = shape == images.shape[1:]
+    of_digits = shape == DIGIT_SHAPE
     if features is None and not of_digits:
         if samples_npz is not None and reference is None:
             return None, None
         raise InputError(
-            f"evaluate: the images are {shape}; pyard only includes features of digits, {images.shape[1:]}. Give --features, "
+            f"evaluate: the images are {shape}; pyard only includes features of digits, {DIGIT_SHAPE}. Give --features, "
             "such as inception-2015-12-05.pt of StyleGAN3, and --reference (docs/evaluation.md says where both are); or "
             "--samples-npz alone, to measure the samples with another program"
         )
@@ -307,7 +308,7 @@ def _network_and_data(
             "evaluate: no reference. Give --reference: an .npz file such as ADM's VIRTUAL_imagenet256_labeled.npz, or a folder "
             "of pictures"
         )
-    return network, images
+    return network, digits_data()[0]
 
 
 @contextlib.contextmanager

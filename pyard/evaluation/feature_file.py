@@ -47,8 +47,8 @@ class FeatureSettings:
         features: output for Fréchet distance, precision and recall; none: the first one.
         spatial: output for the spatial Fréchet distance (sFID); none: that of `inception-2015-12-05.pt`, else not measured.
         spatial_channels: number of leading channels of that output to keep; 7 in ADM's protocol.
-        logits: output with a score for each class, before the softmax, for the Inception Score; none: of
-            that of `inception-2015-12-05.pt`, else not measured.
+        logits: output with a score for each class, before the softmax, for the Inception Score; none: that
+            of `inception-2015-12-05.pt`, else not measured.
         fid_only: leave out sFID and Inception Score, which run the network two more times.
     """
 

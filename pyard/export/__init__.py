@@ -80,7 +80,7 @@ def export(
     parity_bound: float | None = None,
     network: str | None = None,
 ) -> None:
-    """Write a student as one ONNX file, a text-to-image student as a folder of them, and check it against PyTorch.
+    """Write a student as one ONNX file (a text-to-image student as a folder of ONNX files), and check it against PyTorch.
 
     Example: python -m pyard.export --onnx student.onnx --student runs/digits
 

@@ -13,7 +13,7 @@ import torch
 from pyard.errors import InputError
 from pyard.models.fingerprint import weights_digest
 from pyard.models.latent_layout import Scaling, latent_size, layout_of, pack, unpack
-from pyard.models.pretrained import read_pretrained
+from pyard.models.pretrained import only_variant, read_pretrained
 from pyard.storage.reading import read_object
 
 if TYPE_CHECKING:
@@ -271,4 +271,5 @@ def _read(folder: Path) -> Any:
     found = config.get("_class_name")
     if not isinstance(found, str) or found not in AUTOENCODERS:
         raise InputError(f"{folder}: the VAE is a {found!s:.60}; expected one of {', '.join(AUTOENCODERS)}")
-    return read_pretrained(getattr(diffusers, found), folder, torch_dtype=torch.float32)
+    variant = only_variant(folder, "diffusion_pytorch_model")
+    return read_pretrained(getattr(diffusers, found), folder, torch_dtype=torch.float32, variant=variant)

@@ -143,3 +143,12 @@ def _settings(value: Any, path: Path, name: str = "") -> Iterator[tuple[str, Any
 def _number(config: Mapping[str, Any], name: str, default: int) -> int:
     value = config.get(name, default)
     return value if isinstance(value, int) and not isinstance(value, bool) else default
+
+
+def only_variant(folder: Path, name: str) -> str | None:
+    """`fp16` or another variant, if the folder has the weights `name` only in this variant."""
+    if any((folder / f"{name}.{kind}{index}").is_file() for kind in ("safetensors", "bin") for index in ("", ".index.json")):
+        return None
+    files = sorted(file.name for file in folder.glob(f"{name}.*"))
+    found = (re.search(r"\.(?:index\.)?(\w+?)(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin|json)$", file) for file in files)
+    return next((match[1] for match in found if match and match[1] not in ("safetensors", "bin", "index")), None)

@@ -37,16 +37,27 @@ class TextSource:
         folder: folder of that pipeline.
         max_sequence_length: largest number of text tokens; None: the pipeline's limit.
         constants: further conditions that are the same for every prompt, such as `{"guidance": 3.5}`.
+        read_with: the arguments `dtype`, `variant`, `transformer` and `lora` of `load_teacher` with which the teacher was read,
+            where they were given.
     """
 
     pipeline: str
     folder: str
     max_sequence_length: int | None = None
     constants: dict[str, float] = field(default_factory=dict)
+    read_with: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = {"dtype", "variant", "transformer", "lora"}
+        if not known.issuperset(self.read_with) or not all(isinstance(value, str) for value in self.read_with.values()):
+            raise InputError(f"student: read_with is {self.read_with!s:.80}; expected texts for some of {', '.join(sorted(known))}")
 
     def to_json(self) -> dict[str, Any]:
         """The keyword arguments that make an equal one."""
-        return dataclasses.asdict(self)
+        kept = dataclasses.asdict(self)
+        if not self.read_with:
+            del kept["read_with"]  # as in students of earlier versions
+        return kept
 
 
 @dataclass(frozen=True)
@@ -207,7 +218,10 @@ class StudentConfig:
         shape = self.usual_shape if sample_shape is None else tuple(sample_shape)
         if shape not in self.shapes:
             known = ", ".join(map(str, self.shapes))
-            raise InputError(f"samples of shape {shape}; this student was trained on {known}")
+            pixels = getattr(self.network, "pixels", None)
+            sizes = ", ".join(f"{one[-2] * pixels} x {one[-1] * pixels}" for one in self.shapes) if pixels else ""
+            in_pixels = f" (height x width in pixels: {sizes})" if sizes else ""
+            raise InputError(f"samples of shape {shape}; this student was trained on {known}{in_pixels}")
         return shape
 
     @property

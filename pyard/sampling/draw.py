@@ -14,6 +14,7 @@ from tqdm import tqdm
 from pyard.conditions import ClassConditions, Condition
 from pyard.diffusion.noise import check_labels, standard_normal
 from pyard.errors import InputError
+from pyard.models.hub import local_folder
 from pyard.sampling.inference import (
     Rollout,
     batch_size_that_fits,
@@ -77,7 +78,7 @@ def sample(
         network: class of the student's backbone, if it is not one of pyard's, or "package.module:Class".
         sample_shape: [C, ...] of the samples of a student that was trained on several; None: the usual one.
         height: height of the pictures in pixels, in place of sample_shape.
-        width: width of the pictures, likewise.
+        width: width of the pictures in pixels, in place of sample_shape.
         pipeline: folder of the diffusers pipeline whose text encoders a text-to-image student's prompts need; None: its
             teacher's, at its path during training.
 
@@ -91,7 +92,8 @@ def sample(
     if isinstance(student, str | Path):
         from pyard.models.student import Student
 
-        student = Student.from_pretrained(student, network=network, base=pipeline)
+        source, student = student, Student.from_pretrained(student, network=network, base=pipeline)
+        pipeline = pipeline or _own_pipeline(source)
     if sum(value is not None for value in (labels, prompts, condition)) != 1:
         raise InputError("sample: expected exactly one of labels, prompts and condition")
     if labels is not None:
@@ -139,6 +141,12 @@ def sample(
             bar.update(len(index))
     out = torch.cat(parts)
     return out if return_trajectory else out[:, 0]
+
+
+def _own_pipeline(source: str | Path) -> str | None:
+    """The folder itself if it is that of an `ARDPipeline` with text encoders of its own."""
+    folder = local_folder(source)
+    return str(folder) if (folder / "model_index.json").is_file() and (folder / "tokenizer").is_dir() else None
 
 
 def condition_numbers(labels: Sequence[int | str] | np.ndarray | torch.Tensor, student: Student) -> np.ndarray:
@@ -207,7 +215,7 @@ def sample_to_file(
         sample_shape: [C, ...] of the samples of a student that was trained on several; none: the usual one.
         prompts: for a text-to-image student, in place of labels: texts, or one file of them (`.txt`, `.jsonl`).
         height: height of the pictures in pixels, in place of sample_shape; none: the usual one.
-        width: width of the pictures, likewise.
+        width: width of the pictures in pixels, in place of sample_shape; none: the usual one.
         pipeline: folder of the diffusers pipeline whose text encoders the prompts need; none: the teacher's, at its path
             during training.
     """
@@ -216,6 +224,7 @@ def sample_to_file(
     if out.suffix not in (".npz", ".png"):
         raise InputError(f"--out {out}: expected a name that ends in .npz or .png")
     model = Student.from_pretrained(student, network=network, base=pipeline)
+    pipeline = pipeline or _own_pipeline(student)
     shape = model.sample_shape if model.codec is None else model.codec.image_shape(model.sample_shape)
     if out.suffix == ".png" and len(shape) != 3:
         raise InputError(f"--out {out}: samples of shape {shape} are not pictures; expected a name that ends in .npz")

@@ -45,7 +45,12 @@ def encode_prompts(encoder: TextEncoder, texts: Sequence[str], constants: Mappin
         encoder: text encoder of the student's pipeline.
         texts: at least one.
         constants: further conditions that are the same for every prompt, by name.
+
+    Raises:
+        InputError: there are no texts.
     """
+    if not texts:
+        raise InputError("prompts: the list is empty; expected at least one prompt")
     distinct = list(dict.fromkeys(texts))
     rows: dict[str, Condition] = {}
     for begin in range(0, len(distinct), _BATCH):
@@ -65,8 +70,6 @@ def condition_of_prompts(student: Student, texts: Sequence[str], *, folder: str 
         texts: at least one.
         folder: the pipeline's folder; None: its path during training.
     """
-    if not texts:
-        raise InputError("prompts: the list is empty; expected at least one prompt")
     encoder = text_encoder_of(student, folder=folder, device=student.embed_times.device)
     assert student.config.text is not None
     try:

@@ -12,7 +12,7 @@ from pyard.models.folder import CONFIG_NAME, WEIGHTS_NAME
 from pyard.models.hub import local_folder
 from pyard.models.lora import merge_lora
 from pyard.models.student import Student
-from pyard.models.student_config import StudentConfig, TextSource
+from pyard.models.student_config import BaseSource, StudentConfig, TextSource
 from pyard.models.wrapped.checkpoint import read_transformer
 from pyard.models.wrapped.low_rank import LowRank
 from pyard.models.wrapped.stock_folder import (
@@ -63,7 +63,7 @@ def convert_student(
     path = local_folder(source)
     folder = path / "student" if (path / "student").is_dir() else path
     student = Student.from_pretrained(path, base=pipeline)
-    text = _check(student.config, source)
+    text, over = _check(student.config, source), student.config.base
     _check_out(out)
     merge_lora(student)
     family, backbone = PIPELINES[text.pipeline], backbone_of(student)
@@ -80,12 +80,13 @@ def convert_student(
     additions: LowRank | None = None
     about: list[str] = [f"weights | {sum(t.numel() for t in student.parameters()):,} numbers in {_dtype(student)}"]
     if to == "lora":
-        kind, additions = _additions(student, folder, base, rank)
+        kind, additions = _additions(student, folder, base, over, rank)
         about = [_about(additions)]
     card = Card(
         kind, out, student.config, text, family, backbone.transformer_name, base, sampling, _dtype(student),
         {_pixels(student, shape): one for shape, one in samplings.items()},
         tuple(about), hasattr(_pipeline_class(family.pipeline), "load_lora_into_text_encoder"),
+        None if over is None or over.transformer is None or additions is None else Path(over.transformer),
     )  # fmt: skip
     owned = {CONFIG_NAME, LORA_NAME, *ADAPTER_NAMES, _SCHEDULER, *(p.name for p in out.glob(f"{_TRANSFORMER}*"))}
     with new_folder(out, owned=owned) as building:
@@ -127,7 +128,10 @@ def _check_out(out: Path) -> None:
         raise InputError(f"out {out} holds a {'pipeline' if kind is None else kind}; choose another folder")
 
 
-def _additions(student: Student, folder: Path, base: Path, rank: int | None) -> tuple[Kind, LowRank]:
+def _additions(
+    student: Student, folder: Path, base: Path, over: BaseSource | None, rank: int | None
+) -> tuple[Kind, LowRank]:
+    """The student's difference from the transformer that it was trained over: the pipeline's, or one in place of it."""
     if not (base / "transformer").is_dir():
         raise InputError(
             f"a LoRA is the difference from the transformer in {base}, which does not exist; restore it, or give another copy "
@@ -139,7 +143,13 @@ def _additions(student: Student, folder: Path, base: Path, rank: int | None) -> 
 
     backbone = backbone_of(student)
     kind = getattr(diffusers, backbone.transformer_name)
-    transformer = read_transformer(kind, base / "transformer", dtype=backbone.dtype)
+    transformer = read_transformer(
+        kind,
+        base / "transformer",
+        dtype=backbone.dtype,
+        variant=None if over is None else over.variant,
+        replacement=None if over is None or over.transformer is None else Path(over.transformer),
+    )
     try:
         additions = student_additions(student, transformer, folder / WEIGHTS_NAME, rank)
     except InputError as error:

@@ -69,7 +69,8 @@ def teach(
         batch_size: images per update.
         learning_rate: AdamW's learning rate; it warms up over 100 updates and falls to zero along a cosine.
         label_dropout: share of the images whose label is hidden, so that the network can be guided.
-        ema_decay: decay of the average of the weights that is the result; it warms up as (1 + n) / (10 + n).
+        ema_decay: decay of the average of the weights that is the result; at update n it is at most
+            (1 + n) / (10 + n).
         seed: random seed of the weights, the images' order and the noise.
         save_every: updates between checkpoints.
         progress: show a progress bar.

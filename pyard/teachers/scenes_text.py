@@ -177,16 +177,23 @@ def teach(
     Args:
         out: the pipeline's folder; while it trains, checkpoints are in the folder of the same name + `.training`.
         max_steps: updates.
-        hidden_size, depth, num_heads, patch_size: sizes of the PixArt transformer.
-        text_hidden_size, text_depth: sizes of the T5 encoder.
+        hidden_size: width of the PixArt transformer.
+        depth: its layers.
+        num_heads: its attention heads.
+        patch_size: side of a patch, in pixels.
+        text_hidden_size: width of the T5 encoder.
+        text_depth: its layers.
         batch_size: pictures per update.
         learning_rate: learning rate of AdamW, which trains embeddings, biases and the layers outside the blocks; both learning
             rates warm up over 200 updates, stay constant, and fall linearly to zero over the second half.
         matrix_learning_rate: learning rate of Muon (Jordan et al. 2024), which trains the matrices of the blocks.
         caption_dropout: share of the pictures whose caption is hidden, so that the network can be guided.
         time_mean: training times are the logistic function of a normal variable of this mean and standard deviation 1.
-        ema_decay: decay of the average of the weights that is the result; it warms up as (1 + n) / (10 + n).
-        size, cells, jitter: settings of the scenes, as in `SceneSetting`.
+        ema_decay: decay of the average of the weights that is the result; at update n it is at most
+            (1 + n) / (10 + n).
+        size: side of a picture in pixels, 16 to 32.
+        cells: cells along a side, each of at least 8 pixels.
+        jitter: how far objects may be from the middle of their cell, from 0 (not at all) to 1 (as far as the cell has room).
         seed: random seed of the weights, the scenes and the noise.
         save_every: updates between checkpoints.
         progress: show a progress bar.

@@ -39,7 +39,7 @@ class AdversarialConfig:
         learning_rate: learning rate of the discriminators' AdamW.
         adam_betas: betas of the discriminators' AdamW.
         weight: weight of the generator's loss, times |grad MSE| / (|grad GAN| + 1e-4) at the last head's weight.
-        max_ratio: largest value of that ratio.
+        max_ratio: upper limit of |grad MSE| / (|grad GAN| + 1e-4) in `weight`.
         warmup_steps: number of initial updates in which the student does not learn from the discriminators yet (weight 0).
         r1: weight of the squared gradient of the real data's logits at the heads' inputs (Mescheder et al. 2018); 0: none.
         feature_matching: weight of the squared distance of the mean hidden features (Salimans et al. 2016), beside the logits.

@@ -45,7 +45,8 @@ class TrainConfig:
     """Settings of a run. The defaults suit the built-in digits; `recipes/` has the paper's.
 
     Args:
-        teacher: `digits`, or a teacher's folder.
+        teacher: a built-in teacher (`digits`, `scenes-text`), a teacher folder that pyard wrote, a diffusers folder, or a `.pt` or
+            `.safetensors` checkpoint of DiT, SiT, REPA or LightningDiT.
         out: the run folder.
         trajectories: a store that `generate_trajectories` wrote with this teacher, or a list of stores, one for each sample
             shape (each batch comes from one store); none: generated in `out`/trajectories.
@@ -58,16 +59,16 @@ class TrainConfig:
         num_steps: S, network passes of the student; none: the number of jumps in a given store, else 4.
         history_layers: N, how many of the lowest attentions see earlier steps; 0 is step distillation; none: a quarter of
             the teacher's layers, rounded up.
-        mask: which earlier steps they see: diagonal | window | anchor | causal; none: causal, or a given student's.
-        window: steps seen with the `window` mask, including the current one.
+        mask: which earlier steps the lowest history_layers attentions see: diagonal | window | anchor | causal; none: causal, or a given student's.
+        window: steps seen with the `window` mask, including the current one; required by that mask, and only allowed with it.
         target: what a step predicts: the ODE `state`, or the teacher's `denoised` prediction (the authors' code); none:
             `state`, or the only one that a given store has.
         output: `direct` as in the authors' code, or `jump` (needs `state` targets): start as the teacher's own unguided
             sampler; none: `jump` for `state` targets and three steps or more, else `direct`. `docs/quality.md` compares
             them.
         heads: an output head `per_step`, or one `shared`; none: `per_step`, or a given student's.
-        history_bias: start value of a learned bias on the attention to earlier steps; none: no bias; auto: -4 for `jump`
-            outputs, so that with a history they start close to that sampler, too, and no bias for `direct` ones.
+        history_bias: initial value of a learned bias on the attention to earlier steps; none: no bias; auto: -4 for `jump`
+            outputs, so that the untrained student nearly ignores its history, and no bias for `direct` ones.
         lora_rank: train low-rank additions to the blocks (PEFT) and the heads, not all weights. The folder of a text-to-image
             student then holds only the trained weights and names its base; in any other student the additions are merged into
             the weights. none: train everything.
@@ -80,7 +81,7 @@ class TrainConfig:
         teacher_steps: steps of the teacher's solver; none: 25, or about as many as a text-to-image pipeline takes.
         solver: the teacher's solver: ddim | euler | heun | dpm++2m; none: ddim or euler, or a text-to-image pipeline's own.
         cfg_scale: guidance weight; 1: no guidance; none: 1.5, or that of a text-to-image pipeline.
-        cfg_channels: guide only the first channels, this many, as DiT's public code does with 3 of 4; none: all.
+        cfg_channels: number of leading channels to guide (3 of 4 in DiT's public code); none: all.
         trajectory_dtype: dtype of stored trajectories: float32 | float16 | bfloat16; none: float32.
         trajectory_keep: what is stored: state | denoised | both; none: both.
         trajectory_precision: precision that the teacher computes in: float32 | bfloat16; none: float32.
@@ -88,7 +89,7 @@ class TrainConfig:
 
         prompts: for a text-to-image pipeline: a `.txt` or `.jsonl` file, or a folder with `metadata.jsonl`.
         height: height of a text-to-image pipeline's pictures, in pixels; none: the pipeline's own.
-        width: width of the pictures, likewise.
+        width: width of a text-to-image pipeline's pictures, in pixels; none: the pipeline's own.
         embedded_guidance: guidance scale that a pipeline such as FLUX.1-dev passes to its transformer; none: its default.
         variant: variant of a text-to-image pipeline's weights, such as fp16.
         transformer: a fine-tuned transformer in place of the pipeline's, folder or single file.
@@ -99,12 +100,12 @@ class TrainConfig:
         gradient_accumulation: micro-batches that each process's share of an update is split into; saves memory, not time.
         learning_rate: AdamW's learning rate.
         lr_schedule: schedule, by diffusers' names; `cosine` and `linear` fall to zero at max_steps.
-        warmup_steps: updates over which the learning rate rises from zero; ignored by `constant`.
+        warmup_steps: updates over which the learning rate rises from zero; must be 0 with `constant`.
         weight_decay: AdamW's weight decay.
         adam_betas: AdamW's betas.
-        grad_clip: largest gradient norm.
+        grad_clip: gradients with a larger norm are scaled down to this norm.
         ema_decay: decay of the averaged weights, which are the result. Of several decays, the first gives the result, and the
-            others are kept in `student-ema-DECAY/`. It warms up as (1 + n) / (10 + n).
+            others are kept in `student-ema-DECAY/`. The decay at update n is at most (1 + n) / (10 + n).
         mixed_precision: no | bf16 | fp16 (on a GPU only).
         steps_per_update: learn only k of the S steps in each update, drawn at random. All S run through the lowest
             history_layers layers, but only these k through the others and the loss. Saves memory and time; the gradient is
@@ -117,12 +118,12 @@ class TrainConfig:
 
         loss: loss of a step's prediction: `mse`, or `pseudo_huber`, sqrt(|d|^2 + c^2) - c of the whole sample (Song & Dhariwal
             2024, section 3.3).
-        huber_c: c of pseudo_huber; none: 0.00054 sqrt(numbers in a sample), as there.
+        huber_c: c of `pseudo_huber`; none: 0.00054 sqrt(numbers in a sample), as in that paper.
         step_weights: `uniform`; `min_snr`, min(SNR, min_snr_gamma) at the time that a step arrives at (after Hang et al. 2023);
             or S numbers. All are scaled to a mean of 1.
-        min_snr_gamma: where min_snr cuts off.
+        min_snr_gamma: upper limit of the SNR in `min_snr` weights.
         rollout_probability: share of updates in which the student learns on its own history instead of the teacher's.
-        rollout_start: number of initial updates without that: teacher forcing first, then fine-tuning on its own history.
+        rollout_start: number of initial updates that only use the teacher's history, before rollout_probability applies.
         rollout_gradient: `detach`: its own history is a constant input; `backprop`: gradients also flow through the
             predictions, keys and values that it was computed from (S times the memory).
 

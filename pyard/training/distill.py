@@ -129,14 +129,17 @@ def train_command(config: TrainConfig) -> None:
 
     Example: pyard train --config recipes/digits.yaml --out runs/digits
     """
+    from pyard.data.digits import DIGIT_SHAPE
+
     if not config.teacher:
-        raise InputError("--teacher is missing; expected 'digits' or a teacher's folder")
-    train(config)
+        raise InputError("--teacher is missing; expected 'digits', 'scenes-text' or the path of a teacher")
+    student = train(config)
     if int(os.environ.get("RANK", 0)) == 0:
         out, teacher = config.out, config.teacher
+        features = " --features inception-2015-12-05.pt --reference FOLDER_OF_PICTURES"
         following = [
             f"pyard sample --student {out} --out samples.png",
-            f"pyard evaluate --students {out} --teacher {teacher}",
+            f"pyard evaluate --students {out} --teacher {teacher}{'' if student.sample_shape == DIGIT_SHAPE else features}",
             f"pyard export --student {out} --onnx student.onnx",
         ]
         if is_text_to_image(teacher):
@@ -173,7 +176,7 @@ def _run(
     read_here = isinstance(teacher, str | Path)
     if read_here:
         with processes.main_first():  # the built-in teacher is trained on first use
-            teacher = open_teacher(teacher, config, network)
+            teacher = open_teacher(teacher, config, network, stores)
     elif wrong := [name for name in ("variant", "transformer", "lora") if getattr(config, name) is not None]:
         raise InputError(f"training: {wrong[0]} is for a teacher given by its folder")
     network = type(teacher.network.trunk)
@@ -203,6 +206,8 @@ def _run(
     if isinstance(teacher, PipelineTeacher):
         table = stores[0].conditions
         assert isinstance(table, PromptTable)
+        if is_given and processes.is_main:  # one process reads all files of the text encoders
+            table.require_encoder(teacher.text_encoder)
         teacher = teacher.with_prompts(table)
     with processes.main_first():
         held_out = open_held_out(teacher, config, stores, processes)

@@ -16,6 +16,7 @@ from pyard.training.config import TrainConfig, known
 from pyard.training.early import require_own_teacher
 from pyard.trajectories import TrajectoryStore, generate_trajectories
 from pyard.trajectories.buckets import check_buckets
+from pyard.trajectories.generate import text_limit
 from pyard.trajectories.store import read_manifest
 
 if TYPE_CHECKING:
@@ -32,12 +33,16 @@ Trajectories = str | Path | TrajectoryStore
 _HELD_OUT_SEED = 1 << 32
 
 
-def open_teacher(teacher: str | Path, config: TrainConfig, network: type[Backbone] | str | None) -> NetworkTeacher:
-    """The teacher by its path; a text-to-image pipeline in the precision of the trajectories."""
+def open_teacher(
+    teacher: str | Path, config: TrainConfig, network: type[Backbone] | str | None, stores: Sequence[TrajectoryStore]
+) -> NetworkTeacher:
+    """The teacher by its path; a text-to-image pipeline with the precision and the text limit of the trajectories."""
+    of_pipeline = is_text_to_image(teacher)
     return load_teacher(
         teacher,
         network=network,
-        dtype=config.trajectory_precision if is_text_to_image(teacher) else None,
+        dtype=config.trajectory_precision if of_pipeline else None,
+        max_sequence_length=text_limit(stores[0].conditions) if of_pipeline and stores else None,
         variant=config.variant,
         transformer=config.transformer,
         lora=config.lora,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 import torch
 from tqdm import tqdm
 
-from pyard.conditions import PromptTable, load_conditions, save_conditions
+from pyard.conditions import Conditions, PromptTable, load_conditions, save_conditions
 from pyard.conditions.prompt_file import PromptLine, read_prompts
 from pyard.diffusion.solvers import Solver, solver_of
 from pyard.diffusion.time_grid import TimeGrid
@@ -99,25 +99,27 @@ def generate_trajectories(
     `pyard trajectories verify`, `stats` and `convert`.
 
     Args:
-        teacher: a teacher, `digits` for the built-in one, or a teacher's folder.
+        teacher: a built-in teacher (`digits`, `scenes-text`), a teacher folder that pyard wrote, a diffusers folder, or a `.pt` or
+            `.safetensors` checkpoint of DiT, SiT, REPA or LightningDiT. In Python also a teacher object.
         out: folder of the store.
         count: total number of trajectories in the store.
         num_steps: S, the number of steps of the students: states and denoised predictions are stored at S times each.
         teacher_steps: steps of the teacher's solver; None: 25, or about as many as a text-to-image pipeline takes.
-        grid: the times themselves; overrides num_steps and teacher_steps.
+        grid: a `TimeGrid` in place of num_steps and teacher_steps; None: built from these two.
         cfg_scale: classifier-free guidance weight s, F_u + s (F_c - F_u); 1: no guidance, at half the cost; None: 1.5, or that
             of a text-to-image pipeline.
-        cfg_channels: guide only the first channels, this many, as DiT's public code does with 3 of 4; None: all.
+        cfg_channels: number of leading channels to guide (3 of 4 in DiT's public code); None: all.
         cfg_interval: lowest and highest teacher time (0 to 999 for DiT, 0 to 1 for flows) with guidance; None: all times.
         solver: `ddim` for diffusion schedules; `euler` or `heun` (two evaluations a step) for flows; `dpm++2m` (DPM-Solver++
             of second order) for both; None: ddim or euler.
-        keep: what to store beside noise and label: `state` (x_t at the grid times), `denoised` (of x_0) or `both`.
+        keep: what to store beside noise and label: `state` (x_t at the grid times), `denoised` (the teacher's predictions of x_0
+            at them) or `both`.
         dtype: dtype of stored states and predictions; noise is always float32. Sidecars record the rounding error.
         seed: random seed of noise and labels, 0 to 2**64 - 1.
         labels: condition numbers, such as classes: `uniform` (drawn), `balanced` (in turn) or a list, taken in turn; None:
             uniform, or as prompt_order says.
-        batch_size: samples that the teacher computes together, twice that with guidance; None: the store's, or 64, or
-            fewer of large text-to-image samples (`default_batch_size`).
+        batch_size: samples that the teacher computes together (guidance doubles the rows); None: that of an existing store, else
+            64, or fewer for large text-to-image samples (`default_batch_size`).
         shard_size: samples in a file, a multiple of batch_size; a kill loses at most the unfinished files. None: at most 1024
             samples and 256 MiB, or the store's.
         precision: `bfloat16`: the teacher computes in autocast, which is faster on GPUs, and a text-to-image pipeline's weights
@@ -128,14 +130,14 @@ def generate_trajectories(
         part: k/n with k from 1 to n: of n processes or machines, this one writes the k-th part of the shards; None: the part
             that the environment of torchrun or Accelerate gives, or all. `1/1`: always all.
         progress: show a progress bar with rate, time left and disk use.
-        network: class of the teacher's backbone, if it is not one of pyard's, or its "package.module:Class".
+        network: package.module:Class of the teacher's backbone, if it is not one of pyard's. In Python also the class itself.
         sample_shape: [C, ...] of the samples, if the teacher takes several sizes; None: its usual one.
         prompts: for a text-to-image pipeline: a `.txt` file with one prompt per line, a `.jsonl` file with `prompt` and
             `negative_prompt`, a folder with `metadata.jsonl`, or a list. Each distinct text is encoded once, into `conditions/`
             of the store; a later call reuses it.
         prompt_order: `in_turn`: sample i has prompt i modulo their number; `uniform`: a random one.
         height: height of a text-to-image pipeline's pictures, in pixels; None: the pipeline's own.
-        width: width of the pictures, likewise.
+        width: width of a text-to-image pipeline's pictures, in pixels; None: the pipeline's own.
         embedded_guidance: guidance scale that a pipeline such as FLUX.1-dev passes to its transformer; None: its default.
         max_sequence_length: maximum number of text tokens; None: the pipeline's.
         variant: variant of a pipeline's weights, such as `fp16`.
@@ -168,6 +170,8 @@ def generate_trajectories(
             _check_classes(lines, embedded_guidance)
             if height is not None or width is not None:
                 raise InputError(_NO_PIXELS)
+        elif max_sequence_length is None:
+            of_pipeline["max_sequence_length"] = text_limit(load_conditions(out))
         teacher = load_teacher(teacher, network=network, dtype=precision, **_given(of_pipeline))
         teacher = on_device(teacher, device)
     elif _given(of_pipeline):
@@ -278,6 +282,13 @@ def with_prompts(
         table = load_conditions(out)
         if not isinstance(table, PromptTable):
             raise InputError("trajectories: this teacher draws from prompts: give prompts=… (--prompts), a file or a list")
+        table.require_encoder(teacher.text_encoder)
+        own = table.record.constants.get("guidance")
+        if embedded_guidance is not None and embedded_guidance != own:
+            raise InputError(
+                f"trajectories: embedded_guidance is {embedded_guidance:g}, but {own} in {table.folder}; leave it out, or give "
+                "that value"
+            )
         return teacher.with_prompts(table)
     table = PromptTable.build(
         teacher.text_encoder,
@@ -288,6 +299,11 @@ def with_prompts(
         progress=progress,
     )
     return teacher.with_prompts(table)
+
+
+def text_limit(table: Conditions | None) -> int | None:
+    """The text encoder's limit of tokens that a table of prompts was made with; None: unknown, or no such table."""
+    return table.record.max_sequence_length if isinstance(table, PromptTable) else None
 
 
 def _check_classes(lines: list[PromptLine] | None, embedded_guidance: float | None) -> None:

@@ -69,7 +69,8 @@ def test_the_command_says_where_the_student_is_and_what_to_do_next(tmp_path: Pat
     monkeypatch.chdir(tmp_path)
     commands = [shlex.split(line)[1:] for line in out.splitlines() if line.startswith("  pyard ")]
     assert [command[0] for command in commands] == ["sample", "evaluate", "export"]
-    # A student of 2 channels has no features to be evaluated with; the others run as they are printed.
+    # A student of 2 channels needs features of its own to be evaluated with; the others run as they are printed.
+    assert commands[1][-4:] == ["--features", "inception-2015-12-05.pt", "--reference", "FOLDER_OF_PICTURES"]
     assert main([*commands[0][:-1], "samples.npz"]) == 0
     assert main(commands[2]) == 0
     assert (tmp_path / "student.onnx").exists()

@@ -65,7 +65,7 @@ def bench_quality(
         results: folder for `quality-SCALE.json`, the tables `quality-SCALE.md` and the figures, and for
             `quality-scenes-text.*`; none: `benchmarks/results` for a whole table, else `out`.
         quick: a minute's run with next to no training: it shows that everything works, and nothing more.
-        scale: cpu | gpu.
+        scale: `cpu`: the digits, two Gaussian mixtures and captioned scenes; `gpu`: drawn scenes of 32 x 32 pixels.
         subjects: some of digits, mixture-2d, mixture-16, scenes-text (cpu), scenes (gpu); the first one with classes has the
             one-factor tables. none: all.
         seeds: number of seeds in the main table.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pyard.errors import InputError
-from pyard.models.pretrained import PICKLED_WEIGHTS, check_config, read_pretrained
+from pyard.models.pretrained import PICKLED_WEIGHTS, check_config, only_variant, read_pretrained
 from pyard.storage.numbers import whole_number
 from pyard.storage.pickles import require_sound
 from pyard.storage.reading import read_object, reading
@@ -54,15 +54,6 @@ def read_transformer(
     return read_pretrained(kind, folder, torch_dtype=dtype, variant=variant or only_variant(folder, _NAME)).eval()
 
 
-def only_variant(folder: Path, name: str) -> str | None:
-    """`fp16` or another variant, if the folder has the weights `name` only in this variant."""
-    if any((folder / f"{name}.{kind}{index}").is_file() for kind in ("safetensors", "bin") for index in ("", ".index.json")):
-        return None
-    files = sorted(file.name for file in folder.glob(f"{name}.*"))
-    found = (re.search(r"\.(?:index\.)?(\w+?)(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin|json)$", file) for file in files)
-    return next((match[1] for match in found if match and match[1] not in ("safetensors", "bin", "index")), None)
-
-
 def add_stock_lora(transformer: Any, pipeline: type[Any], path: Path) -> None:
     """Add a LoRA to the weights of a transformer, in place.
 
@@ -86,20 +77,41 @@ def add_stock_lora(transformer: Any, pipeline: type[Any], path: Path) -> None:
         [path] if path.is_file() else sorted(f for kind in ("*.safetensors", *PICKLED_WEIGHTS) for f in path.glob(kind))
     ):
         if file.suffix == ".safetensors":
-            require_finite(read_safetensors(file), file)
+            tensors = read_safetensors(file)
+            require_finite(tensors, file)
+            _require_transformer_alone(tensors, file)
         else:
             require_sound(file)
     try:
         where = {"weight_name": path.name} if path.is_file() else {}
-        found = pipeline.lora_state_dict(str(path.parent if path.is_file() else path), local_files_only=True, **where)
-        state = found[0] if isinstance(found, tuple) else found
-        pipeline.load_lora_into_transformer(state, transformer=transformer)
+        # Some files have the weights of their additions (alpha) as tensors, others in their metadata.
+        has_alphas = "network_alphas" in inspect.signature(pipeline.load_lora_into_transformer).parameters
+        state, *alphas, metadata = pipeline.lora_state_dict(
+            str(path.parent if path.is_file() else path),
+            local_files_only=True,
+            return_lora_metadata=True,
+            **({"return_alphas": True} if has_alphas else {}),
+            **where,
+        )
+        pipeline.load_lora_into_transformer(state, *alphas, transformer=transformer, metadata=metadata)
     except Exception as error:  # as in read_pretrained
         raise InputError(f"lora {path}: {pipeline.__name__} cannot read it: {' '.join(str(error).split())[:300]}") from None
     if before == {name: id(module) for name, module in transformer.named_modules()}:
         raise InputError(f"lora {path}: none of its layers belongs to this {type(transformer).__name__}")
     transformer.fuse_lora()
     transformer.unload_lora()
+
+
+def _require_transformer_alone(names: Iterable[str], file: Path) -> None:
+    """Refuse what would be left out, so that the teacher would not be the model that the file makes of the pipeline."""
+    names = list(names)
+    if any(name.startswith(("text_encoder", "lora_te")) for name in names):
+        raise InputError(
+            f"lora {file}: it also changes the text encoders, which pyard reads unchanged; fuse it into a copy of the pipeline "
+            "with diffusers (load_lora_weights, fuse_lora, save_pretrained), and give that folder"
+        )
+    if any("dora_scale" in name for name in names):
+        raise InputError(f"lora {file}: it is a DoRA, which diffusers reads as if it were a LoRA; fuse it into the transformer")
 
 
 def _add_peft_adapter(transformer: Any, path: Path) -> None:

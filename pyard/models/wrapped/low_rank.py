@@ -75,11 +75,13 @@ def low_rank(
     others = 0.0
     _check_names(student, base)
     for name, tensor in student.items():
-        if torch.equal(tensor, base[name].to(tensor.dtype)):
-            continue
         layer = name.removesuffix(".weight")
+        trained = (stored or {}).get(layer) if name.endswith(".weight") else None
+        # Merged into half precision, a small addition may round to nothing.
+        if torch.equal(tensor, base[name].to(tensor.dtype)) and (trained is None or not trained.up.any()):
+            continue
         if name.endswith(".weight") and layer in linear:
-            layers[layer] = _difference(tensor, base[name], rank, (stored or {}).get(layer))
+            layers[layer] = _difference(tensor, base[name], rank, trained)
         else:
             left_out.append(name)
             others += float((tensor.double() - base[name].double()).square().sum())
@@ -139,10 +141,11 @@ def _difference(
     square = float(difference.square().sum())
     # PixArt's output layer loses its predicted variance in a student: what was trained there has fewer rows than the base.
     if stored is not None and rank is None and len(stored.up) == m:
-        rest = float((difference - stored.up.double() @ stored.down.double()).square().sum())
+        addition = stored.up.double() @ stored.down.double()
+        rest, whole = float((difference - addition).square().sum()), float(addition.square().sum())
         if rest**0.5 <= 1e-2 * square**0.5 + torch.finfo(student.dtype).eps * rms * (m * n) ** 0.5:
-            # The rest is the rounding of the weights to which they were added.
-            return _Difference(stored, square, torch.tensor([max(square - rest, 0.0) ** 0.5], dtype=torch.float64), (m, n))
+            # The rest is the rounding of the weights to which they were added, and none of what was trained.
+            return _Difference(stored, whole, torch.tensor([whole**0.5], dtype=torch.float64), (m, n))
     u, values, v = _svd(difference, rounding, rank)
     significant = int((values > rounding).sum())
     kept = significant if rank is None else min(significant, rank)

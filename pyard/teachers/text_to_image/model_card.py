@@ -39,6 +39,7 @@ class Card:
         about: further lines about the folder's contents.
         pipeline_warns: whether the pipeline's `load_lora_weights` warns about every LoRA without additions for the text
             encoders.
+        replacement: the transformer to which a LoRA belongs, if it is not the pipeline's: a folder or a single file.
     """
 
     kind: Kind
@@ -53,6 +54,7 @@ class Card:
     sizes: Mapping[tuple[int, int], StockSampling]
     about: tuple[str, ...] = ()
     pipeline_warns: bool = False
+    replacement: Path | None = None
 
     def render(self) -> str:
         """The card as Markdown; its Python code block draws a picture."""
@@ -90,15 +92,17 @@ class Card:
     def code(self) -> list[str]:
         """The Python code that draws a picture."""
         scheduler, pipeline = type(self.sampling.scheduler).__name__, self.family.pipeline
-        imports = sorted({scheduler, pipeline, *([self.transformer] if self.kind == "transformer" else [])})
+        imports = sorted({scheduler, pipeline, *([self.transformer] if self.kind == "transformer" or self.replacement else [])})
         lines = ["import torch", f"from diffusers import {', '.join(imports)}"]
         if self.kind == "adapter":
             lines.append("from peft import PeftModel")
         folder, base, dtype = f'"{self.folder}"', f'"{self.base}"', f"torch.{self.dtype}"
         lines.append("")
         more = ""
-        if self.kind == "transformer":
-            lines.append(f"transformer = {self.transformer}.from_pretrained({folder}, torch_dtype={dtype})")
+        if self.kind == "transformer" or self.replacement is not None:
+            place = folder if self.replacement is None else f'"{self.replacement}"'
+            method = "from_single_file" if self.replacement is not None and self.replacement.is_file() else "from_pretrained"
+            lines.append(f"transformer = {self.transformer}.{method}({place}, torch_dtype={dtype})")
             more = ", transformer=transformer"
         lines.append(f"pipe = {pipeline}.from_pretrained({base}{more}, torch_dtype={dtype})")
         if self.kind == "lora":

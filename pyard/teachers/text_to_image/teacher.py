@@ -119,6 +119,7 @@ class PipelineTeacher(PipelineSettings, NetworkTeacher):
             str(self.folder.resolve()),
             self.text_encoder.max_sequence_length,
             dict(constants),
+            {**self.origin, **({} if self.precision == "float32" else {"dtype": self.precision})},
         )
 
     def base_source(self, rank: int, heads: LoraHeads) -> BaseSource:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_pipelines import tiny_pipeline
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
@@ -19,8 +20,9 @@ from pyard.conditions import PromptTable
 from pyard.conditions.prompt_file import read_prompts
 from pyard.diffusion.noise import standard_normal, uniform_labels
 from pyard.errors import InputError
+from pyard.models.student import Student
 from pyard.pipeline import TEXT_COMPONENTS
-from pyard.sampling.prompts import encode_prompts
+from pyard.sampling.prompts import condition_of_prompts, encode_prompts
 from pyard.teachers import load_teacher
 from pyard.teachers.text_to_image.teacher import PipelineTeacher
 
@@ -155,14 +157,17 @@ def test_from_a_folder_and_a_file_of_prompts_to_pictures(pipeline: Path, tmp_pat
     assert (other - drawn).abs().max() > 1e-4
     pictures = pipe(texts[0], num_images_per_prompt=2, generator=torch.manual_seed(0)).images
     assert [picture.size for picture in pictures] == [(32, 32)] * 2
-    with pytest.warns(UserWarning, match="negative_prompt is ignored"):
-        again = pipe(texts, negative_prompt="blurry", latents=noise, output_type="latent").images
+    with pytest.warns(UserWarning, match="negative_prompt and guidance_scale are ignored"):
+        again = pipe(
+            texts, negative_prompt="blurry", guidance_scale=7.5, num_inference_steps=2, latents=noise, output_type="latent"
+        ).images
     assert torch.equal(again, drawn)
     pipe.save_pretrained(tmp_path / "pipe")
     shutil.rmtree(run)
     saved = pyard.ARDPipeline.from_pretrained(tmp_path / "pipe")
     saved.set_progress_bar_config(disable=True)
     assert torch.equal(saved(texts, latents=noise, output_type="latent").images, drawn)
+    assert torch.equal(pyard.sample(tmp_path / "pipe", prompts=texts, seed=3, latents=True), drawn)
     draws_from_embeddings(saved, texts, noise, drawn)
     moved = watch_offloading(saved)
     assert torch.equal(saved(texts, latents=noise, output_type="latent").images, drawn)
@@ -256,6 +261,80 @@ def test_the_built_in_teacher_is_not_trained_for_what_it_cannot_do(
     with pytest.raises(InputError, match=message):
         pyard.generate_trajectories("digits", tmp_path / "store", **{"count": 2, "progress": False, **settings})
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("pipeline", ["sd3"], indirect=True)
+def test_wrong_arguments_of_the_pipeline_are_one_line(pipeline: Path, tmp_path: Path) -> None:
+    teacher: Any = load_teacher(pipeline)
+    student = Student.from_teacher(teacher, teacher.grid(2, 4, (4, 8, 8)), history_layers=1, text=teacher.text_source())
+    student.save_pretrained(tmp_path)
+    pipe = pyard.ARDPipeline.from_pretrained(tmp_path)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        (dict(prompt=[]), "the list is empty"),
+        (dict(prompt=3), "prompt is 3; expected a text"),
+        (dict(prompt=["a", 3]), "expected a text or a list of texts"),
+        (dict(prompt="a", num_images_per_prompt=0), "num_images_per_prompt is 0"),
+        (dict(prompt="a", num_inference_steps=20), "num_inference_steps is 20; this student draws in 2 steps"),
+        (dict(prompt="a", height=32, width=64), r"trained on \(4, 8, 8\) \(height x width in pixels: 32 x 32\)"),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(InputError, match=message):
+            pipe(**arguments)
+
+
+def changed_encoder(pipeline: Path, folder: Path) -> Path:
+    """A copy of a pipeline with another text encoder."""
+    shutil.copytree(pipeline, folder)
+    file = folder / "text_encoder" / "model.safetensors"
+    save_file({name: 1.5 * tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("pipeline", ["sd3"], indirect=True)
+def test_the_text_limit_of_the_trajectories_is_that_of_the_student(pipeline: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = dict(num_steps=2, teacher_steps=4, batch_size=2, keep="state", progress=False)
+    pyard.generate_trajectories(pipeline, tmp_path / "store", 2, prompts=PROMPTS, max_sequence_length=16, **settings)
+    pyard.generate_trajectories(pipeline, tmp_path / "store", 4, **settings)  # the limit is the table's
+    with pytest.raises(InputError, match="encoded with max_sequence_length 16, but it is 24 now"):
+        pyard.generate_trajectories(pipeline, tmp_path / "store", 6, max_sequence_length=24, **settings)
+    options: dict[str, Any] = dict(num_steps=2, batch_size=2, max_steps=1, trackers="none", progress=False)
+    student = pyard.train(pipeline, tmp_path / "store", out=tmp_path / "run", **options)
+    assert student.config.text is not None
+    assert student.config.text.max_sequence_length == 16
+    table = pyard.TrajectoryStore.open(tmp_path / "store").conditions
+    assert condition_of_prompts(student, PROMPTS)["tokens"].shape == table.take([0, 1])["tokens"].shape
+    other = changed_encoder(pipeline, tmp_path / "other")
+    for work in (
+        lambda: pyard.generate_trajectories(other, tmp_path / "store", 6, **settings),
+        lambda: pyard.train(other, tmp_path / "store", out=tmp_path / "run 2", **options),
+    ):
+        with pytest.raises(InputError, match="encoded by other text encoders or tokenizers") as refused:
+            work()
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("pipeline", ["flux"], indirect=True)
+def test_embedded_guidance_is_that_of_the_prompts(pipeline: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = dict(num_steps=2, teacher_steps=4, batch_size=2, keep="state", progress=False)
+    pyard.generate_trajectories(pipeline, tmp_path / "store", 2, prompts=PROMPTS, embedded_guidance=2.5, **settings)
+    with pytest.raises(InputError, match=r"embedded_guidance is 9, but 2\.5 in "):
+        pyard.generate_trajectories(pipeline, tmp_path / "store", 4, embedded_guidance=9.0, **settings)
+    assert pyard.generate_trajectories(pipeline, tmp_path / "store", 4, embedded_guidance=2.5, **settings).count == 4
+
+
+@pytest.mark.parametrize("pipeline", ["sd3"], indirect=True)
+def test_a_pipeline_that_has_only_a_variant_draws_pictures(pipeline: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusion3Pipeline
+
+    half = tmp_path / "half"
+    StableDiffusion3Pipeline.from_pretrained(pipeline, torch_dtype=torch.float16).save_pretrained(half, variant="fp16")
+    assert [file.name for file in (half / "vae").glob("*.safetensors")] == ["diffusion_pytorch_model.fp16.safetensors"]
+    teacher: Any = load_teacher(half)
+    student = Student.from_teacher(teacher, teacher.grid(2, 4, (4, 8, 8)), history_layers=1, text=teacher.text_source())
+    student.save_pretrained(tmp_path / "student")
+    assert pyard.sample(tmp_path / "student", prompts=["a dog"]).shape == (1, 3, 32, 32)
+    pipe = pyard.ARDPipeline.from_pretrained(tmp_path / "student")
+    assert pipe("a dog").images[0].size == (32, 32)
 
 
 @pytest.mark.parametrize("pipeline", NAMES, indirect=True)
