@@ -116,6 +116,18 @@ def test_numbers_are_those_of_samples_and_endpoints(name: str, tmp_path: Path, c
         pyard.evaluate(run, prompts=["a circle"], out=out, progress=False)
 
 
+@pytest.mark.parametrize("place", ["run/student", pytest.param("pipe", marks=pytest.mark.slow)])
+def test_the_teacher_is_read_as_for_the_trajectories_wherever_the_student_is(place: str, tmp_path: Path) -> None:
+    student_of("sd3", tmp_path, "bfloat16")
+    if place == "pipe":
+        pyard.ARDPipeline.from_pretrained(tmp_path / "run").save_pretrained(tmp_path / "pipe")
+    else:
+        place = str((tmp_path / place).rename(tmp_path / "student").name)
+    found = pyard.evaluate([str(tmp_path / place)], prompts=PROMPTS, count=3, progress=False)
+    assert found.rows[0].name.startswith("teacher")
+    assert found.rows[1].endpoint_mse > 0
+
+
 def test_clip_scores_and_distances(tmp_path: Path) -> None:
     run, clip = student_of("sd3", tmp_path, dtype="bfloat16"), clip_folder(tmp_path / "clip")
     found = pyard.evaluate(run, prompts=PROMPTS, clip=clip, count=6, batch_size=4, progress=False)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_pipelines import tiny_pipeline
+from tiny_pipelines import randomise, tiny_pipeline
 from torch import nn
 from torch.nn.functional import pixel_unshuffle
 
@@ -184,6 +184,55 @@ def test_what_a_lora_run_trained_becomes_the_same_lora(name: str, heads: Any, tm
     learnt = [tensor for key, tensor in trained.items() if "lora_" in key and not (pixart and key.startswith("heads."))]
     assert learnt
     assert all(any(torch.equal(tensor, other) for other in written.values()) for tensor in learnt)
+
+
+@pytest.mark.parametrize("single_file", [False, True])
+def test_a_lora_over_a_transformer_of_ones_own_is_used_with_that_one(single_file: bool, tmp_path: Path) -> None:
+    from diffusers import SD3Transformer2DModel
+
+    folder, tuned = tiny_pipeline("sd3", tmp_path / "pipeline"), tmp_path / "tuned"
+    randomise(SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer"), 9).save_pretrained(tuned)
+    if single_file:
+        tuned = tuned / "diffusion_pytorch_model.safetensors"
+    teacher: Any = load_teacher(folder, transformer=tuned)
+    text = TextSource(teacher.family.pipeline, str(folder), None, teacher.constants(None))
+    settings: dict[str, Any] = dict(history_layers=0, output="jump", heads="shared", target="state", share=True)
+    student = Student.from_teacher(teacher, teacher.grid(2, None, SHAPE), sample_shapes=[SHAPE], text=text, **settings).eval()
+    add_random_lora(student, 3, "lora")
+    student.config = dataclasses.replace(student.config, base=teacher.base_source(3, "lora"))
+    student.save_pretrained(tmp_path / "run" / "student")
+    expected = drawn_by_pyard(student)
+    assert convert(tmp_path / "run", "--to", "lora", "--out", tmp_path / "out") == 0
+    assert str(tuned) in code_of(tmp_path / "out")
+    if not single_file:  # diffusers reads single files of published sizes alone
+        assert relative(drawn_by_the_card(tmp_path / "out"), expected) <= 1e-4
+    learnt = [tensor for key, tensor in load_file(tmp_path / "run/student/model.safetensors").items() if "lora_" in key]
+    written = load_file(tmp_path / "out" / LORA)
+    assert all(any(torch.equal(tensor, other) for other in written.values()) for tensor in learnt)
+
+
+def test_small_additions_to_half_precision_are_written_as_they_were_trained(tmp_path: Path, capsys: Any) -> None:
+    """Merged, they would round to nothing; the file has the additions themselves, and they have no error."""
+    folder = tiny_pipeline("sd3", tmp_path / "pipeline")
+    teacher: Any = load_teacher(folder, dtype="bfloat16")
+    text = TextSource(teacher.family.pipeline, str(folder), None, teacher.constants(None))
+    settings: dict[str, Any] = dict(history_layers=0, output="jump", heads="shared", target="state", share=True)
+    student = Student.from_teacher(teacher, teacher.grid(2, None, SHAPE), sample_shapes=[SHAPE], text=text, **settings).eval()
+    add_random_lora(student, 3, "lora")
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "lora_" in name:
+                parameter *= 1e-3
+    student.config = dataclasses.replace(student.config, base=teacher.base_source(3, "lora"))
+    student.save_pretrained(tmp_path / "student")
+    assert convert(tmp_path / "student", "--to", "lora", "--out", tmp_path / "out") == 0
+    found = re.search(r"relative error .* base (\S+)\n", capsys.readouterr().out)
+    assert found is not None
+    assert float(found[1]) < 1e-6
+    learnt = {key: tensor for key, tensor in load_file(tmp_path / "student/model.safetensors").items() if "lora_" in key}
+    written = load_file(tmp_path / "out" / LORA)
+    assert len(written) == len(learnt)
+    assert all(any(torch.equal(tensor, other) for other in written.values()) for tensor in learnt.values())
 
 
 def test_layers_trained_in_full_are_no_lora_unless_an_approximation_is_asked_for(tmp_path: Path, capsys: Any) -> None:
