@@ -295,9 +295,8 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
         own_guidance = {None, 0, 1} if text is None else {None, 0, 1, text.constants.get("guidance")}
         ignored = [*["negative_prompt"] * bool(negative_prompt), *["guidance_scale"] * (guidance_scale not in own_guidance)]
         if ignored:
-            warnings.warn(
-                f"{' and '.join(ignored)} {'is' if len(ignored) == 1 else 'are'} ignored: the student has its teacher's guidance in its weights", stacklevel=2
-            )  # fmt: skip
+            names = " and ".join(ignored) + (" is" if len(ignored) == 1 else " are")
+            warnings.warn(f"{names} ignored: the student has its teacher's guidance in its weights", stacklevel=2)
         if prompt is not None:
             texts = [prompt] if isinstance(prompt, str) else prompt
             if not isinstance(texts, Sequence) or not all(isinstance(one, str) for one in texts):

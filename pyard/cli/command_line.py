@@ -49,7 +49,9 @@ COMMANDS = {
         positional=("source",),
     ),
     "trajectories": Command("pyard.trajectories", "generate_trajectories", "write a teacher's ODE trajectories to a store"),
-    "trajectories verify": Command("pyard.trajectories", "verify_trajectories", "check a store against its checksums", positional=("store",)),
+    "trajectories verify": Command(
+        "pyard.trajectories", "verify_trajectories", "check a store against its checksums", positional=("store",)
+    ),
     "trajectories stats": Command(
         "pyard.trajectories", "trajectory_stats", "summarise a store and draw a few of its trajectories", positional=("store",)
     ),

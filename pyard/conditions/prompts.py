@@ -278,8 +278,8 @@ class PromptTable:
         limits = self.record.max_sequence_length, getattr(encoder, "max_sequence_length", None)
         if None not in limits and limits[0] != limits[1]:
             raise InputError(
-                f"{self.folder}: its prompts were encoded with max_sequence_length {limits[0]}, but it is {limits[1]} now; give "
-                "the same, or write new trajectories to another folder"
+                f"{self.folder}: its prompts were encoded with max_sequence_length {limits[0]}, but it is {limits[1]} now; "
+                "give the same, or write new trajectories to another folder"
             )
         raise InputError(
             f"{self.folder}: its prompts were encoded by other text encoders or tokenizers, or in another precision, than the "

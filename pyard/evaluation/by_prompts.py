@@ -97,7 +97,9 @@ class ByPrompts:
             folder = Path(text.folder) if str(given) == "digits" else Path(given)
             if not folder.is_dir():
                 raise InputError(f"evaluate: the teacher's pipeline {folder} does not exist; restore it, or give --teacher")
-            given = load_teacher(folder, max_sequence_length=text.max_sequence_length, **_how_read(source, self.students[0])).to(device)
+            given = load_teacher(
+                folder, max_sequence_length=text.max_sequence_length, **_how_read(source, self.students[0])
+            ).to(device)
         if not isinstance(given, PipelineTeacher):
             raise InputError("evaluate: prompts need a teacher that is a text-to-image pipeline of diffusers")
         return given

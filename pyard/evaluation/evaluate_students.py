@@ -93,8 +93,8 @@ def evaluate(
         features: file of a feature network: TorchScript (such as inception-2015-12-05.pt) or ONNX; none: the digits classifier,
             for 8 x 8 digits only. With `prompts`, see there and `clip`.
         feature_settings: inputs and outputs of that network.
-        reference: real data: an .npz file with mu and sigma, with images arr_0, or with both, as in ADM's reference batches; or a
-            folder of pictures; none: the real digits, for 8 x 8 digits only.
+        reference: real data: an .npz file with mu and sigma, with images arr_0, or with both, as in ADM's reference batches; or
+            a folder of pictures; none: the real digits, for 8 x 8 digits only.
         labels: labels of the samples: `balanced`, every class in turn, or `random`, uniform.
         extrapolate: also extrapolate Fréchet distances to infinitely many samples; needs at least 4 samples per feature.
         trajectories: a store of the teacher's trajectories, preferably not used in training: measure the exposure bias of

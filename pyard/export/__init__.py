@@ -195,8 +195,8 @@ def export_onnx(
         The largest relative error against PyTorch at each batch size that was tried.
 
     Raises:
-        InputError: an opset, form or method is unknown; there is no student; the path is a folder or a link; another program's file would
-            be overwritten; or the backbone cannot be traced, with the reason.
+        InputError: an opset, form or method is unknown; there is no student; the path is a folder or a link; another program's
+            file would be overwritten; or the backbone cannot be traced, with the reason.
         ExportError: the exported graph is invalid, deviates from PyTorch by more than the bound, or overflows
             in half precision.
     """

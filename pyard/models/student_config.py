@@ -50,7 +50,9 @@ class TextSource:
     def __post_init__(self) -> None:
         known = {"dtype", "variant", "transformer", "lora"}
         if not known.issuperset(self.read_with) or not all(isinstance(value, str) for value in self.read_with.values()):
-            raise InputError(f"student: read_with is {self.read_with!s:.80}; expected texts for some of {', '.join(sorted(known))}")
+            raise InputError(
+                f"student: read_with is {self.read_with!s:.80}; expected texts for some of {', '.join(sorted(known))}"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The keyword arguments that make an equal one."""

@@ -128,9 +128,7 @@ def _check_out(out: Path) -> None:
         raise InputError(f"out {out} holds a {'pipeline' if kind is None else kind}; choose another folder")
 
 
-def _additions(
-    student: Student, folder: Path, base: Path, over: BaseSource | None, rank: int | None
-) -> tuple[Kind, LowRank]:
+def _additions(student: Student, folder: Path, base: Path, over: BaseSource | None, rank: int | None) -> tuple[Kind, LowRank]:
     """The student's difference from the transformer that it was trained over: the pipeline's, or one in place of it."""
     if not (base / "transformer").is_dir():
         raise InputError(

@@ -45,8 +45,8 @@ class TrainConfig:
     """Settings of a run. The defaults suit the built-in digits; `recipes/` has the paper's.
 
     Args:
-        teacher: a built-in teacher (`digits`, `scenes-text`), a teacher folder that pyard wrote, a diffusers folder, or a `.pt` or
-            `.safetensors` checkpoint of DiT, SiT, REPA or LightningDiT.
+        teacher: a built-in teacher (`digits`, `scenes-text`), a teacher folder that pyard wrote, a diffusers folder, or a `.pt`
+            or `.safetensors` checkpoint of DiT, SiT, REPA or LightningDiT.
         out: the run folder.
         trajectories: a store that `generate_trajectories` wrote with this teacher, or a list of stores, one for each sample
             shape (each batch comes from one store); none: generated in `out`/trajectories.
@@ -59,7 +59,8 @@ class TrainConfig:
         num_steps: S, network passes of the student; none: the number of jumps in a given store, else 4.
         history_layers: N, how many of the lowest attentions see earlier steps; 0 is step distillation; none: a quarter of
             the teacher's layers, rounded up.
-        mask: which earlier steps the lowest history_layers attentions see: diagonal | window | anchor | causal; none: causal, or a given student's.
+        mask: which earlier steps the lowest history_layers attentions see: diagonal | window | anchor | causal; none: causal,
+            or a given student's.
         window: steps seen with the `window` mask, including the current one; required by that mask, and only allowed with it.
         target: what a step predicts: the ODE `state`, or the teacher's `denoised` prediction (the authors' code); none:
             `state`, or the only one that a given store has.

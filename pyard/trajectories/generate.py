@@ -99,8 +99,8 @@ def generate_trajectories(
     `pyard trajectories verify`, `stats` and `convert`.
 
     Args:
-        teacher: a built-in teacher (`digits`, `scenes-text`), a teacher folder that pyard wrote, a diffusers folder, or a `.pt` or
-            `.safetensors` checkpoint of DiT, SiT, REPA or LightningDiT. In Python also a teacher object.
+        teacher: a built-in teacher (`digits`, `scenes-text`), a teacher folder that pyard wrote, a diffusers folder, or a `.pt`
+            or `.safetensors` checkpoint of DiT, SiT, REPA or LightningDiT. In Python also a teacher object.
         out: folder of the store.
         count: total number of trajectories in the store.
         num_steps: S, the number of steps of the students: states and denoised predictions are stored at S times each.
@@ -112,14 +112,14 @@ def generate_trajectories(
         cfg_interval: lowest and highest teacher time (0 to 999 for DiT, 0 to 1 for flows) with guidance; None: all times.
         solver: `ddim` for diffusion schedules; `euler` or `heun` (two evaluations a step) for flows; `dpm++2m` (DPM-Solver++
             of second order) for both; None: ddim or euler.
-        keep: what to store beside noise and label: `state` (x_t at the grid times), `denoised` (the teacher's predictions of x_0
-            at them) or `both`.
+        keep: what to store beside noise and label: `state` (x_t at the grid times), `denoised` (the teacher's predictions of
+            x_0 at them) or `both`.
         dtype: dtype of stored states and predictions; noise is always float32. Sidecars record the rounding error.
         seed: random seed of noise and labels, 0 to 2**64 - 1.
         labels: condition numbers, such as classes: `uniform` (drawn), `balanced` (in turn) or a list, taken in turn; None:
             uniform, or as prompt_order says.
-        batch_size: samples that the teacher computes together (guidance doubles the rows); None: that of an existing store, else
-            64, or fewer for large text-to-image samples (`default_batch_size`).
+        batch_size: samples that the teacher computes together (guidance doubles the rows); None: that of an existing store,
+            else 64, or fewer for large text-to-image samples (`default_batch_size`).
         shard_size: samples in a file, a multiple of batch_size; a kill loses at most the unfinished files. None: at most 1024
             samples and 256 MiB, or the store's.
         precision: `bfloat16`: the teacher computes in autocast, which is faster on GPUs, and a text-to-image pipeline's weights

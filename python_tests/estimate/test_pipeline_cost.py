@@ -182,7 +182,9 @@ def test_an_estimate_is_what_a_run_leaves(name, settings, tmp_path):
     assert [stage.name for stage in again.stages] == ["regression"]
 
 
-@pytest.mark.parametrize(("name", "passes"), [("sd3", 2 * 4), ("flux", 4), pytest.param("pixart_sigma", 2 * 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "passes"), [("sd3", 2 * 4), ("flux", 4), pytest.param("pixart_sigma", 2 * 4, marks=pytest.mark.slow)]
+)
 def test_guidance_doubles_the_passes_that_run(name, passes, tmp_path, monkeypatch):
     folder = tiny_pipeline(name, tmp_path / "teacher")
     (tmp_path / "prompts.txt").write_text("a dog\n")

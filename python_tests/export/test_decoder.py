@@ -45,7 +45,10 @@ VAES = {
     ("kind", "form"),
     [
         ("statistics", "step"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("shifted", "sampler"), ("qwen", "sampler"), ("wan", "step"))),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("shifted", "sampler"), ("qwen", "sampler"), ("wan", "step"))
+        ),
     ],
 )
 def test_a_student_is_exported_with_its_own_vae(kind: str, form: Any, tmp_path: Path) -> None:

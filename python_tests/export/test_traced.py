@@ -154,9 +154,7 @@ def test_a_video(form: Any, settings: dict[str, Any], tmp_path: Path) -> None:
     assert relative_error(found[2], found[3]) > 1e-2
 
 
-@pytest.mark.parametrize(
-    "precision", ["fp16", *(pytest.param(one, marks=pytest.mark.slow) for one in ("int8", "int8-static"))]
-)
+@pytest.mark.parametrize("precision", ["fp16", *(pytest.param(one, marks=pytest.mark.slow) for one in ("int8", "int8-static"))])
 def test_precisions(precision: Any, tmp_path: Path) -> None:
     student = student_of(MyBackbone(MyConfig()))
     path = tmp_path / "student.onnx"

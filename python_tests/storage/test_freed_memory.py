@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-# Allocates and frees 64 MiB in pieces of 2 MiB, twice. Prints how many pieces of the second round glibc mapped on their own, and how
-# many MiB of freed memory it holds in the end. Both are glibc's own counts: page faults would depend on the size of the pages.
+# Allocates and frees 64 MiB in pieces of 2 MiB, twice. Prints how many pieces of the second round glibc mapped on their own,
+# and how many MiB of freed memory it holds in the end. Both are glibc's own counts: page faults would depend on the size of
+# the pages.
 ROUNDS = """
 import ctypes, sys, torch
 from pyard.storage.freed_memory import keep_freed_memory

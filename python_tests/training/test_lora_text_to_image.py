@@ -219,7 +219,9 @@ def test_a_transformer_in_the_place_of_the_pipelines_is_recorded(exact_folder: P
     )
 
 
-@pytest.mark.parametrize(("world", "parallel"), [pytest.param(2, "ddp", marks=pytest.mark.slow), pytest.param(2, "fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("world", "parallel"), [pytest.param(2, "ddp", marks=pytest.mark.slow), pytest.param(2, "fsdp", marks=pytest.mark.slow)]
+)
 def test_two_processes_train_what_one_trains(exact_folder: Path, world: int, parallel: str) -> None:
     if not (exact_folder / "one").exists():
         train_in(exact_folder, "one", **SETTINGS)

@@ -15,7 +15,6 @@ from tiny_pipelines import randomise, tiny_pipeline
 from pyard.errors import InputError
 from pyard.teachers import load_teacher
 
-
 LORA = "pytorch_lora_weights.safetensors"
 
 

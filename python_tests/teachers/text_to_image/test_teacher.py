@@ -75,7 +75,7 @@ def stock_images(
 
 
 @pytest.mark.parametrize("guided", [True, False])
-@pytest.mark.parametrize("pipeline", NAMES, indirect=True)
+@pytest.mark.parametrize("pipeline", [*NAMES, "pixart_alpha_1024"], indirect=True)  # that one is told the picture's size
 def test_trajectories_end_where_the_pipelines_images_begin(pipeline: Path, guided: bool, tmp_path: Path) -> None:
     family = pipeline.name
     teacher = load_teacher(pipeline)
@@ -93,6 +93,27 @@ def test_trajectories_end_where_the_pipelines_images_begin(pipeline: Path, guide
     if guided and family != "flux":  # whose default is embedded guidance alone
         plain = stock_images(pipeline, family, batch.history[:, 0], False, None, 8)
         assert (plain - stock).abs().max() > 1e-3 * stock.abs().max()
+
+
+@pytest.mark.parametrize("pipeline", ["flux"], indirect=True)
+def test_true_guidance_of_a_pipeline_with_embedded_guidance(pipeline: Path, tmp_path: Path) -> None:
+    from diffusers import FluxPipeline
+
+    teacher: Any = load_teacher(pipeline)
+    store = pyard.generate_trajectories(
+        teacher.with_prompts(prompts_of(teacher, tmp_path / "table", NEGATIVE)), tmp_path / "store", 2, num_steps=4,
+        teacher_steps=8, height=32, width=48, cfg_scale=4.0, keep="state", progress=False,
+    )  # fmt: skip
+    batch = pyard.TrajectoryReader(store, 2, target="state").gather([0, 1])
+    pipe = FluxPipeline.from_pretrained(pipeline)
+    noise = pixel_unshuffle(batch.history[:, 0], 2).flatten(2).transpose(1, 2)
+    call: dict[str, Any] = dict(num_inference_steps=8, output_type="latent", height=32, width=48, latents=noise)
+    drawn, plain = (
+        pixel_shuffle(pipe(list(PROMPTS), **call, **more).images.transpose(1, 2).unflatten(2, (4, 6)), 2)
+        for more in (dict(negative_prompt=[NEGATIVE] * 2, true_cfg_scale=4.0), {})
+    )
+    assert (batch.target[:, -1] - drawn).abs().max() < 1e-4 * drawn.abs().max()
+    assert (plain - drawn).abs().max() > 1e-3 * drawn.abs().max()
 
 
 def draws_from_embeddings(pipe: pyard.ARDPipeline, texts: list[str], noise: torch.Tensor, drawn: torch.Tensor) -> None:
