@@ -6,13 +6,20 @@ import itertools
 import os
 from typing import Any
 
+import pytest
+
+_EVERYTHING = os.environ.get("PYARD_TEST_PRODUCTS") == "1"
+
+# For what other tests cover, in other combinations, and what would take CI too long.
+with_products = pytest.mark.skipif(not _EVERYTHING, reason="runs with PYARD_TEST_PRODUCTS=1")
+
 
 def covering(product: list[dict[str, Any]], together: int = 2) -> list[dict[str, Any]]:
     """Settings of a product in which every two (or `together`) values occur that do so anywhere in it, picked greedily.
 
     With PYARD_TEST_PRODUCTS=1, the whole product.
     """
-    if os.environ.get("PYARD_TEST_PRODUCTS") == "1":
+    if _EVERYTHING:
         return product
     groups = [set(itertools.combinations(sorted((k, str(v)) for k, v in one.items()), together)) for one in product]
     left, picked = set().union(*groups), []

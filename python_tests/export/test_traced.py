@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from covering import covering
+from covering import with_products
 from factories import randomise, tiny_student
 from traced_backbones import BesselBackbone, MyBackbone, MyConfig, SpecialisingBackbone, VideoBackbone, VideoConfig
 
@@ -96,7 +96,8 @@ def test_the_assembled_graph_of_a_dit_equals_the_traced_one(settings: dict[str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", covering(PRODUCT), ids=str)
+@with_products
+@pytest.mark.parametrize("settings", PRODUCT, ids=str)
 def test_every_assembled_graph_equals_the_traced_one(settings: dict[str, Any], tmp_path: Path) -> None:
     compare_with_assembled(settings, tmp_path)
 

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from covering import with_products
 from tiny_pipelines import tiny_pipeline
 
 from pyard.conditions import Condition
@@ -44,12 +45,12 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 CASES = [
     pytest.param("pixart_alpha", "step", 23, marks=pytest.mark.slow),
     pytest.param("pixart_alpha_1024", "sampler", 20, marks=pytest.mark.slow),
-    pytest.param("sd3", "step", 23, marks=pytest.mark.slow),
-    pytest.param("aura_flow", "step", 23, marks=pytest.mark.slow),
+    pytest.param("sd3", "step", 23, marks=[pytest.mark.slow, with_products]),
+    pytest.param("aura_flow", "step", 23, marks=[pytest.mark.slow, with_products]),
     pytest.param("flux", "sampler", 23, marks=pytest.mark.slow),
     pytest.param("qwen_image", "step", 20, marks=pytest.mark.slow),
-    pytest.param("qwen_image", "sampler", 23, marks=pytest.mark.slow),
-    pytest.param("z_image", "step", 23, marks=pytest.mark.slow),
+    pytest.param("qwen_image", "sampler", 23, marks=[pytest.mark.slow, with_products]),
+    pytest.param("z_image", "step", 23, marks=[pytest.mark.slow, with_products]),
     pytest.param("z_image", "sampler", 20, marks=pytest.mark.slow),
 ]
 

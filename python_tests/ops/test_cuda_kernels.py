@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from covering import covering
 from ops.cuda_emulator.kernels import BlockMask, Kernels
 from ops.device_kernels import DeviceKernels
 from ops.tolerance import assert_as_exact_as_plain
@@ -17,6 +19,7 @@ from pyard.ops import MASKS, reference, visible
 from pyard.ops.backend import library
 
 AnyKernels = Kernels | DeviceKernels
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def closed_form(q: Tensor, k: Tensor, v: Tensor, T: int, mask: str, window: int | None, bias: Tensor | None) -> Tensor:
@@ -97,16 +100,19 @@ def test_attention_over_many_tiles(kernels: AnyKernels, T: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("T", [64, 255, 257])
-def test_attention_over_many_tiles_in_every_mask_and_dtype(kernels: AnyKernels, T: int, mask: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    covering([{"T": T, "mask": m, "dtype": d} for T in (64, 255, 257) for m in MASKS for d in DTYPES]),
+    ids=str,
+)
+def test_attention_over_many_tiles_in_every_mask_and_dtype(kernels: AnyKernels, settings: dict[str, Any]) -> None:
+    T, mask, dtype = settings["T"], settings["mask"], settings["dtype"]
     for with_bias in (False, True):
         for deterministic in (False, True):
             check_attention(kernels, dtype, T, mask, 72, with_bias=with_bias, deterministic=deterministic)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [8, 64, 80, 88, 96, 128])
 def test_attention_in_every_instantiation(kernels: AnyKernels, head_dim: int, dtype: torch.dtype) -> None:
     for deterministic in (False, True):
@@ -266,7 +272,7 @@ EPS = 1e-6
 ROWS = [(1, 1, 1, 8), (2, 3, 1, 72), (1, 2, 33, 512), (2, 2, 37, 1152), (1, 2, 9, 2048), (1, 1, 2, 8192)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", ROWS, ids=str)
 @pytest.mark.parametrize(("has_gate", "has_norm"), [(True, False), (False, True), (True, True)])
 def test_residual_and_norm(
@@ -315,7 +321,7 @@ def test_rows_far_from_zero_keep_their_digits(kernels: AnyKernels) -> None:
     assert_as_exact_as_plain(normal, plain, reference.modulated_layer_norm(x.double(), shift.double(), scale.double(), EPS))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # No row; ragged parts; more parts than groups of the sum; more columns than a block has threads.
 @pytest.mark.parametrize("shape", [(0, 8), (1, 8), (67, 72), (700, 40), (5, 1160)], ids=str)
 def test_gelu_tanh(kernels: AnyKernels, shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -360,7 +366,7 @@ def test_timestep_embedding_rounds_where_dit_and_the_cpu_kernel_round(kernels: A
         torch.testing.assert_close(out, torch.ops.pyard.timestep_embedding(times, dim, 10000.0, freq_shift), rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gather_trajectories(kernels: AnyKernels, stored: torch.dtype, dtype: torch.dtype) -> None:
     noise, steps = torch.randn(5, 72), torch.randn(5, 3, 72).to(stored)

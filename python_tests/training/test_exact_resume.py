@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from covering import with_products
 from safetensors.torch import load_file
 from training_runs import (
     assert_same_run,
@@ -151,7 +152,7 @@ def test_handlers_are_put_back(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "world"), [("regression", 1), ("adversarial", 2)])
+@pytest.mark.parametrize(("stage", "world"), [pytest.param("regression", 1, marks=with_products), ("adversarial", 2)])
 def test_killed_fifty_times(folder, stage, world):
     """PYARD_KILL_LOG=FILE keeps what was done."""
     settings = EVERYTHING if stage == "regression" else student_and_real_data(folder)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import with_products
 from own_teachers import TEXT, VIDEO, save, text_teacher, video_teacher
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
@@ -193,6 +194,7 @@ def test_killed_in_shards_and_resumed_is_the_same(text):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shared", ["text", pytest.param("video", marks=with_products)], indirect=True)
 def test_compiled_it_learns_the_same(shared):
     folder, settings = shared
     plain = train_in(folder, "eager", **settings, max_steps=4, history_bias=-1.0)

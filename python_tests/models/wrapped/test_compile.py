@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from covering import with_products
 
 from pyard.errors import InputError
 from pyard.models.families import FAMILIES, import_network
@@ -43,7 +44,7 @@ def test_a_training_pass_is_one_graph(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["flux", "sd3"])
+@pytest.mark.parametrize("name", ["flux", pytest.param("sd3", marks=with_products)])
 def test_the_compiled_code_computes_the_same(name: str) -> None:
     check_against_plain(student_of(name, 2, history_bias=-1.0), name, "inductor")
 
