@@ -93,7 +93,10 @@ def add_stock_lora(transformer: Any, pipeline: type[Any], path: Path) -> None:
             **({"return_alphas": True} if has_alphas else {}),
             **where,
         )
+        _require_transformer_alone(state, path)  # pickles, too
         pipeline.load_lora_into_transformer(state, *alphas, transformer=transformer, metadata=metadata)
+    except InputError:
+        raise
     except Exception as error:  # as in read_pretrained
         raise InputError(f"lora {path}: {pipeline.__name__} cannot read it: {' '.join(str(error).split())[:300]}") from None
     if before == {name: id(module) for name, module in transformer.named_modules()}:

@@ -120,6 +120,10 @@ def test_a_lora_that_would_be_read_in_part_is_refused(pipeline: Path, tmp_path: 
         with pytest.raises(InputError, match=message) as refused:
             load_teacher(pipeline, lora=tmp_path / LORA)
         assert "\n" not in str(refused.value)
+    (tmp_path / LORA).unlink()
+    torch.save({**tensors, "text_encoder.a.lora_A.weight": torch.ones(2, 2)}, tmp_path / "pytorch_lora_weights.bin")
+    with pytest.raises(InputError, match="also changes the text encoders"):
+        load_teacher(pipeline, lora=tmp_path / "pytorch_lora_weights.bin")
 
 
 def test_peft_adapters_and_loras_of_other_models(pipeline: Path, tmp_path: Path) -> None:
