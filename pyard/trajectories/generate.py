@@ -24,6 +24,7 @@ from pyard.storage.disk import require_room
 from pyard.storage.typed import checked
 from pyard.storage.units import format_bytes, format_seconds
 from pyard.teachers import Teacher, load_teacher, pipeline_folder
+from pyard.teachers.guidance import truncation_interval
 from pyard.teachers.text_to_image.teacher import PipelineTeacher
 from pyard.trajectories.batch_size import USUAL, default_batch_size
 from pyard.trajectories.compute import compiled, compute_batch, device_name, drawn_ahead, pack_shard, warm_up
@@ -64,6 +65,7 @@ def generate_trajectories(
     cfg_scale: float | None = None,
     cfg_channels: int | None = None,
     cfg_interval: tuple[float, float] | None = None,
+    cfg_truncation: float | None = None,
     solver: Solver | None = None,
     keep: Keep = "both",
     dtype: DType = "float32",
@@ -110,6 +112,7 @@ def generate_trajectories(
             of a text-to-image pipeline.
         cfg_channels: number of leading channels to guide (3 of 4 in DiT's public code); None: all.
         cfg_interval: lowest and highest teacher time (0 to 999 for DiT, 0 to 1 for flows) with guidance; None: all times.
+        cfg_truncation: as in Z-Image's pipeline: no guidance where 1 - sigma is larger, in place of cfg_interval.
         solver: `ddim` for diffusion schedules; `euler` or `heun` (two evaluations a step) for flows; `dpm++2m` (DPM-Solver++
             of second order) for both; None: ddim or euler.
         keep: what to store beside noise and label: `state` (x_t at the grid times), `denoised` (the teacher's predictions of
@@ -179,6 +182,8 @@ def generate_trajectories(
     shape = _shape(teacher, sample_shape, height, width)
     if grid is None:
         grid = grid_of(teacher, num_steps, teacher_steps, shape)
+    if cfg_truncation is not None:
+        cfg_interval = _interval_of(cfg_truncation, cfg_interval, teacher, grid)
     there = read_manifest(out)
     to_encode = lines if isinstance(teacher, PipelineTeacher) else None
     if to_encode is None:
@@ -299,6 +304,15 @@ def with_prompts(
         progress=progress,
     )
     return teacher.with_prompts(table)
+
+
+def _interval_of(
+    cfg_truncation: float, cfg_interval: tuple[float, float] | None, teacher: Teacher, grid: TimeGrid
+) -> tuple[float, float] | None:
+    """The interval of times that Z-Image's setting stands for."""
+    if not isinstance(teacher, PipelineTeacher) or teacher.family.guidance != "z_image" or cfg_interval is not None:
+        raise InputError("trajectories: cfg_truncation is for Z-Image, in place of cfg_interval; give cfg_interval alone")
+    return truncation_interval(cfg_truncation, grid.visits(teacher.schedule))
 
 
 def text_limit(table: Conditions | None) -> int | None:

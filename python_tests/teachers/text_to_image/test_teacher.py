@@ -116,6 +116,28 @@ def test_true_guidance_of_a_pipeline_with_embedded_guidance(pipeline: Path, tmp_
     assert (plain - drawn).abs().max() > 1e-3 * drawn.abs().max()
 
 
+@pytest.mark.parametrize("pipeline", ["z_image"], indirect=True)
+def test_guidance_of_z_image_ends_where_it_is_truncated(pipeline: Path, tmp_path: Path) -> None:
+    from diffusers import ZImagePipeline
+
+    teacher: Any = load_teacher(pipeline)
+    teacher = teacher.with_prompts(prompts_of(teacher, tmp_path / "table", NEGATIVE))
+    settings: dict[str, Any] = dict(num_steps=4, teacher_steps=8, height=32, width=48, keep="state", progress=False)
+    store = pyard.generate_trajectories(teacher, tmp_path / "store", 2, cfg_truncation=0.4, **settings)
+    assert store.manifest.cfg_interval is not None
+    batch = pyard.TrajectoryReader(store, 2, target="state").gather([0, 1])
+    pipe = ZImagePipeline.from_pretrained(pipeline)
+    call: dict[str, Any] = dict(num_inference_steps=8, output_type="latent", height=32, width=48)
+    drawn, plain = (
+        pipe(list(PROMPTS), negative_prompt=[NEGATIVE] * 2, latents=batch.history[:, 0].clone(), **call, **more).images
+        for more in (dict(cfg_truncation=0.4), {})
+    )
+    assert (batch.target[:, -1] - drawn).abs().max() < 1e-4 * drawn.abs().max()
+    assert (plain - drawn).abs().max() > 1e-3 * drawn.abs().max()
+    with pytest.raises(InputError, match="in place of cfg_interval"):
+        pyard.generate_trajectories(teacher, tmp_path / "two", 2, cfg_truncation=0.4, cfg_interval=(0.1, 1.0), **settings)
+
+
 def draws_from_embeddings(pipe: pyard.ARDPipeline, texts: list[str], noise: torch.Tensor, drawn: torch.Tensor) -> None:
     """Embeddings that the caller computed draw what their texts draw; those that do not fit are refused by name."""
     condition = encode_prompts(pipe._text_encoder(), texts, {})
