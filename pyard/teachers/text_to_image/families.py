@@ -105,7 +105,6 @@ class PipelineFamily:
         without_guidance: argument of its call that switches classifier-free guidance off, and the value; None: it is off by
             default.
         has_resolution_bins: whether its call draws the nearest of a list of sizes by default.
-        has_micro_conditions: whether its models with 128 x 128 latents take height, width and aspect ratio as conditions.
     """
 
     pipeline: str
@@ -129,7 +128,6 @@ class PipelineFamily:
     max_shift: float = 1.15
     without_guidance: tuple[str, float] | None = ("guidance_scale", 1.0)
     has_resolution_bins: bool = False
-    has_micro_conditions: bool = False
 
     def patch_size(self, configs: PipelineConfigs) -> int:
         """Number of latents along one side of an image token."""
@@ -227,16 +225,6 @@ class PipelineFamily:
             slope = (high - low) / (many - few)
             call["mu"] = tokens * slope + (low - slope * few)
         return call
-
-    def micro_conditions(self, configs: PipelineConfigs, height: int, width: int) -> dict[str, tuple[float, ...]] | None:
-        """The conditions on the picture's size that the pipeline passes to the transformer; None: there are none.
-
-        They are `resolution` (height, width) in pixels and `aspect_ratio` (height / width,), both in the dtype of the text
-        embeddings.
-        """
-        if not self.has_micro_conditions or configs.transformer.get("sample_size") != 128:
-            return None
-        return {"resolution": (height, width), "aspect_ratio": (height / width,)}
 
 
 def component_class(index: Mapping[str, Any], name: str, folder: Path) -> tuple[str, str] | None:

@@ -17,7 +17,7 @@ def _components(*needed: str, optional: tuple[str, ...] = ()) -> Mapping[str, bo
     return MappingProxyType(dict.fromkeys(needed, True) | dict.fromkeys(optional, False))
 
 
-def _pixart(pipeline: str, max_sequence_length: int, has_micro_conditions: bool) -> PipelineFamily:
+def _pixart(pipeline: str, max_sequence_length: int) -> PipelineFamily:
     return PipelineFamily(
         pipeline=pipeline,
         backbone="pixart",
@@ -30,13 +30,12 @@ def _pixart(pipeline: str, max_sequence_length: int, has_micro_conditions: bool)
         passes_sigmas=False,
         passes_mu="never",
         has_resolution_bins=True,
-        has_micro_conditions=has_micro_conditions,
     )
 
 
 _FAMILIES = (
-    _pixart("PixArtAlphaPipeline", max_sequence_length=120, has_micro_conditions=True),
-    _pixart("PixArtSigmaPipeline", max_sequence_length=300, has_micro_conditions=False),
+    _pixart("PixArtAlphaPipeline", max_sequence_length=120),
+    _pixart("PixArtSigmaPipeline", max_sequence_length=300),
     PipelineFamily(
         pipeline="StableDiffusion3Pipeline",
         backbone="sd3",

@@ -289,26 +289,6 @@ def _unpacked(tokens: torch.Tensor, h: int, w: int) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize("cfg_scale", [1.0, 4.5])
-def test_micro_conditions_are_those_of_the_pipeline(opened: _Opened, cfg_scale: float) -> None:
-    if opened.family.backbone != "pixart":
-        assert opened.family.micro_conditions(opened.configs, 32, 48) is None
-        return
-    told: list[dict[str, Any]] = []
-    opened.pipeline.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: told.append(kwargs["added_cond_kwargs"]), with_kwargs=True
-    )
-    opened.draw(32, 48, num_inference_steps=2, guidance_scale=cfg_scale)
-    ours = opened.family.micro_conditions(opened.configs, 32, 48)
-    assert (ours is not None) == opened.pipeline.transformer.use_additional_conditions
-    rows = 1 + (cfg_scale > 1)
-    for name in ("resolution", "aspect_ratio"):
-        if ours is None:
-            assert told[0][name] is None
-        else:
-            assert torch.equal(told[0][name], torch.tensor([ours[name]]).expand(rows, -1))
-
-
 def test_a_pipeline_of_another_class_is_refused_by_name(tmp_path: Path) -> None:
     for name, reason in (
         ("SanaPipeline", ": its attention is linear: without a softmax there are no keys and values"),
