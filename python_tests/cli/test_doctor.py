@@ -84,12 +84,13 @@ def test_cuda_kernels_that_could_not_be_built_are_a_problem(tmp_path: Path) -> N
     assert run_doctor(tmp_path, left_out).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reason", "remedy"),
     [
         ("compiling the operators failed", "install a C++17 compiler"),
-        pytest.param("cmake was not found: pip install cmake", "install the missing package", marks=pytest.mark.slow),
-        pytest.param("PYARD_NATIVE=0 was set when pyard was installed", "unset PYARD_NATIVE", marks=pytest.mark.slow),
+        ("cmake was not found: pip install cmake", "install the missing package"),
+        ("PYARD_NATIVE=0 was set when pyard was installed", "unset PYARD_NATIVE"),
     ],
 )
 def test_missing_operators_come_with_a_remedy(tmp_path: Path, reason: str, remedy: str) -> None:
@@ -101,13 +102,8 @@ def test_missing_operators_come_with_a_remedy(tmp_path: Path, reason: str, remed
     assert finished.stderr == ""
 
 
-@pytest.mark.parametrize(
-    "package",
-    [
-        "onnxruntime",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("torch", "onnx", "diffusers", "yaml", "matplotlib")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["onnxruntime", "torch", "onnx", "diffusers", "yaml", "matplotlib"])
 def test_the_doctor_survives_a_broken_import(package, tmp_path):
     (tmp_path / package).mkdir()
     (tmp_path / package / "__init__.py").write_text("raise OSError('libbroken.so: cannot open')", encoding="utf-8")

@@ -72,6 +72,7 @@ def test_a_student_is_exported_with_its_own_vae(kind: str, form: Any, tmp_path: 
         np.testing.assert_array_equal(last, exported.sample([0, 3], seed=4))
 
 
+@pytest.mark.slow
 def test_a_packed_student_is_exported_with_its_vae(tmp_path: Path) -> None:
     """Its samples [8, 8, 8] hold latents [2, 16, 16]."""
     vae, teacher = plain_vae(), tiny_teacher(in_channels=8)

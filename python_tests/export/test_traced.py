@@ -217,6 +217,7 @@ def test_wrong_conditions_are_refused_in_one_line(tmp_path: Path) -> None:
         exported.sample(condition={"tokens": tokens, "mask": mask}, noise=np.zeros((2, 1, 4, 8), dtype=np.float32))
 
 
+@pytest.mark.slow
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     student_of(MyBackbone(MyConfig())).save_pretrained(tmp_path / "student")
     command = ["export", "--student", str(tmp_path / "student"), "--form", "step"]

@@ -26,6 +26,7 @@ def start_writer(out: Path, count: int, delay: float = 0.0, **environment: str) 
     return subprocess.Popen([sys.executable, here, out, str(count), str(delay), ""], env=everything, stderr=subprocess.PIPE)
 
 
+@pytest.mark.slow
 def test_processes_of_torchrun_share_one_store(tmp_path: Path) -> None:
     write(tmp_path / "one", 50)
     # As torchrun and Accelerate set it.
