@@ -143,7 +143,7 @@ def test_the_average_over_all_subsets_is_the_whole_update(name: str, history_lay
     [dict(mask="window", window=2), dict(mask="anchor"), dict(mask="diagonal"), dict(output="direct", target="denoised")],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["dit", "sd3"])
+@pytest.mark.parametrize("name", ["dit", pytest.param("sd3", marks=pytest.mark.slow)])
 def test_with_every_mask_and_output(name: str, settings: dict[str, Any]) -> None:
     make = lambda: student_of(name, 4, 2, **settings)  # noqa: E731
     assert_averages_to_the_whole(make, batch_of(name, steps=4), 2)

@@ -53,6 +53,7 @@ def growth(call: Callable[[], object], calls: int) -> int:
     return allocated() - before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_calls_leave_no_memory_behind(name: str) -> None:
     case = CASES[name]

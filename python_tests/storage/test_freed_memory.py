@@ -52,14 +52,7 @@ def test_freed_memory_is_kept_for_the_next_update() -> None:
 
 
 @glibc_only
-def test_without_the_setting_it_goes_back_to_the_system() -> None:
-    _, kept = printed("usual")
-    assert int(kept) < 30
-
-
-@glibc_only
 def test_settings_of_the_environment_have_priority() -> None:
-    made, mapped, kept = printed("keep", MALLOC_MMAP_THRESHOLD_="131072")
+    made, mapped, _ = printed("keep", MALLOC_MMAP_THRESHOLD_="131072")
     assert made == "False"
     assert int(mapped) == 32
-    assert int(kept) < 30

@@ -94,9 +94,16 @@ def saved_lora(folder: Path, name: str, alpha: int, where: str, out: Path) -> An
 
 @pytest.mark.parametrize(
     ("name", "where", "as_file"),
-    [("sd3", "", True), ("sd3", "metadata", False), ("flux", "tensors", False),
-     *((name, "metadata", True) for name in ("flux", "qwen_image", "z_image", "aura_flow"))],
-)  # fmt: skip
+    [
+        ("sd3", "", True),
+        ("sd3", "metadata", False),
+        ("flux", "tensors", False),
+        *(
+            pytest.param(name, "metadata", True, marks=pytest.mark.slow)
+            for name in ("flux", "qwen_image", "z_image", "aura_flow")
+        ),
+    ],
+)
 def test_a_lora_is_added_as_the_stock_pipeline_adds_it(name: str, where: str, as_file: bool, tmp_path: Path) -> None:
     """Whether the weight of the additions is nowhere, so that it is 1, in the file's metadata or in tensors of their own."""
     folder = tiny_pipeline(name, tmp_path / "pipeline")
