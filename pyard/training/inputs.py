@@ -16,7 +16,7 @@ from pyard.training.config import TrainConfig, known
 from pyard.training.early import require_own_teacher
 from pyard.trajectories import TrajectoryStore, generate_trajectories
 from pyard.trajectories.buckets import check_buckets
-from pyard.trajectories.generate import text_limit
+from pyard.trajectories.of_pipelines import text_limit
 from pyard.trajectories.store import read_manifest
 
 if TYPE_CHECKING:

@@ -10,13 +10,13 @@ import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from tqdm import tqdm
 
-from pyard.conditions import Conditions, PromptTable, load_conditions, save_conditions
-from pyard.conditions.prompt_file import PromptLine, read_prompts
+from pyard.conditions import load_conditions, save_conditions
+from pyard.conditions.prompt_file import read_prompts
 from pyard.diffusion.solvers import Solver, solver_of
 from pyard.diffusion.time_grid import TimeGrid
 from pyard.errors import InputError
@@ -24,11 +24,11 @@ from pyard.storage.disk import require_room
 from pyard.storage.typed import checked
 from pyard.storage.units import format_bytes, format_seconds
 from pyard.teachers import Teacher, load_teacher, pipeline_folder
-from pyard.teachers.guidance import truncation_interval
 from pyard.teachers.text_to_image.teacher import PipelineTeacher
 from pyard.trajectories.batch_size import USUAL, default_batch_size
 from pyard.trajectories.compute import compiled, compute_batch, device_name, drawn_ahead, pack_shard, warm_up
 from pyard.trajectories.manifest import DType, Keep, Precision, TrajectoryManifest
+from pyard.trajectories.of_pipelines import check_classes, guided_interval, text_limit, with_prompts
 from pyard.trajectories.parts import Part, wait_for_others, writing
 from pyard.trajectories.store import (
     MAX_COUNT,
@@ -50,7 +50,6 @@ MAX_SHARD_SAMPLES = 1024
 MAX_SHARD_BYTES = 256 * 2**20
 
 _NO_PIXELS = "trajectories: height and width are for a text-to-image pipeline, in place of sample_shape"
-_Teacher = TypeVar("_Teacher", bound=Teacher)
 
 
 @checked("trajectories")
@@ -170,7 +169,7 @@ def generate_trajectories(
     lines = None if prompts is None else read_prompts(prompts)
     if isinstance(teacher, str | Path):
         if pipeline_folder(teacher) is None:  # before the built-in teacher is trained
-            _check_classes(lines, embedded_guidance)
+            check_classes(lines, embedded_guidance)
             if height is not None or width is not None:
                 raise InputError(_NO_PIXELS)
         elif max_sequence_length is None:
@@ -183,7 +182,7 @@ def generate_trajectories(
     if grid is None:
         grid = grid_of(teacher, num_steps, teacher_steps, shape)
     if cfg_truncation is not None:
-        cfg_interval = _interval_of(cfg_truncation, cfg_interval, teacher, grid)
+        cfg_interval = guided_interval(cfg_truncation, cfg_interval, teacher, grid)
     there = read_manifest(out)
     to_encode = lines if isinstance(teacher, PipelineTeacher) else None
     if to_encode is None:
@@ -268,62 +267,6 @@ def grid_of(teacher: Teacher, num_steps: int, teacher_steps: int | None, shape: 
 def default_cfg_scale(teacher: Teacher) -> float:
     """The default guidance: a pipeline's own, or 1.5."""
     return teacher.cfg_scale if isinstance(teacher, PipelineTeacher) else DEFAULT_CFG_SCALE
-
-
-def with_prompts(
-    teacher: _Teacher, lines: list[PromptLine] | None, out: Path, *, embedded_guidance: float | None, progress: bool
-) -> _Teacher:
-    """A text-to-image teacher with its prompts encoded in the folder of a store; other teachers are returned unchanged.
-
-    Raises:
-        InputError: prompts are given for a class-conditional teacher, or none for a text-to-image teacher.
-    """
-    if not isinstance(teacher, PipelineTeacher):
-        _check_classes(lines, embedded_guidance)
-        return teacher
-    if lines is None:
-        if isinstance(teacher.conditions, PromptTable):
-            return teacher
-        table = load_conditions(out)
-        if not isinstance(table, PromptTable):
-            raise InputError("trajectories: this teacher draws from prompts: give prompts=… (--prompts), a file or a list")
-        table.require_encoder(teacher.text_encoder)
-        own = table.record.constants.get("guidance")
-        if embedded_guidance is not None and embedded_guidance != own:
-            raise InputError(
-                f"trajectories: embedded_guidance is {embedded_guidance:g}, but {own} in {table.folder}; leave it out, or give "
-                "that value"
-            )
-        return teacher.with_prompts(table)
-    table = PromptTable.build(
-        teacher.text_encoder,
-        lines,
-        out / "conditions",
-        constants=teacher.constants(embedded_guidance),
-        default_negative=teacher.family.negative_prompt,
-        progress=progress,
-    )
-    return teacher.with_prompts(table)
-
-
-def _interval_of(
-    cfg_truncation: float, cfg_interval: tuple[float, float] | None, teacher: Teacher, grid: TimeGrid
-) -> tuple[float, float] | None:
-    """The interval of times that Z-Image's setting stands for."""
-    if not isinstance(teacher, PipelineTeacher) or teacher.family.guidance != "z_image" or cfg_interval is not None:
-        raise InputError("trajectories: cfg_truncation is for Z-Image, in place of cfg_interval; give cfg_interval alone")
-    return truncation_interval(cfg_truncation, grid.visits(teacher.schedule))
-
-
-def text_limit(table: Conditions | None) -> int | None:
-    """The text encoder's limit of tokens that a table of prompts was made with; None: unknown, or no such table."""
-    return table.record.max_sequence_length if isinstance(table, PromptTable) else None
-
-
-def _check_classes(lines: list[PromptLine] | None, embedded_guidance: float | None) -> None:
-    """Refuse what a class-conditional teacher has no use for."""
-    if lines is not None or embedded_guidance is not None:
-        raise InputError("trajectories: prompts and embedded_guidance are for text-to-image pipelines of diffusers")
 
 
 def write_shards(teacher: Teacher, store: TrajectoryStore, missing: list[tuple[int, int]], progress: bool, part: Part) -> None:
