@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,12 @@ def trajectory_stats(
     Args:
         store: the store's folder.
         picture: a .png to write: a row for each trajectory, its noise and its denoised predictions of x_0 along the columns
-            (its states if the store keeps no predictions); none: `stats.png` in the store's folder, if the samples are
-            pictures.
+            (its states if the store keeps no predictions, all but the last of them noisy); none: `stats.png` in the store's
+            folder, if the samples are pictures.
         trajectories: rows of the picture.
         vae: folder of the diffusers autoencoder that decodes latents; none: their first three channels are drawn as they are.
-        teacher: folder of the teacher, whose VAE decodes them, in place of vae.
+        teacher: folder of the teacher, whose VAE decodes them, in place of vae. Samples of a teacher without a VAE are drawn as
+            they are if they have 1 or 3 channels.
 
     Returns:
         0.
@@ -76,6 +78,11 @@ def trajectory_stats(
     """
     codec = _codec(vae, teacher)
     opened = TrajectoryStore.open(store)
+    if teacher is not None and codec is None and not _are_pixels(opened.manifest.sample_shape):
+        raise InputError(
+            f"stats: the teacher {teacher} has no vae/ in its folder, and samples of shape "
+            f"{tuple(opened.manifest.sample_shape)} are not pixels; give --vae FOLDER, or leave out --teacher"
+        )
     if not opened.shards:
         raise InputError(f"trajectories {store}: holds no trajectories yet; run the command that writes them")
     if trajectories < 1:
@@ -88,7 +95,9 @@ def trajectory_stats(
     print(as_table(opened))
     if len(shape) != 3:
         if picture is not None:
-            raise InputError(f"stats: samples of shape {shape} are not pictures; leave picture out, or give vae or teacher")
+            raise InputError(
+                f"stats: samples of shape {shape} are not pictures; leave out --picture, or give --vae or --teacher"
+            )
         print(f"\nsamples of shape {shape} are not pictures: none drawn")
         return 0
     draw(opened, path, trajectories, codec)
@@ -199,8 +208,12 @@ def _codec(vae: str | Path | None, teacher: str | Path | None) -> LatentCodec | 
     if teacher is None:
         return None
     folder = Path(teacher)
+    if not folder.exists():
+        raise InputError(f"stats: there is no {teacher}; expected the folder of a teacher (--teacher)")
     # As in a pipeline's folder, whose transformer may be what was given.
-    codec = LatentCodec.beside(folder, *([folder.parent] if folder.name == "transformer" else []))
-    if codec is None:
-        raise InputError(f"stats: the teacher {teacher} has no vae/ in its folder; give vae=")
-    return codec
+    return LatentCodec.beside(folder, *([folder.parent] if folder.name == "transformer" else []))
+
+
+def _are_pixels(sample_shape: Sequence[int]) -> bool:
+    """Whether samples may be grey or coloured pictures; latents usually have more channels."""
+    return len(sample_shape) == 3 and sample_shape[0] in (1, 3)

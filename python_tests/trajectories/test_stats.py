@@ -69,12 +69,22 @@ def test_stats_decodes_latents_with_a_vae_or_the_teachers(tmp_path: Path, capsys
     for settings, message in (
         ({"vae": tmp_path / "wrong"}, "latents of 3 channels"),
         ({"vae": tmp_path / "nowhere"}, r"there is no config\.json"),
-        ({"teacher": tmp_path / "store"}, "has no vae/"),
+        ({"teacher": tmp_path / "store"}, r"has no vae/ in its folder, and .* give --vae FOLDER, or leave out --teacher"),
+        ({"teacher": tmp_path / "nowhere"}, "there is no .*nowhere; expected the folder of a teacher"),
         ({"vae": tmp_path / "wrong", "teacher": tmp_path / "teacher"}, "found both vae and teacher"),
     ):
         with pytest.raises(InputError, match=message):
             trajectory_stats(tmp_path / "store", **settings)
         assert capsys.readouterr().out == ""  # refused before the work
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_samples_of_a_teacher_without_a_vae_are_drawn_as_they_are(channels: int, tmp_path: Path) -> None:
+    write(tmp_path / "store", 3, teacher=GaussianTeacher((channels, 8, 8)))
+    (tmp_path / "teacher").mkdir()
+    for name, flags in (("plain", []), ("of-teacher", ["--teacher", str(tmp_path / "teacher")])):
+        assert main(["trajectories", "stats", str(tmp_path / "store"), "--picture", str(tmp_path / f"{name}.png"), *flags]) == 0
+    assert (tmp_path / "of-teacher.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
 
 
 def test_samples_that_are_no_pictures_have_statistics_and_no_picture(
