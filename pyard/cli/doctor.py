@@ -47,6 +47,7 @@ class Report:
     backend: str = "auto"
     trajectory_reader: str = "python"  # native | python
     operators: dict[str, dict[str, str]] = field(default_factory=dict)  # operator -> device -> native | reference
+    for_gpus_only: list[str] = field(default_factory=list)  # operators that have no compiled kernel for the CPU
     self_test: dict[str, float] = field(default_factory=dict)  # operator -> largest difference from plain PyTorch
     onnxruntime_providers: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -111,7 +112,7 @@ def as_text(report: Report) -> str:
 
 
 def _about_operators(report: Report) -> list[str]:
-    lines = ["", f"operators (backend {report.backend})"]
+    lines = ["", f"operators (backend {report.backend}; native: compiled, reference: plain PyTorch)"]
     if report.native.get("path"):
         lines.append("  built for {instruction_sets}; this processor takes {active_instruction_set}".format(**report.native))
         lines.append("  with torch {built_with_torch} headers and compiler {compiler}".format(**report.native))
@@ -122,6 +123,7 @@ def _about_operators(report: Report) -> list[str]:
     width = max(map(len, report.operators), default=0)
     for operator, by_device in report.operators.items():
         places = ", ".join(f"{device}: {implementation}" for device, implementation in by_device.items())
+        places += " (as meant: only GPUs have a kernel of it)" if operator in report.for_gpus_only else ""
         difference = report.self_test.get(operator)
         lines.append(f"  {operator:<{width}} {places}" + ("" if difference is None else f" (differs by {difference:.1e})"))
     return [*lines, "", "trajectory reader", f"  {report.trajectory_reader}"]
@@ -205,6 +207,7 @@ def _examine_operators(report: Report) -> None:
         }
         _examine_cuda_kernels(report, library)
         _run_self_test(report)
+    report.for_gpus_only = [operator for operator, places in backend.KERNELS.items() if "cpu" not in places]
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for operator in dict.fromkeys([*backend.KERNELS, *backend.OPERATORS]):
         taken = {device: backend.has_kernel(operator, device) for device in devices}

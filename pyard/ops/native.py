@@ -64,7 +64,8 @@ def load() -> tuple[NativeLibrary | None, str]:
         reason = f"{LIBRARY.name} is older than pyard's sources, run `pip install -e .` again: {error}"
         _warn(reason)
         return None, reason
-    return _describe(LIBRARY, str(record.get("cuda", "not recorded")), bool(record.get("cuda_failed", False))), ""
+    note = str(record.get("cuda", "the build did not record why"))
+    return _describe(LIBRARY, note, bool(record.get("cuda_failed", False))), ""
 
 
 def _load_prebuilt(path: Path) -> NativeLibrary:

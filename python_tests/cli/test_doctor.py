@@ -41,6 +41,20 @@ def test_the_text_names_versions_operators_and_remedies() -> None:
     assert f"torch            {torch.__version__}" in text
     assert "modulated_layer_norm" in text
     assert "problem: the flux is low\n  do: add flux" in text
+    assert "native: compiled, reference: plain PyTorch" in text
+    for line in text.splitlines():
+        if line.strip().startswith(tuple(KERNELS)):
+            assert ("only GPUs have a kernel of it" in line) == ("cpu" not in KERNELS[line.split()[0]]), line
+
+
+@needs_native
+def test_a_build_that_recorded_nothing_about_cuda_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "_build.json").write_text('{"built": true}', encoding="utf-8")
+    monkeypatch.setattr(native, "BUILD_RECORD", tmp_path / "_build.json")
+    monkeypatch.setattr(native.derivatives, "register", lambda: None)  # once in a process
+    loaded, _ = native.load()
+    assert loaded is not None
+    assert loaded.cuda_note == "the build did not record why"
 
 
 @needs_native
