@@ -160,11 +160,22 @@ def run(name: str, command: Command, argv: Sequence[str]) -> int:
             raise
         print(f"pyard {name}: error: {in_flags(' '.join(str(error).split()), flags)}", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:
+        if os.environ.get("PYARD_TRACEBACK") or not _is_out_of_memory(error):
+            raise
+        found = " ".join(str(error).split())[:200]
+        print(f"pyard {name}: error: out of memory: {found}; docs/out-of-memory.md says what needs less", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         then = "; the same command resumes" if name in _RESUMED else ""
         print(f"\npyard {name}: interrupted{then}", file=sys.stderr)
         return 130
     return result if isinstance(result, int) else 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether it is Python's or torch's error, or that of its allocator on the CPU; torch may not be installed."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _cannot_import(name: str, error: ImportError) -> int:

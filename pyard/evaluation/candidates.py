@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from pyard.errors import InputError
 from pyard.evaluation.measure import Candidate
 from pyard.evaluation.teacher_settings import TeacherSettings
 from pyard.models.backbone import Backbone
+from pyard.models.fingerprint import weights_digest
 from pyard.models.student import Student
 from pyard.runtime import OnnxStudent
 from pyard.teachers.guidance import endpoints
@@ -20,14 +22,22 @@ from pyard.teachers.network_teacher import NetworkTeacher
 
 
 def loaded_student(
-    student: str | Path | Student | OnnxStudent, device: str, network: type[Backbone] | str | None = None
+    student: str | Path | Student | OnnxStudent, network: type[Backbone] | str | None = None
 ) -> Student | OnnxStudent:
-    """A student by its folder or ONNX file; one that is loaded already is returned as it is."""
+    """A student by its folder, on the CPU, or by its ONNX file; one that is loaded already is returned as it is."""
     if not isinstance(student, str | Path):
         return student
     if str(student).endswith(".onnx"):
         return OnnxStudent(student)
-    return Student.from_pretrained(student, network=network).to(device)
+    return Student.from_pretrained(student, network=network)
+
+
+def over_teacher(student: Student | OnnxStudent, source: Any, teacher: NetworkTeacher) -> Student | OnnxStudent:
+    """A LoRA student that was read from `source`, over the teacher's weights if they are its base: memory holds them once."""
+    base = student.config.base if isinstance(student, Student) and isinstance(source, str | Path) else None
+    if base is None or base.fingerprint != weights_digest(teacher.network):
+        return student
+    return Student.from_pretrained(source, base=teacher.network)
 
 
 def teacher_candidate(
@@ -64,7 +74,10 @@ def student_candidate(
         InputError: it draws something else than the teacher.
     """
     source = name or (str(student) if isinstance(student, str | Path) else type(student).__name__)
-    student = loaded_student(student, str(teacher.device))
+    if isinstance(student, str | Path):
+        student = loaded_student(student)
+        if isinstance(student, Student):
+            student.to(teacher.device)
     facts = student.info if isinstance(student, OnnxStudent) else student
     numbers = facts.num_conditions
     shapes = facts.sample_shapes if isinstance(facts, Student) else (tuple(facts.sample_shape),)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
@@ -16,7 +17,7 @@ from pyard.data.digits import DIGIT_SHAPE, digits_data
 from pyard.diffusion.solvers import Solver
 from pyard.errors import InputError
 from pyard.evaluation.by_prompts import ByPrompts
-from pyard.evaluation.candidates import loaded_student, student_candidate, teacher_row
+from pyard.evaluation.candidates import loaded_student, over_teacher, student_candidate, teacher_row
 from pyard.evaluation.card_scores import record_in_folders
 from pyard.evaluation.feature_file import FeatureSettings, FileFeatures, require_feature_file
 from pyard.evaluation.features import FeatureNetwork, digits_classifier
@@ -31,13 +32,16 @@ from pyard.models.codec import Codec
 from pyard.models.student import Student
 from pyard.runtime import OnnxStudent
 from pyard.sampling.exposure_bias import ExposureBias, exposure_bias
+from pyard.sampling.inference import batch_size_that_fits
 from pyard.storage.typed import checked
 from pyard.teachers import load_teacher
 from pyard.teachers.network_teacher import NetworkTeacher
 from pyard.trajectories import TrajectoryReader, TrajectoryStore
+from pyard.trajectories.batch_size import USUAL, default_batch_size
 
 # Kept apart from the seeds that trajectories are made with: a student is not to be measured on the noise it was trained on.
 DEFAULT_SEED = 1000
+_USUAL_BATCH = 128
 
 
 @checked("evaluate")
@@ -52,7 +56,7 @@ def evaluate(
     cfg_channels: int | Auto | None = "auto",
     cfg_interval: tuple[float, float] | Auto | None = "auto",
     solver: Solver | Auto | None = "auto",
-    batch_size: int = 128,
+    batch_size: int | None = None,
     features: Path | FileFeatures | None = None,
     feature_settings: FeatureSettings = FeatureSettings(),  # noqa: B008 (frozen)
     reference: Path | Reference | None = None,
@@ -89,7 +93,7 @@ def evaluate(
         cfg_channels: number of leading channels to guide; none: all; auto: see teacher_steps.
         cfg_interval: lowest and highest teacher time with guidance; none: all times; auto: see teacher_steps.
         solver: the teacher's solver: ddim | euler | heun | dpm++2m; none: the schedule's usual one; auto: see teacher_steps.
-        batch_size: samples that are drawn, and timed, together.
+        batch_size: samples that are drawn, and timed, together; none: 128, or fewer large ones, so that they fit in memory.
         features: file of a feature network: TorchScript (such as inception-2015-12-05.pt) or ONNX; none: the digits classifier,
             for 8 x 8 digits only. With `prompts`, see there and `clip`.
         feature_settings: inputs and outputs of that network.
@@ -131,17 +135,23 @@ def evaluate(
     if samples_npz is not None and len(sources) != 1:
         raise InputError(f"evaluate: samples_npz takes the samples of one student; found {len(sources)}")
     names = [str(source) if isinstance(source, str | Path) else type(source).__name__ for source in sources]
-    loaded = [loaded_student(source, device, network) for source in sources]
+    loaded = [loaded_student(source, network) for source in sources]
     by_prompts = ByPrompts.begin(prompts, list(zip(names, loaded, strict=True)), clip, out, device)
     if by_prompts is not None:
         if labels != "balanced":
             raise InputError(f"evaluate: labels is {labels!r}; prompts are taken in turn; leave it out")
         teacher = by_prompts.teacher(teacher, sources[0], device)
+        loaded = [over_teacher(*pair, teacher) for pair in zip(loaded, sources, strict=True)]
+        by_prompts = dataclasses.replace(by_prompts, students=[one for one in loaded if isinstance(one, Student)])
     elif isinstance(teacher, str | Path):
         teacher = load_teacher(teacher, network=network).to(device)
+    for student, source in zip(loaded, sources, strict=True):
+        if isinstance(student, Student) and isinstance(source, str | Path):
+            student.to(device)
     drawn = teacher.sample_shape if by_prompts is None else by_prompts.students[0].sample_shape
     drawn = drawn if sample_shape is None else tuple(sample_shape)
     teacher.check_sample(drawn)
+    batch_size = usual_batch_size(teacher.network.trunk, loaded, drawn) if batch_size is None else batch_size
     asked = dict(
         teacher_steps=teacher_steps,
         cfg_scale=cfg_scale,
@@ -209,6 +219,13 @@ def evaluate(
     record_in_folders(evaluation, sources, loaded)
     print(evaluation.table())
     return evaluation
+
+
+def usual_batch_size(trunk: Backbone, students: Sequence[Student | OnnxStudent], sample_shape: tuple[int, ...]) -> int:
+    """128, or as many as fit into memory: of large samples, no more than a teacher with this trunk computes together."""
+    own = default_batch_size(trunk, sample_shape)
+    fits = [batch_size_that_fits(student, sample_shape) for student in students if isinstance(student, Student)]
+    return min([_USUAL_BATCH, *fits, *([own] if own < USUAL else [])])
 
 
 def _table_folder(out: Path | None, stack: contextlib.ExitStack) -> Path:

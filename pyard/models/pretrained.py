@@ -32,12 +32,13 @@ _MOST_ITEMS = 10**4
 _SMALL_TABLE, _LARGEST_TABLE = 2**26, 2**29
 
 
-def read_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
+def read_pretrained(kind: Any, folder: Path, *, whole: bool = False, **options: Any) -> Any:
     """`kind.from_pretrained` of a folder that was looked at first.
 
     Args:
         kind: a class of diffusers or transformers.
         folder: with `config.json` and weights.
+        whole: refuse weights that the model has no place for. Those of text encoders are often a part of a larger model's.
         options: of `from_pretrained`.
 
     Raises:
@@ -58,6 +59,13 @@ def read_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
     missing += [name for name, parameter in model.named_parameters() if parameter.is_meta and name not in missing]
     if missing:
         raise InputError(f"{folder}: its weights lack {len(missing)} tensors of a {kind.__name__}, such as {missing[0]}")
+    if whole and info["unexpected_keys"]:
+        left = sorted(info["unexpected_keys"])
+        raise InputError(
+            f"{folder}: its weights have {len(left)} tensors that the {kind.__name__} of its config.json has no place for, "
+            f"such as {left[0]}; if the model is right without them, save it again with diffusers "
+            "(from_pretrained, save_pretrained)"
+        )
     require_finite(model.state_dict(), folder)
     return model
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from pyard.diffusion.scheduler_solvers import load_scheduler
 from pyard.errors import InputError
@@ -12,8 +15,8 @@ from pyard.models.folder import CONFIG_NAME, WEIGHTS_NAME
 from pyard.models.hub import local_folder
 from pyard.models.lora import merge_lora
 from pyard.models.student import Student
-from pyard.models.student_config import BaseSource, StudentConfig, TextSource
-from pyard.models.wrapped.checkpoint import read_transformer
+from pyard.models.student_config import StudentConfig, TextSource
+from pyard.models.wrapped.checkpoint import add_stock_lora, read_transformer
 from pyard.models.wrapped.low_rank import LowRank
 from pyard.models.wrapped.stock_folder import (
     ADAPTER_NAMES,
@@ -63,7 +66,8 @@ def convert_student(
     path = local_folder(source)
     folder = path / "student" if (path / "student").is_dir() else path
     student = Student.from_pretrained(path, base=pipeline)
-    text, over = _check(student.config, source), student.config.base
+    text = _check(student.config, source)
+    read = _read_with(student.config)
     _check_out(out)
     merge_lora(student)
     family, backbone = PIPELINES[text.pipeline], backbone_of(student)
@@ -80,13 +84,15 @@ def convert_student(
     additions: LowRank | None = None
     about: list[str] = [f"weights | {sum(t.numel() for t in student.parameters()):,} numbers in {_dtype(student)}"]
     if to == "lora":
-        kind, additions = _additions(student, folder, base, over, rank)
+        kind, additions = _additions(student, folder, base, read, rank)
         about = [_about(additions)]
+        if "lora" in read:
+            about.append(f"contains | {Path(read['lora']).name}, the LoRA that the teacher was drawn with")
     card = Card(
         kind, out, student.config, text, family, backbone.transformer_name, base, sampling, _dtype(student),
         {_pixels(student, shape): one for shape, one in samplings.items()},
         tuple(about), hasattr(_pipeline_class(family.pipeline), "load_lora_into_text_encoder"),
-        None if over is None or over.transformer is None or additions is None else Path(over.transformer),
+        Path(read["transformer"]) if "transformer" in read and additions is not None else None,
     )  # fmt: skip
     owned = {CONFIG_NAME, LORA_NAME, *ADAPTER_NAMES, _SCHEDULER, *(p.name for p in out.glob(f"{_TRANSFORMER}*"))}
     with new_folder(out, owned=owned) as building:
@@ -118,6 +124,15 @@ def _check(config: StudentConfig, source: str | Path) -> TextSource:
     return config.text
 
 
+def _read_with(config: StudentConfig) -> dict[str, str]:
+    """The arguments `dtype`, `variant`, `transformer` and `lora` with which the teacher was read, if they were given."""
+    assert config.text is not None
+    if config.base is None:
+        return config.text.read_with
+    found = {name: getattr(config.base, name) for name in ("dtype", "variant", "transformer", "lora")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def _check_out(out: Path) -> None:
     """Raises InputError for a folder that holds another kind of model, which a converted student would spoil."""
     file = out / CONFIG_NAME
@@ -128,8 +143,11 @@ def _check_out(out: Path) -> None:
         raise InputError(f"out {out} holds a {'pipeline' if kind is None else kind}; choose another folder")
 
 
-def _additions(student: Student, folder: Path, base: Path, over: BaseSource | None, rank: int | None) -> tuple[Kind, LowRank]:
-    """The student's difference from the transformer that it was trained over: the pipeline's, or one in place of it."""
+def _additions(student: Student, folder: Path, base: Path, read: Mapping[str, str], rank: int | None) -> tuple[Kind, LowRank]:
+    """The student's difference from the transformer that it is used with: the pipeline's, or one in place of it.
+
+    A LoRA that was part of the teacher is part of it, beside what was trained.
+    """
     if not (base / "transformer").is_dir():
         raise InputError(
             f"a LoRA is the difference from the transformer in {base}, which does not exist; restore it, or give another copy "
@@ -144,18 +162,22 @@ def _additions(student: Student, folder: Path, base: Path, over: BaseSource | No
     transformer = read_transformer(
         kind,
         base / "transformer",
-        dtype=backbone.dtype,
-        variant=None if over is None else over.variant,
-        replacement=None if over is None or over.transformer is None else Path(over.transformer),
+        dtype=getattr(torch, read["dtype"]) if "dtype" in read else backbone.dtype,
+        variant=read.get("variant"),
+        replacement=Path(read["transformer"]) if "transformer" in read else None,
     )
+    pipeline = _pipeline_class(student.config.text.pipeline)  # type: ignore[union-attr]
+    began_with = add_stock_lora(transformer, pipeline, Path(read["lora"])) if "lora" in read else {}
+    if transformer.dtype != backbone.dtype:  # training went on in more digits; diffusers' own `to` would warn of it
+        torch.nn.Module.to(transformer, backbone.dtype)
     try:
         additions = student_additions(student, transformer, folder / WEIGHTS_NAME, rank)
     except InputError as error:
         raise InputError(f"{folder}, base {base}: {error}") from None
     if not additions.factors:
         raise InputError(f"{folder}: no matrix of the student differs from {base}; there is nothing for a LoRA to hold")
-    assert student.config.text is not None
-    if hasattr(_pipeline_class(student.config.text.pipeline), "load_lora_weights"):
+    additions = additions.beside(began_with)
+    if hasattr(pipeline, "load_lora_weights"):
         return "lora", additions
     return "adapter", with_targets(additions, transformer)
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 from factories import tiny_student, tiny_teacher
 
-from pyard.cli.command_line import COMMANDS, in_flags, main
+from pyard.cli.command_line import COMMANDS, Command, in_flags, main
 from pyard.cli.flags import flags_of, read_flags
 from pyard.training.config import RECIPES, TrainConfig
 
@@ -137,6 +138,23 @@ def test_a_wrong_command_line_is_one_line(argv, message, capsys):
     assert status == 2
     assert message in error
     assert error.count("\n") == 1
+
+
+def hungry(size: int = 2**60) -> None:
+    """Take more memory than any machine has."""
+    torch.empty(size)
+
+
+def test_out_of_memory_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(COMMANDS, "describe", Command(__name__, "hungry", "take memory"))
+    status, error = run(capsys, "describe")
+    assert status == 2
+    assert error.startswith("pyard describe: error: out of memory: ")
+    assert error.endswith("docs/out-of-memory.md says what needs less\n")
+    assert error.count("\n") == 1
+    monkeypatch.setenv("PYARD_TRACEBACK", "1")
+    with pytest.raises(RuntimeError, match="memory"):
+        main(["describe"])
 
 
 def test_messages_name_flags(capsys):

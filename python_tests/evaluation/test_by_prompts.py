@@ -19,9 +19,13 @@ import pyard
 from pyard.cli.command_line import main
 from pyard.conditions import PromptTable
 from pyard.diffusion.noise import standard_normal
+from pyard.evaluation.candidates import over_teacher
 from pyard.evaluation.clip_score import ClipFolder
+from pyard.evaluation.evaluate_students import usual_batch_size
 from pyard.models.student import Student
+from pyard.teachers import load_teacher
 from pyard.teachers.guidance import endpoints
+from pyard.teachers.text_to_image.outline import pipeline_outline
 from pyard.teachers.text_to_image.teacher import PipelineTeacher
 
 PROMPTS = ["a red circle", "a large green square above a circle", "the blue square"]
@@ -196,3 +200,35 @@ def test_wrong_input_is_refused_before_any_work(tmp_path: Path) -> None:
             pyard.evaluate(students, **{"out": out, "progress": False, **settings})
     assert not out.exists()
     assert not (tmp_path / "quality").exists()
+
+
+def test_the_base_of_a_lora_student_is_in_memory_once(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline("sd3", tmp_path / "pipeline")
+    settings: dict[str, Any] = dict(num_steps=2, teacher_steps=4, keep="state", prompts=PROMPTS, progress=False)
+    pyard.generate_trajectories(pipeline, tmp_path / "store", 4, precision="bfloat16", **settings)
+    how: dict[str, Any] = dict(lora_rank=2, batch_size=2, max_steps=2, num_steps=2, learning_rate=0.1, progress=False)
+    student = pyard.train(pipeline, tmp_path / "store", out=tmp_path / "run", **how)
+    teacher = load_teacher(pipeline, dtype="bfloat16")
+    shared = over_teacher(student, tmp_path / "run", teacher)
+    assert isinstance(shared, Student)
+    assert shared is not student
+    mine = {parameter.data_ptr() for parameter in shared.parameters()}
+    theirs = [parameter for parameter in teacher.network.trunk.parameters() if parameter.ndim > 1]
+    assert sum(parameter.data_ptr() in mine for parameter in theirs) >= 0.9 * len(theirs)
+    assert all(torch.equal(a, b) for a, b in zip(student.state_dict().values(), shared.state_dict().values(), strict=True))
+    # Another base, such as the same weights in another precision, is not the teacher's; nor are students that a caller holds.
+    assert over_teacher(student, tmp_path / "run", load_teacher(pipeline)) is student
+    assert over_teacher(student, student, teacher) is student
+
+
+@pytest.mark.parametrize(("side", "expected"), [(1024, 16), (512, 128)])
+def test_large_pictures_are_drawn_in_smaller_batches(side: int, expected: int) -> None:
+    outline = pipeline_outline("sd3.5-medium")
+    assert usual_batch_size(outline.network.trunk, [], outline.shape_of(side, side)) == expected
+
+
+def test_less_memory_means_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = tiny_student(2, history_layers=1)
+    assert usual_batch_size(student.trunk, [student], student.sample_shape) == 128
+    monkeypatch.setattr("pyard.sampling.inference.free_memory", lambda device: 10**6)
+    assert 1 <= usual_batch_size(student.trunk, [student], student.sample_shape) < 32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from pyard.errors import InputError
 from pyard.models.pretrained import PICKLED_WEIGHTS, check_config, only_variant, read_pretrained
+from pyard.models.wrapped.low_rank import Factors
 from pyard.storage.numbers import whole_number
 from pyard.storage.pickles import require_sound
 from pyard.storage.reading import read_object, reading
@@ -20,6 +22,8 @@ from pyard.storage.tensor_files import read_safetensors, require_finite
 _NAME = "diffusion_pytorch_model"
 # Prefixes that checkpoints add to a transformer's own names.
 _PREFIXES = ("model.diffusion_model.", "transformer.", "module.", "model.", "")
+# Names of the scale factors beside quantised weights: of scaled fp8 (ComfyUI, compressed-tensors), bitsandbytes, GPTQ.
+_FACTORS = re.compile(r"(scale_weight|weight_scale|scale_input|input_scale|scaled_fp8|absmax|quant_map|qweight|qzeros)(\.|$|_)")
 
 
 def read_transformer(
@@ -51,10 +55,10 @@ def read_transformer(
     found = _config(folder).get("_class_name")
     if found != kind.__name__:
         raise InputError(f"{folder} holds a {found!s:.60}; expected a {kind.__name__}")
-    return read_pretrained(kind, folder, torch_dtype=dtype, variant=variant or only_variant(folder, _NAME)).eval()
+    return read_pretrained(kind, folder, whole=True, torch_dtype=dtype, variant=variant or only_variant(folder, _NAME)).eval()
 
 
-def add_stock_lora(transformer: Any, pipeline: type[Any], path: Path) -> None:
+def add_stock_lora(transformer: Any, pipeline: type[Any], path: Path) -> dict[str, Factors]:
     """Add a LoRA to the weights of a transformer, in place.
 
     Args:
@@ -62,14 +66,16 @@ def add_stock_lora(transformer: Any, pipeline: type[Any], path: Path) -> None:
         pipeline: class of its diffusers pipeline, whose loader reads the LoRA file.
         path: a LoRA that the pipeline's `load_lora_weights` reads, or an adapter folder of PEFT.
 
+    Returns:
+        What was added to each linear layer, by its name.
+
     Raises:
         InputError: there is no LoRA, or it is for another model.
     """
     if not path.exists():
         raise InputError(f"lora {path}: no such file or folder")
     if (path / "adapter_config.json").is_file():
-        _add_peft_adapter(transformer, path)
-        return
+        return _add_peft_adapter(transformer, path)
     if not hasattr(pipeline, "lora_state_dict"):
         raise InputError(f"lora {path}: {pipeline.__name__} does not read LoRA files; expected an adapter folder of PEFT")
     before = {name: id(module) for name, module in transformer.named_modules()}
@@ -101,8 +107,23 @@ def add_stock_lora(transformer: Any, pipeline: type[Any], path: Path) -> None:
         raise InputError(f"lora {path}: {pipeline.__name__} cannot read it: {' '.join(str(error).split())[:300]}") from None
     if before == {name: id(module) for name, module in transformer.named_modules()}:
         raise InputError(f"lora {path}: none of its layers belongs to this {type(transformer).__name__}")
+    factors = _factors(transformer)
     transformer.fuse_lora()
     transformer.unload_lora()
+    return factors
+
+
+def _factors(transformer: nn.Module) -> dict[str, Factors]:
+    """What the LoRA that was loaded into a transformer adds to its linear layers; its weight is in `up`."""
+    from peft.tuners.lora import Linear
+
+    found = {}
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, Linear):
+            for adapter in layer.active_adapters:
+                down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+                found[name] = Factors(down.detach().clone(), up.detach() * layer.scaling[adapter])
+    return found
 
 
 def _require_transformer_alone(names: Iterable[str], file: Path) -> None:
@@ -117,7 +138,7 @@ def _require_transformer_alone(names: Iterable[str], file: Path) -> None:
         raise InputError(f"lora {file}: it is a DoRA, which diffusers reads as if it were a LoRA; fuse it into the transformer")
 
 
-def _add_peft_adapter(transformer: Any, path: Path) -> None:
+def _add_peft_adapter(transformer: Any, path: Path) -> dict[str, Factors]:
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     from pyard.models.lora import merge_adapters
@@ -133,7 +154,9 @@ def _add_peft_adapter(transformer: Any, path: Path) -> None:
         raise InputError(f"lora {path}: PEFT cannot read it: {' '.join(str(error).split())[:300]}") from None
     if result.unexpected_keys:
         raise InputError(f"lora {path}: {result.unexpected_keys[0]} is not a layer of this {type(transformer).__name__}")
+    factors = _factors(transformer)
     merge_adapters(transformer)
+    return factors
 
 
 def _from_single_file(kind: type[Any], file: Path, folder: Path, dtype: torch.dtype) -> Any:
@@ -146,6 +169,7 @@ def _from_single_file(kind: type[Any], file: Path, folder: Path, dtype: torch.dt
     with reading(folder, f"not a configuration of {kind.__name__}", RuntimeError), init_empty_weights(include_buffers=False):
         transformer: nn.Module = kind.from_config(config)
     wanted = transformer.state_dict()
+    _require_unquantised(tensors, file)
     for prefix in _PREFIXES:
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         if wanted.keys() <= own.keys():
@@ -153,16 +177,53 @@ def _from_single_file(kind: type[Any], file: Path, folder: Path, dtype: torch.dt
             if differing:
                 sizes = f"{tuple(own[differing[0]].shape)}, expected {tuple(wanted[differing[0]].shape)}"
                 raise InputError(f"transformer {file}: {differing[0]} is {sizes}; it has a different size than {folder}")
+            _require_none_left(own.keys() - wanted.keys(), kind, file, folder)
             transformer.load_state_dict({name: own[name].clone() for name in wanted}, assign=True)
             return transformer.to(dtype).eval()
     if not hasattr(kind, "from_single_file"):
         missing = sorted(wanted.keys() - tensors.keys())
         raise InputError(f"transformer {file}: it lacks {len(missing)} tensors of a {kind.__name__}, such as {missing[0]}")
     try:
-        return kind.from_single_file(str(file), config=str(folder), torch_dtype=dtype, local_files_only=True).eval()
+        transformer = kind.from_single_file(str(file), config=str(folder), torch_dtype=dtype, local_files_only=True).eval()
     except Exception as error:  # as in read_pretrained
         found = " ".join(str(error).split())[:300]
         raise InputError(f"transformer {file}: diffusers cannot read it as a {kind.__name__}: {found}") from None
+    _require_no_more_blocks(tensors, transformer, file, folder)
+    return transformer
+
+
+def _require_unquantised(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Refuse weights that mean nothing without the factors beside them, which nobody here multiplies by."""
+    factors = [name for name in tensors if _FACTORS.search(name)]
+    packed = [name for name, tensor in tensors.items() if tensor.dtype in (torch.int8, torch.uint8) and tensor.ndim > 0]
+    if factors or packed:
+        raise InputError(
+            f"transformer {file}: it is quantised ({(factors or packed)[0]}), and its weights mean nothing without their "
+            "factors; give the file in bfloat16, float16 or float32"
+        )
+
+
+def _require_none_left(left: Iterable[str], kind: type[Any], file: Path, folder: Path) -> None:
+    """Refuse what diffusers would drop, so that the teacher would not be the model in the file."""
+    left = sorted(left)
+    if left:
+        raise InputError(
+            f"transformer {file}: it has {len(left)} tensors that the {kind.__name__} of {folder} has no place for, such as "
+            f"{left[0]}; if it has more layers, give a folder with its own config.json"
+        )
+
+
+def _require_no_more_blocks(tensors: Mapping[str, torch.Tensor], transformer: nn.Module, file: Path, folder: Path) -> None:
+    """diffusers' converters join, split and rename tensors and drop the rest; what counts is the numbers in all of them."""
+    own = next(
+        (kept for prefix in _PREFIXES if (kept := [tensor for name, tensor in tensors.items() if name.startswith(prefix)])), []
+    )
+    found, kept = sum(tensor.numel() for tensor in own), sum(tensor.numel() for tensor in transformer.state_dict().values())
+    if found > 1.01 * kept:
+        raise InputError(
+            f"transformer {file}: it has {found / 1e6:.4g} M numbers, and a transformer with the config.json of {folder} has "
+            f"{kept / 1e6:.4g} M; if it has more layers, give a folder with its own config.json"
+        )
 
 
 def _with_config(folder: Path) -> Path:

@@ -44,6 +44,14 @@ class LowRank:
     left_out: tuple[str, ...]
     error: float
 
+    def beside(self, others: Mapping[str, Factors]) -> LowRank:
+        """These additions and others, to the same base: where a layer has both, as one of the sum of their ranks."""
+        both = dict(others)
+        for name, own in self.factors.items():
+            other = both.get(name)
+            both[name] = own if other is None else Factors(torch.cat([own.down, other.down]), torch.cat([own.up, other.up], 1))
+        return LowRank(both, self.left_out, self.error)
+
     @property
     def ranks(self) -> dict[str, int]:
         """The rank r by the name of the layer."""

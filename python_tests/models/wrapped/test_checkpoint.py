@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import randomise, tiny_pipeline
 
 from pyard.errors import InputError
+from pyard.models.wrapped.checkpoint import _require_no_more_blocks
 from pyard.teachers import load_teacher
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -64,6 +65,45 @@ def test_a_transformer_of_another_model_is_one_line(pipeline: Path, tmp_path: Pa
     (tmp_path / "broken.safetensors").write_bytes(b"<html>")
     with pytest.raises(InputError, match="not a safetensors file"):
         load_teacher(pipeline, transformer=tmp_path / "broken.safetensors")
+
+
+def test_a_model_that_would_be_read_in_part_is_refused(pipeline: Path, tmp_path: Path) -> None:
+    """More blocks than the configuration has, in a file and in a folder, and weights without the factors beside them."""
+    tensors = load_file(pipeline / "transformer" / "diffusion_pytorch_model.safetensors")
+    last = max(int(name.split(".")[1]) for name in tensors if name.startswith("transformer_blocks."))
+    block = f"transformer_blocks.{last}."
+    after = f"transformer_blocks.{last + 1}."
+    another = {name.replace(block, after): tensors[name].clone() for name in tensors if name.startswith(block)}
+    file = tmp_path / "deep.safetensors"
+    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in {**tensors, **another}.items()}, file)
+    left = f"has {len(another)} tensors that the SD3Transformer2DModel of .* has no place for, such as {after}"
+    with pytest.raises(InputError, match=left):
+        load_teacher(pipeline, transformer=file)
+    shutil.copytree(pipeline, tmp_path / "deep")
+    save_file({**tensors, **another}, tmp_path / "deep" / "transformer" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(
+        InputError, match=f"{len(another)} tensors that the SD3Transformer2DModel of its config.json has no place"
+    ):
+        load_teacher(tmp_path / "deep")
+
+    name = f"{block}attn.to_q.weight"
+    scale = tensors[name].abs().max() / 448
+    scaled = {name: (tensors[name] / scale).to(torch.float8_e4m3fn), name.replace(".weight", ".scale_weight"): scale}
+    for quantised in (scaled, {name: torch.ones(tensors[name].shape, dtype=torch.int8)}):
+        save_file({**tensors, **quantised}, file)
+        with pytest.raises(InputError, match=r"it is quantised \(transformer_blocks.*give the file in bfloat16"):
+            load_teacher(pipeline, transformer=file)
+
+
+def test_a_converted_file_of_more_numbers_than_the_model_is_refused(pipeline: Path) -> None:
+    """What diffusers' converters of original names drop has no name that could be compared."""
+    model = stock(pipeline)
+    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in model.state_dict().items()}
+    others = {"first_stage_model.decoder.weight": torch.ones(10**6)}  # another component in the same file
+    _require_no_more_blocks({**others, **tensors}, model, Path("original.safetensors"), pipeline)
+    more = {"model.diffusion_model.joint_blocks.9.weight": torch.ones(sum(t.numel() for t in tensors.values()) // 50)}
+    with pytest.raises(InputError, match=r"original.safetensors: it has .* M numbers, and a transformer with .* has"):
+        _require_no_more_blocks({**tensors, **more}, model, Path("original.safetensors"), pipeline)
 
 
 def saved_lora(folder: Path, name: str, alpha: int, where: str, out: Path) -> Any:
