@@ -86,11 +86,8 @@ def compare_with_assembled(settings: dict[str, Any], folder: Path) -> None:
         assert all(relative_error(a, b) < 1e-4 for a, b in pairs)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [*COVERING[:1], *(pytest.param(s, marks=pytest.mark.slow) for s in COVERING[1:])],
-    ids=lambda s: f"{s['mask']}-{s['form']}",
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", COVERING, ids=lambda s: f"{s['mask']}-{s['form']}")
 def test_the_assembled_graph_of_a_dit_equals_the_traced_one(settings: dict[str, Any], tmp_path: Path) -> None:
     compare_with_assembled(settings, tmp_path)
 
@@ -141,10 +138,8 @@ def test_a_backbone_that_is_not_ours(form: Any, tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize(
-    ("form", "settings"),
-    [("step", {"history_bias": 0.7}), pytest.param("sampler", {"mask": "anchor"}, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "settings"), [("step", {"history_bias": 0.7}), ("sampler", {"mask": "anchor"})])
 def test_a_video(form: Any, settings: dict[str, Any], tmp_path: Path) -> None:
     student = student_of(VideoBackbone(VideoConfig()), **settings)
     export_onnx(student, tmp_path / "student.onnx", form=form)

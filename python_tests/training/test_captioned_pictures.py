@@ -91,6 +91,7 @@ def test_pictures_and_captions_are_encoded_once_and_a_killed_run_resumes(folder:
     torch.testing.assert_close(tensors["std"][1].float(), std[0], rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_captions_reach_the_discriminators(folder: Path) -> None:
     short = {**settings_of(folder), "max_steps": 3}
     train_in(folder, "as-told", **short)

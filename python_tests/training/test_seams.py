@@ -25,10 +25,12 @@ KINDS = {"text": (TEXT, text_teacher), "video": (VIDEO, video_teacher)}
 EVERYTHING = dict(ema_decay=[0.9, 0.99], gradient_accumulation=2, rollout_probability=0.5, history_bias=-1.0)
 
 
+PAIRS = [(kind, stage) for kind in KINDS for stage in ("regression", "adversarial")]
+
+
 def one_fast_of_four(*fast: str) -> pytest.MarkDecorator:
     """Backbones times stages; all but one are slow."""
-    pairs = [(kind, stage) for kind in KINDS for stage in ("regression", "adversarial")]
-    marked = [pytest.param(*pair, marks=[] if pair == fast else [pytest.mark.slow]) for pair in pairs]
+    marked = [pytest.param(*pair, marks=[] if pair == fast else [pytest.mark.slow]) for pair in PAIRS]
     return pytest.mark.parametrize(("shared", "stage"), marked, indirect=["shared"])
 
 
@@ -131,7 +133,8 @@ def test_adversarial_stage_from_the_command_line(text):
     assert all(line["generator_weight"] > 0 for line in read_log(folder / "go-on" / "log.jsonl"))
 
 
-@one_fast_of_four("text", "adversarial")
+@pytest.mark.slow
+@pytest.mark.parametrize(("shared", "stage"), PAIRS, indirect=["shared"])
 def test_killed_and_resumed_is_bitwise_the_same(shared, stage):
     folder, settings = shared
     settings = {**settings, "max_steps": 16}

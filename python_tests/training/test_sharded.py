@@ -75,6 +75,7 @@ def assert_near(one: Path, two: Path, names: list[str], rel: float) -> None:
     assert max((weights[0][key] - weights[1][key]).abs().max() for key in weights[0]) < 1e-3
 
 
+@pytest.mark.slow
 def test_equal_to_ddp_and_consolidated(folder, capsys):
     settings = {**FSDP, "max_steps": 6, "save_every": 3, "evaluate_every": 3, "evaluation_trajectories": 8}
     assert set(wait(start(folder, "ddp", 2, **{**settings, "parallel": "ddp"}))) == {0}
