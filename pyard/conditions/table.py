@@ -100,7 +100,10 @@ class ClassConditions:
             InputError: a name is unknown or shared by several classes, or the classes have no names.
         """
         if self.names is None:
-            raise InputError(f"this student has no class names; give numbers from 0 to {self.count - 1}")
+            raise InputError(
+                f"this student has no class names; give numbers from 0 to {self.count - 1}, or write class_names into its "
+                "config.json (docs/checkpoints.md, Class names)"
+            )
         return [
             self._find(label) if isinstance(label, str) else whole_number("label", label, 0, self.count - 1) for label in labels
         ]

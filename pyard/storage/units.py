@@ -1,4 +1,4 @@
-"""Sizes and durations for people."""
+"""Numbers, sizes and durations for people."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ def format_bytes(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
+
+
+def format_count(number: int) -> str:
+    """675129632 -> '675 M'."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
 
 
 def format_seconds(seconds: float) -> str:

@@ -17,7 +17,9 @@ from pyard.models.codec import Codec, LatentCodec
 from pyard.models.families import backbone_class
 from pyard.models.fingerprint import fingerprint_of
 from pyard.models.folder import load_folder, require_sizes, save_folder
+from pyard.models.wrapped.config import WrappedConfig
 from pyard.storage.reading import reading
+from pyard.storage.units import format_count
 from pyard.teachers.latent_statistics import LatentStatistics
 
 # What folders of version 0.1 called it.
@@ -58,7 +60,10 @@ class NetworkTeacher:
         trunk = network.trunk
         if conditions is None:
             if trunk.num_classes is None:
-                raise InputError(f"teacher: {type(trunk).__name__} has no classes; give conditions=")
+                raise InputError(
+                    f"teacher: {type(trunk).__name__} has no classes, so it needs a table of conditions: NetworkTeacher(…, "
+                    "conditions=…) in Python, conditions/ in a teacher's folder"
+                )
             conditions = ClassConditions(trunk.num_classes, self.class_names, has_null=trunk.has_null_class)
         self.conditions = conditions
 
@@ -71,6 +76,15 @@ class NetworkTeacher:
     def num_classes(self) -> int | None:
         """Classes of a class-conditional teacher; None: it is conditioned on something else."""
         return self.network.trunk.num_classes
+
+    def __repr__(self) -> str:
+        trunk = self.network.trunk
+        parameters = format_count(sum(parameter.numel() for parameter in self.network.parameters()))
+        asked = "prompts" if isinstance(trunk.config, WrappedConfig) else "conditions"
+        asked = asked if self.num_classes is None else f"{self.num_classes} classes"
+        return (
+            f"{type(self).__name__}({trunk.family()}, {parameters} parameters, samples of shape {self.sample_shape}, {asked})"
+        )
 
     def check_sample(self, sample_shape: tuple[int, ...]) -> None:
         """Raises InputError if the network takes no samples of this shape."""
