@@ -97,7 +97,7 @@ def cached_pictures(
     if codec is None and (len(shape) != 3 or channels not in (1, 3)):
         raise InputError(
             f"real data {path}: found pictures, but the student's samples have shape {shape}; encoding pictures as latents "
-            "needs a VAE: give a teacher's folder with vae/ in it (load_teacher(..., vae=...).save_pretrained writes one)"
+            "needs a VAE: give a teacher's folder with vae/ in it (`pyard convert ... --vae FOLDER` writes one)"
         )
     if shape[1] != size:
         raise InputError(f"real data {path}: pictures are cropped to squares; this student draws {shape[1]} x {size}")

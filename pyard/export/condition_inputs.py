@@ -67,7 +67,7 @@ class ConditionInputs:
             self.inputs = _of_examples(self._examples, PromptTable.free_sizes if student.config.text is not None else {})
         else:
             raise InputError(
-                "this student has no table of conditions; give export_onnx examples=[…], conditions to trace it with"
+                "this student has no table of conditions; in Python, give export_onnx examples=[…], conditions to trace it with"
             )
         free = [size for item in self.inputs for size in item.sizes if isinstance(size, str)]
         self.traced_sizes: dict[str, int] = dict(zip(dict.fromkeys(free), _TRACED_SIZES, strict=False))

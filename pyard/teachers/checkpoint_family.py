@@ -120,7 +120,8 @@ def schedule_in(args: Mapping[str, Any], family: Family, path: Path) -> NoiseSch
             return values[default if found is None else found]
         except (KeyError, TypeError):
             raise InputError(
-                f"{path}: its settings say {name}={found!r}; expected one of {', '.join(map(repr, values))}, or give schedule="
+                f"{path}: its settings say {name}={found!r}; expected one of {', '.join(map(repr, values))}, or in Python "
+                "load_teacher(…, schedule=NoiseSchedule(…))"
             ) from None
 
     if family == "dit":

@@ -79,8 +79,8 @@ def load_diffusers(path: str | Path, *, schedule: NoiseSchedule | None = None) -
     if schedule is None:
         if not (home / "scheduler").is_dir():
             raise InputError(
-                f"{folder} has no scheduler ({home / 'scheduler'}), so its noise schedule is unknown; give "
-                "schedule=NoiseSchedule(…), or the folder of the whole pipeline"
+                f"{folder} has no scheduler ({home / 'scheduler'}), so its noise schedule is unknown; give the "
+                "folder of the whole pipeline, or in Python load_teacher(…, schedule=NoiseSchedule(…))"
             )
         schedule = load_schedule(home / "scheduler")
     transformer = read_pretrained(DiTTransformer2DModel, folder, torch_dtype=torch.float32, variant=_variant(folder))
