@@ -61,13 +61,17 @@ class Description:
     def __str__(self) -> str:
         passes = ", ".join(_short(flops, "FLOPs") for flops in self.flops_per_pass)
         trained = "" if self.trainable_parameters == self.parameters else f", {_short(self.trainable_parameters, '')} trained"
+        whose = "" if self.teacher is None else "student "
+        rows = [
+            ("steps", f"{self.num_steps}, history in the lowest {self.history_layers} layers"),
+            ("parameters", f"{_short(self.parameters, '')}{trained}"),
+            ("per pass", passes),
+            ("per image", _short(self.flops_per_image, "FLOPs")),
+            ("per update", f"{_short(self.flops_per_update, 'FLOPs')} a trajectory"),
+        ]
         return "\n".join([
             *([] if self.teacher is None else [str(self.teacher)]),
-            f"steps              {self.num_steps}, history in the lowest {self.history_layers} layers",
-            f"parameters         {_short(self.parameters, '')}{trained}",
-            f"per pass           {passes}",
-            f"per image          {_short(self.flops_per_image, 'FLOPs')}",
-            f"per update         {_short(self.flops_per_update, 'FLOPs')} a trajectory",
+            *(f"{whose + name:<18} {text}" for name, text in rows),
             f"cache per image    {_short(self.cache_bytes, 'B')}",
             f"cost of history    +{self.history_percent:.2f} % of the FLOPs without",
         ])  # fmt: skip

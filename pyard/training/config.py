@@ -302,6 +302,10 @@ def recipe_file(name: str | Path) -> Path:
     stem = Path(name).stem if str(name) in (Path(name).stem, f"recipes/{Path(name).stem}.yaml") else ""
     if Path(name).is_file() or stem not in own:
         if not Path(name).is_file():
-            raise InputError(f"recipe {name}: no such file; expected a YAML file, or one of {', '.join(sorted(own))}")
+            what = "that is a folder" if Path(name).is_dir() else "no such file"
+            raise InputError(
+                f"recipe {name}: {what}; expected a YAML file, or one of {', '.join(sorted(own))}; "
+                "`pyard train ... --print_config > FILE` writes the settings of any other run to a file"
+            )
         return Path(name)
     return own[stem]

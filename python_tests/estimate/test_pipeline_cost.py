@@ -320,7 +320,12 @@ def test_describe_answers_for_teachers_and_students(folder, tmp_path, capsys):
     teacher = load_teacher(folder)
     passes = teacher.teacher_steps * (1 if teacher.cfg_scale == 1 else 2)
     assert f"{teacher.teacher_steps} steps, {passes} passes" in printed
-    assert "steps              2, history in the lowest 1 layers" in printed
+    assert "student steps      2, history in the lowest 1 layers" in printed
+    names = [line[:18].rstrip() for line in printed.splitlines()]
+    assert names == [
+        "teacher", "student steps", "student parameters", "student per pass", "student per image", "student per update",
+        "cache per image", "cost of history",
+    ]  # fmt: skip
     if folder.name != "sd3":
         return
     student = Student.from_teacher(

@@ -313,6 +313,11 @@ def test_wrong_questions(tmp_path, capsys):
     ):  # fmt: skip
         assert main(["estimate", recipe, *flags]) == 2
         assert message in capsys.readouterr().err
+    for name, what in ((str(tmp_path), "that is a folder"), (str(tmp_path / "recipe.yaml"), "no such file")):
+        assert main(["estimate", name]) == 2
+        found = capsys.readouterr().err
+        assert f"recipe {name}: {what}; expected a YAML file, or one of digits" in found
+        assert "`pyard train ... --print_config > FILE` writes the settings of any other run to a file" in found
     for content, message in (("teacher: [", "not valid YAML"), ("- 1", "found a list"), ("techer: digits", "techer")):
         (tmp_path / "recipe.yaml").write_text(content)
         assert main(["estimate", str(tmp_path / "recipe.yaml")]) == 2
