@@ -334,7 +334,9 @@ def test_describe_answers_for_teachers_and_students(folder, tmp_path, capsys):
     student.save_pretrained(tmp_path / "student")
     assert main(["describe", str(tmp_path / "student")]) == 0
     numbers = capsys.readouterr().out.splitlines()
-    assert numbers == printed.splitlines()[1:]
+    # The same, but those of a teacher's student say whose they are.
+    assert [line[19:] for line in numbers] == [line[19:] for line in printed.splitlines()[1:]]
+    assert numbers[0] == "steps              2, history in the lowest 1 layers"
     assert main(["describe", str(tmp_path / "student"), "--num_steps", "2"]) == 2
     assert "is a student, which has its own" in capsys.readouterr().err
 
