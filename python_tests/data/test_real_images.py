@@ -131,7 +131,7 @@ def test_other_pictures_and_broken_ones_are_named(tmp_path):
     (folder / ".thumbnails").mkdir()
     shutil.copy(folder / "cat" / "1.png", folder / ".thumbnails")
     cached_images(folder, tmp_path / "cache", (3, 8, 8), None)  # a hidden folder is no class
-    with pytest.raises(InputError, match="latents needs a VAE"):
+    with pytest.raises(InputError, match=r"latents needs a VAE: .*`pyard convert \.\.\. --vae FOLDER` writes one"):
         cached_images(folder, tmp_path / "latents", (4, 8, 8), None)
     (folder / "cat" / "x.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match=r"x\.png cannot be read as a picture"):

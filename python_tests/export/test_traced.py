@@ -182,7 +182,7 @@ def test_a_student_without_a_table_is_traced_with_examples(tmp_path: Path) -> No
     student = student_of(MyBackbone(MyConfig()))
     examples = [prompts().take([0, 2]), prompts().take([1])]
     student.conditions = None
-    with pytest.raises(InputError, match="give export_onnx examples="):
+    with pytest.raises(InputError, match="in Python, give export_onnx examples="):
         export_onnx(student, tmp_path / "student.onnx")
     export_onnx(student, tmp_path / "student.onnx", form="step", examples=examples)
     exported = OnnxStudent(tmp_path / "student.onnx", providers=["CPUExecutionProvider"])

@@ -169,7 +169,7 @@ def test_repa_e_brings_the_statistics_of_its_latents(tmp_path: Path):
 
 @pytest.mark.parametrize(("args", "message"), [
     (dict(model="SiT-S/2", path_type="Cosine"), "path_type='Cosine'; expected one of 'Linear', 'GVP', 'VP'"),
-    (dict(model="SiT-S/2", prediction="x"), "prediction='x'; expected one of"),
+    (dict(model="SiT-S/2", prediction="x"), r"prediction='x'; expected one of .*, or in Python load_teacher\(…, schedule="),
     (dict(model="SiT-S/2", enc_type="x", prediction="velocity"), "prediction='velocity'; expected one of 'v'"),
     (dict(model="DiT-S/2", noise_schedule="cosine"), "noise_schedule='cosine'"),
 ])  # fmt: skip
