@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import runpy
 import shlex
@@ -12,6 +13,7 @@ import pytest
 from tiny_pipelines import tiny_pipeline
 
 from pyard.cli.command_line import main
+from pyard.training import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 WHOLE = (ROOT / "docs" / "text-to-image.md").read_text(encoding="utf-8")
@@ -20,7 +22,8 @@ BEFORE, REST = WHOLE.split("## Export and serve\n")
 EXPORT, AFTER = REST.split("\n## ", 1)
 PAGE = f"{BEFORE}## {AFTER}"
 # The page's sizes, and those of the tiny pipeline.
-SMALLER = {"100000": "4", "50_000": "4", "1024": "32", "832": "24", "1216": "48", "runs/": "runs/"}
+SMALLER = {"100000": "4", "50_000": "4", "(1024, 1024)": "(32, 32)", "832": "24", "1216": "48"}
+TINY: dict[str, Any] = dict(batch_size=2, max_steps=2, gradient_accumulation=1, lora_rank=2)
 
 
 def small(text: str) -> str:
@@ -44,14 +47,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_commands(until: Path | None = None) -> None:
     """Run the page's commands in the working folder; with `until`, only until that path exists."""
-    # What a small machine leaves out: batches of 64, and thousands of updates.
-    more = {"trajectories": ["--batch_size", "2"], "train": ["--batch_size", "2", "--max_steps", "2"]}
-    for command in small("".join(blocks(""))).replace("\\\n", " ").strip().splitlines():
+    # What a small machine leaves out: eight processes, batches of 64, and thousands of updates.
+    training = "--parallel ddp --num_trajectories none --batch_size 2 --max_steps 2 --gradient_accumulation 1"
+    more = {"trajectories": "--batch_size 2", "train": training}
+    text = small("".join(blocks(""))).replace("\\\n", " ").replace("torchrun --nproc-per-node 8 -m ", "")
+    for command in text.replace(" --num_trajectories none", "").strip().splitlines():
         if until is not None and until.exists():
             break
         name, *words = shlex.split(command)
         assert name == "pyard"
-        assert main([*words, *more.get(words[0], [])]) == 0, command
+        flags = more.get(words[0], "") + (" --lora_rank 2" if "sd35-medium-1024-lora" in words else "")
+        assert main([*words, *flags.split()]) == 0, command
 
 
 def test_the_page_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,8 +69,8 @@ def test_the_page_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (folder / "sd35-stock" / "README.md").is_file()
     train, generate = pyard.train, pyard.generate_trajectories
 
-    def train_a_little(*args: Any, **settings: Any) -> Any:
-        return train(*args, **settings, batch_size=2, max_steps=2, progress=False)
+    def train_a_little(config: TrainConfig) -> Any:
+        return train(dataclasses.replace(config, **TINY, progress=False))
 
     def generate_a_little(*args: Any, **settings: Any) -> Any:
         return generate(*args, **settings, batch_size=2, progress=False)
