@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from pyard.models.codec import AUTOENCODERS, LatentCodec, require_latent_codec
 from pyard.models.hub import local_folder, push_folder
 from pyard.models.pretrained import check_files, check_model_folder
 from pyard.models.student import Student
-from pyard.models.student_config import TextSource
+from pyard.sampling.call_arguments import check_call, given_embeddings, text_of, warn_of_ignored
 from pyard.sampling.draw import condition_numbers as numbers_of
 from pyard.sampling.prompts import encode_prompts, shape_of_pixels, text_encoder_of
 from pyard.storage.files import write_text
@@ -140,20 +139,29 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
             network: class of the student's backbone, if it is not one of pyard's families, or "package.module:Class".
             pipeline: for a text-to-image student's run folder, the diffusers pipeline from which its text encoders are read,
                 and for a LoRA student also the frozen weights; None: its teacher's pipeline, at its path during training.
-            kwargs: options of `diffusers.DiffusionPipeline.from_pretrained`; for a run or student's folder, only `dtype`.
+            kwargs: options of `diffusers.DiffusionPipeline.from_pretrained`; for a run or student's folder, `dtype`, and
+                components to use in place of the folder's, such as `vae`. Without `dtype`, text encoders have the dtype in
+                which they encoded the trajectories' prompts.
 
         Raises:
-            InputError: there is no student, the folder's index names components that pyard's pipelines do not have, or text
-                encoders are missing.
+            InputError: there is no student, an option is unknown, the folder's index names components that pyard's pipelines do
+                not have, or text encoders are missing.
         """
         names = ("revision", "token", "cache_dir", "local_files_only", "force_download")
         path = local_folder(pretrained_model_name_or_path, **{name: kwargs[name] for name in names if name in kwargs})
         if not (path / cls.config_name).is_file():
+            components = {name: kwargs[name] for name in ("vae", *TEXT_COMPONENTS) if name in kwargs}
+            unknown = sorted(kwargs.keys() - {*components, *names, "dtype", "torch_dtype"})
+            if unknown:
+                raise InputError(
+                    f"ARDPipeline.from_pretrained: {path} holds a student, for which {unknown[0]} means nothing; "
+                    f"expected dtype, or components: vae, {', '.join(TEXT_COMPONENTS)}"
+                )
             student = _cast(Student.from_pretrained(path, network=network, base=pipeline), kwargs)
             if student.config.text is None:
-                return cls(student)
-            encoder = text_encoder_of(student, folder=pipeline)
-            return cls(student, None, **encoder.components())
+                return cls(student, **components)
+            encoder = text_encoder_of(student, folder=pipeline, dtype=_dtype_of(kwargs))
+            return cls(student, **{**encoder.components(leave_out=components), **components})
         # diffusers imports what the index names, but a folder must not name code to run.
         index = read_object(path / cls.config_name, "the index of a pipeline")
         known = {"student": [[_HERE, "StudentModel"]], "vae": [["diffusers", kind] for kind in AUTOENCODERS]}
@@ -170,6 +178,8 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
                 )
         if "student" not in kwargs:
             kwargs["student"] = StudentModel.from_pretrained(path / "student", network=network, **kwargs)
+        if _dtype_of(kwargs) is None:
+            kwargs["torch_dtype"] = _dtypes_of_encoders(kwargs["student"].student)
         for name in index:
             if name != "student":
                 check = check_model_folder if (path / name / "config.json").exists() else check_files
@@ -240,7 +250,7 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        prompt_embeds: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | list[torch.Tensor] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, float, dict[str, Any]], dict[str, Any] | None] | None = None,
@@ -248,8 +258,12 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
         negative_prompt: str | Sequence[str] | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        true_cfg_scale: float | None = None,
         pooled_prompt_embeds: torch.Tensor | None = None,
         prompt_embeds_mask: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        max_sequence_length: int | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         class_labels: list[int | str] | None = None,
         condition_numbers: list[int] | None = None,
         condition: Condition | None = None,
@@ -263,7 +277,7 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
             num_images_per_prompt: images of each prompt, side by side in the result.
             generator: generator of the initial noise, as in every diffusers pipeline; one, or one for each image.
             latents: initial noise [n, C, h, w] to use instead of the generator's.
-            prompt_embeds: token embeddings [n, tokens, D] to use instead of prompts.
+            prompt_embeds: token embeddings [n, tokens, D] to use instead of prompts, or a list of [tokens, D].
             output_type: `pil`, `np` (float32 [n, H, W, C], 0 to 1), `pt` ([n, C, H, W], 0 to 1) or `latent` (the student's own
                 samples).
             return_dict: return an `ImagePipelineOutput` with `images`, else a tuple of them.
@@ -272,8 +286,12 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
             negative_prompt: ignored with a warning: guidance was distilled into the student.
             num_inference_steps: the student's own number of steps; it has no other.
             guidance_scale: ignored with a warning, as negative_prompt is, unless it is the embedded guidance of its training.
+            true_cfg_scale: ignored with a warning, unless it is 1.
             pooled_prompt_embeds: pooled embeddings [n, E] to use with prompt_embeds, if the student's family has them.
             prompt_embeds_mask: bool [n, tokens], which of prompt_embeds are text and not padding; None: all.
+            prompt_attention_mask: another name for prompt_embeds_mask.
+            max_sequence_length: that of the student's training, which has no other.
+            callback_on_step_end_tensor_inputs: only `latents` can be given to the callback.
             class_labels: class numbers, or names if the student has class names.
             condition_numbers: row numbers of the student's table of conditions.
             condition: the condition's tensors, with n rows.
@@ -287,23 +305,23 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
         given = (prompt, prompt_embeds, class_labels, condition_numbers, condition)
         if sum(value is not None for value in given) != 1:
             raise InputError("expected one of prompt, prompt_embeds, class_labels, condition_numbers and condition")
-        if num_inference_steps not in (None, student.num_steps):
-            raise InputError(f"num_inference_steps is {num_inference_steps}; this student draws in {student.num_steps} steps")
-        if num_images_per_prompt < 1:
-            raise InputError(f"num_images_per_prompt is {num_images_per_prompt}; expected at least 1")
-        text = student.config.text
-        own_guidance = {None, 0, 1} if text is None else {None, 0, 1, text.constants.get("guidance")}
-        ignored = [*["negative_prompt"] * bool(negative_prompt), *["guidance_scale"] * (guidance_scale not in own_guidance)]
-        if ignored:
-            names = " and ".join(ignored) + (" is" if len(ignored) == 1 else " are")
-            warnings.warn(f"{names} ignored: the student has its teacher's guidance in its weights", stacklevel=2)
+        check_call(
+            student,
+            num_inference_steps=num_inference_steps,
+            num_images_per_prompt=num_images_per_prompt,
+            max_sequence_length=max_sequence_length,
+            callback_inputs=callback_on_step_end_tensor_inputs,
+            output_type=output_type,
+        )
+        warn_of_ignored(student, negative_prompt, guidance_scale, true_cfg_scale)
         if prompt is not None:
             texts = [prompt] if isinstance(prompt, str) else prompt
             if not isinstance(texts, Sequence) or not all(isinstance(one, str) for one in texts):
                 raise InputError(f"prompt is {prompt!r:.60}; expected a text or a list of texts")
-            condition = encode_prompts(self._text_encoder(), texts, _text_of(student).constants)
+            condition = encode_prompts(self._text_encoder(), texts, text_of(student).constants)
         elif prompt_embeds is not None:
-            condition = _given(student, prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask)
+            mask = prompt_attention_mask if prompt_embeds_mask is None else prompt_embeds_mask
+            condition = given_embeddings(student, prompt_embeds, pooled_prompt_embeds, mask)
         elif condition is None:
             wanted: Sequence[int | str] | None = condition_numbers if class_labels is None else class_labels
             assert wanted is not None
@@ -313,6 +331,8 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
             sample_shape = tuple(latents.shape[1:]) if latents is not None else shape_of_pixels(student, height, width)
         shape = (condition.batch_size, *student.trained_shape(sample_shape))
         if latents is None:
+            if isinstance(generator, list) and len(generator) != shape[0]:
+                raise InputError(f"generator is a list of {len(generator)}; expected one generator, or {shape[0]} of them")
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if tuple(latents.shape) != shape:
             raise InputError(f"latents of shape {tuple(latents.shape)}; expected {shape}")
@@ -336,7 +356,7 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
         )
 
     def _text_encoder(self) -> PipelineTextEncoder:
-        text = _text_of(self.student.student)
+        text = text_of(self.student.student)
         components = {name: getattr(self, name, None) for name in TEXT_COMPONENTS}
         if components["tokenizer"] is None or components["text_encoder"] is None:
             raise InputError(
@@ -351,8 +371,6 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
         )
 
     def _images(self, sample: torch.Tensor, output_type: str) -> Any:
-        if output_type not in ("pil", "np", "pt"):
-            raise InputError(f"output_type is {output_type!r}; expected pil, np, pt or latent")
         if self.vae is not None:
             sample = LatentCodec(self.vae).decode(sample)
         elif sample.ndim != 4 or sample.shape[1] not in (1, 3):
@@ -367,40 +385,17 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
         return self.numpy_to_pil(array) if output_type == "pil" else array
 
 
-def _cast(student: Student, options: dict[str, Any]) -> Student:
+def _dtype_of(options: Mapping[str, Any]) -> Any:
     # diffusers is renaming torch_dtype to dtype and passes on either.
-    dtype = options.get("dtype") or options.get("torch_dtype")
-    return student if dtype is None else student.to(dtype)
+    return options.get("dtype") or options.get("torch_dtype")
 
 
-def _text_of(student: Student) -> TextSource:
-    if student.config.text is None:
-        raise InputError("prompt: this student was not made from a text-to-image pipeline; give class_labels or a condition")
-    return student.config.text
+def _cast(student: Student, options: Mapping[str, Any]) -> Student:
+    dtype = _dtype_of(options)
+    return student.to(dtype) if isinstance(dtype, torch.dtype) else student
 
 
-def _given(student: Student, tokens: torch.Tensor, pooled: torch.Tensor | None, mask: torch.Tensor | None) -> Condition:
-    """The condition of embeddings that the caller computed; an InputError if they do not fit the student."""
-    text = _text_of(student)
-    wanted = PIPELINES[text.pipeline].encode.shape(getattr(student.config.network, "transformer", {}), 1)
-    n = len(tokens)
-    found = {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled, "prompt_embeds_mask": mask}
-    expected = {
-        "prompt_embeds": f"[n, tokens, {wanted.width}]",
-        "pooled_prompt_embeds": "none" if wanted.pooled is None else f"[{n}, {wanted.pooled}]",
-        "prompt_embeds_mask": f"[{n}, {tokens.shape[1] if tokens.ndim > 1 else 'tokens'}], or none",
-    }
-    fits = {
-        "prompt_embeds": tokens.ndim == 3 and tokens.shape[2] == wanted.width and 0 not in tokens.shape,
-        "pooled_prompt_embeds": (None if pooled is None else tuple(pooled.shape))
-        == (None if wanted.pooled is None else (n, wanted.pooled)),
-        "prompt_embeds_mask": mask is None or tuple(mask.shape) == tuple(tokens.shape[:2]),
-    }
-    for name, is_right in fits.items():
-        if not is_right:
-            shape = "none" if found[name] is None else list(found[name].shape)  # type: ignore[union-attr]
-            raise InputError(f"{name}: found {shape}; expected {expected[name]}")
-    tensors = {"tokens": tokens, "mask": torch.ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask.bool()}
-    if pooled is not None:
-        tensors["pooled"] = pooled
-    return Condition({**tensors, **{name: torch.full((n,), value) for name, value in text.constants.items()}})
+def _dtypes_of_encoders(student: Student) -> dict[str, torch.dtype]:
+    """Dtypes of a pipeline's components, as diffusers takes them: text encoders are read as for the trajectories' prompts."""
+    told = None if student.config.text is None else student.config.text.read_with.get("dtype")
+    return {} if told is None else {name: getattr(torch, told) for name in TEXT_COMPONENTS if name.startswith("text_encoder")}

@@ -243,12 +243,16 @@ class Encoding:
         write_atomically(self.folder / INDEX_NAME, save(index))
         write_atomically(self.folder / ABOUT_NAME, to_bytes(record.to_json()))
         if cut:
-            warnings.warn(
-                f"{len(cut)} of {len(distinct.texts)} distinct texts are longer than the text encoder's limit and were cut, "
-                f"for example {_short(distinct.texts[cut[0]])}",
-                stacklevel=4,
-            )
+            warnings.warn(cut_texts([distinct.texts[number] for number in cut], len(distinct.texts)), stacklevel=4)
         return PromptTable(self.folder)
+
+
+def cut_texts(cut: Sequence[str], distinct: int) -> str:
+    """What a warning says of texts that an encoder cut, of a number of distinct ones."""
+    return (
+        f"{len(cut)} of {distinct} distinct texts are longer than the text encoder's limit and were cut, for example "
+        f"{_short(cut[0])}"
+    )
 
 
 def _holds(path: Path, content: bytes) -> bool:

@@ -178,7 +178,7 @@ def _texts(student: Student, source: str | Path) -> tuple[TextEncoders | None, l
             f"this student uses the text encoders of the pipeline in {place}, which does not exist; give another copy of "
             "it: --text_encoders PATH, or --text_encoders none"
         )
-    encoder = text_encoder_of(student, folder=place)
+    encoder = text_encoder_of(student, folder=place, dtype=next(student.trunk.parameters()).dtype)
     return TextEncoders(encoder, settings), [encode_prompts(encoder, [prompt], text.constants) for prompt in PARITY_PROMPTS]
 
 

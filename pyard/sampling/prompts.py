@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,15 +11,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from pyard.conditions import Condition
+from pyard.conditions.prompt_encoding import cut_texts
 from pyard.conditions.prompt_file import read_prompts
 from pyard.conditions.prompts import TextEncoder
 from pyard.errors import InputError
+from pyard.storage.numbers import whole_number
 
 if TYPE_CHECKING:
     from pyard.models.student import Student
     from pyard.teachers.text_to_image import PipelineTextEncoder
 
 _BATCH = 16
+# A single word with a suffix, which is rather a name that was misspelt than a prompt.
+_FILE_NAME = re.compile(r"\S+\.[A-Za-z]\w{1,4}")
 
 
 def texts_of(prompts: str | Path | Sequence[str]) -> list[str]:
@@ -26,7 +32,13 @@ def texts_of(prompts: str | Path | Sequence[str]) -> list[str]:
     Raises:
         InputError: the file cannot be read, or there are no prompts.
     """
+    if isinstance(prompts, str) and not prompts.strip():
+        raise InputError("prompts: the text is empty; expected a text or a file of prompts")
     if isinstance(prompts, str) and Path(prompts).suffix.lower() not in (".txt", ".jsonl") and not _exists(prompts):
+        if _FILE_NAME.fullmatch(prompts):
+            raise InputError(
+                f"prompts: no such file: {prompts}; give a prompt that looks like the name of a file in a list or a file"
+            )
         return [prompts]
     return [line.prompt for line in read_prompts(prompts)]
 
@@ -48,17 +60,24 @@ def encode_prompts(encoder: TextEncoder, texts: Sequence[str], constants: Mappin
 
     Raises:
         InputError: there are no texts.
+
+    Warns:
+        UserWarning: texts were cut at the encoder's limit.
     """
     if not texts:
         raise InputError("prompts: the list is empty; expected at least one prompt")
     distinct = list(dict.fromkeys(texts))
     rows: dict[str, Condition] = {}
+    cut: list[str] = []
     for begin in range(0, len(distinct), _BATCH):
         batch = distinct[begin : begin + _BATCH]
         for text, encoded in zip(batch, encoder.encode(batch), strict=True):
             tensors = {name: tensor[None] for name, tensor in encoded.tensors.items()}
             tensors["mask"] = torch.ones(tensors["tokens"].shape[:2], dtype=torch.bool)
+            cut += [text] if encoded.cut else []
             rows[text] = Condition({**tensors, **{name: torch.tensor([value]) for name, value in constants.items()}})
+    if cut:
+        warnings.warn(cut_texts(cut, len(distinct)), stacklevel=3)
     return Condition.cat([rows[text] for text in texts])
 
 
@@ -79,14 +98,19 @@ def condition_of_prompts(student: Student, texts: Sequence[str], *, folder: str 
 
 
 def text_encoder_of(
-    student: Student, *, folder: str | Path | None = None, device: torch.device | str = "cpu"
+    student: Student,
+    *,
+    folder: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> PipelineTextEncoder:
-    """The text encoder of a student's pipeline, in the dtype that the student computes in.
+    """The text encoder of a student's pipeline, read as it was for the student's trajectories.
 
     Args:
         student: a student made from a text-to-image pipeline.
         folder: the pipeline's folder; None: its path during training.
         device: the device to encode on.
+        dtype: dtype of the encoders' weights; None: that of the trajectories, or if it is not known, the student's.
 
     Raises:
         InputError: the student does not draw from prompts, or its pipeline's folder is missing.
@@ -102,11 +126,13 @@ def text_encoder_of(
             f"prompts: this student uses the text encoders of the pipeline in {place}, which does not exist; "
             "restore it, or give another copy of it: pipeline=PATH, --pipeline PATH"
         )
+    told = text.read_with.get("dtype")
     return PipelineTextEncoder(
         place,
         PIPELINES[text.pipeline],
         max_sequence_length=text.max_sequence_length,
-        dtype=next(student.trunk.parameters()).dtype,
+        dtype=dtype or (next(student.trunk.parameters()).dtype if told is None else getattr(torch, told)),
+        variant=text.read_with.get("variant") if folder is None else None,
         device=device,
     )
 
@@ -123,7 +149,7 @@ def shape_of_pixels(student: Student, height: int | None, width: int | None) -> 
     factor = getattr(student.config.network, "pixels", None) or _pixels_of(student)
     sides = []
     for name, pixels, side in (("height", height, usual[-2]), ("width", width, usual[-1])):
-        if pixels is not None and pixels % factor:
+        if pixels is not None and whole_number(name, pixels, 1, 2**20) % factor:
             raise InputError(f"{name} is {pixels} pixels; expected a multiple of {factor}")
         sides.append(side if pixels is None else pixels // factor)
     return student.trained_shape((*usual[:-2], *sides))

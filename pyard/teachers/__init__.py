@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,6 +21,7 @@ __all__ = ["Family", "Teacher", "load_teacher"]
 
 # The pipeline folder of the built-in text-to-image teacher, which `pyard.teachers.scenes_text.teach` makes.
 SCENES_TEXT = Path(__file__).parent / "data" / "scenes-text"
+_BUILT_IN = ("digits", "scenes-text")
 
 # Which code a checkpoint with DiT's tensor names belongs to; REPA-E's are `repa`, too.
 Family = Literal["dit", "sit", "repa", "lightningdit"]
@@ -120,6 +122,17 @@ def pipeline_folder(source: str | Path) -> Path | None:
     return path if is_pipeline_folder(path) else None
 
 
+def require_teacher(source: str | Path) -> None:
+    """Raises InputError if `source` names no built-in teacher and no file or folder."""
+    if str(source) not in _BUILT_IN and not Path(source).exists():
+        download = f"; if it is a name on the Hugging Face hub, run: hf download {source} --local-dir FOLDER"
+        is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) is not None
+        raise InputError(
+            f"teacher {str(source)!r}: neither a built-in teacher ({', '.join(_BUILT_IN)}) nor an existing file or folder"
+            + (download if is_hub_name else "")
+        )
+
+
 def _load(
     source: str | Path,
     family: Family | None,
@@ -136,10 +149,7 @@ def _load(
         from pyard.teachers.digits import digits_teacher
 
         return digits_teacher()
-    if not path.exists():
-        raise InputError(
-            f"teacher {str(source)!r}: neither a built-in teacher (digits, scenes-text) nor an existing file or folder"
-        )
+    require_teacher(source)
     if path.is_file():
         from pyard.teachers.dit_checkpoint import load_checkpoint
 

@@ -76,9 +76,10 @@ class Processes:
         self.reopens = parallel == "fsdp" and self.world == 1 and is_finished
         if parallel == "fsdp" and not self.reopens and (self.world == 1 or mixed_precision == "fp16"):
             raise InputError(
-                f"training: parallel 'fsdp' on {self.world} processes in {mixed_precision}; expected several processes "
-                "(torchrun), and 'bf16' or 'no', since the loss scaling of fp16 does not support shards. `pyard consolidate` "
-                "converts a checkpoint of an unfinished run into a student"
+                f"training: parallel 'fsdp' on {_count(self.world)} in {mixed_precision}; expected several processes "
+                "(torchrun --nproc-per-node 8 -m pyard train ...; on one GPU, give parallel='ddp'), and 'bf16' or 'no', since the "
+                "loss scaling of fp16 does not support shards. `pyard consolidate` converts a checkpoint of an unfinished run "
+                "into a student"
             )
         self.sharded = parallel == "fsdp" and not self.reopens
         self._dtype = _DTYPES.get(mixed_precision)
@@ -268,3 +269,7 @@ def memory_advice(
             f"out of memory with a micro-batch of {batch} samples per process, S = {num_steps} steps and T = {tokens} tokens "
             f"per step; {helping}. ({str(error).splitlines()[0]})"
         ) from error
+
+
+def _count(processes: int) -> str:
+    return "one process" if processes == 1 else f"{processes} processes"

@@ -23,7 +23,7 @@ from pyard.errors import InputError
 from pyard.storage.disk import require_room
 from pyard.storage.typed import checked
 from pyard.storage.units import format_bytes, format_seconds
-from pyard.teachers import Teacher, load_teacher, pipeline_folder
+from pyard.teachers import Teacher, load_teacher, pipeline_folder, require_teacher
 from pyard.teachers.text_to_image.teacher import PipelineTeacher
 from pyard.trajectories.batch_size import USUAL, default_batch_size
 from pyard.trajectories.compute import compiled, compute_batch, device_name, drawn_ahead, pack_shard, warm_up
@@ -168,6 +168,7 @@ def generate_trajectories(
         raise InputError(f"trajectories: {out} is a file; expected a folder or a new path")
     lines = None if prompts is None else read_prompts(prompts)
     if isinstance(teacher, str | Path):
+        require_teacher(teacher)
         if pipeline_folder(teacher) is None:  # before the built-in teacher is trained
             check_classes(lines, embedded_guidance)
             if height is not None or width is not None:

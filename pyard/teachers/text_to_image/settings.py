@@ -81,12 +81,14 @@ class PipelineSettings:
             embedded_guidance: guidance scale to pass to the transformer; None: the pipeline's default.
 
         Raises:
-            InputError: a value is given, but the transformer takes none.
+            InputError: a value is given, but the transformer takes none; or none is given, and the pipeline has no default.
         """
+        if embedded_guidance is not None and self.configs.transformer.get("guidance_embeds"):
+            return {"guidance": float(embedded_guidance)}
         default = self.family.embedded_guidance(self.configs)
         if default is None and embedded_guidance is not None:
             raise InputError(
                 f"embedded_guidance is {embedded_guidance:g}, but the transformer of this {self.family.pipeline} takes none; "
                 "use cfg_scale"
             )
-        return {} if default is None else {"guidance": float(default if embedded_guidance is None else embedded_guidance)}
+        return {} if default is None else {"guidance": float(default)}

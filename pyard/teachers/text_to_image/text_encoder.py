@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,13 @@ class PipelineTextEncoder:
         made._pipeline = made._empty_pipeline(components, transformer)
         return made
 
-    def components(self) -> dict[str, Any]:
-        """Tokenizers and text encoders, by their names in the pipeline."""
+    def components(self, leave_out: Container[str] = ()) -> dict[str, Any]:
+        """Tokenizers and text encoders, by their names in the pipeline; those to leave out are not read.
+
+        Args:
+            leave_out: names of components.
+        """
+        self._components = [part for part in self._components if part.name not in leave_out]
         if self._pipeline is None:
             self._pipeline = self._load()
         names = self.family.encoders
