@@ -63,7 +63,7 @@ def estimate(
     once, in the precision of the trajectories; averages, moments and gradients count only for what is trained. Expect the
     estimate to be right within a quarter; CUDA itself takes 0.5 GB more.
 
-    Example: pyard estimate recipes/imagenet256-dit-xl2.yaml --device H100 --gpus 8
+    Example: pyard estimate imagenet256-dit-xl2 --device H100 --gpus 8
 
     Args:
         recipe: YAML of `pyard train`, or the name of one of pyard's. Its teacher may be a published name (DiT-XL/2,

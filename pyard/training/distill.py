@@ -68,7 +68,7 @@ def train(
     `log.jsonl` and `checkpoints/`; with `evaluate_every`, also `exposure_bias.jsonl`, `tensorboard/`, and, in `grids/`,
     pictures of the first prompts or of 20 samples of the classes in turn.
 
-    Example: pyard train --config recipes/digits.yaml --out runs/digits
+    Example: pyard train --config digits --out runs/digits
 
     Args:
         teacher: `digits`, a teacher's folder, or a teacher; or a whole `TrainConfig` as the only argument.
@@ -127,7 +127,7 @@ def train_command(config: TrainConfig) -> None:
     was not. SIGTERM and SIGUSR1 make a run write a checkpoint and end with status 75, Ctrl-C with status 130. Several processes
     share the work: torchrun --nproc-per-node 8 -m pyard train ...
 
-    Example: pyard train --config recipes/digits.yaml --out runs/digits
+    Example: pyard train --config digits --out runs/digits
     """
     from pyard.data.digits import DIGIT_SHAPE
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,20 @@ def test_settings_are_stored_resolved_and_make_the_same_run(tmp_path, monkeypatc
     before = changed.read_bytes()
     train(dataclasses.replace(stored, progress=False))  # the run folder accepts them as its own
     assert changed.read_bytes() == before
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_commands_of_a_recipe_give_its_name_and_converted_teachers(recipe):
+    """As the pages do, so that they run anywhere."""
+    head = recipe.read_text(encoding="utf-8").replace("\\\n#", "")
+    (command,) = re.findall(r"^# .*pyard train (.*)", head, re.MULTILINE)
+    words = command.split()
+    assert words[words.index("--config") + 1] == recipe.stem
+    if "imagenet" in recipe.stem:
+        teacher = words[words.index("--teacher") + 1]
+        assert teacher.startswith("teachers/")
+        made = head if "adversarial" not in recipe.stem else (recipe.parent / "imagenet256-dit-xl2.yaml").read_text("utf-8")
+        assert f"--out {teacher}\n" in made
 
 
 @pytest.mark.parametrize(("settings", "message"), [
