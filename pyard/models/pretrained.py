@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,11 @@ _COUNTS = re.compile(r"(?:^|_)(?<!window_)(?:layers|depth|blocks|layers_per_bloc
 _SIDES = re.compile(r"(?:^|_)(?:sample_size|image_size|input_size|pos_embed_max_size|resolution)$")
 _MOST_BY_NAME = ((_SIDES, 2**12), (re.compile(r"axes_lens"), 2**16), (re.compile(r"axes_dims"), 2**12),
                  (re.compile(r"theta|_id$|_ids$|base"), 2**53))  # fmt: skip
+# Names of the scale factors beside quantised weights: of scaled fp8 (ComfyUI, compressed-tensors), bitsandbytes, GPTQ.
+FACTORS = re.compile(r"(scale_weight|weight_scale|scale_input|input_scale|scaled_fp8|absmax|quant_map|qweight|qzeros)(\.|$|_)")
 _MOST = 2**24
 _MOST_ITEMS = 10**4
+_NUMBER = re.compile(r"\.\d+\.")
 # Numbers in a table of positions: of a small model, beside those of its weights; and of any there is.
 _SMALL_TABLE, _LARGEST_TABLE = 2**26, 2**29
 
@@ -38,7 +41,7 @@ def read_pretrained(kind: Any, folder: Path, *, whole: bool = False, **options: 
     Args:
         kind: a class of diffusers or transformers.
         folder: with `config.json` and weights.
-        whole: refuse weights that the model has no place for. Those of text encoders are often a part of a larger model's.
+        whole: refuse weights of more layers than the model has. Those of text encoders are often a part of a larger model's.
         options: of `from_pretrained`.
 
     Raises:
@@ -59,15 +62,30 @@ def read_pretrained(kind: Any, folder: Path, *, whole: bool = False, **options: 
     missing += [name for name, parameter in model.named_parameters() if parameter.is_meta and name not in missing]
     if missing:
         raise InputError(f"{folder}: its weights lack {len(missing)} tensors of a {kind.__name__}, such as {missing[0]}")
-    if whole and info["unexpected_keys"]:
-        left = sorted(info["unexpected_keys"])
+    left = layers_without_a_place(info["unexpected_keys"], model.state_dict()) if whole else []
+    if left:
         raise InputError(
             f"{folder}: its weights have {len(left)} tensors that the {kind.__name__} of its config.json has no place for, "
-            f"such as {left[0]}; if the model is right without them, save it again with diffusers "
-            "(from_pretrained, save_pretrained)"
+            f"such as {left[0]}; it may have more layers than the configuration says"
         )
     require_finite(model.state_dict(), folder)
     return model
+
+
+def layers_without_a_place(found: Iterable[str], wanted: Iterable[str]) -> list[str]:
+    """Tensors without which a model is another one: those of more layers, and factors of quantised weights.
+
+    Others that a model has no place for are harmless, such as the embedding of no caption in the published PixArt-alpha, which
+    its pipeline does not use.
+
+    Args:
+        found: names of tensors in a file.
+        wanted: names of the model's tensors.
+    """
+    wanted = set(wanted)
+    kinds = {_NUMBER.sub(".#.", name) for name in wanted}
+    left = sorted(set(found) - wanted)
+    return [name for name in left if _NUMBER.sub(".#.", name) in kinds or FACTORS.search(name)]
 
 
 def check_model_folder(folder: Path) -> dict[str, Any]:

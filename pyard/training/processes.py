@@ -77,9 +77,9 @@ class Processes:
         if parallel == "fsdp" and not self.reopens and (self.world == 1 or mixed_precision == "fp16"):
             raise InputError(
                 f"training: parallel 'fsdp' on {_count(self.world)} in {mixed_precision}; expected several processes "
-                "(torchrun --nproc-per-node 8 -m pyard train ...; on one GPU, give parallel='ddp'), and 'bf16' or 'no', since the "
-                "loss scaling of fp16 does not support shards. `pyard consolidate` converts a checkpoint of an unfinished run "
-                "into a student"
+                "(torchrun --nproc-per-node 8 -m pyard train ...; on one GPU, give parallel='ddp'), and 'bf16' or 'no', since "
+                "the loss scaling of fp16 does not support shards. `pyard consolidate` converts a checkpoint of an unfinished "
+                "run into a student"
             )
         self.sharded = parallel == "fsdp" and not self.reopens
         self._dtype = _DTYPES.get(mixed_precision)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -80,11 +81,26 @@ class WrappedBackbone(Backbone):
             transformer: the diffusers model; changed in place.
             sample_shape, time_scale, pixels: as in `WrappedConfig`.
         """
-        config = cls.config_class(dict(transformer.config), tuple(sample_shape), time_scale, pixels)
+        config = cls.config_class(cls.own_settings(transformer.config), tuple(sample_shape), time_scale, pixels)
         cls.check_settings(config)
         current = CurrentPass()
         head = take_output(transformer, cls.output_places, current)
         return Denoiser(cls(config, transformer, current), head)
+
+    @classmethod
+    def own_settings(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of the diffusers class, with defaults for those that a configuration lacks.
+
+        Published folders may have settings of an older class, which diffusers drops as well.
+
+        Args:
+            config: as in the transformer's `config.json`.
+        """
+        import diffusers
+
+        parameters = list(inspect.signature(getattr(diffusers, cls.transformer_name).__init__).parameters.values())[1:]
+        found = {one.name: config.get(one.name, one.default) for one in parameters}
+        return {name: value for name, value in found.items() if value is not inspect.Parameter.empty}
 
     @classmethod
     def check_settings(cls, config: WrappedConfig) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,14 @@ import torch
 from torch import nn
 
 from pyard.errors import InputError
-from pyard.models.pretrained import PICKLED_WEIGHTS, check_config, only_variant, read_pretrained
+from pyard.models.pretrained import (
+    FACTORS,
+    PICKLED_WEIGHTS,
+    check_config,
+    layers_without_a_place,
+    only_variant,
+    read_pretrained,
+)
 from pyard.models.wrapped.low_rank import Factors
 from pyard.storage.numbers import whole_number
 from pyard.storage.pickles import require_sound
@@ -22,8 +28,8 @@ from pyard.storage.tensor_files import read_safetensors, require_finite
 _NAME = "diffusion_pytorch_model"
 # Prefixes that checkpoints add to a transformer's own names.
 _PREFIXES = ("model.diffusion_model.", "transformer.", "module.", "model.", "")
-# Names of the scale factors beside quantised weights: of scaled fp8 (ComfyUI, compressed-tensors), bitsandbytes, GPTQ.
-_FACTORS = re.compile(r"(scale_weight|weight_scale|scale_input|input_scale|scaled_fp8|absmax|quant_map|qweight|qzeros)(\.|$|_)")
+# Published folders name the class that diffusers had before it split it: PixArt's do, and so do DiT's.
+_CLASS_SINCE = {("Transformer2DModel", "ada_norm_single"): "PixArtTransformer2DModel"}
 
 
 def read_transformer(
@@ -52,8 +58,9 @@ def read_transformer(
     if replacement is not None and replacement.is_file():
         return _from_single_file(kind, replacement, folder, dtype)
     folder = folder if replacement is None else _with_config(replacement)
-    found = _config(folder).get("_class_name")
-    if found != kind.__name__:
+    config = _config(folder)
+    found = config.get("_class_name")
+    if kind.__name__ not in (found, _CLASS_SINCE.get((str(found), str(config.get("norm_type"))))):
         raise InputError(f"{folder} holds a {found!s:.60}; expected a {kind.__name__}")
     return read_pretrained(kind, folder, whole=True, torch_dtype=dtype, variant=variant or only_variant(folder, _NAME)).eval()
 
@@ -177,7 +184,12 @@ def _from_single_file(kind: type[Any], file: Path, folder: Path, dtype: torch.dt
             if differing:
                 sizes = f"{tuple(own[differing[0]].shape)}, expected {tuple(wanted[differing[0]].shape)}"
                 raise InputError(f"transformer {file}: {differing[0]} is {sizes}; it has a different size than {folder}")
-            _require_none_left(own.keys() - wanted.keys(), kind, file, folder)
+            left = layers_without_a_place(own, wanted)
+            if left:
+                raise InputError(
+                    f"transformer {file}: it has {len(left)} tensors that the {kind.__name__} of {folder} has no place for, "
+                    f"such as {left[0]}; if it has more layers, give a folder with its own config.json"
+                )
             transformer.load_state_dict({name: own[name].clone() for name in wanted}, assign=True)
             return transformer.to(dtype).eval()
     if not hasattr(kind, "from_single_file"):
@@ -194,22 +206,12 @@ def _from_single_file(kind: type[Any], file: Path, folder: Path, dtype: torch.dt
 
 def _require_unquantised(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
     """Refuse weights that mean nothing without the factors beside them, which nobody here multiplies by."""
-    factors = [name for name in tensors if _FACTORS.search(name)]
+    factors = [name for name in tensors if FACTORS.search(name)]
     packed = [name for name, tensor in tensors.items() if tensor.dtype in (torch.int8, torch.uint8) and tensor.ndim > 0]
     if factors or packed:
         raise InputError(
             f"transformer {file}: it is quantised ({(factors or packed)[0]}), and its weights mean nothing without their "
             "factors; give the file in bfloat16, float16 or float32"
-        )
-
-
-def _require_none_left(left: Iterable[str], kind: type[Any], file: Path, folder: Path) -> None:
-    """Refuse what diffusers would drop, so that the teacher would not be the model in the file."""
-    left = sorted(left)
-    if left:
-        raise InputError(
-            f"transformer {file}: it has {len(left)} tensors that the {kind.__name__} of {folder} has no place for, such as "
-            f"{left[0]}; if it has more layers, give a folder with its own config.json"
         )
 
 

@@ -126,7 +126,8 @@ class PipelineOutline(PipelineSettings):
 def _network(family: PipelineFamily, configs: PipelineConfigs, schedule: NoiseSchedule) -> Denoiser:
     backbone: Any = import_network(FAMILIES[family.backbone])
     time_scale = backbone.flow_time_scale if schedule.kind == "flow" else 1.0
-    sizes = backbone.config_class(configs.transformer, family.sample_shape(configs), time_scale, configs.vae_factor)
+    settings = backbone.own_settings(configs.transformer)
+    sizes = backbone.config_class(settings, family.sample_shape(configs), time_scale, configs.vae_factor)
     backbone.check_settings(sizes)
     return without_weights(backbone, sizes)
 

@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import randomise, tiny_pipeline
 
+import pyard
 from pyard.errors import InputError
 from pyard.models.wrapped.checkpoint import _require_no_more_blocks
 from pyard.teachers import load_teacher
+from pyard.teachers.text_to_image.outline import pipeline_outline
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -93,6 +95,39 @@ def test_a_model_that_would_be_read_in_part_is_refused(pipeline: Path, tmp_path:
         save_file({**tensors, **quantised}, file)
         with pytest.raises(InputError, match=r"it is quantised \(transformer_blocks.*give the file in bfloat16"):
             load_teacher(pipeline, transformer=file)
+
+
+def test_a_published_folder_of_pixart_is_read(tmp_path: Path) -> None:
+    """Its files name the class that diffusers had before PixArt's own, and hold an embedding that newer versions do not use."""
+    new = tiny_pipeline("pixart_alpha", tmp_path / "new")
+    old = tmp_path / "old"
+    shutil.copytree(new, old)
+    index, config = old / "model_index.json", old / "transformer" / "config.json"
+    text = index.read_text(encoding="utf-8").replace("PixArtTransformer2DModel", "Transformer2DModel")
+    index.write_text(text, encoding="utf-8")
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    for name in ("use_additional_conditions", "interpolation_scale"):
+        settings.pop(name, None)
+    others = dict(double_self_attention=False, num_vector_embeds=None, only_cross_attention=False, use_linear_projection=False)
+    config.write_text(json.dumps({**settings, **others, "_class_name": "Transformer2DModel", "dropout": 0.0}), encoding="utf-8")
+    file = old / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({**load_file(file), "caption_projection.y_embedding": torch.ones(120, 20)}, file, metadata={"format": "pt"})
+    assert same(weights_of(old), weights_of(new))
+    outline = pipeline_outline(old)
+    assert outline is not None
+    teacher = load_teacher(old)
+    assert outline.network.config == teacher.network.config
+    options: dict[str, Any] = dict(prompts=["a dog"], num_steps=2, teacher_steps=4, keep="state", batch_size=2, progress=False)
+    ends = []
+    for folder in (old, new):
+        store = pyard.generate_trajectories(folder, tmp_path / f"store-{folder.name}", 2, **options)
+        ends.append(pyard.TrajectoryReader(store, 2, target="state").gather(range(2)).target[:, -1])
+    assert torch.equal(*ends)
+    config.write_text(
+        json.dumps({**settings, "_class_name": "Transformer2DModel", "norm_type": "ada_norm_zero"}), encoding="utf-8"
+    )
+    with pytest.raises(InputError, match="holds a Transformer2DModel; expected a PixArtTransformer2DModel"):
+        load_teacher(old)
 
 
 def test_a_converted_file_of_more_numbers_than_the_model_is_refused(pipeline: Path) -> None:
