@@ -86,7 +86,7 @@ def read_config(
     if num_heads is None:
         raise InputError(
             f"a width of {hidden} belongs to none of the published DiTs ({', '.join(map(str, KNOWN_HEADS))}), and the number "
-            "of attention heads cannot be read off the tensors; give num_heads"
+            "of attention heads cannot be read off the tensors; give num_heads=N"
         )
     num_classes = classes_of(table.shape[0], num_classes, args or {})
     return DiTConfig(
