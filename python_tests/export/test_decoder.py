@@ -41,15 +41,9 @@ VAES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "form"),
-    [
-        ("statistics", "step"),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("shifted", "sampler"), ("qwen", "sampler"), ("wan", "step"))
-        ),
-    ],
+    ("kind", "form"), [("statistics", "step"), ("shifted", "sampler"), ("qwen", "sampler"), ("wan", "step")]
 )
 def test_a_student_is_exported_with_its_own_vae(kind: str, form: Any, tmp_path: Path) -> None:
     vae, student = VAES[kind](), tiny_student(2, history_layers=1)

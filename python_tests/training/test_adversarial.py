@@ -280,6 +280,7 @@ def test_stage_and_student_go_together(tmp_path):
             TrainConfig(**config, stage="adversarial", student="x", **settings)
 
 
+@pytest.mark.slow
 def test_one_process_and_two_see_the_same_losses(tmp_path):
     teacher_and_store(tmp_path)
     settings = {**student_and_real_data(tmp_path), "max_steps": 6}

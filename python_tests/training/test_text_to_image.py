@@ -65,6 +65,7 @@ def test_layers_that_nothing_reads_are_not_waited_for(tmp_path: Path) -> None:
         assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) < 2e-3
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_one_that_was_not(folder: Path) -> None:
     train_in(folder, "whole", **SETTINGS)
     processes = start(folder, "killed", 1, None, **SETTINGS)

@@ -168,7 +168,8 @@ def test_one_store_of_the_usual_shape_leaves_no_trace(folder, tmp_path: Path):
         )
 
 
-@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
 def test_killed_and_resumed_is_bitwise_the_same(folder, tmp_path: Path, world):
     (tmp_path / "teacher").symlink_to(folder / "teacher")
     stores = [str(folder / "wide"), str(folder / "tall")]
