@@ -38,6 +38,7 @@ def test_good_inputs_are_read(base: Path) -> None:
     assert set(found["statuses"]) == {"0"}
 
 
+@pytest.mark.slow
 def test_a_few_damaged_inputs(base: Path) -> None:
     found = trial(base, "examine", SEED + 1, 8)
     assert not found["faults"], "\n".join(found["faults"])

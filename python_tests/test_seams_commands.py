@@ -92,7 +92,8 @@ def test_described(folder, capsys):
     assert f"cache per image    {2 * 2 * 3 * 8 * 8 * 4 / 1000:.3g} kB" in out
 
 
-@pytest.mark.parametrize("kind", ["torchscript", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["torchscript", "onnx"])
 def test_evaluated_by_features_of_a_file(folder, kind, tmp_path: Path):
     if kind == "torchscript":
         save_torchscript(SmallInception(), tmp_path / "network.pt")

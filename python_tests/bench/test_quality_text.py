@@ -128,6 +128,7 @@ def test_every_setting_is_trained_measured_and_kept(workshop):
     assert found["state-jump-N0"]["error"] < found["denoised-direct-N0"]["error"]
 
 
+@pytest.mark.slow
 def test_a_copied_folder_goes_on_elsewhere(tmp_path, workshop):
     cells = [
         Cell(TEXT, corner(STRONG, "L/4"), 0),

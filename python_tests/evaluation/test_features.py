@@ -27,6 +27,7 @@ def test_the_unit_of_its_features_is_the_spread_of_real_digits() -> None:
     assert np.isclose(features.var(axis=0, ddof=1).mean(), 1, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_it_again_gives_the_same_network() -> None:
     first = digits_classifier().fingerprint
     digits_classifier.cache_clear()

@@ -371,13 +371,8 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         export.export_onnx(student, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("precision", "opset"),
-    [
-        ("fp16", 23),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("int8", 23), ("int8-static", 23), ("int8", 20))),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "opset"), [("fp16", 23), ("int8", 23), ("int8-static", 23), ("int8", 20)])
 def test_precisions(precision: export.Precision, opset: int, tmp_path: Path) -> None:
     student, path = tiny_student(3, history_layers=1, target="state", output="jump"), tmp_path / "student.onnx"
     exact = export.export_onnx(student, tmp_path / "exact.onnx", opset=opset)

@@ -87,7 +87,11 @@ def test_an_error_of_rank_0_ends_both(folder):
     assert (folder / "file.error-1").read_text().startswith("InputError: rank 0: ")
 
 
-@pytest.mark.parametrize(("world", "number"), [(1, signal.SIGUSR1), (2, signal.SIGTERM)], ids=["one, USR1", "two, TERM"])
+@pytest.mark.parametrize(
+    ("world", "number"),
+    [(1, signal.SIGUSR1), pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow)],
+    ids=["one, USR1", "two, TERM"],
+)
 def test_signals_write_a_checkpoint_and_end_with_a_code_of_their_own(folder, world, number):
     settings = dict(max_steps=40, save_every=1000)
     processes = start(folder, "killed", world, **settings)

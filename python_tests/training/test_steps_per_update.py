@@ -34,13 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes",
-    [
-        pytest.param(dict(gradient_accumulation=2), marks=pytest.mark.slow),
-        dict(parallel="fsdp", activation_checkpointing=True),
-    ],
-    ids=str,
+    "changes", [dict(gradient_accumulation=2), dict(parallel="fsdp", activation_checkpointing=True)], ids=str
 )
 def test_two_processes_train_what_one_trains(folder: Path, changes: dict[str, Any]) -> None:
     name = "-".join(changes)

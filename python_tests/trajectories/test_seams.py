@@ -35,7 +35,8 @@ def write(teacher: Path, out: Path, shape: tuple[int, ...], count: int = COUNT, 
     )
 
 
-@pytest.mark.parametrize("shape", [WIDE, pytest.param(TALL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [WIDE, TALL])
 def test_killed_and_resumed_to_the_same_bytes(shape, tmp_path: Path):
     teacher = Path(save(text_teacher(), tmp_path / "teacher"))
     write(teacher, tmp_path / "whole", shape)
