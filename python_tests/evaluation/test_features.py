@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from pyard.data.digits import digits_data
 from pyard.evaluation import Classifier, digits_classifier
