@@ -209,7 +209,7 @@ def _draw(workshop: TextWorkshop, record: Row, path: Path) -> None:
     for title, setting in _PICTURED.items():
         row = next((row for row in _rows(record, setting) if row["seed"] == 0), None)
         if row is not None:
-            heading = title.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
+            heading = title.replace(" = ", "=")  # or it would be broken there
             pictures[heading] = np.load(workshop.folder_of(Cell(TEXT, setting, 0)) / PICTURES_NAME)
             facts[heading] = _facts(row["num_steps"], row)
     draw_prompts(dict(enumerate(texts.values())), pictures, facts, path)
