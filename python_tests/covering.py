@@ -14,6 +14,11 @@ _EVERYTHING = os.environ.get("PYARD_TEST_PRODUCTS") == "1"
 with_products = pytest.mark.skipif(not _EVERYTHING, reason="runs with PYARD_TEST_PRODUCTS=1")
 
 
+def repetitions(most: int, in_ci: int) -> int:
+    """How often to repeat a random trial, such as a kill: `most` with PYARD_TEST_PRODUCTS=1, else `in_ci`."""
+    return most if _EVERYTHING else in_ci
+
+
 def covering(product: list[dict[str, Any]], together: int = 2) -> list[dict[str, Any]]:
     """Settings of a product in which every two (or `together`) values occur that do so anywhere in it, picked greedily.
 

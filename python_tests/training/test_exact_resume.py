@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from covering import with_products
+from covering import repetitions, with_products
 from safetensors.torch import load_file
 from training_runs import (
     assert_same_run,
@@ -157,14 +157,15 @@ def test_handlers_are_put_back(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "world"), [pytest.param("regression", 1, marks=with_products), ("adversarial", 2)])
-def test_killed_fifty_times(folder, stage, world):
-    """PYARD_KILL_LOG=FILE keeps what was done."""
+def test_killed_many_times(folder, stage, world):
+    """Fifty times with PYARD_TEST_PRODUCTS=1; PYARD_KILL_LOG=FILE keeps what was done."""
+    count = repetitions(50, in_ci=20)
     settings = EVERYTHING if stage == "regression" else student_and_real_data(folder)
-    settings = {**settings, "max_steps": 320}
+    settings = {**settings, "max_steps": 120 + 4 * count}
     assert set(wait(start(folder, "whole", world, **settings))) == {0}
     settings["save_every"] = 3
     seed = int(os.environ.get("PYARD_KILL_SEED", random.randrange(2**32)))
-    kills = kill_and_resume(folder, world, 50, seed, settings)
-    assert len(kills) == 50
+    kills = kill_and_resume(folder, world, count, seed, settings)
+    assert len(kills) == count
     assert_same_run(folder / "whole", folder / "killed")
     log_kills(f"{stage} stage, {world} process(es)", seed, settings, kills)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from covering import with_products
+from covering import repetitions, with_products
 from trajectories import gaussian
 from trajectories.gaussian import GaussianTeacher, contents, write
 
@@ -69,7 +69,7 @@ def test_many_kills_leave_no_trace(tmp_path: Path, parts: tuple[str, ...]) -> No
     log, kills, stores, attempts = [], 0, 0, 0
     write(tmp_path / "undisturbed", 200)
     wanted = contents(tmp_path / "undisturbed")
-    while kills < 30 * len(parts):
+    while kills < repetitions(30, in_ci=12) * len(parts):
         attempts += 1
         killed = kill_while_writing(tmp_path / "killed", 200, delay=0.004, seed=attempts, parts=parts)
         kills += killed
