@@ -202,6 +202,67 @@ def _flux() -> Any:
     )  # fmt: skip
 
 
+def _flux2_klein() -> Any:
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = qwen_tokenizer()
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=28,  # the pipeline takes what layers 9, 18 and 27 return
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    transformer = Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    levels = 3
+    vae = randomise(
+        AutoencoderKLFlux2(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=(8,) * levels,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=32,
+        ),
+        2,
+    )
+    generator = torch.Generator().manual_seed(4)
+    vae.bn.running_mean.copy_(0.5 * torch.randn(16, generator=generator))
+    vae.bn.running_var.copy_(0.5 + torch.rand(16, generator=generator))
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15,
+        ),
+        vae=vae,
+        text_encoder=randomise(Qwen3ForCausalLM(config), 3),
+        tokenizer=tokenizer,
+        transformer=randomise(transformer, 1),
+    )  # fmt: skip
+
+
 def _qwen_image() -> Any:
     from diffusers import (
         AutoencoderKLQwenImage,
@@ -307,6 +368,7 @@ TINY_PIPELINES: dict[str, Callable[[], Any]] = {
     "sd3": _sd3,
     "aura_flow": _aura_flow,
     "flux": _flux,
+    "flux2_klein": _flux2_klein,
     "qwen_image": _qwen_image,
     "z_image": _z_image,
 }

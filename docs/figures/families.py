@@ -20,6 +20,7 @@ FAMILIES = {
     "SD3, SD3.5": ("sd3", "sd3"),
     "AuraFlow": ("aura_flow", "aura_flow"),
     "FLUX.1": ("flux", "flux"),
+    "FLUX.2 klein": ("flux2", "flux2_klein"),
     "Qwen-Image": ("qwen_image", "qwen_image"),
     "Z-Image": ("z_image", "z_image"),
 }

@@ -33,6 +33,7 @@ _WIDTHS = {
     "sd3": ("joint_attention_dim", "pooled_projection_dim"),
     "aura_flow": ("joint_attention_dim", None),
     "flux": ("joint_attention_dim", "pooled_projection_dim"),
+    "flux2": ("joint_attention_dim", None),
     "qwen_image": ("joint_attention_dim", None),
     "z_image": ("cap_feat_dim", None),
 }

@@ -18,6 +18,7 @@ from pyard.errors import InputError
 from pyard.export.files import IR_VERSION
 from pyard.export.parts import quiet_exporter, without_paths
 from pyard.teachers.text_to_image import PipelineTextEncoder
+from pyard.teachers.text_to_image.encoding import chat_texts
 from pyard.version import __version__
 
 _EXAMPLE = (5, 13)  # texts and tokens to trace with
@@ -174,12 +175,12 @@ def _clip(encoder: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Ten
     return [found.last_hidden_state, found.pooler_output]
 
 
-def _layer_of_language_model(layer: int) -> Call:
+def _layers_of_language_model(*layers: int) -> Call:
     def call(encoder: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
         # A position for each row: onnxruntime's rotary embedding wants tables of the whole batch.
         places = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         found = encoder(input_ids=ids, attention_mask=mask, position_ids=places, output_hidden_states=True)
-        return [found.hidden_states[layer]]
+        return [torch.cat([found.hidden_states[layer] for layer in layers], dim=-1)]
 
     return call
 
@@ -241,18 +242,28 @@ def _qwen_image(encoder: PipelineTextEncoder, components: Mapping[str, Any], tra
         suffix=suffix,
         dropped=dropped,
     )
-    return TextLayout((settings,), (("text_encoder",),)), {"text_encoder": _layer_of_language_model(-1)}
+    return TextLayout((settings,), (("text_encoder",),)), {"text_encoder": _layers_of_language_model(-1)}
 
 
 def _z_image(encoder: PipelineTextEncoder, components: Mapping[str, Any], transformer: Mapping[str, Any]) -> Found:
+    about = dict(max_length=encoder.max_sequence_length, **_template(components["tokenizer"], thinking=True))
+    settings = _settings(components, "", outputs=("tokens",), **about)
+    return TextLayout((settings,), (("text_encoder",),)), {"text_encoder": _layers_of_language_model(-2)}
+
+
+def _flux2(encoder: PipelineTextEncoder, components: Mapping[str, Any], transformer: Mapping[str, Any]) -> Found:
+    about = dict(max_length=encoder.max_sequence_length, **_template(components["tokenizer"], thinking=False))
+    settings = _settings(components, "", outputs=("tokens",), pads_to="max_length", **about)
+    # Flux2KleinPipeline's text_encoder_out_layers.
+    calls = {"text_encoder": _layers_of_language_model(9, 18, 27)}
+    return TextLayout((settings,), (("text_encoder",),), masked=False), calls
+
+
+def _template(tokenizer: Any, *, thinking: bool) -> dict[str, str]:
+    """What a chat template puts before and after a prompt."""
     mark = "\u241f"  # a letter that no template has
-    whole = components["tokenizer"].apply_chat_template(
-        [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-    )
-    prefix, suffix = whole.split(mark)
-    limit = encoder.max_sequence_length
-    settings = _settings(components, "", outputs=("tokens",), max_length=limit, prefix=prefix, suffix=suffix)
-    return TextLayout((settings,), (("text_encoder",),)), {"text_encoder": _layer_of_language_model(-2)}
+    prefix, suffix = chat_texts(tokenizer, [mark], thinking=thinking)[0].split(mark)
+    return {"prefix": prefix, "suffix": suffix}
 
 
 _FAMILIES: dict[str, Callable[[PipelineTextEncoder, Mapping[str, Any], Mapping[str, Any]], Found]] = {
@@ -260,6 +271,7 @@ _FAMILIES: dict[str, Callable[[PipelineTextEncoder, Mapping[str, Any], Mapping[s
     "sd3": _sd3,
     "aura_flow": _aura_flow,
     "flux": _flux,
+    "flux2": _flux2,
     "qwen_image": _qwen_image,
     "z_image": _z_image,
 }

@@ -68,12 +68,14 @@ class _Kind:
         factor: function of the configuration that returns the number of pixels along one side of a latent.
         image_channels: function of the configuration that returns the number of image channels.
         frames: whether images are videos of one frame: latents [B, C, 1, h, w].
+        normalises: whether its scaling is that of a batch norm over latents packed 2 x 2.
     """
 
     channels: str
     factor: Callable[[Mapping[str, Any]], int]
     image_channels: Callable[[Mapping[str, Any]], int]
     frames: bool = False
+    normalises: bool = False
 
 
 AUTOENCODERS = {
@@ -81,6 +83,12 @@ AUTOENCODERS = {
         "latent_channels",
         lambda config: 2 ** (len(config["block_out_channels"]) - 1),
         lambda config: config["out_channels"],
+    ),
+    "AutoencoderKLFlux2": _Kind(
+        "latent_channels",
+        lambda config: 2 ** (len(config["block_out_channels"]) - 1),
+        lambda config: config["out_channels"],
+        normalises=True,
     ),
     "AutoencoderKLQwenImage": _Kind(
         "z_dim",
@@ -105,8 +113,8 @@ class LatentCodec:
     packed 2 x 2, [4C, h/2, w/2] or [T, 4C]. The layout is recognised by the shape.
 
     Args:
-        source: the folder of a diffusers autoencoder, or one in memory: `AutoencoderKL`, `AutoencoderKLQwenImage` or
-            `AutoencoderKLWan`.
+        source: the folder of a diffusers autoencoder, or one in memory: `AutoencoderKL`, `AutoencoderKLFlux2`,
+            `AutoencoderKLQwenImage` or `AutoencoderKLWan`.
         grid: rows and columns of samples [T, 4C]; None: those in the VAE's configuration, or else a square.
     """
 
@@ -153,6 +161,9 @@ class LatentCodec:
         Raises:
             InputError: the configuration contradicts itself.
         """
+        if _kind_of(self.vae).normalises:
+            norm = self.vae.bn
+            return Scaling.of_batch_norm(norm.running_mean, norm.running_var, self.vae.config.batch_norm_eps, self.channels)
         return Scaling.of(self.vae.config, self.channels)
 
     def check(self, sample_shape: tuple[int, ...]) -> None:

@@ -20,6 +20,7 @@ FAMILIES = {
     "sd3": "pyard.models.sd3.network:SD3",
     "aura_flow": "pyard.models.aura_flow.network:AuraFlow",
     "flux": "pyard.models.flux.network:Flux",
+    "flux2": "pyard.models.flux2.network:Flux2",
     "qwen_image": "pyard.models.qwen_image.network:QwenImage",
     "z_image": "pyard.models.z_image.network:ZImage",
 }

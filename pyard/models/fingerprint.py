@@ -27,5 +27,5 @@ def weights_digest(network: nn.Module, about: str = "") -> str:
     digest = hashlib.sha256(about.encode())
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -23,12 +23,12 @@ class Scaling:
     """Latents of the VAE, z, to those of the diffusion model, and back, as diffusers' pipelines compute it.
 
     Without statistics (SD3, Flux, Z-Image, PixArt): (z - shift) * scaling. With them (Qwen-Image, Wan, and SDXL's, which has a
-    scaling as well): (z - mean) * scaling / std.
+    scaling as well): (z - mean) * scaling / std. FLUX.2 has statistics of each of the 4C channels of latents packed 2 x 2.
 
     Args:
         scaling: `scaling_factor` of the VAE's configuration; 1 where it has none.
         shift: `shift_factor`; 0 where it has none.
-        mean: `latents_mean`, of each channel; None: there are no statistics.
+        mean: `latents_mean`, of each of C or 4C channels; None: there are no statistics.
         std: `latents_std`, likewise.
     """
 
@@ -58,6 +58,13 @@ class Scaling:
             raise InputError(f"VAE: found both latents_mean and a shift_factor ({shift:g}); expected one of the two")
         mean, std = (tuple(map(float, values)) for values in statistics.values() if values is not None)
         return cls(scaling, 0.0, mean, std)
+
+    @classmethod
+    def of_batch_norm(cls, mean: torch.Tensor, var: torch.Tensor, eps: float, channels: int) -> Scaling:
+        """The scaling of a batch norm over packed latents; an InputError if it has another number of channels than 4C."""
+        if len(mean) != channels * PACK**2:
+            raise InputError(f"VAE: its batch norm has {len(mean)} channels; expected {channels * PACK**2}, packed 2 x 2")
+        return cls(1.0, 0.0, tuple(mean.double().tolist()), tuple((var.double() + eps).sqrt().tolist()))
 
     def to_vae(self, latents: torch.Tensor) -> torch.Tensor:  # [B, C, h, w] -> [B, C, h, w]
         """Latents of the diffusion model to those of the VAE."""
@@ -158,5 +165,9 @@ def token_grid(tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
     return grid
 
 
-def _of_channels(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+def _of_channels(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:  # [C, 1, 1], or [C, h, w] for 4C values
+    channels, height, width = like.shape[-3:]
+    by_channel = torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+    if len(values) == channels:
+        return by_channel
+    return pixel_shuffle(by_channel, PACK).repeat(1, height // PACK, width // PACK)

@@ -36,7 +36,9 @@ from pyard.training.regression import Regression
 from pyard.trajectories import TrajectoryBatch, generate_trajectories
 from pyard.trajectories.generate import grid_of
 
-TINY = ("pixart_alpha", "pixart_alpha_1024", "pixart_sigma", "sd3", "aura_flow", "flux", "qwen_image", "z_image")
+TINY = (
+    "pixart_alpha", "pixart_alpha_1024", "pixart_sigma", "sd3", "aura_flow", "flux", "flux2_klein", "qwen_image", "z_image",
+)  # fmt: skip
 PROMPTS = ["a red circle", "two small blue squares above a cross", "a dog", "a dog"]
 
 
@@ -47,7 +49,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize(("name", "billions"), [
     ("pixart-alpha", 0.611), ("pixart-sigma", 0.611), ("sd3-medium", 2.028), ("sd3.5-medium", 2.243), ("sd3.5-large", 8.057),
-    ("flux.1-dev", 11.901), ("qwen-image", 20.430), ("z-image", 6.155),
+    ("flux.1-dev", 11.901), ("flux.2-klein-4b", 3.876), ("flux.2-klein-9b", 9.079), ("qwen-image", 20.430), ("z-image", 6.155),
 ])  # fmt: skip
 def test_published_transformers_have_the_parameters_of_their_weights(name, billions):
     network, _ = network_of(name)
@@ -56,7 +58,8 @@ def test_published_transformers_have_the_parameters_of_their_weights(name, billi
 
 
 @pytest.mark.parametrize(("name", "millions"), [
-    ("pixart-sigma", [4762]), ("sd3.5-medium", [124, 695, 4762]), ("flux.1-dev", [123, 4762]), ("qwen-image", [8292]),
+    ("pixart-sigma", [4762]), ("sd3.5-medium", [124, 695, 4762]), ("flux.1-dev", [123, 4762]), ("flux.2-klein-4b", [4411]),
+    ("qwen-image", [8292]),
     ("z-image", [4022]),
 ])  # fmt: skip
 def test_published_text_encoders_have_the_parameters_of_their_weights(name, millions):

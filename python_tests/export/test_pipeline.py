@@ -302,7 +302,7 @@ def test_int8_weights(run: Path, exported: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pixart_alpha_1024", "sd3", "aura_flow", "flux", "qwen_image", "z_image"])
+@pytest.mark.parametrize("name", ["pixart_alpha_1024", "sd3", "aura_flow", "flux", "flux2_klein", "qwen_image", "z_image"])
 def test_every_family_draws_from_prompts_what_pytorch_draws(name: str, tmp_path: Path) -> None:
     student, _ = tiny_text_student(name, tmp_path / "pipeline")
     student.codec = pyard.models.codec.LatentCodec(tmp_path / "pipeline" / "vae")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderKLWan
 from factories import randomise
 
 MEAN, STD = (0.3, -0.2), (0.7, 1.5)
@@ -22,6 +22,18 @@ def plain_vae(**changes: Any) -> Any:
     blocks = dict(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)
     sizes = dict(block_out_channels=[8, 8], norm_num_groups=4, latent_channels=2, layers_per_block=1, scaling_factor=0.3)
     return _random(AutoencoderKL, **{**blocks, **sizes, **changes})
+
+
+def flux2_vae() -> Any:
+    """Images of 2h x 2w pixels, scaled by the batch norm's statistics of latents packed 2 x 2."""
+    blocks = dict(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)
+    vae = _random(
+        AutoencoderKLFlux2, **blocks, block_out_channels=[8, 8], norm_num_groups=4, latent_channels=2, layers_per_block=1
+    )
+    generator = torch.Generator().manual_seed(6)
+    vae.bn.running_mean.copy_(torch.randn(8, generator=generator))
+    vae.bn.running_var.copy_(0.5 + torch.rand(8, generator=generator))
+    return vae
 
 
 def qwen_vae(**changes: Any) -> Any:

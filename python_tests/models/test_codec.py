@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, FluxPipeline, QwenImagePipeline
-from models.autoencoders import MEAN, STD, of_channels, patched_wan_vae, plain_vae, qwen_vae, wan_vae
+from diffusers import AutoencoderKL, AutoencoderTiny, Flux2KleinPipeline, FluxPipeline, QwenImagePipeline
+from models.autoencoders import MEAN, STD, flux2_vae, of_channels, patched_wan_vae, plain_vae, qwen_vae, wan_vae
 
 from pyard.errors import InputError
 from pyard.models.codec import AUTOENCODERS, LatentCodec
@@ -106,6 +106,30 @@ def test_packed_tokens_are_those_of_flux(tmp_path: Path) -> None:
 
 
 @torch.inference_mode()
+def test_statistics_of_packed_latents_are_those_of_flux2(tmp_path: Path) -> None:
+    """pipeline_flux2_klein: packed latents times the batch norm's deviation plus its mean, unpacked; its _encode_vae_image."""
+    vae, z = flux2_vae(), latents(3, 2, 4, 6)
+    pipe = Flux2KleinPipeline(scheduler=None, vae=vae, text_encoder=None, tokenizer=None, transformer=None)
+    mean = vae.bn.running_mean.view(1, -1, 1, 1)
+    std = (vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).sqrt()
+    unpacked = pipe._unpatchify_latents(pipe._patchify_latents(z) * std + mean)
+    images = vae.decode(unpacked, return_dict=False)[0]
+    codec = LatentCodec(vae)
+    assert codec.image_shape((2, 4, 6)) == tuple(images.shape[1:]) == (3, 8, 12)
+    assert_equal_images(codec.decode(z), images)
+    assert_equal_images(codec.decode(pipe._patchify_latents(z)), images)  # samples may be packed as well
+    encoded = pipe._encode_vae_image(images, None)
+    assert_equal_images(codec.encode(images), pipe._unpatchify_latents(encoded))
+    spread = pipe._unpatchify_latents(pipe._patchify_latents(vae.encode(images).latent_dist.std) / std)
+    assert_equal_images(codec.posterior(images)[1], spread)
+    vae.save_pretrained(tmp_path / "vae")
+    assert_equal_images(LatentCodec(tmp_path / "vae").decode(z), images)
+    before = codec.fingerprint()
+    vae.bn.running_mean[3] += 0.1
+    assert LatentCodec(vae).fingerprint() != before
+
+
+@torch.inference_mode()
 def test_packed_tokens_are_those_of_qwen_image() -> None:
     vae, z = qwen_vae(), latents(2, 2, 4, 4)
     tokens = QwenImagePipeline._pack_latents(z, 2, 2, 4, 4)
@@ -151,8 +175,8 @@ def test_fingerprints_tell_weights_and_scalings_apart() -> None:
 def test_unknown_classes_are_refused_by_name(tmp_path: Path) -> None:
     tiny = AutoencoderTiny(encoder_block_out_channels=(8,), decoder_block_out_channels=(8,), num_encoder_blocks=(1,),
                            num_decoder_blocks=(1,), latent_channels=2)  # fmt: skip
-    known = "expected one of AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan"
-    assert tuple(AUTOENCODERS) == ("AutoencoderKL", "AutoencoderKLQwenImage", "AutoencoderKLWan")
+    known = "expected one of AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderKLWan"
+    assert known.removeprefix("expected one of ").split(", ") == list(AUTOENCODERS)
     codec = LatentCodec(tiny)
     for _ in range(2):
         with pytest.raises(InputError, match=f"the VAE is a AutoencoderTiny; {known}"):

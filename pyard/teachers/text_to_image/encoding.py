@@ -135,6 +135,15 @@ def _flux_limits(pipeline: Any, texts: list[str], max_length: int) -> list[Limit
     return [clip, Limited(pipeline.tokenizer_2, texts, max_length)]
 
 
+def _flux2_klein(pipeline: Any, texts: list[str], max_length: int, device: torch.device) -> list[Tensors]:
+    tokens, _ = pipeline.encode_prompt(texts, device=device, max_sequence_length=max_length)
+    return [{"tokens": one} for one in tokens]
+
+
+def _flux2_klein_limits(pipeline: Any, texts: list[str], max_length: int) -> list[Limited]:
+    return [Limited(pipeline.tokenizer, chat_texts(pipeline.tokenizer, texts, thinking=False), max_length)]
+
+
 def _aura_flow(pipeline: Any, texts: list[str], max_length: int, device: torch.device) -> list[Tensors]:
     tokens, *_ = pipeline.encode_prompt(texts, do_classifier_free_guidance=False, device=device, max_sequence_length=max_length)
     return [{"tokens": one} for one in tokens]
@@ -169,19 +178,30 @@ def _z_image(pipeline: Any, texts: list[str], max_length: int, device: torch.dev
 
 
 def _z_image_limits(pipeline: Any, texts: list[str], max_length: int) -> list[Limited]:
-    whole = [
-        pipeline.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+    return [Limited(pipeline.tokenizer, chat_texts(pipeline.tokenizer, texts, thinking=True), max_length)]
+
+
+def chat_texts(tokenizer: Any, texts: list[str], *, thinking: bool) -> list[str]:
+    """Texts as a user's messages in a language model's chat template.
+
+    Args:
+        tokenizer: with the template.
+        texts: the messages.
+        thinking: whether the model may think before it answers, which changes the template's end.
+    """
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
         )
         for text in texts
     ]
-    return [Limited(pipeline.tokenizer, whole, max_length)]
 
 
-# Padding can be dropped for transformers that mask it or take lists of tensors; SD3, Flux and AuraFlow attend to it.
+# Padding can be dropped for transformers that mask it or take lists of tensors; SD3, FLUX and AuraFlow attend to it.
 PIXART = PromptEncoding(_pixart, _pixart_limits, _pixart_settings, width="caption_channels")
 SD3 = PromptEncoding(_sd3, _sd3_limits, pooled="pooled_projection_dim", padded=True, clip_tokens=77)
 FLUX = PromptEncoding(_flux, _flux_limits, pooled="pooled_projection_dim", padded=True)
+FLUX2_KLEIN = PromptEncoding(_flux2_klein, _flux2_klein_limits, padded=True)
 AURA_FLOW = PromptEncoding(_aura_flow, _aura_flow_limits, padded=True)
 QWEN_IMAGE = PromptEncoding(_qwen_image, _qwen_image_limits, _qwen_image_settings, template_tokens=34)
 Z_IMAGE = PromptEncoding(_z_image, _z_image_limits, width="cap_feat_dim")

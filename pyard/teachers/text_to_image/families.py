@@ -101,7 +101,9 @@ class PipelineFamily:
         passes_sigmas: whether it passes its own, evenly spaced sigmas to the scheduler.
         passes_mu: when it passes a shift to the scheduler that grows with the number of image tokens; `dynamic`: if the
             scheduler uses it.
-        max_shift: largest value of that shift, if the scheduler's configuration has none.
+        mu: how that shift grows: `linear` between the scheduler's `base_shift` and `max_shift`, or `fitted`, as FLUX.2's, which
+            also depends on the number of steps.
+        max_shift: largest value of a linear shift, if the scheduler's configuration has none.
         without_guidance: argument of its call that switches classifier-free guidance off, and the value; None: it is off by
             default.
         has_resolution_bins: whether its call draws the nearest of a list of sizes by default.
@@ -125,6 +127,7 @@ class PipelineFamily:
     sizes: Literal["refused", "rounded"] = "refused"
     passes_sigmas: bool = True
     passes_mu: Literal["never", "dynamic", "always"] = "always"
+    mu: Literal["linear", "fitted"] = "linear"
     max_shift: float = 1.15
     without_guidance: tuple[str, float] | None = ("guidance_scale", 1.0)
     has_resolution_bins: bool = False
@@ -212,7 +215,7 @@ class PipelineFamily:
             patch_size: latents along a side of an image token.
         """
         call = SchedulerCall()
-        if self.passes_sigmas and not (self.backbone == "flux" and scheduler_config.get("use_flow_sigmas")):
+        if self.passes_sigmas and not (self.backbone in ("flux", "flux2") and scheduler_config.get("use_flow_sigmas")):
             # In each pipeline's own precision, because the scheduler rounds the two to different float32 numbers.
             if self.backbone == "z_image":
                 call["sigmas"] = torch.linspace(1.0, 1 / num_steps, num_steps).tolist()
@@ -220,11 +223,26 @@ class PipelineFamily:
                 call["sigmas"] = np.linspace(1.0, 1 / num_steps, num_steps).tolist()
         if self.passes_mu == "always" or (self.passes_mu == "dynamic" and scheduler_config.get("use_dynamic_shifting")):
             tokens = (sample_shape[-2] // patch_size) * (sample_shape[-1] // patch_size)
+            if self.mu == "fitted":
+                return call | {"mu": _fitted_mu(tokens, num_steps)}
             few, many = scheduler_config.get("base_image_seq_len", 256), scheduler_config.get("max_image_seq_len", 4096)
             low, high = scheduler_config.get("base_shift", 0.5), scheduler_config.get("max_shift", self.max_shift)
             slope = (high - low) / (many - few)
             call["mu"] = tokens * slope + (low - slope * few)
         return call
+
+
+def _fitted_mu(tokens: int, num_steps: int) -> float:
+    """FLUX.2's shift: a line through what was measured at 10 and at 200 steps, each linear in the number of image tokens.
+
+    `compute_empirical_mu` in diffusers' `pipeline_flux2.py`.
+    """
+    at_200 = 0.00016927 * tokens + 0.45666666
+    if tokens > 4300:
+        return at_200
+    at_10 = 8.73809524e-05 * tokens + 1.89833333
+    slope = (at_200 - at_10) / 190.0
+    return slope * num_steps + (at_200 - 200.0 * slope)
 
 
 def component_class(index: Mapping[str, Any], name: str, folder: Path) -> tuple[str, str] | None:

@@ -111,7 +111,8 @@ class Card:
             lines.append(f"pipe.transformer = PeftModel.from_pretrained(pipe.transformer, {folder}).merge_and_unload()")
         lines.append(f'pipe.scheduler = {scheduler}.from_pretrained({folder}, subfolder="scheduler")')
         settings = ", ".join(f"{name}={value!r}" for name, value in self.arguments().items())
-        lines.append(f'image = pipe("{PROMPT}", {settings}).images[0]')
+        # By name: the first argument of FLUX.2's pipelines is a picture.
+        lines.append(f'image = pipe(prompt="{PROMPT}", {settings}).images[0]')
         return lines
 
     def arguments(self) -> dict[str, Any]:

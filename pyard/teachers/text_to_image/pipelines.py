@@ -78,6 +78,18 @@ _FAMILIES = (
         sizes="rounded",
     ),
     PipelineFamily(
+        pipeline="Flux2KleinPipeline",
+        backbone="flux2",
+        encode=encoding.FLUX2_KLEIN,
+        encoders=_components("tokenizer", "text_encoder"),
+        cfg_scale=4.0,
+        num_steps=50,
+        max_sequence_length=512,
+        packs=True,
+        sizes="rounded",
+        mu="fitted",
+    ),
+    PipelineFamily(
         pipeline="QwenImagePipeline",
         backbone="qwen_image",
         encode=encoding.QWEN_IMAGE,
@@ -119,16 +131,22 @@ def pipeline_family(folder: str | Path) -> PipelineFamily:
     """The family of the diffusers pipeline in a folder.
 
     Raises:
-        InputError: there is no pipeline, or its class is not one of `PIPELINES`, which the message lists.
+        InputError: there is no pipeline, its class is not one of `PIPELINES`, which the message lists, or it is distilled.
     """
     folder = Path(folder)
     file = folder / INDEX_NAME
     if not file.is_file():
         raise InputError(f"{folder}: expected the folder of a diffusers pipeline; there is no {INDEX_NAME}")
-    name = str(read_object(file, "the index of a diffusers pipeline").get("_class_name"))
+    index = read_object(file, "the index of a diffusers pipeline")
+    name = str(index.get("_class_name"))
     if name not in PIPELINES:
         reason = next((f": {why}" for pattern, why in _REFUSED.items() if re.search(pattern, name)), "")
         raise InputError(
             f"{folder} is a {name}, which pyard cannot use as a teacher{reason}. Expected one of {', '.join(PIPELINES)}"
+        )
+    if index.get("is_distilled"):
+        raise InputError(
+            f"{folder}: this {name} is distilled already (is_distilled in {INDEX_NAME}); give the model that it was distilled "
+            "from, such as FLUX.2-klein-base-4B"
         )
     return PIPELINES[name]

@@ -70,6 +70,9 @@ _QWEN3 = ("Qwen3Model", dict(
     num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960,
 ))  # fmt: skip
 
+_QWEN3_CAUSAL_4B = ("Qwen3ForCausalLM", _QWEN3[1])
+_QWEN3_CAUSAL_8B = ("Qwen3ForCausalLM", {**_QWEN3[1], "hidden_size": 4096, "intermediate_size": 12288})
+
 _DPM = dict(
     _class_name="DPMSolverMultistepScheduler", num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02,
     beta_schedule="linear", algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", prediction_type="epsilon",
@@ -104,6 +107,19 @@ def _sd3(name: str, repository: str, width: int, depth: int, **settings: Any) ->
     return PublishedPipeline(name, repository, "StableDiffusion3Pipeline", transformer, _KL, _flow(shift=3.0), encoders)
 
 
+def _flux2_klein(name: str, repository: str, layers: tuple[int, int], heads: int, encoder: Any) -> PublishedPipeline:
+    transformer = dict(
+        patch_size=1, in_channels=128, num_layers=layers[0], num_single_layers=layers[1], attention_head_dim=128,
+        num_attention_heads=heads, joint_attention_dim=3 * encoder[1]["hidden_size"], timestep_guidance_channels=256,
+        mlp_ratio=3.0, axes_dims_rope=[32, 32, 32, 32], rope_theta=2000, eps=1e-6, guidance_embeds=False,
+    )  # fmt: skip
+    vae = {"_class_name": "AutoencoderKLFlux2", "block_out_channels": [128, 256, 512, 512]}
+    scheduler = _flow(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
+    return PublishedPipeline(
+        name, repository, "Flux2KleinPipeline", transformer, vae, scheduler, {"text_encoder": encoder}
+    )  # fmt: skip
+
+
 PUBLISHED = (
     _pixart("pixart-alpha", "PixArt-alpha/PixArt-XL-2-1024-MS", "PixArtAlphaPipeline"),
     _pixart("pixart-sigma", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "PixArtSigmaPipeline"),
@@ -120,6 +136,8 @@ PUBLISHED = (
               max_image_seq_len=4096),
         {"text_encoder": ("CLIPTextModel", _CLIP_L), "text_encoder_2": _T5_XXL},
     ),
+    _flux2_klein("flux.2-klein-4b", "black-forest-labs/FLUX.2-klein-base-4B", (5, 20), 24, _QWEN3_CAUSAL_4B),
+    _flux2_klein("flux.2-klein-9b", "black-forest-labs/FLUX.2-klein-base-9B", (8, 24), 32, _QWEN3_CAUSAL_8B),
     PublishedPipeline(
         "qwen-image", "Qwen/Qwen-Image", "QwenImagePipeline",
         dict(patch_size=2, in_channels=64, out_channels=16, num_layers=60, attention_head_dim=128, num_attention_heads=24,

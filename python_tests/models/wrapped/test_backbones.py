@@ -90,6 +90,10 @@ def stock_call(name: str, transformer: Any, x: torch.Tensor, time: torch.Tensor,
                 0
             ]
         )
+    if name == "flux2":
+        ids = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns), torch.arange(1))
+        text_ids = torch.cartesian_prod(*[torch.arange(1)] * 3, torch.arange(c["tokens"].shape[1]))
+        return unpacked(transformer(packed, c["tokens"], time, ids, text_ids, c["guidance"], return_dict=False)[0])
     if name == "qwen_image":
         shapes = [[(1, rows, columns)]] * len(x)
         return unpacked(transformer(packed, c["tokens"], None, time, shapes, return_dict=False)[0])

@@ -30,6 +30,10 @@ _SIZES: dict[str, dict[str, Any]] = {
         patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=TEXT, pooled_projection_dim=12, axes_dims_rope=(4, 4, 8), guidance_embeds=True,
     ),
+    "flux2": dict(
+        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=TEXT, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=True,
+    ),
     "qwen_image": dict(
         patch_size=2, in_channels=16, out_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=TEXT, guidance_embeds=False, axes_dims_rope=(8, 4, 4),
@@ -67,6 +71,6 @@ def tiny_condition(name: str, lengths: tuple[int, ...] = (5, 3), seed: int = 0) 
     tensors = {"tokens": tokens, "mask": mask.expand(len(lengths), -1).clone()}
     if name in ("sd3", "flux"):
         tensors["pooled"] = torch.randn(len(lengths), 12, generator=generator)
-    if name == "flux":
+    if name in ("flux", "flux2"):
         tensors["guidance"] = torch.full((len(lengths),), 3.5)
     return Condition(tensors)

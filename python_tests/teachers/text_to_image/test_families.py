@@ -16,7 +16,9 @@ from tiny_pipelines import tiny_pipeline
 from pyard.errors import InputError
 from pyard.teachers.text_to_image import PIPELINES, PipelineConfigs, PipelineFamily, pipeline_family
 
-NAMES = ("pixart_alpha", "pixart_alpha_1024", "pixart_sigma", "sd3", "aura_flow", "flux", "qwen_image", "z_image")
+NAMES = (
+    "pixart_alpha", "pixart_alpha_1024", "pixart_sigma", "sd3", "aura_flow", "flux", "flux2_klein", "qwen_image", "z_image",
+)  # fmt: skip
 
 
 class _Opened:
@@ -35,7 +37,7 @@ class _Opened:
             more.setdefault("use_resolution_binning", False)
         size = {} if height is None else {"height": height, "width": width}
         generator = torch.Generator().manual_seed(0)
-        return self.pipeline("a red circle", generator=generator, output_type="latent", **size, **more).images
+        return self.pipeline(prompt="a red circle", generator=generator, output_type="latent", **size, **more).images
 
 
 @pytest.fixture(params=NAMES)
@@ -82,7 +84,7 @@ def test_defaults_are_the_pipelines_own(opened: _Opened) -> None:
         assert family.embedded_guidance(opened.configs) == default["guidance_scale"]
     else:
         assert family.embedded_guidance(opened.configs) is None
-    if family.backbone != "qwen_image":  # it does not guide without one
+    if family.backbone not in ("qwen_image", "flux2"):  # that does not guide without one; this takes none
         assert (default["negative_prompt"] or "") == family.negative_prompt
 
 
@@ -109,7 +111,10 @@ def test_sample_shape_is_that_of_the_latents(
     ((_, _, found),) = calls
     shape = opened.family.sample_shape(opened.configs, *(size or (None, None)))
     found = found[0] if isinstance(found, tuple) else found
-    if opened.family.packs:
+    if opened.family.backbone == "flux2":  # packs what it is given into [4C, h/2, w/2]
+        assert found.shape == (1, shape[1] * shape[2] // 4, shape[0] * 4)
+        assert shape[0] == opened.pipeline.vae.config.latent_channels
+    elif opened.family.packs:
         assert found.shape == (1, shape[1] * shape[2] // 4, shape[0] * 4)
         assert (
             shape[0] == opened.pipeline.vae.config[{"flux": "latent_channels", "qwen_image": "z_dim"}[opened.family.backbone]]
@@ -129,7 +134,8 @@ def test_a_size_between_patches_is_treated_as_the_pipeline_does(opened: _Opened,
     else:
         shape = opened.family.sample_shape(opened.configs, 32, 44)
         assert shape == (4, 8, 10)
-        assert opened.draw(32, 44, num_inference_steps=2).shape == (1, 20, 16)
+        drawn = opened.draw(32, 44, num_inference_steps=2).shape
+        assert drawn == ((1, *shape) if opened.family.backbone == "flux2" else (1, 20, 16))
     with pytest.raises(InputError, match="height: 0 pixels"):
         opened.family.sample_shape(opened.configs, 0, 32)
 
@@ -154,6 +160,7 @@ SCHEDULERS = {
     "sd3": [{}, {"use_dynamic_shifting": True, "max_shift": 1.3, "max_image_seq_len": 64}],
     "aura_flow": [{}, {"shift": 3.0}],
     "flux": [{}, {"use_dynamic_shifting": False, "shift": 1.0}],
+    "flux2": [{}, {"use_dynamic_shifting": False, "shift": 1.0}],
     "qwen_image": [{}, {"use_dynamic_shifting": False, "shift_terminal": None}],
     "z_image": [{}, {"use_dynamic_shifting": True, "base_shift": 0.3}],
 }
@@ -252,9 +259,10 @@ def test_guidance_combines_predictions_as_defined(
 
     pipeline.transformer.register_forward_hook(hook)
     taken = _recorded(monkeypatch, pipeline.scheduler, "step")
-    more: dict[str, Any] = {"negative_prompt": "a blue square"}
+    more: dict[str, Any] = {} if family.backbone == "flux2" else {"negative_prompt": "a blue square"}
     s = 3.0
-    more["true_cfg_scale" if family.packs else "guidance_scale"] = s - (family.guidance == "z_image")
+    known = inspect.signature(type(pipeline).__call__).parameters
+    more["true_cfg_scale" if "true_cfg_scale" in known else "guidance_scale"] = s - (family.guidance == "z_image")
     if family.guidance == "z_image":
         more |= {"cfg_truncation": truncation, "cfg_normalization": most}
     opened.draw(48, 32, num_inference_steps=4, **more)
@@ -287,6 +295,14 @@ def _unpacked(tokens: torch.Tensor, h: int, w: int) -> torch.Tensor:
     return (
         tokens.unflatten(1, (h // 2, w // 2)).unflatten(3, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, h, w)
     )
+
+
+def test_a_pipeline_that_is_distilled_already_is_refused(tmp_path: Path) -> None:
+    folder = tiny_pipeline("flux2_klein", tmp_path)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "is_distilled": True}))
+    with pytest.raises(InputError, match=r"is distilled already.*FLUX\.2-klein-base-4B"):
+        pipeline_family(folder)
 
 
 def test_a_pipeline_of_another_class_is_refused_by_name(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from pyard.sampling.prompts import condition_of_prompts, encode_prompts
 from pyard.teachers import load_teacher
 from pyard.teachers.text_to_image.teacher import PipelineTeacher
 
-NAMES = ("pixart_alpha", "pixart_sigma", "sd3", "aura_flow", "flux", "qwen_image", "z_image")
+NAMES = ("pixart_alpha", "pixart_sigma", "sd3", "aura_flow", "flux", "flux2_klein", "qwen_image", "z_image")
 PROMPTS = ["a red circle", "two small blue squares above a cross"]
 NEGATIVE = "blurry, a green triangle"
 PACKED = ("flux", "qwen_image")
@@ -58,18 +58,26 @@ def stock_images(
     height, width = (side * 4 for side in noise.shape[-2:])
     call: dict[str, Any] = {"num_inference_steps": steps, "output_type": "latent", "height": height, "width": width}
     latents = pixel_unshuffle(noise, 2).flatten(2).transpose(1, 2) if family in PACKED else noise
+    if family == "flux2_klein":  # whose negative prompt is "" unless its embedding is given
+        latents = pixel_unshuffle(noise, 2)
+        call["negative_prompt_embeds"] = pipe.encode_prompt([negative or ""] * len(PROMPTS))[0]
     if family.startswith("pixart"):
         call["use_resolution_binning"] = False
-    if family != "flux":
+    if family not in ("flux", "flux2_klein"):
         call["negative_prompt"] = [negative or (" " if family == "qwen_image" else "")] * len(PROMPTS)
     if not guided:
         call |= {"qwen_image": {"true_cfg_scale": 1.0}, "z_image": {"guidance_scale": 0.0}, "flux": {}}.get(
             family, {"guidance_scale": 1.0}
         )
     # A copy: Z-Image's pipeline writes into the list that it gets.
-    images = pipe(list(PROMPTS), latents=latents.clone(), **call).images
+    images = pipe(prompt=list(PROMPTS), latents=latents.clone(), **call).images
     if family in PACKED:
         images = pixel_shuffle(images.transpose(1, 2).unflatten(2, (height // 8, width // 8)), 2)
+    if family == "flux2_klein":  # its latents are those of the VAE
+        norm = pipe.vae.bn
+        squares = (x.reshape(1, 4, 2, 2) for x in (norm.running_mean, (norm.running_var + norm.eps).sqrt()))
+        mean, std = (x.repeat(1, 1, height // 8, width // 8) for x in squares)
+        images = (images - mean) / std
     return images
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch.nn.functional import pad
 from pyard.conditions.prompts import Encoded
 from pyard.errors import InputError
 from pyard.teachers.text_to_image import PipelineTextEncoder, pipeline_family
+from pyard.teachers.text_to_image.encoding import chat_texts
 
-NAMES = ("pixart_alpha", "pixart_sigma", "sd3", "aura_flow", "flux", "qwen_image", "z_image")
+NAMES = ("pixart_alpha", "pixart_sigma", "sd3", "aura_flow", "flux", "flux2_klein", "qwen_image", "z_image")
 PROMPT, NEGATIVE = "a large red circle above the blue square", "Small"
 TEXTS = ["", "a red circle", PROMPT, 'Zigzag, 3 times; "quoted" & ünïcödé {braces} 50%', NEGATIVE]
 
@@ -38,7 +40,8 @@ def _draw(pipeline: Any, family: Any, **more: Any) -> torch.Tensor:
     if family.backbone == "pixart":
         more["use_resolution_binning"] = False
         more.setdefault("negative_prompt", None)  # the default of "" counts as given beside embeddings
-    more["true_cfg_scale" if family.packs else "guidance_scale"] = 3.0
+    known = inspect.signature(type(pipeline).__call__).parameters
+    more["true_cfg_scale" if "true_cfg_scale" in known else "guidance_scale"] = 3.0
     generator = torch.Generator().manual_seed(0)
     return pipeline(num_inference_steps=2, height=32, width=48, generator=generator, output_type="latent", **more).images
 
@@ -51,6 +54,8 @@ def _as_arguments(encoded: Encoded, backbone: str, prefix: str, length: int) -> 
     if "pooled" in encoded.tensors:
         name = f"{prefix}pooled_prompt_embeds"
         return {f"{prefix}prompt_embeds": tokens[None], name: encoded.tensors["pooled"][None]}
+    if backbone == "flux2":
+        return {f"{prefix}prompt_embeds": tokens[None]}
     length = len(tokens) if backbone == "aura_flow" else length  # which attends to padding
     padding = (0, 0, 0, length - len(tokens))
     mask = (torch.arange(length) < len(tokens)).long()[None]
@@ -60,7 +65,10 @@ def _as_arguments(encoded: Encoded, backbone: str, prefix: str, length: int) -> 
 
 def test_embeddings_draw_what_the_text_draws(folder: Path) -> None:
     family, pipeline = pipeline_family(folder), _pipeline(folder)
-    expected = _draw(pipeline, family, prompt=PROMPT, negative_prompt=NEGATIVE)
+    texts: dict[str, Any] = {"negative_prompt": NEGATIVE}
+    if family.backbone == "flux2":  # takes its embedding alone
+        texts = {"negative_prompt_embeds": pipeline.encode_prompt(NEGATIVE)[0]}
+    expected = _draw(pipeline, family, prompt=PROMPT, **texts)
     positive, negative = PipelineTextEncoder(folder).encode([PROMPT, NEGATIVE])
     length = max(len(one.tensors["tokens"]) for one in (positive, negative)) + 3
     found = _draw(
@@ -71,7 +79,7 @@ def test_embeddings_draw_what_the_text_draws(folder: Path) -> None:
     )
     tolerance = 1e-5 * float(expected.abs().max())
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
-    other = _draw(pipeline, family, prompt="a red circle", negative_prompt=NEGATIVE)
+    other = _draw(pipeline, family, prompt="a red circle", **texts)
     assert (other - expected).abs().max() > 100 * tolerance
 
 
@@ -95,7 +103,7 @@ def test_padding_stays_where_the_transformer_attends_to_it(folder: Path) -> None
     lengths = [len(one.tensors["tokens"]) for one in PipelineTextEncoder(folder, max_sequence_length=100).encode(TEXTS)]
     if family.backbone == "sd3":
         assert lengths == [77 + 100] * len(TEXTS)
-    elif family.backbone in ("flux", "aura_flow"):
+    elif family.backbone in ("flux", "flux2", "aura_flow"):
         assert lengths == [100] * len(TEXTS)
     else:
         assert len(set(lengths)) == len(TEXTS)
@@ -116,6 +124,8 @@ def test_a_text_beyond_the_limit_is_cut(folder: Path) -> None:
     word = len(tokenizer("red red").input_ids) - len(tokenizer("red").input_ids)
     assert word == 1
     limit = special + 3
+    if backbone == "flux2":
+        limit = len(tokenizer(chat_texts(tokenizer, ["red red red"], thinking=False)[0]).input_ids)
     fits, longer = PipelineTextEncoder(folder, max_sequence_length=limit).encode(["red red red", "red red red blue"])
     if backbone in ("qwen_image", "z_image"):  # the first word has no space in front
         (one,) = PipelineTextEncoder(folder, max_sequence_length=limit).encode(["red"])
