@@ -160,8 +160,8 @@ class ARDPipeline(DiffusionPipeline):  # type: ignore[misc]
             student = _cast(Student.from_pretrained(path, network=network, base=pipeline), kwargs)
             if student.config.text is None:
                 return cls(student, **components)
-            encoder = text_encoder_of(student, folder=pipeline, dtype=_dtype_of(kwargs))
-            return cls(student, **{**encoder.components(leave_out=components), **components})
+            encoder = text_encoder_of(student, folder=pipeline, dtype=_dtype_of(kwargs), leave_out=components)
+            return cls(student, **{**encoder.components(), **components})
         # diffusers imports what the index names, but a folder must not name code to run.
         index = read_object(path / cls.config_name, "the index of a pipeline")
         known = {"student": [[_HERE, "StudentModel"]], "vae": [["diffusers", kind] for kind in AUTOENCODERS]}

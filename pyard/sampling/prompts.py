@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,6 +103,7 @@ def text_encoder_of(
     folder: str | Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    leave_out: Container[str] = (),
 ) -> PipelineTextEncoder:
     """The text encoder of a student's pipeline, read as it was for the student's trajectories.
 
@@ -111,6 +112,7 @@ def text_encoder_of(
         folder: the pipeline's folder; None: its path during training.
         device: the device to encode on.
         dtype: dtype of the encoders' weights; None: that of the trajectories, or if it is not known, the student's.
+        leave_out: names of components that are not read, because they are replaced by others.
 
     Raises:
         InputError: the student does not draw from prompts, or its pipeline's folder is missing.
@@ -134,6 +136,8 @@ def text_encoder_of(
         dtype=dtype or (next(student.trunk.parameters()).dtype if told is None else getattr(torch, told)),
         variant=text.read_with.get("variant") if folder is None else None,
         device=device,
+        transformer=getattr(student.config.network, "transformer", None),
+        leave_out=leave_out,
     )
 
 

@@ -57,7 +57,7 @@ def read_transformer(
         raise InputError(f"transformer {replacement}: no such file or folder")
     if replacement is not None and replacement.is_file():
         return _from_single_file(kind, replacement, folder, dtype)
-    folder = folder if replacement is None else _with_config(replacement)
+    folder = folder if replacement is None else transformer_folder(replacement)
     config = _config(folder)
     found = config.get("_class_name")
     if kind.__name__ not in (found, _CLASS_SINCE.get((str(found), str(config.get("norm_type"))))):
@@ -228,7 +228,7 @@ def _require_no_more_blocks(tensors: Mapping[str, torch.Tensor], transformer: nn
         )
 
 
-def _with_config(folder: Path) -> Path:
+def transformer_folder(folder: Path) -> Path:
     """The folder itself, or if it is a pipeline, the folder of its transformer."""
     return folder / "transformer" if (folder / "model_index.json").is_file() else folder
 

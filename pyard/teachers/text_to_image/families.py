@@ -16,6 +16,7 @@ import torch
 
 from pyard.errors import InputError
 from pyard.models.codec import AUTOENCODERS
+from pyard.models.wrapped.checkpoint import transformer_folder
 from pyard.storage.numbers import whole_number
 from pyard.storage.reading import read_object, reading
 from pyard.teachers.text_to_image import encoding
@@ -49,14 +50,26 @@ class PipelineConfigs:
     vae: Mapping[str, Any] | None
 
     @classmethod
-    def read(cls, folder: str | Path) -> PipelineConfigs:
-        """Read the configurations of a pipeline folder; an InputError if one of the files is missing or damaged."""
+    def read(cls, folder: str | Path, transformer: Path | None = None) -> PipelineConfigs:
+        """Read the configurations of a pipeline folder.
+
+        Args:
+            folder: the pipeline's folder.
+            transformer: what is read in place of its transformer. The configuration in that folder counts, as it does in
+                diffusers; a single file has none.
+
+        Raises:
+            InputError: one of the files is missing or damaged.
+        """
         folder = Path(folder)
         index = read_object(folder / INDEX_NAME, "the index of a diffusers pipeline")
         vae = None
         if component_class(index, "vae", folder) is not None:
             vae = read_object(folder / "vae" / "config.json", "the configuration of an autoencoder")
-        return cls(read_object(folder / "transformer" / "config.json", "the configuration of a transformer"), vae)
+        place = folder / "transformer"
+        if transformer is not None and transformer.is_dir():
+            place = transformer_folder(transformer)
+        return cls(read_object(place / "config.json", "the configuration of a transformer"), vae)
 
     def number(self, name: str) -> int:
         """An integer of the transformer's configuration."""

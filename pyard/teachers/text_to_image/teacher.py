@@ -63,6 +63,7 @@ class PipelineTeacher(PipelineSettings, NetworkTeacher):
     Attributes:
         folder: the pipeline's folder, from which text encoders and VAE are read when they are needed.
         family: what pyard knows about the pipeline's class.
+        configs: configurations of the transformer and the VAE that are used, which need not be the folder's.
         scheduler: the pipeline's scheduler, or the deterministic one that replaces it.
         text_encoder: the encoder of its prompts.
         conditions: a `PromptTable`, after `with_prompts`.
@@ -77,12 +78,13 @@ class PipelineTeacher(PipelineSettings, NetworkTeacher):
         scheduler: Any,
         text_encoder: PipelineTextEncoder,
         *,
+        configs: PipelineConfigs,
         codec: LatentCodec | None,
         conditions: Conditions | None = None,
     ):
         super().__init__(network, process_of(scheduler), codec=codec, conditions=conditions or NoPrompts())
         self.folder, self.family, self.scheduler, self.text_encoder = folder, family, scheduler, text_encoder
-        self.configs = PipelineConfigs.read(folder)
+        self.configs = configs
         self.origin: Mapping[str, str] = {}
         self.guidance, self.cfg_normalization = family.guidance, family.cfg_normalization
 
@@ -187,11 +189,16 @@ def load_pipeline(
     import diffusers
 
     family = pipeline_family(folder)
-    configs = PipelineConfigs.read(folder)
+    configs = PipelineConfigs.read(folder, transformer)
     backbone: Any = import_network(FAMILIES[family.backbone])
     scheduler = read_scheduler(folder)
     encoder = PipelineTextEncoder(
-        folder, family, max_sequence_length=max_sequence_length, dtype=getattr(torch, dtype), variant=variant
+        folder,
+        family,
+        max_sequence_length=max_sequence_length,
+        dtype=getattr(torch, dtype),
+        variant=variant,
+        transformer=configs.transformer,
     )
     kind = getattr(diffusers, backbone.transformer_name)
     model = read_transformer(
@@ -208,7 +215,7 @@ def load_pipeline(
         pixels=configs.vae_factor,
     )
     codec = LatentCodec(vae) if vae is not None else LatentCodec.beside(folder)
-    teacher = PipelineTeacher(folder, family, network, scheduler, encoder, codec=codec)
+    teacher = PipelineTeacher(folder, family, network, scheduler, encoder, configs=configs, codec=codec)
     paths = {"transformer": transformer, "lora": lora}
     teacher.origin = {name: str(path.resolve()) for name, path in paths.items() if path is not None}
     if variant is not None:

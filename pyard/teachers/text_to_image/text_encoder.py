@@ -39,6 +39,9 @@ class PipelineTextEncoder:
         dtype: dtype of the encoders' weights.
         variant: variant of the encoders' weights, such as `fp16`; None: those without a variant, or else those that exist.
         device: the device that the encoders run on.
+        transformer: settings of the transformer, from which SD3's pipeline takes the width if it has no T5; None: those in the
+            folder.
+        leave_out: names of components that are not read, because they are replaced by others.
 
     Raises:
         InputError: a component is missing, no component has the variant, or the pipeline does not allow the limit.
@@ -53,6 +56,8 @@ class PipelineTextEncoder:
         dtype: torch.dtype = torch.float32,
         variant: str | None = None,
         device: str | torch.device = "cpu",
+        transformer: Mapping[str, Any] | None = None,
+        leave_out: Container[str] = (),
     ):
         self.folder = Path(folder)
         self.family = pipeline_family(self.folder) if family is None else family
@@ -63,7 +68,8 @@ class PipelineTextEncoder:
             raise InputError(f"max_sequence_length is {max_sequence_length}; {self.family.pipeline} takes 1{limit}")
         self.dtype = dtype
         self.device = torch.device(device)
-        self._components = text_components(self.folder, self.family, variant)
+        self._transformer = transformer
+        self._components = [part for part in text_components(self.folder, self.family, variant) if part.name not in leave_out]
         self._pipeline: Any = None
 
     @classmethod
@@ -88,16 +94,12 @@ class PipelineTextEncoder:
         made = cls.__new__(cls)
         made.folder, made.family, made.device, made._components = Path(), family, torch.device(device), []
         made.max_sequence_length = family.max_sequence_length if max_sequence_length is None else max_sequence_length
-        made._pipeline = made._empty_pipeline(components, transformer)
+        made._transformer = transformer
+        made._pipeline = made._empty_pipeline(components)
         return made
 
-    def components(self, leave_out: Container[str] = ()) -> dict[str, Any]:
-        """Tokenizers and text encoders, by their names in the pipeline; those to leave out are not read.
-
-        Args:
-            leave_out: names of components.
-        """
-        self._components = [part for part in self._components if part.name not in leave_out]
+    def components(self) -> dict[str, Any]:
+        """Tokenizers and text encoders, by their names in the pipeline."""
         if self._pipeline is None:
             self._pipeline = self._load()
         names = self.family.encoders
@@ -182,7 +184,7 @@ class PipelineTextEncoder:
                 loaded[part.name].to(self.device)
         return self._empty_pipeline(loaded)
 
-    def _empty_pipeline(self, components: dict[str, Any], transformer: Mapping[str, Any] | None = None) -> Any:
+    def _empty_pipeline(self, components: dict[str, Any]) -> Any:
         """A pipeline of these components, without transformer, VAE and scheduler."""
         import diffusers
 
@@ -194,7 +196,7 @@ class PipelineTextEncoder:
         if self.family.backbone == "sd3" and components and "text_encoder_3" not in components:
             # Without T5 the pipeline fills its tokens with zeros of the width that the transformer expects.
             file = self.folder / "transformer" / "config.json"
-            config = transformer or read_object(file, "the configuration of a transformer")
+            config = self._transformer or read_object(file, "the configuration of a transformer")
             check_config(config, file, {})
             with reading(file, "not an SD3Transformer2DModel", RuntimeError), torch.device("meta"):
                 pipeline.transformer = diffusers.SD3Transformer2DModel.from_config(dict(config))
