@@ -1,7 +1,7 @@
 """The times that a diffusers scheduler visits, read from the scheduler itself after its `set_timesteps`.
 
-A student of S jumps draws with a stock scheduler of S steps where the teacher's n steps visit that scheduler's S times
-(`stock_places`). For which n they do:
+A student of S jumps draws with a stock scheduler of S steps where the teacher's n steps visit that scheduler's S times. For
+which n they do:
 
 | scheduler | its times, k = 0 ... n - 1; m is its smallest sigma | S of n |
 |---|---|---|
@@ -40,9 +40,6 @@ from pyard.diffusion.schedulers import OTHER_SPACINGS, process_of
 from pyard.errors import InputError
 from pyard.storage.numbers import whole_number
 
-# Times closer than this share of the first one are the same: schedulers compute their sigmas in float32.
-SAME_TIME = 1e-6
-
 
 class Visits(NamedTuple):
     """The times of a solver's steps.
@@ -78,19 +75,6 @@ class Visits(NamedTuple):
                 f"{schedule.kind!r} schedule"
             )
         return steps
-
-
-class StockPlaces(NamedTuple):
-    """Where a student of S jumps begins and ends on the n steps of its teacher.
-
-    Attributes:
-        state_index: S + 1 numbers of teacher steps done, for `TimeGrid.build`.
-        exact: True if a stock scheduler of S steps visits these times and tells the network the same; False if its times have
-            to be given to it (`sigmas=` or `timesteps=`), because the teacher does not visit the ones that it would choose.
-    """
-
-    state_index: tuple[int, ...]
-    exact: bool
 
 
 def visited(scheduler: Any, num_steps: int, *, sigmas: Sequence[float] | None = None, mu: float | None = None) -> Visits:
@@ -138,31 +122,6 @@ def visited(scheduler: Any, num_steps: int, *, sigmas: Sequence[float] | None = 
         return Visits.of(process, visits)
     except InputError as error:
         raise InputError(f"scheduler {name} in {num_steps} steps: {error}") from None
-
-
-def stock_places(teacher: Visits, stock: Visits) -> StockPlaces:
-    """Where the S steps of a stock scheduler lie among the n steps of a teacher's.
-
-    Args:
-        teacher: the n steps of the teacher's trajectory.
-        stock: the S steps that the student's users will take, `visited(scheduler, S, ...)`.
-
-    Returns:
-        The places of the stock times if the teacher visits them all (the table above); else floor(s n / S), evenly spaced.
-    """
-    steps, n = len(stock.embed_times), len(teacher.embed_times)
-    if not 1 <= steps <= n:
-        raise InputError(f"time grid: {steps} jumps out of {n} teacher steps; expected 1 to {n}")
-    places, close = [], SAME_TIME * teacher.times[0]
-    for time, told in zip(stock.times, (*stock.embed_times, None), strict=True):
-        k = min(range(n + 1), key=lambda k: abs(teacher.times[k] - time))
-        same = abs(teacher.times[k] - time) <= close
-        if not same or (told is not None and (k == n or abs(teacher.embed_times[k] - told) > close)):
-            return StockPlaces(tuple(s * n // steps for s in range(steps + 1)), exact=False)
-        places.append(k)
-    if places[0] != 0:
-        return StockPlaces(tuple(s * n // steps for s in range(steps + 1)), exact=False)
-    return StockPlaces(tuple(places), exact=True)
 
 
 def _set_timesteps(scheduler: Any, name: str, num_steps: int, sigmas: Sequence[float] | None, mu: float | None) -> None:

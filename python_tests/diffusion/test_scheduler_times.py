@@ -10,7 +10,7 @@ import pytest
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
 from pyard.diffusion.noise_schedule import NoiseSchedule
-from pyard.diffusion.scheduler_times import StockPlaces, Visits, stock_places, visited
+from pyard.diffusion.scheduler_times import Visits, visited
 from pyard.diffusion.schedulers import process_of, schedule_of
 from pyard.errors import InputError
 
@@ -132,14 +132,19 @@ DIFFUSIONS = [
 @pytest.mark.parametrize(("steps", "n"), [(4, 24), (4, 20), (2, 20), (3, 24), (4, 25), (3, 25), (2, 25), (4, 28), (3, 26)])
 def test_which_teacher_steps_a_stock_scheduler_visits(scheduler, call, rule, steps, n):
     teacher, stock = visited(scheduler, n, **call(n)), visited(scheduler, steps, **call(steps))
-    places = stock_places(teacher, stock)
     rules = {PLAIN: n % steps == 0, MINUS_ONE: (n - 1) % (steps - 1) == 0, TERMINAL: steps == 2, NEVER: False}
-    expected = rules[rule]
-    assert places.exact is expected
-    if expected:
-        assert [teacher.times[k] for k in places.state_index] == pytest.approx(list(stock.times), abs=1e-6 * teacher.times[0])
-    else:
-        assert places == StockPlaces(tuple(s * n // steps for s in range(steps + 1)), exact=False)
+    assert visits_all(teacher, stock) is rules[rule]
+
+
+def visits_all(teacher: Visits, stock: Visits) -> bool:
+    """Whether a teacher visits all times of a stock scheduler, from the same first one, and is told the same."""
+    close = 1e-6 * teacher.times[0]  # schedulers compute their sigmas in float32
+    told = dict(zip(teacher.times, (*teacher.embed_times, 0.0), strict=True))
+    for time, stock_told in zip(stock.times, (*stock.embed_times, 0.0), strict=True):
+        nearest = min(teacher.times, key=lambda mine: abs(mine - time))
+        if abs(nearest - time) > close or abs(told[nearest] - stock_told) > close:
+            return False
+    return abs(teacher.times[0] - stock.times[0]) <= close
 
 
 @pytest.mark.parametrize(("scheduler", "message"), [
@@ -175,8 +180,6 @@ def test_arguments_that_a_scheduler_does_not_take_are_refused():
     terminal, call = FLOWS["terminal"]
     with pytest.raises(InputError, match="in 1 steps: visits: a time is not finite"):
         visited(terminal, 1, **call(1))
-    with pytest.raises(InputError, match="5 jumps out of 4 teacher steps"):
-        stock_places(visited(FlowMatchEulerDiscreteScheduler(), 4), visited(FlowMatchEulerDiscreteScheduler(), 5))
 
 
 @pytest.mark.parametrize(("visits", "message"), [
