@@ -37,10 +37,10 @@ def printed(command: str, flags: list[str], capsys: pytest.CaptureFixture[str]) 
     return found
 
 
-def test_there_are_six():
+def test_there_are_seven():
     assert [recipe.stem for recipe in RECIPES] == [
-        "flux1-dev-1024-lora", "pixart-sigma-1024", "qwen-image-1024-lora", "sd35-medium-1024-lora", "sd35-medium-1024",
-        "z-image-1024-lora",
+        "flux1-dev-1024-lora", "flux2-klein-1024-lora", "pixart-sigma-1024", "qwen-image-1024-lora", "sd35-medium-1024-lora",
+        "sd35-medium-1024", "z-image-1024-lora",
     ]  # fmt: skip
 
 

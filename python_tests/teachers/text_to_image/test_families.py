@@ -198,6 +198,16 @@ def test_the_scheduler_is_called_as_the_pipeline_calls_it(
         torch.testing.assert_close(fresh.sigmas, scheduler.sigmas, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("side", [64, 160])  # the fit is another one above 4300 tokens: 1024 pixels have 4096
+def test_flux2s_shift_is_its_pipelines(side: int, tmp_path: Path) -> None:
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+    family = pipeline_family(tiny_pipeline("flux2_klein", tmp_path))
+    for steps in (1, 4, 50):
+        call = family.scheduler_call({}, steps, (4, 2 * side, 2 * side))
+        assert call["mu"] == compute_empirical_mu(side * side, steps)
+
+
 def test_flux_leaves_sigmas_to_a_scheduler_of_flows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers import DPMSolverMultistepScheduler
 
