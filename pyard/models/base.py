@@ -73,7 +73,8 @@ def _moved(config: StudentConfig, base: str | Path | None) -> StudentConfig:
 def _read(config: StudentConfig, backbone: Any, student: Path) -> Denoiser:
     import diffusers
 
-    from pyard.models.wrapped.checkpoint import add_stock_lora, read_transformer
+    from pyard.models.wrapped.checkpoint import read_transformer
+    from pyard.models.wrapped.stock_lora import add_stock_lora
 
     source, text, network = config.base, config.text, config.network
     assert source is not None

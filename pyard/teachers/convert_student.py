@@ -16,7 +16,7 @@ from pyard.models.hub import local_folder
 from pyard.models.lora import merge_lora
 from pyard.models.student import Student
 from pyard.models.student_config import StudentConfig, TextSource
-from pyard.models.wrapped.checkpoint import add_stock_lora, read_transformer
+from pyard.models.wrapped.checkpoint import read_transformer
 from pyard.models.wrapped.low_rank import LowRank
 from pyard.models.wrapped.stock_folder import (
     ADAPTER_NAMES,
@@ -28,6 +28,7 @@ from pyard.models.wrapped.stock_folder import (
     student_additions,
     with_targets,
 )
+from pyard.models.wrapped.stock_lora import add_stock_lora
 from pyard.storage.folders import new_folder
 from pyard.storage.reading import read_object
 from pyard.storage.units import format_bytes

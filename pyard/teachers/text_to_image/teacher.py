@@ -25,7 +25,8 @@ from pyard.models.families import FAMILIES, import_network
 from pyard.models.fingerprint import fingerprint_of, weights_digest
 from pyard.models.student_config import BaseSource, LoraHeads, TextSource
 from pyard.models.wrapped.backbone import WrappedBackbone
-from pyard.models.wrapped.checkpoint import add_stock_lora, read_transformer
+from pyard.models.wrapped.checkpoint import read_transformer
+from pyard.models.wrapped.stock_lora import add_stock_lora
 from pyard.storage.reading import read_object
 from pyard.teachers.network_teacher import NetworkTeacher
 from pyard.teachers.text_to_image.families import INDEX_NAME, PipelineConfigs, PipelineFamily

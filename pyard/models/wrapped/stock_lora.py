@@ -1,0 +1,129 @@
+"""Adding a published LoRA to a diffusers transformer: one of its pipeline's loader, or an adapter folder of PEFT."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pyard.errors import InputError
+from pyard.models.pretrained import PICKLED_WEIGHTS
+from pyard.models.wrapped.low_rank import Factors
+from pyard.storage.numbers import whole_number
+from pyard.storage.pickles import require_sound
+from pyard.storage.reading import read_object
+from pyard.storage.tensor_files import read_safetensors, require_finite
+
+
+def add_stock_lora(transformer: Any, pipeline: type[Any], path: Path) -> dict[str, Factors]:
+    """Add a LoRA to the weights of a transformer, in place.
+
+    Args:
+        transformer: the transformer, as read.
+        pipeline: class of its diffusers pipeline, whose loader reads the LoRA file.
+        path: a LoRA that the pipeline's `load_lora_weights` reads, or an adapter folder of PEFT.
+
+    Returns:
+        What was added to each linear layer, by its name.
+
+    Raises:
+        InputError: there is no LoRA, or it is for another model.
+    """
+    if not path.exists():
+        raise InputError(f"lora {path}: no such file or folder")
+    if (path / "adapter_config.json").is_file():
+        return _add_peft_adapter(transformer, path)
+    if not hasattr(pipeline, "lora_state_dict"):
+        raise InputError(f"lora {path}: {pipeline.__name__} does not read LoRA files; expected an adapter folder of PEFT")
+    before = {name: id(module) for name, module in transformer.named_modules()}
+    for file in (
+        [path] if path.is_file() else sorted(f for kind in ("*.safetensors", *PICKLED_WEIGHTS) for f in path.glob(kind))
+    ):
+        if file.suffix == ".safetensors":
+            tensors = read_safetensors(file)
+            require_finite(tensors, file)
+            _require_transformer_alone(tensors, file)
+        else:
+            require_sound(file)
+    try:
+        where = {"weight_name": path.name} if path.is_file() else {}
+        # Some files have the weights of their additions (alpha) as tensors, others in their metadata.
+        has_alphas = "network_alphas" in inspect.signature(pipeline.load_lora_into_transformer).parameters
+        state, *alphas, metadata = pipeline.lora_state_dict(
+            str(path.parent if path.is_file() else path),
+            local_files_only=True,
+            return_lora_metadata=True,
+            **({"return_alphas": True} if has_alphas else {}),
+            **where,
+        )
+        _require_transformer_alone(state, path)  # pickles, too
+        pipeline.load_lora_into_transformer(state, *alphas, transformer=transformer, metadata=metadata)
+    except InputError:
+        raise
+    except Exception as error:  # as in read_pretrained
+        raise InputError(f"lora {path}: {pipeline.__name__} cannot read it: {' '.join(str(error).split())[:300]}") from None
+    if before == {name: id(module) for name, module in transformer.named_modules()}:
+        raise InputError(f"lora {path}: none of its layers belongs to this {type(transformer).__name__}")
+    factors = _factors(transformer)
+    transformer.fuse_lora()
+    transformer.unload_lora()
+    return factors
+
+
+def _factors(transformer: nn.Module) -> dict[str, Factors]:
+    """What the LoRA that was loaded into a transformer adds to its linear layers; its weight is in `up`."""
+    from peft.tuners.lora import Linear
+
+    found = {}
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, Linear):
+            for adapter in layer.active_adapters:
+                down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+                found[name] = Factors(down.detach().clone(), up.detach() * layer.scaling[adapter])
+    return found
+
+
+def _require_transformer_alone(names: Iterable[str], file: Path) -> None:
+    """Refuse what would be left out, so that the teacher would not be the model that the file makes of the pipeline."""
+    names = list(names)
+    if any(name.startswith(("text_encoder", "lora_te")) for name in names):
+        raise InputError(
+            f"lora {file}: it also changes the text encoders, which pyard reads unchanged; fuse it into a copy of the pipeline "
+            "with diffusers (load_lora_weights, fuse_lora, save_pretrained), and give that folder"
+        )
+    if any("dora_scale" in name for name in names):
+        raise InputError(f"lora {file}: it is a DoRA, which diffusers reads as if it were a LoRA; fuse it into the transformer")
+
+
+def _add_peft_adapter(transformer: Any, path: Path) -> dict[str, Factors]:
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    from pyard.models.lora import merge_adapters
+
+    file = path / "adapter_model.safetensors"
+    tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in read_safetensors(file).items()}
+    require_finite(tensors, file)
+    _check_ranks(path / "adapter_config.json", tensors)
+    try:
+        inject_adapter_in_model(LoraConfig.from_pretrained(str(path)), transformer)
+        result = set_peft_model_state_dict(transformer, tensors)
+    except Exception as error:  # as in read_pretrained
+        raise InputError(f"lora {path}: PEFT cannot read it: {' '.join(str(error).split())[:300]}") from None
+    if result.unexpected_keys:
+        raise InputError(f"lora {path}: {result.unexpected_keys[0]} is not a layer of this {type(transformer).__name__}")
+    factors = _factors(transformer)
+    merge_adapters(transformer)
+    return factors
+
+
+def _check_ranks(file: Path, tensors: Mapping[str, Any]) -> None:
+    """Raise an InputError if an adapter declares a higher rank than its tensors have, before memory is taken for it."""
+    config = read_object(file, "the configuration of a PEFT adapter")
+    patterns = config.get("rank_pattern")
+    ranks = [config.get("r", 8), *(patterns.values() if isinstance(patterns, dict) else ())]
+    most = max((min(tensor.shape) for tensor in tensors.values() if tensor.ndim > 1), default=0)
+    for rank in ranks:
+        whole_number(f"{file}: a rank", rank, 1, max(most, 1))
