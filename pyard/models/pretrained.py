@@ -20,6 +20,7 @@ from pyard.storage.tensor_files import require_finite, tensor_shapes
 _CONFIG_NAME = "config.json"
 # Names under which diffusers, transformers and PEFT read pickles; a folder may hold others, such as training_args.bin.
 PICKLED_WEIGHTS = ("*model*.bin", "*weights*.bin")
+_SUFFIXES = ("safetensors", "bin")
 # What counts blocks, of which each has a tensor of its own.
 _COUNTS = re.compile(r"(?:^|_)(?<!window_)(?:layers|depth|blocks|layers_per_block)$")
 # What is squared in a table of positions, and what else sets the length of a table; limits far beyond any model there is.
@@ -171,9 +172,18 @@ def _number(config: Mapping[str, Any], name: str, default: int) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else default
 
 
+def usable_variant(folder: Path, name: str, wanted: str | None) -> str | None:
+    """The wanted variant if the folder has the weights `name` in it, or else as `only_variant`.
+
+    A variant is asked for a whole pipeline, and some components have their weights in another one only.
+    """
+    files = [f"{name}.{wanted}.{kind}" for kind in _SUFFIXES] + [f"{name}.{kind}.index.{wanted}.json" for kind in _SUFFIXES]
+    return wanted if any((folder / file).is_file() for file in files) else only_variant(folder, name)
+
+
 def only_variant(folder: Path, name: str) -> str | None:
     """`fp16` or another variant, if the folder has the weights `name` only in this variant."""
-    if any((folder / f"{name}.{kind}{index}").is_file() for kind in ("safetensors", "bin") for index in ("", ".index.json")):
+    if any((folder / f"{name}.{kind}{index}").is_file() for kind in _SUFFIXES for index in ("", ".index.json")):
         return None
     files = sorted(file.name for file in folder.glob(f"{name}.*"))
     found = (re.search(r"\.(?:index\.)?(\w+?)(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin|json)$", file) for file in files)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from pyard.models.dit.checkpoint_file import Tensors
 from pyard.models.dit.config import DiTConfig
 from pyard.models.dit.network import DiT, dit_trunk, sincos_position_embedding
 from pyard.models.folder import class_name, require_replaceable
-from pyard.models.pretrained import read_pretrained
+from pyard.models.pretrained import only_variant, read_pretrained
 from pyard.storage.files import write_text
 from pyard.storage.folders import new_folder
 from pyard.storage.reading import read_json, read_object
@@ -83,7 +82,8 @@ def load_diffusers(path: str | Path, *, schedule: NoiseSchedule | None = None) -
                 "folder of the whole pipeline, or in Python load_teacher(…, schedule=NoiseSchedule(…))"
             )
         schedule = load_schedule(home / "scheduler")
-    transformer = read_pretrained(DiTTransformer2DModel, folder, torch_dtype=torch.float32, variant=_variant(folder))
+    variant = only_variant(folder, "diffusion_pytorch_model")
+    transformer = read_pretrained(DiTTransformer2DModel, folder, torch_dtype=torch.float32, variant=variant)
     network = from_diffusers(transformer, schedule)
     return NetworkTeacher(network, schedule, codec=LatentCodec.beside(home), class_names=_class_names(index, network.config))
 
@@ -254,15 +254,6 @@ def _rename(state: Tensors, names: dict[str, str]) -> Tensors:
     """The tensors of these layers under their new names."""
     layers = {name: name.rpartition(".") for name in state}
     return {f"{names[layer]}.{kind}": state[name] for name, (layer, _, kind) in layers.items() if layer in names}
-
-
-def _variant(folder: Path) -> str | None:
-    """`fp16` or another variant where the folder has the weights in no other precision."""
-    name = "diffusion_pytorch_model"
-    if any((folder / f"{name}.{kind}{index}").is_file() for kind in ("safetensors", "bin") for index in ("", ".index.json")):
-        return None
-    found = (re.search(r"\.(\w+)\.(?:safetensors|bin|json)$", file.name) for file in sorted(folder.glob(f"{name}.*")))
-    return next((match[1] for match in found if match), None)
 
 
 def _class_names(index: dict[str, Any], config: DiTConfig) -> list[str] | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pyard.errors import InputError
-from pyard.models.pretrained import only_variant, read_pretrained
+from pyard.models.pretrained import read_pretrained, usable_variant
 from pyard.models.wrapped.single_file import read_single_file
 from pyard.storage.reading import read_object
 
@@ -31,7 +31,8 @@ def read_transformer(
         kind: name of its diffusers class.
         folder: folder of the pipeline's own transformer, with `config.json`; its weights may be sharded.
         dtype: dtype of the weights.
-        variant: variant of the weights, such as `fp16`; None: the files without a variant, or else the only variant there is.
+        variant: variant of the weights, such as `fp16`; None, or one that the folder lacks: the files without a variant, or
+            else the only variant there is.
         replacement: a fine-tuned transformer to read instead: a folder, or a single `.safetensors` with diffusers' tensor names
             or, if diffusers can convert them, the original ones.
 
@@ -47,7 +48,8 @@ def read_transformer(
     found = config.get("_class_name")
     if kind.__name__ not in (found, _CLASS_SINCE.get((str(found), str(config.get("norm_type"))))):
         raise InputError(f"{folder} holds a {found!s:.60}; expected a {kind.__name__}")
-    return read_pretrained(kind, folder, whole=True, torch_dtype=dtype, variant=variant or only_variant(folder, _NAME)).eval()
+    variant = usable_variant(folder, _NAME, variant)
+    return read_pretrained(kind, folder, whole=True, torch_dtype=dtype, variant=variant).eval()
 
 
 def _with_config(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -133,3 +134,38 @@ def test_shards_and_variants(pipeline: Path, tmp_path: Path) -> None:
     read = weights_of(half)
     assert all(torch.equal(read[name], tensor.half().float()) for name, tensor in plain.items())
     assert {tensor.dtype for tensor in weights_of(pipeline, dtype="bfloat16").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("shards", ["none", "new names", "old names"])
+def test_components_without_the_variant_use_the_weights_that_they_have(shards: str, pipeline: Path, tmp_path: Path) -> None:
+    """As in SD 3.5, where encoders and VAE have the variant, and the transformer has none."""
+    from diffusers import StableDiffusion3Pipeline
+
+    folder = tmp_path / "pipeline"
+    shutil.copytree(pipeline, folder)
+    shutil.rmtree(folder / "transformer")
+    stock(pipeline).save_pretrained(folder / "transformer", max_shard_size="40KB")
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        file = folder / name / "model.safetensors"
+        save_file({key: tensor.half() for key, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+        file.rename(folder / name / "model.fp16.safetensors")
+    theirs = StableDiffusion3Pipeline.from_pretrained(folder, variant="fp16").transformer.state_dict()
+    assert same(weights_of(folder, variant="fp16"), theirs)
+    stock(pipeline).half().save_pretrained(
+        folder / "transformer", variant="fp16", max_shard_size="10GB" if shards == "none" else "20KB"
+    )
+    if shards == "old names":
+        _rename_shards(folder / "transformer")
+    halves = weights_of(folder, variant="fp16")
+    assert all(torch.equal(halves[name], tensor.half().float()) for name, tensor in theirs.items())
+    assert same(weights_of(folder), theirs)
+    with pytest.raises(InputError, match="no file of the variant 'bf16'; found fp16"):
+        load_teacher(folder, variant="bf16")
+
+
+def _rename_shards(folder: Path) -> None:
+    """From model.fp16-00001-of-00002 to the older model-00001-of-00002.fp16."""
+    index = folder / "diffusion_pytorch_model.safetensors.index.fp16.json"
+    index.write_text(re.sub(r"\.fp16(-\d+-of-\d+)", r"\1.fp16", index.read_text(encoding="utf-8")), encoding="utf-8")
+    for file in list(folder.glob("*.fp16-*")):
+        file.rename(folder / re.sub(r"\.fp16(-\d+-of-\d+)", r"\1.fp16", file.name))
