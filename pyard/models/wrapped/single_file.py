@@ -39,38 +39,47 @@ def read_single_file(kind: type[Any], file: Path, folder: Path, config: dict[str
     with reading(folder, f"not a configuration of {kind.__name__}", RuntimeError), init_empty_weights(include_buffers=False):
         transformer: nn.Module = kind.from_config(config)
     wanted = transformer.state_dict()
-    _require_unquantised(tensors, file)
-    for prefix in _PREFIXES:
-        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        if wanted.keys() <= own.keys():
-            differing = [name for name, tensor in wanted.items() if tensor.shape != own[name].shape]
-            if differing:
-                sizes = f"{tuple(own[differing[0]].shape)}, expected {tuple(wanted[differing[0]].shape)}"
-                raise InputError(f"transformer {file}: {differing[0]} is {sizes}; it has a different size than {folder}")
-            left = layers_without_a_place(own, wanted)
-            if left:
-                raise InputError(
-                    f"transformer {file}: it has {len(left)} tensors that the {kind.__name__} of {folder} has no place for, "
-                    f"such as {left[0]}; if it has more layers, give a folder with its own config.json"
-                )
-            transformer.load_state_dict({name: own[name].clone() for name in wanted}, assign=True)
-            return transformer.to(dtype).eval()
+    own = _own_tensors(tensors, wanted)
+    _require_unquantised(own, file)
+    if wanted.keys() <= own.keys():
+        differing = [name for name, tensor in wanted.items() if tensor.shape != own[name].shape]
+        if differing:
+            sizes = f"{tuple(own[differing[0]].shape)}, expected {tuple(wanted[differing[0]].shape)}"
+            raise InputError(f"transformer {file}: {differing[0]} is {sizes}; it has a different size than {folder}")
+        left = layers_without_a_place(own, wanted)
+        if left:
+            raise InputError(
+                f"transformer {file}: it has {len(left)} tensors that the {kind.__name__} of {folder} has no place for, "
+                f"such as {left[0]}; if it has more layers, give a folder with its own config.json"
+            )
+        transformer.load_state_dict({name: own[name].clone() for name in wanted}, assign=True)
+        return transformer.to(dtype).eval()
     if not hasattr(kind, "from_single_file"):
-        missing = sorted(wanted.keys() - tensors.keys())
+        missing = sorted(wanted.keys() - own.keys())
         raise InputError(f"transformer {file}: it lacks {len(missing)} tensors of a {kind.__name__}, such as {missing[0]}")
     try:
         transformer = kind.from_single_file(str(file), config=str(folder), torch_dtype=dtype, local_files_only=True).eval()
     except Exception as error:  # as in read_pretrained
         found = " ".join(str(error).split())[:300]
         raise InputError(f"transformer {file}: diffusers cannot read it as a {kind.__name__}: {found}") from None
-    _require_no_more_blocks(tensors, transformer, file, folder)
+    _require_no_more_blocks(own, transformer, file, folder)
     return transformer
 
 
-def _require_unquantised(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+def _own_tensors(tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The transformer's tensors without their prefix; those of a pipeline's other components are under other prefixes."""
+    parts = [
+        part
+        for prefix in _PREFIXES
+        if (part := {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)})
+    ]
+    return next((part for part in parts if wanted.keys() <= part.keys()), parts[0] if parts else {})
+
+
+def _require_unquantised(own: Mapping[str, torch.Tensor], file: Path) -> None:
     """Refuse weights that mean nothing without the factors beside them, which nobody here multiplies by."""
-    factors = [name for name in tensors if FACTORS.search(name)]
-    packed = [name for name, tensor in tensors.items() if tensor.dtype in (torch.int8, torch.uint8) and tensor.ndim > 0]
+    factors = [name for name in own if FACTORS.search(name)]
+    packed = [name for name, tensor in own.items() if tensor.dtype in (torch.int8, torch.uint8) and tensor.ndim > 0]
     if factors or packed:
         raise InputError(
             f"transformer {file}: it is quantised ({(factors or packed)[0]}), and its weights mean nothing without their "
@@ -78,12 +87,9 @@ def _require_unquantised(tensors: Mapping[str, torch.Tensor], file: Path) -> Non
         )
 
 
-def _require_no_more_blocks(tensors: Mapping[str, torch.Tensor], transformer: nn.Module, file: Path, folder: Path) -> None:
+def _require_no_more_blocks(own: Mapping[str, torch.Tensor], transformer: nn.Module, file: Path, folder: Path) -> None:
     """diffusers' converters join, split and rename tensors and drop the rest; what counts is the numbers in all of them."""
-    own = next(
-        (kept for prefix in _PREFIXES if (kept := [tensor for name, tensor in tensors.items() if name.startswith(prefix)])), []
-    )
-    found, kept = sum(tensor.numel() for tensor in own), sum(tensor.numel() for tensor in transformer.state_dict().values())
+    found, kept = (sum(tensor.numel() for tensor in each.values()) for each in (own, transformer.state_dict()))
     if found > 1.01 * kept:
         raise InputError(
             f"transformer {file}: it has {found / 1e6:.4g} M numbers, and a transformer with the config.json of {folder} has "

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from stock_weights import same, weights_of
 from tiny_pipelines import tiny_pipeline
 
 from pyard.errors import InputError
-from pyard.models.wrapped.single_file import _require_no_more_blocks
+from pyard.models.wrapped.single_file import _own_tensors, _require_no_more_blocks
+from pyard.teachers import load_teacher
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,42 @@ def test_a_converted_file_of_more_numbers_than_the_model_is_refused(pipeline: Pa
     model = stock(pipeline)
     tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in model.state_dict().items()}
     others = {"first_stage_model.decoder.weight": torch.ones(10**6)}  # another component in the same file
-    _require_no_more_blocks({**others, **tensors}, model, Path("original.safetensors"), pipeline)
+    _require_no_more_blocks(_own_tensors({**others, **tensors}, {}), model, Path("original.safetensors"), pipeline)
     more = {"model.diffusion_model.joint_blocks.9.weight": torch.ones(sum(t.numel() for t in tensors.values()) // 50)}
     with pytest.raises(InputError, match=r"original.safetensors: it has .* M numbers, and a transformer with .* has"):
-        _require_no_more_blocks({**tensors, **more}, model, Path("original.safetensors"), pipeline)
+        _require_no_more_blocks(_own_tensors({**tensors, **more}, {}), model, Path("original.safetensors"), pipeline)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+def test_quantised_text_encoders_beside_a_whole_transformer_are_not_read(layout: str, tmp_path: Path) -> None:
+    """Checkpoints with all of a pipeline's components have factors of quantised encoders, and tokenizers as bytes."""
+    folder = tiny_pipeline("z_image", tmp_path / "pipeline")
+    names = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    own = {
+        f"model.diffusion_model.{name}": tensor for name, tensor in (original(names) if layout == "original" else names).items()
+    }
+    encoder = "text_encoders.qwen3_4b.transformer."
+    others = {
+        f"{encoder}model.layers.0.mlp.weight": torch.ones(4, 4).to(torch.float8_e4m3fn),
+        f"{encoder}model.layers.0.mlp.scale_weight": torch.tensor(1.0),
+        "text_encoders.t5xxl.spiece_model": torch.zeros(20, dtype=torch.uint8),
+    }
+    file = tmp_path / "whole.safetensors"
+    save_file({**own, **others}, file)
+    assert same(weights_of(folder, transformer=file), weights_of(folder))
+    save_file({**own, **others, "model.diffusion_model.layers.0.feed_forward.w1.scale_weight": torch.tensor(1.0)}, file)
+    with pytest.raises(InputError, match=r"it is quantised \(layers.0.feed_forward.w1.scale_weight\)"):
+        load_teacher(folder, transformer=file)
+
+
+def original(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of Z-Image's diffusers transformer under the names of its authors, with one matrix for q, k and v."""
+    names = {"all_final_layer.2-1.": "final_layer.", "all_x_embedder.2-1.": "x_embedder.", ".to_out.0.": ".out.",
+             ".norm_k.": ".k_norm.", ".norm_q.": ".q_norm."}  # fmt: skip
+    found = dict(tensors)
+    for name in [name for name in found if name.endswith(".to_q.weight")]:
+        parts = [found.pop(name.replace("to_q", f"to_{each}")) for each in "qkv"]
+        found[name.replace("to_q", "qkv")] = torch.cat(parts)
+    for ours, theirs in names.items():
+        found = {name.replace(ours, theirs): tensor for name, tensor in found.items()}
+    return found
