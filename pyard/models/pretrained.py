@@ -29,6 +29,8 @@ _MOST_BY_NAME = ((_SIDES, 2**12), (re.compile(r"axes_lens"), 2**16), (re.compile
                  (re.compile(r"theta|_id$|_ids$|base"), 2**53))  # fmt: skip
 # Names of the scale factors beside quantised weights: of scaled fp8 (ComfyUI, compressed-tensors), bitsandbytes, GPTQ.
 FACTORS = re.compile(r"(scale_weight|weight_scale|scale_input|input_scale|scaled_fp8|absmax|quant_map|qweight|qzeros)(\.|$|_)")
+# Layers that embed the strength of the guidance, in diffusers' names and in FLUX's own.
+GUIDANCE = re.compile(r"(^|\.)(guidance_embedder|guidance_in)\.")
 _MOST = 2**24
 _MOST_ITEMS = 10**4
 _NUMBER = re.compile(r"\.\d+\.")
@@ -74,7 +76,8 @@ def read_pretrained(kind: Any, folder: Path, *, whole: bool = False, **options: 
 
 
 def layers_without_a_place(found: Iterable[str], wanted: Iterable[str]) -> list[str]:
-    """Tensors without which a model is another one: those of more layers, and factors of quantised weights.
+    """Tensors without which a model is another one: those of more layers, of a guidance embedder, and factors of
+    quantised weights.
 
     Others that a model has no place for are harmless, such as the embedding of no caption in the published PixArt-alpha, which
     its pipeline does not use.
@@ -86,7 +89,7 @@ def layers_without_a_place(found: Iterable[str], wanted: Iterable[str]) -> list[
     wanted = set(wanted)
     kinds = {_NUMBER.sub(".#.", name) for name in wanted}
     left = sorted(set(found) - wanted)
-    return [name for name in left if _NUMBER.sub(".#.", name) in kinds or FACTORS.search(name)]
+    return [name for name in left if _NUMBER.sub(".#.", name) in kinds or FACTORS.search(name) or GUIDANCE.search(name)]
 
 
 def check_model_folder(folder: Path) -> dict[str, Any]:

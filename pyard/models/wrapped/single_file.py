@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pyard.errors import InputError
-from pyard.models.pretrained import FACTORS, check_config, layers_without_a_place
+from pyard.models.pretrained import FACTORS, GUIDANCE, check_config, layers_without_a_place
 from pyard.storage.reading import reading
 from pyard.storage.tensor_files import read_safetensors, require_finite
 
@@ -41,6 +41,7 @@ def read_single_file(kind: type[Any], file: Path, folder: Path, config: dict[str
     wanted = transformer.state_dict()
     own = _own_tensors(tensors, wanted)
     _require_unquantised(own, file)
+    _require_no_other_guidance(own, wanted, file, folder)
     if wanted.keys() <= own.keys():
         differing = [name for name, tensor in wanted.items() if tensor.shape != own[name].shape]
         if differing:
@@ -84,6 +85,16 @@ def _require_unquantised(own: Mapping[str, torch.Tensor], file: Path) -> None:
         raise InputError(
             f"transformer {file}: it is quantised ({(factors or packed)[0]}), and its weights mean nothing without their "
             "factors; give the file in bfloat16, float16 or float32"
+        )
+
+
+def _require_no_other_guidance(own: Iterable[str], wanted: Iterable[str], file: Path, folder: Path) -> None:
+    """Refuse a guidance embedder without a place, such as that of FLUX.1 dev over schnell; dropped, it leaves another model."""
+    found = next((name for name in own if GUIDANCE.search(name)), None)
+    if found is not None and not any(GUIDANCE.search(name) for name in wanted):
+        raise InputError(
+            f"transformer {file}: it has a guidance embedder ({found}), and the config.json of {folder} has none "
+            "(guidance_embeds is not true); give a folder with its own config.json"
         )
 
 

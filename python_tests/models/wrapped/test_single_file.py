@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from stock_weights import same, weights_of
-from tiny_pipelines import tiny_pipeline
+from tiny_pipelines import randomise, tiny_pipeline
 
 from pyard.errors import InputError
 from pyard.models.wrapped.single_file import _own_tensors, _require_no_more_blocks
@@ -72,3 +73,28 @@ def original(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for ours, theirs in names.items():
         found = {name.replace(ours, theirs): tensor for name, tensor in found.items()}
     return found
+
+
+@pytest.mark.parametrize("name", ["time_text_embed.guidance_embedder.linear_1.weight", "guidance_in.in_layer.weight"])
+def test_a_guidance_embedder_that_the_configuration_lacks_is_refused(name: str, tmp_path: Path) -> None:
+    """Dropped, it would leave another model: FLUX.1 dev without its guidance, read over the folder of schnell."""
+    from diffusers import FluxTransformer2DModel
+
+    folder = tiny_pipeline("flux", tmp_path / "pipeline")
+    dev = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    config = folder / "transformer" / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    randomise(FluxTransformer2DModel.from_config({**settings, "guidance_embeds": False}), 1).save_pretrained(config.parent)
+    without = {key: tensor for key, tensor in dev.items() if "guidance" not in key}
+    file = tmp_path / "dev.safetensors"
+    save_file(without, file)
+    assert weights_of(folder, transformer=file).keys() == without.keys()
+    for prefix in ("", "model.diffusion_model."):
+        save_file({f"{prefix}{key}": tensor for key, tensor in {**without, name: torch.ones(2, 2)}.items()}, file)
+        with pytest.raises(
+            InputError, match=rf"it has a guidance embedder \({name}\), .*give a folder with its own config.json"
+        ):
+            load_teacher(folder, transformer=file)
+    save_file(dev, folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(InputError, match=r"no place for, such as time_text_embed\.guidance_embedder"):
+        load_teacher(folder)
