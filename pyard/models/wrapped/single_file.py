@@ -56,13 +56,19 @@ def read_single_file(kind: type[Any], file: Path, folder: Path, config: dict[str
         transformer.load_state_dict({name: own[name].clone() for name in wanted}, assign=True)
         return transformer.to(dtype).eval()
     if not hasattr(kind, "from_single_file"):
-        missing = sorted(wanted.keys() - own.keys())
-        raise InputError(f"transformer {file}: it lacks {len(missing)} tensors of a {kind.__name__}, such as {missing[0]}")
+        raise _lacking(file, kind, sorted(wanted.keys() - own.keys()))
+    parameters = {name for name, _ in transformer.named_parameters()}
     try:
         transformer = kind.from_single_file(str(file), config=str(folder), torch_dtype=dtype, local_files_only=True).eval()
     except Exception as error:  # as in read_pretrained
-        found = " ".join(str(error).split())[:300]
+        missing = _missing(kind, config, own, parameters)
+        if missing:
+            raise _lacking(file, kind, missing) from None
+        found = f"there is no {error.args[0]}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
         raise InputError(f"transformer {file}: diffusers cannot read it as a {kind.__name__}: {found}") from None
+    unread = sorted(name for name, parameter in transformer.named_parameters() if parameter.is_meta)
+    if unread:
+        raise _lacking(file, kind, unread)
     _require_no_more_blocks(own, transformer, file, folder)
     return transformer
 
@@ -75,6 +81,24 @@ def _own_tensors(tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, Any])
         if (part := {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)})
     ]
     return next((part for part in parts if wanted.keys() <= part.keys()), parts[0] if parts else {})
+
+
+def _missing(kind: type[Any], config: dict[str, Any], own: Mapping[str, torch.Tensor], parameters: set[str]) -> list[str]:
+    """The parameters that a file lacks, in diffusers' names; none if it is of neither layout."""
+    missing = [parameters - own.keys()]
+    try:
+        from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+        convert = SINGLE_FILE_LOADABLE_CLASSES[kind.__name__]["checkpoint_mapping_fn"]
+        missing.append(parameters - convert(config=config, checkpoint=dict(own)).keys())
+    except Exception:  # what the file lacks can make a converter raise anything
+        pass
+    fewest = min(missing, key=len)
+    return sorted(fewest) if len(fewest) < len(parameters) / 2 else []
+
+
+def _lacking(file: Path, kind: type[Any], missing: list[str]) -> InputError:
+    return InputError(f"transformer {file}: it lacks {len(missing)} tensors of a {kind.__name__}, such as {missing[0]}")
 
 
 def _require_unquantised(own: Mapping[str, torch.Tensor], file: Path) -> None:

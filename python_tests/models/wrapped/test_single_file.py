@@ -98,3 +98,30 @@ def test_a_guidance_embedder_that_the_configuration_lacks_is_refused(name: str, 
     save_file(dev, folder / "transformer" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(InputError, match=r"no place for, such as time_text_embed\.guidance_embedder"):
         load_teacher(folder)
+
+
+def test_a_converted_file_without_some_tensors_names_them(tmp_path: Path) -> None:
+    folder = tiny_pipeline("z_image", tmp_path / "pipeline")
+    tensors = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    file = tmp_path / "part.safetensors"
+    for prefix, layout in (("", tensors), ("model.diffusion_model.", original(tensors))):
+        save_file({f"{prefix}{key}": tensor for key, tensor in layout.items() if "cap_embedder.0" not in key}, file)
+        with pytest.raises(
+            InputError, match=r"it lacks 1 tensors of a ZImageTransformer2DModel, such as cap_embedder\.0\.weight"
+        ):
+            load_teacher(folder, transformer=file)
+
+
+def test_files_that_diffusers_cannot_convert_for_what_they_lack(tmp_path: Path) -> None:
+    folder = tiny_pipeline("flux", tmp_path / "pipeline")
+    tensors = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    file = tmp_path / "part.safetensors"
+    save_file({key: tensor for key, tensor in tensors.items() if "guidance" not in key}, file)
+    with pytest.raises(InputError, match=r"it lacks 4 tensors of a FluxTransformer2DModel, such as time_text_embed\.guidance"):
+        load_teacher(folder, transformer=file)
+    blocks = [f"{name}_blocks.{number}.linear1.weight" for name in ("double", "single") for number in range(2)]
+    save_file({name: torch.ones(2, 2) for name in blocks}, file)
+    with pytest.raises(
+        InputError, match=r"part.safetensors: diffusers cannot read it as a .*: there is no time_in\.in_layer\.weight"
+    ):
+        load_teacher(folder, transformer=file)
