@@ -17,6 +17,10 @@ from pyard.storage.pickles import require_sound
 from pyard.storage.reading import read_object
 from pyard.storage.tensor_files import read_safetensors, require_finite
 
+# diffusers' own name of a LoRA, and parts of names that are no LoRA's.
+_USUAL_NAME = "pytorch_lora_weights"
+_OTHER_FILES = ("scheduler", "optimizer", "checkpoint")
+
 
 def add_stock_lora(transformer: Any, pipeline: type[Any], path: Path) -> dict[str, Factors]:
     """Add a LoRA to the weights of a transformer, in place.
@@ -39,27 +43,24 @@ def add_stock_lora(transformer: Any, pipeline: type[Any], path: Path) -> dict[st
     if not hasattr(pipeline, "lora_state_dict"):
         raise InputError(f"lora {path}: {pipeline.__name__} does not read LoRA files; expected an adapter folder of PEFT")
     before = {name: id(module) for name, module in transformer.named_modules()}
-    for file in (
-        [path] if path.is_file() else sorted(f for kind in ("*.safetensors", *PICKLED_WEIGHTS) for f in path.glob(kind))
-    ):
-        if file.suffix == ".safetensors":
-            tensors = read_safetensors(file)
-            require_finite(tensors, file)
-            _require_transformer_alone(tensors, file)
-        else:
-            require_sound(file)
+    file = path if path.is_file() else _only_lora(path)
+    if file.suffix == ".safetensors":
+        tensors = read_safetensors(file)
+        require_finite(tensors, file)
+        _require_transformer_alone(tensors, file)
+    else:
+        require_sound(file)
     try:
-        where = {"weight_name": path.name} if path.is_file() else {}
         # Some files have the weights of their additions (alpha) as tensors, others in their metadata.
         has_alphas = "network_alphas" in inspect.signature(pipeline.load_lora_into_transformer).parameters
         state, *alphas, metadata = pipeline.lora_state_dict(
-            str(path.parent if path.is_file() else path),
+            str(file.parent),
+            weight_name=file.name,
             local_files_only=True,
             return_lora_metadata=True,
             **({"return_alphas": True} if has_alphas else {}),
-            **where,
         )
-        _require_transformer_alone(state, path)  # pickles, too
+        _require_transformer_alone(state, file)  # pickles, too
         pipeline.load_lora_into_transformer(state, *alphas, transformer=transformer, metadata=metadata)
     except InputError:
         raise
@@ -71,6 +72,19 @@ def add_stock_lora(transformer: Any, pipeline: type[Any], path: Path) -> dict[st
     transformer.fuse_lora()
     transformer.unload_lora()
     return factors
+
+
+def _only_lora(folder: Path) -> Path:
+    """The LoRA in a folder, of which diffusers would take any if there are several."""
+    for patterns in (("*.safetensors",), PICKLED_WEIGHTS):
+        files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
+        files = [file for file in files if not any(part in file.name for part in _OTHER_FILES)]
+        files = [file for file in files if file.stem.endswith(_USUAL_NAME)] or files
+        if len(files) > 1:
+            raise InputError(f"lora {folder}: it holds {', '.join(file.name for file in files)}; give one of these files")
+        if files:
+            return files[0]
+    raise InputError(f"lora {folder}: there is no LoRA in it; expected a .safetensors file, or an adapter folder of PEFT")
 
 
 def _factors(transformer: nn.Module) -> dict[str, Factors]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stock_weights import weights_of
+from stock_weights import same, weights_of
 from tiny_pipelines import tiny_pipeline
 
 from pyard.errors import InputError
@@ -88,6 +89,23 @@ def test_a_lora_that_would_be_read_in_part_is_refused(pipeline: Path, tmp_path: 
     torch.save({**tensors, "text_encoder.a.lora_A.weight": torch.ones(2, 2)}, tmp_path / "pytorch_lora_weights.bin")
     with pytest.raises(InputError, match="also changes the text encoders"):
         load_teacher(pipeline, lora=tmp_path / "pytorch_lora_weights.bin")
+
+
+def test_a_folder_of_several_loras_is_refused(pipeline: Path, tmp_path: Path) -> None:
+    """diffusers takes any of them, by the order of the disk."""
+    saved_lora(pipeline, "sd3", 2, "", tmp_path)
+    expected = weights_of(pipeline, lora=tmp_path / LORA)
+    shutil.copy(tmp_path / LORA, tmp_path / "another.safetensors")
+    assert same(weights_of(pipeline, lora=tmp_path), expected)  # the one of diffusers' own name
+    (tmp_path / LORA).rename(tmp_path / "8-steps.safetensors")
+    with pytest.raises(InputError, match=r"it holds 8-steps.safetensors, another.safetensors; give one of these files"):
+        load_teacher(pipeline, lora=tmp_path)
+    assert same(weights_of(pipeline, lora=tmp_path / "8-steps.safetensors"), expected)
+    (tmp_path / "another.safetensors").rename(tmp_path / "optimizer.safetensors")
+    assert same(weights_of(pipeline, lora=tmp_path), expected)
+    (tmp_path / "8-steps.safetensors").unlink()
+    with pytest.raises(InputError, match=r"there is no LoRA in it; expected a \.safetensors file"):
+        load_teacher(pipeline, lora=tmp_path)
 
 
 def test_peft_adapters_and_loras_of_other_models(pipeline: Path, tmp_path: Path) -> None:
