@@ -7,19 +7,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from pyard.errors import InputError
 from pyard.models.pretrained import PICKLED_WEIGHTS
 from pyard.models.wrapped.low_rank import Factors
 from pyard.storage.numbers import whole_number
-from pyard.storage.pickles import require_sound
+from pyard.storage.pickles import read_pickle, require_sound
 from pyard.storage.reading import read_object
 from pyard.storage.tensor_files import read_safetensors, require_finite
 
 # diffusers' own name of a LoRA, and parts of names that are no LoRA's.
 _USUAL_NAME = "pytorch_lora_weights"
 _OTHER_FILES = ("scheduler", "optimizer", "checkpoint")
+_MERGE_IT = "merge it into the transformer with PEFT (merge_and_unload), save that, and give it as the transformer"
 
 
 def add_stock_lora(transformer: Any, pipeline: type[Any], path: Path) -> dict[str, Factors]:
@@ -117,10 +119,8 @@ def _add_peft_adapter(transformer: Any, path: Path) -> dict[str, Factors]:
 
     from pyard.models.lora import merge_adapters
 
-    file = path / "adapter_model.safetensors"
-    tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in read_safetensors(file).items()}
-    require_finite(tensors, file)
-    _check_ranks(path / "adapter_config.json", tensors)
+    tensors = _adapter_tensors(path)
+    _check_adapter(path / "adapter_config.json", tensors)
     try:
         inject_adapter_in_model(LoraConfig.from_pretrained(str(path)), transformer)
         result = set_peft_model_state_dict(transformer, tensors)
@@ -130,12 +130,42 @@ def _add_peft_adapter(transformer: Any, path: Path) -> dict[str, Factors]:
         raise InputError(f"lora {path}: {result.unexpected_keys[0]} is not a layer of this {type(transformer).__name__}")
     factors = _factors(transformer)
     merge_adapters(transformer)
+    _unwrap(transformer, path)
     return factors
 
 
-def _check_ranks(file: Path, tensors: Mapping[str, Any]) -> None:
-    """Raise an InputError if an adapter declares a higher rank than its tensors have, before memory is taken for it."""
+def _adapter_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors in an adapter folder, by their names in the model."""
+    file, pickled = path / "adapter_model.safetensors", path / "adapter_model.bin"
+    if pickled.is_file() and not file.is_file():  # as PEFT wrote before 0.7
+        file, content = pickled, read_pickle(pickled)
+        if not isinstance(content, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
+            raise InputError(f"{file}: expected the tensors of a PEFT adapter by name")
+    else:
+        content = read_safetensors(file)
+    require_finite(content, file)
+    return {name.removeprefix("base_model.model."): tensor for name, tensor in content.items()}
+
+
+def _unwrap(transformer: nn.Module, path: Path) -> None:
+    """Put the layers that an adapter holds whole in their places, and refuse what is neither such a layer nor merged."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    for name, layer in list(transformer.named_modules()):
+        if isinstance(layer, ModulesToSaveWrapper):
+            transformer.set_submodule(name, next(iter(layer.modules_to_save.values())))
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            raise InputError(f"lora {path}: {name} is a {type(layer).__name__}, which pyard does not merge; {_MERGE_IT}")
+
+
+def _check_adapter(file: Path, tensors: Mapping[str, Any]) -> None:
+    """Raise an InputError if an adapter is no LoRA, or declares a higher rank than its tensors have, which takes memory."""
     config = read_object(file, "the configuration of a PEFT adapter")
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise InputError(f"{file}: an adapter of type {kind!s:.40}; expected LORA, or {_MERGE_IT}")
     patterns = config.get("rank_pattern")
     ranks = [config.get("r", 8), *(patterns.values() if isinstance(patterns, dict) else ())]
     most = max((min(tensor.shape) for tensor in tensors.values() if tensor.ndim > 1), default=0)

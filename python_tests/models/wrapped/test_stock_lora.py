@@ -108,22 +108,64 @@ def test_a_folder_of_several_loras_is_refused(pipeline: Path, tmp_path: Path) ->
         load_teacher(pipeline, lora=tmp_path)
 
 
-def test_peft_adapters_and_loras_of_other_models(pipeline: Path, tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    pixart = tiny_pipeline("pixart_sigma", tmp_path / "pixart")
+def saved_adapter(pixart: Path, out: Path, scale: float = 1.0, **settings: Any) -> dict[str, torch.Tensor]:
+    """Write a PEFT adapter folder for PixArt's transformer; returns the weights to which PEFT merges it."""
     from diffusers import PixArtTransformer2DModel
+    from peft import LoraConfig, PeftModel, get_peft_model
 
-    base = PixArtTransformer2DModel.from_pretrained(pixart, subfolder="transformer")
-    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["attn1.to_q", "proj_out"]))
+    def base() -> Any:
+        return PixArtTransformer2DModel.from_pretrained(pixart, subfolder="transformer")
+
+    adapted = get_peft_model(base(), LoraConfig(r=2, **settings))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora" in name:
-                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
-    adapted.save_pretrained(tmp_path / "adapter")
-    merged = adapted.merge_and_unload().state_dict()
+            if parameter.requires_grad:
+                parameter.add_(scale * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    adapted.save_pretrained(out)
+    merged: dict[str, torch.Tensor] = PeftModel.from_pretrained(base(), out).merge_and_unload().state_dict()
+    return merged
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(), dict(modules_to_save=["proj_out", "adaln_single.linear"])], ids=["factors", "layers"]
+)
+def test_peft_adapters_are_added_as_peft_merges_them(settings: dict[str, Any], tmp_path: Path) -> None:
+    pixart = tiny_pipeline("pixart_sigma", tmp_path / "pixart")
+    expected = saved_adapter(pixart, tmp_path / "adapter", target_modules=["to_q"], **settings)
     mine = weights_of(pixart, lora=tmp_path / "adapter")
-    assert all(torch.allclose(mine[name], merged[name], atol=1e-6) for name in mine)
+    assert mine.keys() == expected.keys()
+    assert all(torch.allclose(mine[name], expected[name], atol=1e-6) for name in mine)
+
+
+def test_adapters_of_older_peft_are_pickles(tmp_path: Path) -> None:
+    pixart, adapter = tiny_pipeline("pixart_sigma", tmp_path / "pixart"), tmp_path / "adapter"
+    expected = saved_adapter(pixart, adapter, target_modules=["to_q"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save(tensors, adapter / "adapter_model.bin")
+    mine = weights_of(pixart, lora=adapter)
+    assert all(torch.allclose(mine[name], expected[name], atol=1e-6) for name in mine)
+    torch.save([1, 2], adapter / "adapter_model.bin")
+    with pytest.raises(InputError, match=r"adapter_model.bin: expected the tensors of a PEFT adapter"):
+        load_teacher(pixart, lora=adapter)
+    torch.save({"a": tmp_path}, adapter / "adapter_model.bin")
+    with pytest.raises(InputError, match="holds an object of type pathlib"):
+        load_teacher(pixart, lora=adapter)
+
+
+def test_adapters_that_are_no_lora_are_refused(tmp_path: Path) -> None:
+    from diffusers import PixArtTransformer2DModel
+    from peft import LoKrConfig, get_peft_model
+
+    pixart = tiny_pipeline("pixart_sigma", tmp_path / "pixart")
+    base = PixArtTransformer2DModel.from_pretrained(pixart, subfolder="transformer")
+    get_peft_model(base, LoKrConfig(r=2, target_modules=["to_q"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"an adapter of type LOKR; expected LORA, or merge it .*merge_and_unload"):
+        load_teacher(pixart, lora=tmp_path / "adapter")
+
+
+def test_loras_of_other_models_are_refused(pipeline: Path, tmp_path: Path) -> None:
+    saved_adapter(tiny_pipeline("pixart_sigma", tmp_path / "pixart"), tmp_path / "adapter", target_modules=["attn1.to_q"])
     with pytest.raises(InputError, match=r"PEFT cannot read it|is not a layer"):
         load_teacher(pipeline, lora=tmp_path / "adapter")
     with pytest.raises(InputError, match="no such file or folder"):
