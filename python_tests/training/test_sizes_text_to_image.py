@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from teachers.test_convert_student import code_of, relative
+from converted_students import code_of, relative
 from tiny_pipelines import tiny_pipeline
 from torch import nn
 from torch.nn.functional import pixel_unshuffle
