@@ -17,7 +17,7 @@ from pyard.models.lora import merge_lora
 from pyard.models.student import Student
 from pyard.models.student_config import StudentConfig, TextSource
 from pyard.models.wrapped.checkpoint import read_transformer
-from pyard.models.wrapped.low_rank import LowRank
+from pyard.models.wrapped.low_rank import Factors, LowRank
 from pyard.models.wrapped.stock_folder import (
     ADAPTER_NAMES,
     LORA_NAME,
@@ -168,7 +168,15 @@ def _additions(student: Student, folder: Path, base: Path, read: Mapping[str, st
         replacement=Path(read["transformer"]) if "transformer" in read else None,
     )
     pipeline = _pipeline_class(student.config.text.pipeline)  # type: ignore[union-attr]
-    began_with = add_stock_lora(transformer, pipeline, Path(read["lora"])) if "lora" in read else {}
+    began_with: Mapping[str, Factors] = {}
+    if "lora" in read:
+        merged = add_stock_lora(transformer, pipeline, Path(read["lora"]))
+        if merged.others:
+            raise InputError(
+                f"the teacher's LoRA {read['lora']} changes {merged.others[0]}, which a low-rank addition to a linear "
+                "layer cannot express, and the student contains it: use --to transformer"
+            )
+        began_with = merged.factors
     if transformer.dtype != backbone.dtype:  # training went on in more digits; diffusers' own `to` would warn of it
         torch.nn.Module.to(transformer, backbone.dtype)
     try:

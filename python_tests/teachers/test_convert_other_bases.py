@@ -21,7 +21,7 @@ from converted_students import (
     student_of,
     train_lora,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_pipelines import randomise, tiny_pipeline
 
 from pyard import load_teacher
@@ -178,3 +178,92 @@ def test_additions_to_a_base_in_bfloat16(kind: str, tmp_path: Path) -> None:
     assert "torch_dtype=torch.bfloat16" in code_of(tmp_path / "out")
     expected = drawn_by_pyard(Student.from_pretrained(tmp_path / "student").bfloat16()).float()
     assert relative(drawn_by_the_card(tmp_path / "out").float(), expected) <= 0.05
+
+
+def lora_student(folder: Path, lora: Path, out: Path) -> Student:
+    """A student with trained additions over a teacher that was read with a LoRA, saved in a run's folder."""
+    teacher: Any = load_teacher(folder, lora=lora)
+    settings: dict[str, Any] = dict(history_layers=0, output="jump", heads="shared", target="state", share=True)
+    grid, text = teacher.grid(2, None, SHAPE), teacher.text_source()
+    student = Student.from_teacher(teacher, grid, sample_shapes=[SHAPE], text=text, **settings).eval()
+    add_random_lora(student, 3, "lora")
+    student.config = dataclasses.replace(student.config, base=teacher.base_source(3, "lora"))
+    student.save_pretrained(out / "student")
+    return student
+
+
+def pixart_adapter(folder: Path, out: Path, **settings: Any) -> Path:
+    """A PEFT adapter of rank 2 for the tiny PixArt, whose additions are small beside the weights."""
+    from diffusers import PixArtTransformer2DModel
+    from peft import LoraConfig, get_peft_model
+
+    base = PixArtTransformer2DModel.from_pretrained(folder, subfolder="transformer")
+    torch.manual_seed(0)  # of PEFT's lora_A
+    adapted = get_peft_model(base, LoraConfig(r=2, **settings))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad and "lora_A" not in name:
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    adapted.save_pretrained(out)
+    return out
+
+
+def lokr_file(folder: Path, out: Path) -> Path:
+    """A LoKr of ai-toolkit for the tiny Z-Image: Kronecker products of matrices of full rank."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"diffusion_model.layers.{layer}.attention.to_{each}.{name}": 0.1 * torch.randn(size, size, generator=generator)
+        for layer in range(3)
+        for each in "qkv"
+        for name, size in (("lokr_w1", 4), ("lokr_w2", 8))
+    }
+    save_file(tensors, out)
+    return out
+
+
+def test_an_adapter_on_all_linear_layers_is_in_the_students_lora(tmp_path: Path) -> None:
+    """The targets of PixArt's published training script but for the patch embedding, a convolution."""
+    folder = tiny_pipeline("pixart_alpha", tmp_path / "pipeline")
+    targets = ["to_k", "to_q", "to_v", "to_out.0", "proj_out", "ff.net.0.proj", "ff.net.2", "linear", "linear_1", "linear_2"]
+    adapter = pixart_adapter(folder, tmp_path / "adapter", target_modules=targets)
+    student = lora_student(folder, adapter, tmp_path / "run")
+    assert convert(tmp_path / "run", "--to", "lora", "--out", tmp_path / "out") == 0
+    expected = drawn_by_pyard(student)
+    assert relative(drawn_by_the_card(tmp_path / "out"), expected) <= 1e-4
+    plain = lora_student(folder, pixart_adapter(folder, tmp_path / "less", target_modules=["to_k"]), tmp_path / "other")
+    assert relative(drawn_by_pyard(plain), expected) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("lokr", r"layers\.0\.attention\.to_q \(lokr\.Linear\)"),
+        ("convolution", r"pos_embed\.proj \(lora\.Conv2d\)"),
+        ("dora", r"attn1\.to_q \(Dora"),
+        ("bias", r"\.bias"),
+        ("whole layers", r"proj_out \(all of its weights\)"),
+    ],
+)
+def test_a_lora_of_the_teacher_that_no_low_rank_addition_expresses_is_refused(
+    kind: str, named: str, tmp_path: Path, capsys: Any
+) -> None:
+    """As a teacher it is read, and a transformer of one's own holds it."""
+    folder = tiny_pipeline("z_image" if kind == "lokr" else "pixart_alpha", tmp_path / "pipeline")
+    settings: dict[str, dict[str, Any]] = {
+        "convolution": dict(target_modules=["to_q", "proj"]),
+        "dora": dict(target_modules=["attn1.to_q"], use_dora=True),
+        "bias": dict(target_modules=["to_q"], bias="all"),
+        "whole layers": dict(target_modules=["to_q"], modules_to_save=["proj_out"]),
+    }
+    if kind == "lokr":
+        lora = lokr_file(folder, tmp_path / "lokr.safetensors")
+    else:
+        lora = pixart_adapter(folder, tmp_path / "adapter", **settings[kind])
+    student = lora_student(folder, lora, tmp_path / "run")
+    capsys.readouterr()
+    assert convert(tmp_path / "run", "--to", "lora", "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert re.search(rf"the teacher's LoRA {re.escape(str(lora))} changes \S*{named}.* use --to transformer\n", error)
+    assert not (tmp_path / "out").exists()
+    assert convert(tmp_path / "run", "--to", "transformer", "--out", tmp_path / "out") == 0
+    assert relative(drawn_by_the_card(tmp_path / "out"), drawn_by_pyard(student)) <= 1e-4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,25 @@ from pyard.storage.tensor_files import read_safetensors, require_finite
 # diffusers' own name of a LoRA, and parts of names that are no LoRA's.
 _USUAL_NAME = "pytorch_lora_weights"
 _OTHER_FILES = ("scheduler", "optimizer", "checkpoint")
+# How PEFT can initialise factors without changing the weights to which they are added.
+_PLAIN_STARTS = ("gaussian", "orthogonal", "eva")
 _MERGE_IT = "merge it into the transformer with PEFT (merge_and_unload), save that, and give it as the transformer"
 
 
-def add_stock_lora(transformer: Any, pipeline: type[Any], path: Path) -> dict[str, Factors]:
+@dataclass(frozen=True)
+class MergedLora:
+    """What a LoRA changed of a transformer.
+
+    Attributes:
+        factors: what it added to linear layers, by the name of the layer.
+        others: what it changed besides, which no such addition expresses: names with the kind of the change.
+    """
+
+    factors: Mapping[str, Factors]
+    others: tuple[str, ...] = ()
+
+
+def add_stock_lora(transformer: Any, pipeline: type[Any], path: Path) -> MergedLora:
     """Add a LoRA to the weights of a transformer, in place.
 
     Args:
@@ -33,7 +49,7 @@ def add_stock_lora(transformer: Any, pipeline: type[Any], path: Path) -> dict[st
         path: a LoRA that the pipeline's `load_lora_weights` reads, or an adapter folder of PEFT.
 
     Returns:
-        What was added to each linear layer, by its name.
+        What was changed.
 
     Raises:
         InputError: there is no LoRA, or it is for another model.
@@ -70,10 +86,10 @@ def add_stock_lora(transformer: Any, pipeline: type[Any], path: Path) -> dict[st
         raise InputError(f"lora {path}: {pipeline.__name__} cannot read it: {' '.join(str(error).split())[:300]}") from None
     if before == {name: id(module) for name, module in transformer.named_modules()}:
         raise InputError(f"lora {path}: none of its layers belongs to this {type(transformer).__name__}")
-    factors = _factors(transformer)
+    found = _loaded(transformer)
     transformer.fuse_lora()
     transformer.unload_lora()
-    return factors
+    return found
 
 
 def _only_lora(folder: Path) -> Path:
@@ -89,17 +105,28 @@ def _only_lora(folder: Path) -> Path:
     raise InputError(f"lora {folder}: there is no LoRA in it; expected a .safetensors file, or an adapter folder of PEFT")
 
 
-def _factors(transformer: nn.Module) -> dict[str, Factors]:
-    """What the LoRA that was loaded into a transformer adds to its linear layers; its weight is in `up`."""
+def _loaded(transformer: nn.Module) -> MergedLora:
+    """What the adapter that was loaded into a transformer, and not merged yet, will change."""
     from peft.tuners.lora import Linear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    found = {}
+    factors: dict[str, Factors] = {}
+    others: list[str] = []
     for name, layer in transformer.named_modules():
-        if isinstance(layer, Linear):
+        if isinstance(layer, AuxiliaryTrainingWrapper):
+            others.append(f"{name} (all of its weights)")
+        elif isinstance(layer, BaseTunerLayer) and not isinstance(layer, Linear):
+            others.append(f"{name} ({type(layer).__module__.split('.')[2]}.{type(layer).__name__})")
+        elif isinstance(layer, Linear):
             for adapter in layer.active_adapters:
                 down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-                found[name] = Factors(down.detach().clone(), up.detach() * layer.scaling[adapter])
-    return found
+                factors[name] = Factors(down.detach().clone(), up.detach() * layer.scaling[adapter])
+                if adapter in layer.lora_variant:  # DoRA, for one
+                    others.append(f"{name} ({type(layer.lora_variant[adapter]).__name__})")
+                if layer.lora_bias[adapter]:
+                    others.append(f"{name} (its bias)")
+    return MergedLora(factors, tuple(others))
 
 
 def _require_transformer_alone(names: Iterable[str], file: Path) -> None:
@@ -114,7 +141,7 @@ def _require_transformer_alone(names: Iterable[str], file: Path) -> None:
         raise InputError(f"lora {file}: it is a DoRA, which diffusers reads as if it were a LoRA; fuse it into the transformer")
 
 
-def _add_peft_adapter(transformer: Any, path: Path) -> dict[str, Factors]:
+def _add_peft_adapter(transformer: Any, path: Path) -> MergedLora:
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     from pyard.models.lora import merge_adapters
@@ -122,16 +149,20 @@ def _add_peft_adapter(transformer: Any, path: Path) -> dict[str, Factors]:
     tensors = _adapter_tensors(path)
     _check_adapter(path / "adapter_config.json", tensors)
     try:
-        inject_adapter_in_model(LoraConfig.from_pretrained(str(path)), transformer)
+        config = LoraConfig.from_pretrained(str(path))
+        inject_adapter_in_model(config, transformer)
         result = set_peft_model_state_dict(transformer, tensors)
     except Exception as error:  # as in read_pretrained
         raise InputError(f"lora {path}: PEFT cannot read it: {' '.join(str(error).split())[:300]}") from None
     if result.unexpected_keys:
         raise InputError(f"lora {path}: {result.unexpected_keys[0]} is not a layer of this {type(transformer).__name__}")
-    factors = _factors(transformer)
+    found = _loaded(transformer)
+    others = [*found.others, *(name for name in tensors if "lora_" not in name)]  # biases of layers with factors
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights not in _PLAIN_STARTS:
+        others.append(f"the weights to which it is added ({config.init_lora_weights})")
     merge_adapters(transformer)
     _unwrap(transformer, path)
-    return factors
+    return replace(found, others=tuple(others))
 
 
 def _adapter_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from stock_weights import same, weights_of
 from tiny_pipelines import tiny_pipeline
 
 from pyard.errors import InputError
+from pyard.models.wrapped.stock_lora import add_stock_lora
 from pyard.teachers import load_teacher
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -127,14 +128,35 @@ def saved_adapter(pixart: Path, out: Path, scale: float = 1.0, **settings: Any) 
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(), dict(modules_to_save=["proj_out", "adaln_single.linear"])], ids=["factors", "layers"]
+    "settings",
+    [
+        dict(target_modules=["attn1.to_q", "proj_out"]),
+        dict(target_modules=["to_q", "proj"]),  # with the patch embedding, a convolution
+        dict(target_modules=["to_q"], use_dora=True),
+        dict(target_modules=["to_q"], bias="all"),
+        dict(target_modules=["to_q"], lora_bias=True),
+        dict(target_modules=["to_q"], init_lora_weights="pissa"),
+        dict(target_modules=["to_q"], modules_to_save=["proj_out", "adaln_single.linear"]),
+        dict(target_modules=["to_q"], use_rslora=True),
+    ],
+    ids=lambda settings: "-".join(settings),
 )
-def test_peft_adapters_are_added_as_peft_merges_them(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_what_a_peft_adapter_changes_beyond_its_factors_is_read_and_named(settings: dict[str, Any], tmp_path: Path) -> None:
+    from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
+
     pixart = tiny_pipeline("pixart_sigma", tmp_path / "pixart")
-    expected = saved_adapter(pixart, tmp_path / "adapter", target_modules=["to_q"], **settings)
+    expected = saved_adapter(pixart, tmp_path / "adapter", **settings)
     mine = weights_of(pixart, lora=tmp_path / "adapter")
     assert mine.keys() == expected.keys()
     assert all(torch.allclose(mine[name], expected[name], atol=1e-6) for name in mine)
+    transformer = PixArtTransformer2DModel.from_pretrained(pixart, subfolder="transformer")
+    before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
+    found = add_stock_lora(transformer, PixArtSigmaPipeline, tmp_path / "adapter")
+    for name, (down, up) in found.factors.items():
+        before[f"{name}.weight"] += up @ down
+    complete = all(torch.allclose(before[name], tensor, atol=1e-5) for name, tensor in expected.items())
+    assert complete == (not found.others)
+    assert complete == (settings["target_modules"][-1] == "proj_out" or "use_rslora" in settings)
 
 
 def test_adapters_of_older_peft_are_pickles(tmp_path: Path) -> None:
