@@ -12,6 +12,7 @@ from torch.nn.functional import pixel_unshuffle
 
 from pyard import load_teacher
 from pyard.cli.command_line import main
+from pyard.models.codec import LatentCodec
 from pyard.models.lora import add_lora, merge_lora
 from pyard.models.student import Student
 from pyard.models.student_config import TextSource
@@ -74,14 +75,18 @@ def drawn_by_the_card(folder: Path) -> torch.Tensor:
     """What the card's lines draw from `noise`, unpacked: the same lines, told to start there and to stop before the VAE."""
     code = code_of(folder)
     assert code.count(").images[0]") == 1
-    packs = "Flux" in code or "Qwen" in code
+    is_flux2 = "Flux2" in code
+    packs = ("Flux" in code or "Qwen" in code) and not is_flux2
     start = pixel_unshuffle(noise(), 2).flatten(2).transpose(1, 2) if packs else noise()
+    start = pixel_unshuffle(start, 2) if is_flux2 else start
     code = code.replace(").images[0]", ', latents=start, output_type="latent").images')
     names: dict[str, Any] = {"start": start}
     exec(code, names)
     latents: torch.Tensor = names["image"]
     if packs:
         latents = nn.functional.pixel_shuffle(latents.transpose(1, 2).unflatten(2, (SHAPE[1] // 2, SHAPE[2] // 2)), 2)
+    if is_flux2:  # its latents are those of the VAE
+        latents = LatentCodec(names["pipe"].vae).scaling().from_vae(latents)
     return latents
 
 

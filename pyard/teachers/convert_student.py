@@ -149,7 +149,7 @@ def _additions(student: Student, folder: Path, base: Path, read: Mapping[str, st
 
     A LoRA that was part of the teacher is part of it, beside what was trained.
     """
-    if not (base / "transformer").is_dir():
+    if "transformer" not in read and not (base / "transformer").is_dir():
         raise InputError(
             f"a LoRA is the difference from the transformer in {base}, which does not exist; restore it, or give another copy "
             "of that pipeline: --pipeline PATH"

@@ -27,7 +27,7 @@ from tiny_pipelines import tiny_pipeline
 from pyard import load_teacher
 from pyard.models.student import Student
 
-NAMES = ("pixart_alpha", "pixart_sigma", "sd3", "aura_flow", "flux", "qwen_image", "z_image")
+NAMES = ("pixart_alpha", "pixart_sigma", "sd3", "aura_flow", "flux", "flux2_klein", "qwen_image", "z_image")
 
 
 def train_in_full(student: Student) -> Student:

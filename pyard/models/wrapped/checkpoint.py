@@ -43,7 +43,7 @@ def read_transformer(
         raise InputError(f"transformer {replacement}: no such file or folder")
     if replacement is not None and replacement.is_file():
         return read_single_file(kind, replacement, folder, _config(folder), dtype)
-    folder = folder if replacement is None else _with_config(replacement)
+    folder = folder if replacement is None else transformer_folder(replacement)
     config = _config(folder)
     found = config.get("_class_name")
     if kind.__name__ not in (found, _CLASS_SINCE.get((str(found), str(config.get("norm_type"))))):
@@ -52,7 +52,7 @@ def read_transformer(
     return read_pretrained(kind, folder, whole=True, torch_dtype=dtype, variant=variant).eval()
 
 
-def _with_config(folder: Path) -> Path:
+def transformer_folder(folder: Path) -> Path:
     """The folder itself, or if it is a pipeline, the folder of its transformer."""
     return folder / "transformer" if (folder / "model_index.json").is_file() else folder
 

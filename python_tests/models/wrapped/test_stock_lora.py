@@ -59,7 +59,7 @@ def saved_lora(folder: Path, name: str, alpha: int, where: str, out: Path) -> An
         ("flux", "tensors", False),
         *(
             pytest.param(name, "metadata", True, marks=pytest.mark.slow)
-            for name in ("flux", "qwen_image", "z_image", "aura_flow")
+            for name in ("flux", "flux2_klein", "qwen_image", "z_image", "aura_flow")
         ),
     ],
 )
