@@ -30,8 +30,8 @@ def parsed(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
 def test_there_are_recipes():
     assert sorted(recipe.stem for recipe in RECIPES) == [
         "digits", "digits-adversarial", "flux1-dev-1024-lora", "flux2-klein-1024-lora", "imagenet256-dit-xl2",
-        "imagenet256-dit-xl2-adversarial", "imagenet256-sit-xl2", "imagenet512-dit-xl2", "pixart-sigma-1024", "qwen-image-1024-lora", "sd35-medium-1024",
-        "sd35-medium-1024-lora", "z-image-1024-lora",
+        "imagenet256-dit-xl2-adversarial", "imagenet256-sit-xl2", "imagenet512-dit-xl2", "pixart-sigma-1024",
+        "qwen-image-1024-lora", "sd35-medium-1024", "sd35-medium-1024-lora", "z-image-1024-lora",
     ]  # fmt: skip
 
 
