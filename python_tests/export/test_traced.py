@@ -99,7 +99,8 @@ def test_every_assembled_graph_equals_the_traced_one(settings: dict[str, Any], t
     compare_with_assembled(settings, tmp_path)
 
 
-@pytest.mark.parametrize("form", [pytest.param("sampler", marks=pytest.mark.slow), "step"])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["sampler", "step"])
 def test_a_backbone_that_is_not_ours(form: Any, tmp_path: Path) -> None:
     student = student_of(
         MyBackbone(MyConfig()), mask="causal" if form == "step" else "window", window=None if form == "step" else 2
@@ -150,7 +151,8 @@ def test_a_video(form: Any, settings: dict[str, Any], tmp_path: Path) -> None:
     assert relative_error(found[2], found[3]) > 1e-2
 
 
-@pytest.mark.parametrize("precision", ["fp16", *(pytest.param(one, marks=pytest.mark.slow) for one in ("int8", "int8-static"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int8-static"])
 def test_precisions(precision: Any, tmp_path: Path) -> None:
     student = student_of(MyBackbone(MyConfig()))
     path = tmp_path / "student.onnx"

@@ -40,8 +40,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("stage", ["regression", pytest.param("adversarial", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("stage", ["regression", "adversarial"])
 def test_killed_three_times_and_resumed_is_bitwise_the_same(folder, stage, world):
     settings = EVERYTHING if stage == "regression" else student_and_real_data(folder)
     settings = {**settings, "max_steps": 24}

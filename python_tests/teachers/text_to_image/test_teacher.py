@@ -102,6 +102,7 @@ def test_trajectories_end_where_the_pipelines_images_begin(pipeline: Path, guide
         assert (plain - stock).abs().max() > 1e-3 * stock.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", ["flux"], indirect=True)
 def test_true_guidance_of_a_pipeline_with_embedded_guidance(pipeline: Path, tmp_path: Path) -> None:
     from diffusers import FluxPipeline
