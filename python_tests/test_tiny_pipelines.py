@@ -47,4 +47,5 @@ def _load(folder: Path) -> Any:
 def _draw(pipeline: Any, prompt: str) -> torch.Tensor:
     more = {"use_resolution_binning": False} if type(pipeline).__name__.startswith("PixArt") else {}
     generator = torch.Generator().manual_seed(0)
-    return pipeline(prompt, num_inference_steps=2, height=32, width=48, generator=generator, output_type="pt", **more).images
+    call = dict(num_inference_steps=2, height=32, width=48, generator=generator, output_type="pt", **more)
+    return pipeline(prompt=prompt, **call).images
