@@ -10,27 +10,19 @@ from torch.nn.functional import pixel_unshuffle
 
 from pyard.conditions import Condition
 from pyard.models.backbone import AttentionShape
-from pyard.models.flux.network import FluxConfig, unpack_tokens
-from pyard.models.wrapped.backbone import WrappedBackbone
+from pyard.models.flux.network import Flux
 
 _PACK = 2  # latents along one side of a token
 
 
-class Flux2(WrappedBackbone):
+class Flux2(Flux):
     """`Flux2Transformer2DModel`; condition: tokens and, if guidance is embedded, guidance.
 
     Samples are [C, h, w]; its pipelines call the same numbers, packed 2 x 2, latents of shape [4C, h/2, w/2].
     """
 
-    config_class = FluxConfig
     transformer_name = "Flux2Transformer2DModel"
     row_arguments = ("hidden_states", "encoder_hidden_states", "temb_mod_img", "temb_mod_txt", "temb_mod")
-    block_lists = ("transformer_blocks", "single_transformer_blocks")
-    image_first = False
-
-    @property
-    def patch(self) -> int:
-        return _PACK
 
     def run(self, x: torch.Tensor, times: torch.Tensor, condition: Condition) -> torch.Tensor:
         rows, columns = x.shape[2] // _PACK, x.shape[3] // _PACK
@@ -58,9 +50,6 @@ class Flux2(WrappedBackbone):
         vector: torch.Tensor = self.transformer.time_guidance_embed(told, None if guidance is None else guidance * 1000)
         return vector
 
-    def _guidance(self, condition: Condition) -> torch.Tensor | None:
-        return condition["guidance"] if self.config.transformer.get("guidance_embeds") else None
-
     def attention_shape(self, attention: nn.Module, sample_shape: tuple[int, ...]) -> AttentionShape:
         # Single-stream blocks have one matrix for queries, keys, values and the MLP.
         return AttentionShape(int(attention.heads), self.count_tokens(sample_shape), int(attention.head_dim))  # type: ignore[arg-type]
@@ -68,6 +57,3 @@ class Flux2(WrappedBackbone):
     def image_tokens(self, output: Any) -> torch.Tensor:
         image: torch.Tensor = output[1] if isinstance(output, tuple) else output[:, -self.current.tokens :]
         return image
-
-    def unembed(self, tokens: torch.Tensor, sample_shape: tuple[int, ...]) -> torch.Tensor:
-        return unpack_tokens(tokens, sample_shape)

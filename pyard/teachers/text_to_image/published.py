@@ -70,7 +70,7 @@ _QWEN3 = ("Qwen3Model", dict(
     num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960,
 ))  # fmt: skip
 
-_QWEN3_CAUSAL_4B = ("Qwen3ForCausalLM", _QWEN3[1])
+_QWEN3_CAUSAL_4B = ("Qwen3ForCausalLM", {**_QWEN3[1], "tie_word_embeddings": True})
 _QWEN3_CAUSAL_8B = ("Qwen3ForCausalLM", {**_QWEN3[1], "hidden_size": 4096, "intermediate_size": 12288})
 
 _DPM = dict(
@@ -115,9 +115,7 @@ def _flux2_klein(name: str, repository: str, layers: tuple[int, int], heads: int
     )  # fmt: skip
     vae = {"_class_name": "AutoencoderKLFlux2", "block_out_channels": [128, 256, 512, 512]}
     scheduler = _flow(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
-    return PublishedPipeline(
-        name, repository, "Flux2KleinPipeline", transformer, vae, scheduler, {"text_encoder": encoder}
-    )  # fmt: skip
+    return PublishedPipeline(name, repository, "Flux2KleinPipeline", transformer, vae, scheduler, {"text_encoder": encoder})
 
 
 PUBLISHED = (
