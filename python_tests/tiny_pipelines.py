@@ -209,21 +209,15 @@ def _flux2_klein() -> Any:
         Flux2KleinPipeline,
         Flux2Transformer2DModel,
     )
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3ForCausalLM
 
     tokenizer = qwen_tokenizer()
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=28,  # the pipeline takes what layers 9, 18 and 27 return
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=4,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    # The pipeline takes what layers 9, 18 and 27 return.
+    config = _qwen3(tokenizer, hidden_size=8, num_hidden_layers=28, head_dim=4)
+    encoder = randomise(Qwen3ForCausalLM(config), 3)
+    for layer in encoder.model.layers:  # so many random layers would make rounding grow
+        layer.self_attn.o_proj.weight.data *= 0.2
+        layer.mlp.down_proj.weight.data *= 0.2
     transformer = Flux2Transformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -236,19 +230,7 @@ def _flux2_klein() -> Any:
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=False,
     )
-    levels = 3
-    vae = randomise(
-        AutoencoderKLFlux2(
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            block_out_channels=(8,) * levels,
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=32,
-        ),
-        2,
-    )
+    vae = _vae(AutoencoderKLFlux2)
     generator = torch.Generator().manual_seed(4)
     vae.bn.running_mean.copy_(0.5 * torch.randn(16, generator=generator))
     vae.bn.running_var.copy_(0.5 + torch.rand(16, generator=generator))
@@ -257,7 +239,7 @@ def _flux2_klein() -> Any:
             num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15,
         ),
         vae=vae,
-        text_encoder=randomise(Qwen3ForCausalLM(config), 3),
+        text_encoder=encoder,
         tokenizer=tokenizer,
         transformer=randomise(transformer, 1),
     )  # fmt: skip
@@ -321,21 +303,10 @@ def _qwen_image() -> Any:
 
 def _z_image() -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-    from transformers import Qwen3Config, Qwen3Model
+    from transformers import Qwen3Model
 
     tokenizer = qwen_tokenizer()
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=20,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = _qwen3(tokenizer, hidden_size=20, num_hidden_layers=3, head_dim=8)
     transformer = ZImageTransformer2DModel(
         all_patch_size=(2,),
         all_f_patch_size=(1,),
@@ -374,11 +345,11 @@ TINY_PIPELINES: dict[str, Callable[[], Any]] = {
 }
 
 
-def _vae(**settings: Any) -> Any:
+def _vae(kind: Any = None, **settings: Any) -> Any:
     from diffusers import AutoencoderKL
 
     levels = 3  # 2 ** (levels - 1) = VAE_FACTOR
-    vae = AutoencoderKL(
+    vae = (kind or AutoencoderKL)(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=(8,) * levels,
@@ -389,6 +360,21 @@ def _vae(**settings: Any) -> Any:
         **settings,
     )
     return randomise(vae, 2)
+
+
+def _qwen3(tokenizer: Any, **sizes: int) -> Any:
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        intermediate_size=24,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **sizes,
+    )
 
 
 def _t5(vocab_size: int, d_model: int) -> Any:
